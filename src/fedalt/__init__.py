@@ -1,0 +1,1 @@
+"""Personalised federated fine-tuning of language models with LoRA."""
