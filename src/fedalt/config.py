@@ -1,0 +1,214 @@
+"""One YAML per run, strictly typed: an unknown key or a value outside its range stops the run before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedalt.errors import UserError, did_you_mean
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    name: str = Field("tiny-base", description="Local folder or hub name of a causal LM; tiny-base ships with fedalt")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen base")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    load_in: Literal["8bit", "4bit"] | None = Field(None, description="bitsandbytes quantisation (paper: 8bit)")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+
+class TinyworldConfig(Section):
+    """The federation that ships with fedalt."""
+
+    seed: int = Field(0, ge=0, description="seed of the generated world's rows")
+    clash: float = Field(0.5, ge=0, le=1, description="how much the clients' answer conventions conflict, 0 to 1")
+
+
+class DataConfig(Section):
+    """Whose rows, and how they become prompts."""
+
+    source: str = Field("tinyworld", description="tinyworld, or a folder with train/local_training_{i}.json")
+    clients: int | None = Field(None, ge=1, description="use the first N clients; all when not given")
+    template: str = Field("alpaca_short", description="alpaca_short (paper code), alpaca, chat, or a file")
+    cutoff: int = Field(512, ge=8, description="longest row in tokens (paper code: 512)")
+    validation_rows: int = Field(
+        0, ge=0, description="rows per client held out of training where the source has no validation rows"
+    )
+    train_limit: int | None = Field(None, ge=1, description="use only the first N training rows of each client")
+    test_limit: int | None = Field(None, ge=1, description="use only the first N test rows of each client")
+    tinyworld: TinyworldConfig = TinyworldConfig()
+
+
+class LoraConfig(Section):
+    """Adapters on the frozen base; the same rank for the individual and the row LoRA."""
+
+    r: int = Field(8, ge=1, description="rank (paper: 8; 4, 6 and 8 studied)")
+    alpha: float = Field(32, gt=0, description="LoRA numerator; scale is alpha/r on both LoRAs (paper code: 32)")
+    dropout: float = Field(0.05, ge=0, lt=1, description="one mask shared by both LoRAs (paper code: .05)")
+    targets: tuple[str, ...] | None = Field(None, description="module names; by architecture when not given")
+    init: Literal["shared", "code_like", "per_client"] = Field(
+        "shared", description="who starts from the same A and mixer: all, all but client 0 (paper code), nobody"
+    )
+    mixer_init: Literal["kaiming", "zeros"] = Field("kaiming", description="kaiming (paper code) or exact 0.5/0.5")
+
+
+class TrainingConfig(Section):
+    """What a client does with its rows in one round."""
+
+    local_epochs: int = Field(5, ge=1, description="epochs per round (paper: 5; 5 and 10 studied)")
+    batch_size: int = Field(8, ge=1, description="rows per client and step (paper code: 8)")
+    lr: float = Field(3e-4, gt=0, description="peak learning rate (paper code: 3e-4)")
+    schedule: Literal["linear", "constant"] = Field("linear", description="linear to 0 in each round (paper code)")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW, on LoRA and mixer (paper code: .05)")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm limit of each client (paper code: 1.0)")
+    repeat_order: bool = Field(False, description="same row order in every round, as the paper's code does")
+
+
+class FederationConfig(Section):
+    """Rounds, participation, aggregation."""
+
+    rounds: int = Field(20, ge=1, description="communication rounds (paper: 20)")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled per round (paper: 1)")
+    weighting: Literal["method", "uniform", "samples"] = Field(
+        "method", description="weights of the mean: the method's own rule, 1, or rows per client"
+    )
+    row_participation: Literal["last_known", "participants", "staleness_decay"] = Field(
+        "last_known", description="whose uploads form the row when not every client takes part"
+    )
+    staleness_decay: float = Field(0.9, gt=0, le=1, description="weight factor per round of age (staleness_decay)")
+    row_delivery: Literal["broadcast", "unicast"] = Field(
+        "broadcast", description="one mean for all with subtraction at the client, or each client's own row"
+    )
+    executor: Literal["stacked", "loop"] = Field(
+        "stacked", description="all clients in one forward and backward, or one after another"
+    )
+    cohort: int | None = Field(None, ge=1, description="clients per stacked pass; all when not given")
+
+
+class EvaluationConfig(Section):
+    """When and how clients are scored on their own rows."""
+
+    every: int = Field(5, ge=1, description="evaluate every N rounds, and always at the end (paper code: 5)")
+    points: tuple[Literal["before", "after"], ...] = Field(
+        ("before", "after"), description="before and/or after the aggregate is installed (paper code: after)"
+    )
+    max_new_tokens: int = Field(80, ge=1, description="longest answer (paper code: 80)")
+    num_beams: int = Field(1, ge=1, description="1 is greedy (paper code: 4)")
+    batch_size: int = Field(32, ge=1, description="prompts per client and generation batch")
+    stemmer: bool = Field(True, description="Porter stemmer in ROUGE (paper code: true); changes the scores")
+    metric: Literal["rouge1", "rouge2", "rougeL", "exact_match"] = Field(
+        "rouge1", description="the score in tables, and the one that picks the best round on validation rows"
+    )
+
+    @model_validator(mode="after")
+    def _final_point(self) -> EvaluationConfig:
+        if "after" not in self.points:
+            raise ValueError('points must contain "after": the final scores are those after aggregation')
+        return self
+
+
+class RunConfig(Section):
+    """Everything that determines a run."""
+
+    method: str = Field("fedalt", description="name in the method registry")
+    seed: int = Field(42, ge=0, description="seed of everything random (paper code: 42)")
+    out: str | None = Field(None, description="run folder; runs/<method>-<source>-seed<seed> when not given")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    training: TrainingConfig = TrainingConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out or f"runs/{self.method}-{Path(self.data.source).name}-seed{self.seed}")
+
+
+def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
+    """Read a YAML file, apply ``(dotted key, value)`` overrides on top, and validate.
+
+    Raises:
+        UserError: The file is missing or no YAML mapping, a key is unknown, or a value is not allowed.
+    """
+    values = _read_yaml(path) if path else {}
+    for key, value in overrides:
+        _assign(values, key, value)
+    return parse_config(values, str(path) if path else "settings")
+
+
+def parse_config(values: dict[str, Any], where: str) -> RunConfig:
+    """Validate a nested mapping; every problem becomes one line naming its key."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Turn ``key.path=value`` into a key and a YAML value."""
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise UserError(f"--set {text}: write key.path=value, for example --set lora.r=4")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: the value is not valid YAML") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a configuration is a mapping of keys to values, found {type(values).__name__}")
+    return values
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f'"{dotted}": "{parent}" is a value, not a section')
+        values = child
+    values[last] = value
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        hint = did_you_mean(location[-1], known)
+        return f'unknown key "{key}"{hint or "; known here: " + ", ".join(known)}'
+    message = error["msg"].removeprefix("Value error, ")
+    return f'"{key}" = {error["input"]!r}: {message}' if key else message
+
+
+def _keys_at(path: Iterable[str]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,16 @@
+"""The one exception that means "your input is wrong": a clear line for the user, exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """What was wrong, where, and what is allowed; printed as one line, without a traceback."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``' (did you mean "x"?)'`` for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f' (did you mean "{close[0]}"?)' if close else ""
