@@ -1,0 +1,1 @@
+"""Rows: where they come from, prompts, tokens, batches."""

@@ -1,0 +1,124 @@
+"""Federations in a folder: one training and one test file per client, in the layout of the FedALT README.
+
+    DIR/train/local_training_{i}.json     or  DIR/local_training_{i}.json
+    DIR/test/local_testing_{i}.jsonl
+    DIR/validation/local_validation_{i}.jsonl          optional, for all clients or none
+
+Every file may be a JSON list or JSON lines, whatever its ending.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedalt.data.rows import FIELDS, ClientData, Federation, Row
+from fedalt.errors import UserError, did_you_mean
+
+_REQUIRED = FIELDS[:2]
+
+
+def read_folder(folder: Path) -> Federation:
+    """Read every client's rows.
+
+    Raises:
+        UserError: No such folder, no training files, a client index twice or missing, a client without a test file,
+            an empty file, broken JSON, or a row that is not a mapping of strings with ``instruction`` and ``output``.
+    """
+    if not folder.is_dir():
+        raise UserError(f"data.source: {folder} is no folder; give a folder of client files, or tinyworld")
+    inside = folder / "train"
+    train = _by_client(inside if inside.is_dir() else folder, "local_training")
+    if not train:
+        raise UserError(f"{folder}: no training rows; expected train/local_training_0.json, …_1.json and so on")
+    _check_indices(train, folder)
+    test = _by_client(folder / "test", "local_testing")
+    validation = _by_client(folder / "validation", "local_validation")
+    for name, files in (
+        ("test/local_testing", test),
+        ("validation/local_validation", validation if validation else test),
+    ):
+        missing = next((client for client in train if client not in files), None)
+        if missing is not None:
+            raise UserError(f"client {missing}: {folder}/{name}_{missing}.jsonl is missing")
+    clients = {
+        client: ClientData(
+            train=read_rows(path),
+            validation=read_rows(validation[client]) if validation else (),
+            test=read_rows(test[client]),
+        )
+        for client, path in train.items()
+    }
+    return Federation(clients, str(folder))
+
+
+def read_rows(path: Path) -> tuple[Row, ...]:
+    """Read one file of rows."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    rows = tuple(_row(value, where) for where, value in _values(text, path))
+    if not rows:
+        raise UserError(f"{path}: no rows; every client needs at least one")
+    return rows
+
+
+def _by_client(folder: Path, stem: str) -> dict[int, Path]:
+    found: dict[int, Path] = {}
+    for path in sorted(folder.glob(f"{stem}_*.json*")):
+        match = re.fullmatch(rf"{stem}_(\d+)\.jsonl?", path.name)
+        if not match:
+            raise UserError(f"{path}: not a client file; names are {stem}_<number>.json or .jsonl")
+        client = int(match[1])
+        if client in found:
+            raise UserError(f"client {client} twice: {found[client]} and {path}")
+        found[client] = path
+    return dict(sorted(found.items()))
+
+
+def _check_indices(files: dict[int, Path], folder: Path) -> None:
+    missing = sorted(set(range(max(files) + 1)) - set(files))
+    if missing:
+        names = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
+        raise UserError(
+            f"{folder}: client {names} is missing; indices run from 0 without gaps, and there is a client {max(files)}"
+        )
+
+
+def _values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    if text.lstrip().startswith("["):
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from None
+        yield from ((f"{path}: row {i}", value) for i, value in enumerate(values))
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: broken JSON ({error.msg})") from None
+
+
+def _row(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a row is a mapping with {' and '.join(_REQUIRED)}, found {type(value).__name__}")
+    for name in _REQUIRED:
+        if name not in value:
+            raise UserError(
+                f'{where}: no "{name}"{did_you_mean(name, value)}; the row has: {", ".join(value) or "nothing"}'
+            )
+    for name in FIELDS:
+        if not isinstance(value.get(name, ""), str):
+            raise UserError(f'{where}: "{name}" is {type(value[name]).__name__}, expected text')
+    for name in _REQUIRED:
+        if not value[name].strip():
+            raise UserError(f'{where}: "{name}" is empty')
+    return Row(**{name: value.get(name, "") for name in FIELDS})

@@ -1,0 +1,63 @@
+"""The one entrance for rows: a configuration in, a federation out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fedalt.config import DataConfig
+from fedalt.data.folder import read_folder
+from fedalt.data.rows import ClientData, Federation
+from fedalt.errors import UserError
+from fedalt.seeding import rng
+
+TINYWORLD = "tinyworld"
+
+
+def load_federation(config: DataConfig, seed: int) -> Federation:
+    """Read or generate the rows of every client, hold out validation rows, apply limits.
+
+    Raises:
+        UserError: The source is missing or broken, has fewer clients than asked for, or too few rows to hold out.
+    """
+    federation = _read(config)
+    clients = dict(list(federation.clients.items())[: config.clients])
+    if config.clients and len(clients) < config.clients:
+        raise UserError(f"data.clients: {config.clients} clients asked for, {config.source} has {len(clients)}")
+    return replace(federation, clients={c: _limit(_hold_out(c, d, config, seed), config) for c, d in clients.items()})
+
+
+def _read(config: DataConfig) -> Federation:
+    if config.source == TINYWORLD and not Path(TINYWORLD).is_dir():
+        from fedalt.data.tinyworld import generate
+
+        return generate(seed=config.tinyworld.seed, clash=config.tinyworld.clash)
+    return read_folder(Path(config.source).expanduser())
+
+
+def _hold_out(client: int, data: ClientData, config: DataConfig, seed: int) -> ClientData:
+    count = config.validation_rows
+    if count == 0 or data.validation:
+        return data
+    if count >= len(data.train):
+        raise UserError(
+            f"data.validation_rows: {count} rows asked for, but client {client} has {len(data.train)} training rows"
+        )
+    order = torch.randperm(len(data.train), generator=rng(seed, "validation", client)).tolist()
+    held = set(order[:count])
+    return replace(
+        data,
+        train=tuple(row for i, row in enumerate(data.train) if i not in held),
+        validation=tuple(data.train[i] for i in sorted(held)),
+    )
+
+
+def _limit(data: ClientData, config: DataConfig) -> ClientData:
+    return replace(
+        data,
+        train=data.train[: config.train_limit],
+        validation=data.validation[: config.test_limit],
+        test=data.test[: config.test_limit],
+    )
