@@ -1,0 +1,1 @@
+"""The frozen base, the adapted layer, adapter state, PEFT files."""

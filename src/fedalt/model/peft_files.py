@@ -1,0 +1,103 @@
+"""Adapters as ordinary PEFT LoRA folders, and the mixer beside them.
+
+individual/{adapter_config.json, adapter_model.safetensors}     loads with PEFT
+row/{adapter_config.json, adapter_model.safetensors}            loads with PEFT
+mixer.safetensors                                               base_model.model.<module>.mixer.weight [m, d_in]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedalt.errors import UserError
+from fedalt.files import read_json, write_bytes, write_json
+from fedalt.names import MIXER, A, B, G, Key, Tensors
+
+_PREFIX = "base_model.model."
+_FACTORS = {A: ".lora_A.weight", B: ".lora_B.weight"}
+_MIXER = ".mixer.weight"
+WEIGHTS = "adapter_model.safetensors"
+MIXER_FILE = "mixer.safetensors"
+
+
+@dataclass(frozen=True)
+class LoraFolder:
+    """What PEFT must be told about a LoRA.
+
+    Attributes:
+        base: Folder or hub name of the base model.
+        r: Rank.
+        alpha: LoRA numerator, so that the scale is alpha/r.
+        dropout: Dropout in training.
+        fan_in_fan_out: Whether the base layers are GPT-2's Conv1D.
+    """
+
+    base: str
+    r: int
+    alpha: float
+    dropout: float
+    fan_in_fan_out: bool
+
+
+def write_lora(folder: Path, tensors: Tensors, slot: str, lora: LoraFolder) -> None:
+    """Write one slot as a PEFT LoRA folder."""
+    from peft import LoraConfig
+
+    keys = [key for key in tensors if key.slot == slot]
+    named = {f"{_PREFIX}{key.module}{_FACTORS[key.factor]}": tensors[key].contiguous() for key in keys}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=lora.base,
+        r=lora.r,
+        lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=sorted({key.module for key in keys}),
+        fan_in_fan_out=lora.fan_in_fan_out,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    path = folder / "adapter_config.json"
+    about = read_json(path)
+    write_json(path, about | {"target_modules": sorted(about["target_modules"])})  # PEFT writes a set, in any order
+    write_bytes(folder / WEIGHTS, save(named, metadata={"format": "pt"}))
+
+
+def write_mixer(folder: Path, tensors: Tensors) -> None:
+    """Write every layer's mixer G in one file."""
+    named = {f"{_PREFIX}{k.module}{_MIXER}": v.contiguous() for k, v in tensors.items() if k.slot == MIXER}
+    write_bytes(folder / MIXER_FILE, save(named, metadata={"format": "pt"}))
+
+
+def read_folder(folder: Path, slots: Sequence[str], mixed: bool) -> dict[Key, Tensor]:
+    """Read the LoRA folders of some slots, and the mixer.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
+    tensors: dict[Key, Tensor] = {}
+    for slot in slots:
+        for name, value in _load(folder / slot / WEIGHTS).items():
+            factor = next((f for f, ending in _FACTORS.items() if name.endswith(ending)), None)
+            if factor is None:
+                raise UserError(f"{folder / slot / WEIGHTS}: unknown tensor {name}")
+            tensors[Key(name.removeprefix(_PREFIX).removesuffix(_FACTORS[factor]), slot, factor)] = value
+    if mixed:
+        for name, value in _load(folder / MIXER_FILE).items():
+            tensors[Key(name.removeprefix(_PREFIX).removesuffix(_MIXER), MIXER, G)] = value
+    return tensors
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path}: missing")
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise UserError(f"{path}: damaged ({error})") from None

@@ -1,0 +1,113 @@
+"""One client's adapter tensors: their shapes, their start values, stacking and unstacking, safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from fedalt.files import write_bytes
+from fedalt.names import MIXER, A, B, G, Key, Tensors
+from fedalt.seeding import rng
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """All that a client keeps between rounds. Private unless its method uploads it.
+
+    Attributes:
+        client: Client id.
+        round: Last round in which the client took part, counted from 1; 0 before the first.
+        tensors: Its adapters and mixer, fp32 on the CPU.
+        sent: Exactly what the server last received from it, or nothing yet; what it subtracts from a mean.
+    """
+
+    client: int
+    round: int
+    tensors: Tensors
+    sent: Tensors | None = None
+
+    def with_tensors(self, changes: Tensors) -> ClientState:
+        """The same state with some tensors replaced."""
+        return replace(self, tensors={**self.tensors, **changes})
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Rank and mixer of the adapters of one run.
+
+    Attributes:
+        slots: Slot names in the order of the mixer's rows.
+        mixed: Whether each layer has a softmax mixer G ``[m, d_in]``.
+        r: Rank of every slot.
+        layers: Module path → (d_in, d_out).
+    """
+
+    slots: tuple[str, ...]
+    mixed: bool
+    r: int
+    layers: Mapping[str, tuple[int, int]]
+
+    def size(self, keys: Sequence[Key] | None = None) -> int:
+        """Number of parameters behind some keys, or behind all."""
+        shapes = self.shapes()
+        return sum(shapes[key][0] * shapes[key][1] for key in (shapes if keys is None else keys))
+
+    def shapes(self) -> dict[Key, tuple[int, int]]:
+        """Every key of a client and its shape."""
+        shapes: dict[Key, tuple[int, int]] = {}
+        for path, (d_in, d_out) in self.layers.items():
+            for slot in self.slots:
+                shapes[Key(path, slot, A)] = (self.r, d_in)
+                shapes[Key(path, slot, B)] = (d_out, self.r)
+            if self.mixed:
+                shapes[Key(path, MIXER, G)] = (len(self.slots), d_in)
+        return shapes
+
+
+def initial_state(
+    shape: AdapterShape,
+    client: int,
+    seed: int,
+    init: Literal["shared", "code_like", "per_client"],
+    mixer_init: Literal["kaiming", "zeros"],
+    frozen: Sequence[str] = (),
+) -> ClientState:
+    """Start values: A and G kaiming-uniform, that is U(−1/√d_in, 1/√d_in), and B zero, as in PEFT and the paper's code.
+
+    ``shared`` gives every client the same A and G; ``code_like`` is what the official code does by a side effect of
+    its seeding (client 0 differs, all others are equal); ``per_client`` gives everybody its own, which makes factor
+    means nearly orthogonal to every client's A. Frozen slots (the row) start at zero: nobody has uploaded yet.
+    """
+    group = {"shared": 0, "code_like": min(client, 1), "per_client": client}[init]
+    tensors = {}
+    for key, (rows, columns) in shape.shapes().items():
+        zero = key.factor == B or key.slot in frozen or (key.slot == MIXER and mixer_init == "zeros")
+        draw = torch.rand(rows, columns, generator=rng(seed, "init", group, str(key)))
+        tensors[key] = torch.zeros(rows, columns) if zero else (2 * draw - 1) / columns**0.5
+    return ClientState(client, 0, tensors)
+
+
+def save_state(state: ClientState, path: Path) -> None:
+    """Write a state as one safetensors file, atomically."""
+    tensors = {f"own.{key}": value.contiguous() for key, value in state.tensors.items()}
+    tensors |= {f"sent.{key}": value.clone() for key, value in (state.sent or {}).items()}
+    header = {"client": state.client, "round": state.round, "has_sent": state.sent is not None}
+    write_bytes(path, save(tensors, metadata={"fedalt": json.dumps(header)}))
+
+
+def load_state(path: Path) -> ClientState:
+    """Read what ``save_state`` wrote."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["fedalt"])
+        parts: dict[str, dict[Key, torch.Tensor]] = {"own": {}, "sent": {}}
+        for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            part, key = name.split(".", 1)
+            parts[part][Key.parse(key)] = file.get_tensor(name)
+    return ClientState(header["client"], header["round"], parts["own"], parts["sent"] if header["has_sent"] else None)

@@ -1,0 +1,56 @@
+"""Which linear layers get adapters: an alias list by architecture, or names the user gives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import nn
+
+from fedalt.errors import UserError, did_you_mean
+
+ALIASES = (
+    ("q_proj", "v_proj"),  # Llama, Qwen, Mistral, Gemma, OPT, ViT since transformers 5
+    ("query_key_value",),  # Bloom, GPT-NeoX, Falcon: one fused layer
+    ("c_attn",),  # GPT-2: one fused Conv1D
+    ("qkv_proj",),  # Phi-3: one fused layer
+    ("query", "value"),  # BERT family
+    ("q_lin", "v_lin"),  # DistilBERT
+)
+"""Attention projections, by name; the first set of which every name occurs in the model is taken."""
+
+
+def find_targets(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Full paths of the layers to adapt, in model order.
+
+    Args:
+        model: The base model.
+        names: Last parts of module paths (``q_proj``) or full paths; ``None`` looks the architecture up.
+
+    Raises:
+        UserError: A name matches no linear layer, or the architecture is unknown; candidates are named.
+    """
+    linear = [path for path, module in model.named_modules() if is_linear(module)]
+    endings = Counter(path.rsplit(".", 1)[-1] for path in linear)
+    if names is None:
+        names = next((alias for alias in ALIASES if all(name in endings for name in alias)), None)
+        if names is None:
+            raise UserError(f"lora.targets: {type(model).__name__} is not in the alias list; {_candidates(endings)}")
+    for name in names:
+        if not any(_matches(path, name) for path in linear):
+            hint = did_you_mean(name, endings)
+            raise UserError(f'lora.targets: "{name}" matches no linear layer{hint}; {_candidates(endings)}')
+    return tuple(path for path in linear if any(_matches(path, name) for name in names))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether adapters can stand beside this module: ``nn.Linear`` and its quantised kin, GPT-2's ``Conv1D``."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _matches(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def _candidates(endings: Counter[str]) -> str:
+    return "linear layers here: " + ", ".join(f"{name} ({count})" for name, count in endings.items())
