@@ -1,0 +1,17 @@
+"""Local: every client alone."""
+
+from fedalt.methods.base import Method, Slot
+from fedalt.names import INDIVIDUAL
+
+
+class Local(Method):
+    """Every client trains its own LoRA on its own rows, as many epochs as in the federated runs, and shares nothing.
+
+    The optimiser and the learning-rate schedule restart every round, as in the federated methods, so that the only
+    difference is what comes from others.
+    """
+
+    name = "local"
+    title = "Local"
+    source = "baseline"
+    slots = (Slot(INDIVIDUAL, share=frozenset()),)
