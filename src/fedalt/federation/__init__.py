@@ -1,0 +1,1 @@
+"""A round: clients, server, participation, diagnostics."""

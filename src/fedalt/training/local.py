@@ -1,0 +1,70 @@
+"""Local training of a cohort: the adapters on the model take each client's own steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedalt.config import TrainingConfig
+from fedalt.data.batches import Plan, cohort_steps
+from fedalt.model.adapted import AdaptedModel
+from fedalt.training.loss import client_losses
+from fedalt.training.optimizer import StackedAdamW
+
+OnStep = Callable[[int, int], None]
+"""Called after every step of a cohort with (steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class TrainingStats:
+    """What local training of one client did.
+
+    Attributes:
+        loss: Mean over the client's steps of its mean cross-entropy per answer token, in nats.
+        steps: Optimiser steps.
+        tokens: Tokens read, prompts included.
+    """
+
+    loss: float
+    steps: int
+    tokens: int
+
+
+def train(
+    model: AdaptedModel,
+    plans: Sequence[Plan],
+    config: TrainingConfig,
+    pad: int,
+    on_step: OnStep = lambda done, total: None,
+) -> list[TrainingStats]:
+    """Train every client on the model for the steps of its plan; clients with fewer steps stop earlier, untouched.
+
+    The learning rate of a client falls linearly from ``lr`` to 0 over its own steps, as with the Hugging Face
+    Trainer that the official code starts anew every round.
+    """
+    optimizer = StackedAdamW(list(model.trainable.values()), config.weight_decay, config.max_grad_norm)
+    lengths = torch.tensor([len(plan.steps) for plan in plans], device=model.device)
+    totals = torch.zeros(len(plans), device=model.device)
+    steps = int(lengths.max())
+    model.train()
+    for step, batch in enumerate(cohort_steps(plans, pad)):
+        losses = client_losses(model, batch.to(model.device))
+        losses.sum().backward()
+        totals += losses.detach()
+        optimizer.step(learning_rates(config, step, lengths), active=step < lengths)
+        on_step(step + 1, steps)
+    model.train(False)
+    means = (totals / lengths).tolist()
+    return [TrainingStats(loss, len(plan.steps), _tokens(plan)) for loss, plan in zip(means, plans, strict=True)]
+
+
+def learning_rates(config: TrainingConfig, step: int, lengths: torch.Tensor) -> torch.Tensor:
+    """Each client's learning rate at its own step."""
+    decay = (1 - step / lengths).clamp(min=0) if config.schedule == "linear" else torch.ones(len(lengths))
+    return config.lr * decay.to(lengths.device)
+
+
+def _tokens(plan: Plan) -> int:
+    return sum(len(example) for rows in plan.steps for example in rows)
