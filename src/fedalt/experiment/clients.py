@@ -1,0 +1,84 @@
+"""A client's folder: its personal model, readable by PEFT and by twenty lines of plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedalt.errors import UserError
+from fedalt.experiment.folder import RunFolder
+from fedalt.experiment.prepare import Experiment
+from fedalt.files import new_folder, read_json, write_json
+from fedalt.model.base import Base
+from fedalt.model.layer import Placement
+from fedalt.model.peft_files import LoraFolder, read_folder, write_lora, write_mixer
+from fedalt.model.state import ClientState
+
+CONFIG = "fedalt_config.json"
+
+
+def write_client(path: Path, state: ClientState, experiment: Experiment, round_: int) -> None:
+    """Write a client's LoRAs as PEFT folders, its mixer, and ``fedalt_config.json``, whole or not at all."""
+    about = lora_folder(experiment)
+    with new_folder(path) as folder:
+        for slot in experiment.shape.slots:
+            write_lora(folder / slot, state.tensors, slot, about)
+        if experiment.shape.mixed:
+            write_mixer(folder, state.tensors)
+        write_json(folder / CONFIG, client_config(experiment, state, round_))
+
+
+def lora_folder(experiment: Experiment) -> LoraFolder:
+    """What PEFT is told about this run's LoRAs."""
+    lora, resident = experiment.config.lora, experiment.resident
+    conv = any(type(layer.base_layer).__name__ == "Conv1D" for layer in resident.model.layers.values())
+    return LoraFolder(resident.base.source, lora.r, lora.alpha, lora.dropout, conv)
+
+
+def client_config(experiment: Experiment, state: ClientState, round_: int) -> dict[str, Any]:
+    """What somebody without fedalt needs to know to use the folder."""
+    config, base = experiment.config, experiment.resident.base
+    return {
+        "method": experiment.method.name,
+        "client_id": state.client,
+        "round": round_,
+        "scale": experiment.settings.placement.scale,
+        "slots": list(experiment.shape.slots),
+        "mixer_order": list(experiment.shape.slots) if experiment.shape.mixed else None,
+        "r": config.lora.r,
+        "alpha": config.lora.alpha,
+        "template": config.data.template,
+        "base": {"name": config.model.name, "source": base.source, "sha256": base.sha256, "dtype": config.model.dtype},
+    }
+
+
+@dataclass(frozen=True)
+class PersonalModel:
+    """A client's adapters as read from its folder, and how they sit on the base."""
+
+    state: ClientState
+    placement: Placement
+    template: str
+
+
+def read_client(run: RunFolder, client: int, base: Base) -> PersonalModel:
+    """Load a client's folder.
+
+    Raises:
+        UserError: No such client, a damaged folder, or adapters made for another base.
+    """
+    path = run.client(client)
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{run.path}: no client {client} here; known: {', '.join(map(str, client_ids(run))) or 'none'}")
+    about = read_json(path / CONFIG)
+    if about["base"]["sha256"] != base.sha256:
+        raise UserError(f"{path}: made for another base model ({about['base']['source']}); the weights differ")
+    mixed = about["mixer_order"] is not None
+    state = ClientState(about["client_id"], about["round"], read_folder(path, about["slots"], mixed))
+    return PersonalModel(state, Placement(tuple(about["slots"]), mixed, about["scale"], 0.0), about["template"])
+
+
+def client_ids(run: RunFolder) -> list[int]:
+    """Clients that have a folder in a run."""
+    return sorted(int(path.parent.name) for path in run.path.glob(f"clients/*/{CONFIG}"))

@@ -1,0 +1,48 @@
+"""events.jsonl: one line per event, the source of every table, plot and report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fedalt.files import disk_errors, write_json_lines
+
+Event = dict[str, Any]
+Sink = Callable[[Event], None]
+
+
+class EventLog:
+    """Appends events to a file and passes them on.
+
+    Args:
+        path: The file.
+        sink: Called with every event, for a progress bar for example.
+    """
+
+    def __init__(self, path: Path, sink: Sink = lambda event: None) -> None:
+        self.path = path
+        self.sink = sink
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Write one event."""
+        event = {"event": kind, **fields}
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
+        self.sink(event)
+
+    def truncate(self, last_round: int) -> None:
+        """Forget everything after a round, including a line that a kill cut short."""
+        write_json_lines(self.path, [e for e in read_events(self.path) if e.get("round", 0) <= last_round])
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """Events in order; a half-written last line is passed over."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return

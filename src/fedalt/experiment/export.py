@@ -1,0 +1,132 @@
+"""Taking one client's model away: its PEFT folders and mixer, or one static LoRA and what that costs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fedalt.config import RunConfig
+from fedalt.data.encode import ClientExamples, encode_federation
+from fedalt.data.load import load_federation
+from fedalt.errors import UserError
+from fedalt.evaluation.evaluate import evaluate
+from fedalt.experiment.clients import PersonalModel, read_client
+from fedalt.experiment.folder import finished_run
+from fedalt.experiment.prepare import Resident, load_resident
+from fedalt.files import disk_errors, new_folder
+from fedalt.model.peft_files import LoraFolder, write_lora
+from fedalt.model.state import ClientState
+from fedalt.names import MIXER, A, B, Key
+from fedalt.training.mixing import mixer_weights
+
+STATIC = "static"
+_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class StaticExport:
+    """What a static LoRA costs.
+
+    Attributes:
+        personal: Score of the personal model on the client's test rows.
+        static: Score of the static LoRA on the same rows.
+        alpha: Layer path → the fixed weight of the first slot.
+    """
+
+    personal: float
+    static: float
+    alpha: dict[str, float]
+
+
+def export_folders(run: Path, client: int, to: Path) -> None:
+    """Copy a client's PEFT folders, mixer and configuration.
+
+    Raises:
+        UserError: No finished run, no such client, or ``to`` is not empty.
+    """
+    folder, _ = finished_run(run)
+    source = folder.client(client)
+    if not source.is_dir():
+        raise UserError(f"{run}: no client {client} here")
+    _check_free(to)
+    with disk_errors(to):
+        shutil.copytree(source, to, dirs_exist_ok=True)
+
+
+def export_static(run: Path, client: int, to: Path) -> StaticExport:
+    """Write one ordinary LoRA of rank m·r with the mixer frozen at its mean over training prompts.
+
+        A = [A_1; …; A_m],   B = [ᾱ_1 B_1, …, ᾱ_m B_m],   alpha·m over rank m·r keeps the scale
+
+    The mixer depends on the input and cannot be merged exactly, so the test rows are scored both ways.
+
+    Raises:
+        UserError: As ``export_folders``; or the run's rows are not where they were.
+    """
+    folder, config = finished_run(run)
+    _check_free(to)
+    resident = load_resident(config)
+    personal = read_client(folder, client, resident.base)
+    examples = _examples(config, resident, client)
+    alpha = _mean_weights(personal, resident, examples) if personal.placement.mixed else {}
+    static = freeze_mixer(personal.state, personal.placement.slots, alpha)
+    rank = next(value.shape[0] for key, value in static.tensors.items() if key.factor == A)
+    scale = personal.placement.scale
+    conv = any(type(layer.base_layer).__name__ == "Conv1D" for layer in resident.model.layers.values())
+    with new_folder(to) as temporary:
+        write_lora(temporary, static.tensors, STATIC, LoraFolder(resident.base.source, rank, scale * rank, 0.0, conv))
+    scores = [
+        _score(config, resident, examples, replace(personal, state=state, placement=placement))
+        for state, placement in (
+            (personal.state, personal.placement),
+            (static, replace(personal.placement, slots=(STATIC,), mixed=False)),
+        )
+    ]
+    return StaticExport(scores[0], scores[1], {path: weights[0] for path, weights in alpha.items()})
+
+
+def freeze_mixer(state: ClientState, slots: tuple[str, ...], alpha: dict[str, list[float]]) -> ClientState:
+    """One slot that equals all slots at fixed weights; without weights the slots are added up."""
+    tensors = {}
+    for path in dict.fromkeys(key.module for key in state.tensors if key.slot != MIXER):
+        weights = alpha.get(path, [1.0] * len(slots))
+        tensors[Key(path, STATIC, A)] = torch.cat([state.tensors[Key(path, slot, A)] for slot in slots])
+        scaled = [w * state.tensors[Key(path, slot, B)] for slot, w in zip(slots, weights, strict=True)]
+        tensors[Key(path, STATIC, B)] = torch.cat(scaled, dim=1)
+    return replace(state, tensors=tensors)
+
+
+def _mean_weights(personal: PersonalModel, resident: Resident, examples: ClientExamples) -> dict[str, list[float]]:
+    resident.model.load([personal.state], personal.placement)
+    prompts = [example.prompt for example in examples.train[:_PROMPTS]]
+    weights = mixer_weights(resident.model, [prompts], resident.base.tokenizer.pad_token_id)
+    by_slot = [weights.means(slot, 1)[0] for slot in range(len(personal.placement.slots))]
+    return {path: [means[i] for means in by_slot] for i, path in enumerate(weights.layers)}
+
+
+def _examples(config: RunConfig, resident: Resident, client: int) -> ClientExamples:
+    federation = load_federation(config.data, config.seed)
+    if client not in federation.clients:
+        raise UserError(f"{federation.source}: no rows for client {client}")
+    mine = replace(federation, clients={client: federation.clients[client]})
+    return encode_federation(mine, resident.base.tokenizer, config.data)[client]
+
+
+def _score(config: RunConfig, resident: Resident, examples: ClientExamples, personal: PersonalModel) -> float:
+    (scored,) = evaluate(
+        resident.model,
+        resident.base.tokenizer,
+        [personal.state],
+        {personal.state.client: examples.test},
+        personal.placement,
+        config.evaluation,
+    )
+    return float(scored.scores[config.evaluation.metric])
+
+
+def _check_free(to: Path) -> None:
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to}: exists and is not an empty folder; choose another --to")

@@ -1,0 +1,118 @@
+"""From a configuration to everything a run needs, with every check that can be made before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from fedalt.config import RunConfig
+from fedalt.data.encode import ClientExamples, encode_federation
+from fedalt.data.load import load_federation
+from fedalt.data.rows import Federation, Row
+from fedalt.federation.client import RoundSettings
+from fedalt.methods.base import Method
+from fedalt.methods.registry import get_method
+from fedalt.model.adapted import AdaptedModel
+from fedalt.model.base import Base, load_base
+from fedalt.model.layer import Placement
+from fedalt.model.state import AdapterShape
+
+
+@dataclass(frozen=True)
+class Resident:
+    """The one base model in memory, wrapped for adapters; runs of several methods share it."""
+
+    base: Base
+    model: AdaptedModel
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run that can start.
+
+    Attributes:
+        config: Its configuration.
+        federation: Rows of every client.
+        examples: The same in tokens.
+        resident: The base model.
+        method: The method, for this number of clients.
+        shape: Shapes of one client's adapters.
+        settings: What ``client_round`` needs besides states.
+        notes: What the user should know: skipped rows, a federation of two.
+    """
+
+    config: RunConfig
+    federation: Federation
+    examples: dict[int, ClientExamples]
+    resident: Resident
+    method: Method
+    shape: AdapterShape
+    settings: RoundSettings
+    notes: tuple[str, ...]
+
+    @property
+    def rows_digest(self) -> str:
+        """Fingerprint of all rows and of who has them."""
+        return hashlib.sha256(json.dumps(partition(self.federation)["clients"]).encode()).hexdigest()
+
+
+def load_resident(config: RunConfig) -> Resident:
+    """Load the base model and wrap its targets.
+
+    Raises:
+        UserError: See ``load_base`` and ``find_targets``.
+    """
+    base = load_base(config.model)
+    return Resident(base, AdaptedModel(base.model, config.lora.targets, config.model.gradient_checkpointing))
+
+
+def prepare(config: RunConfig, resident: Resident | None = None) -> Experiment:
+    """Check the method, read the rows, load the base, tokenise.
+
+    Raises:
+        UserError: Anything that is wrong with the settings, the rows or the model.
+    """
+    method_class = get_method(config.method)
+    federation = load_federation(config.data, config.seed)
+    resident = resident or load_resident(config)
+    examples = encode_federation(federation, resident.base.tokenizer, config.data)
+    method = method_class(len(federation.clients))
+    shape = method.shape(config.lora.r, resident.model.layer_sizes)
+    placement = Placement(shape.slots, shape.mixed, config.lora.alpha / config.lora.r, config.lora.dropout)
+    settings = RoundSettings(method, placement, config.training, resident.base.tokenizer.pad_token_id)
+    notes = _notes(config, federation, examples, method)
+    return Experiment(config, federation, examples, resident, method, shape, settings, notes)
+
+
+def partition(federation: Federation) -> dict[str, Any]:
+    """Which row went to which client: a digest of every row, by client and split, in order."""
+    splits = ("train", "validation", "test")
+    clients = {
+        str(client): {split: [row_digest(row) for row in getattr(data, split)] for split in splits}
+        for client, data in federation.clients.items()
+    }
+    return {"source": federation.source, "digest": "sha256(instruction, NUL, output)[:12]", "clients": clients}
+
+
+def row_digest(row: Row) -> str:
+    """Twelve hexadecimal digits that identify a row by its content."""
+    return hashlib.sha256(f"{row.instruction}\0{row.output}".encode()).hexdigest()[:12]
+
+
+def _notes(
+    config: RunConfig, federation: Federation, examples: dict[int, ClientExamples], method: Method
+) -> tuple[str, ...]:
+    notes = list(federation.notes)
+    for client, mine in examples.items():
+        skipped = ", ".join(f"{count} {split}" for split, count in mine.skipped.items() if count)
+        if skipped:
+            notes.append(
+                f"client {client}: {skipped} rows skipped, their prompt fills data.cutoff={config.data.cutoff}"
+            )
+    if method.leave_one_out and len(federation.clients) == 2:
+        notes.append("two clients: each one's row LoRA is the other client's individual LoRA, nothing is hidden")
+    if method.leave_one_out and len(federation.clients) == 1:
+        notes.append("one client: there is no rest of the world, so the mixer is bypassed and this equals local")
+    return tuple(notes)

@@ -1,0 +1,47 @@
+"""Scores of a finished run again, from the saved adapters, on its own test rows or on others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedalt.data.encode import encode_federation
+from fedalt.data.load import load_federation
+from fedalt.errors import UserError
+from fedalt.evaluation.evaluate import Evaluation, evaluate
+from fedalt.experiment.clients import client_ids, read_client
+from fedalt.experiment.folder import finished_run
+from fedalt.experiment.prepare import load_resident
+
+
+def rescore(path: Path, client: int | None = None, data: str | None = None) -> dict[int, Evaluation]:
+    """Score the clients of a run from their folders.
+
+    Args:
+        path: Run folder.
+        client: Only this client; all when not given.
+        data: Other rows in place of the run's own.
+
+    Raises:
+        UserError: No finished run, no such client, rows or base missing.
+    """
+    folder, config = finished_run(path)
+    if data is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"source": data, "clients": None})})
+    clients = client_ids(folder) if client is None else [client]
+    federation = load_federation(config.data, config.seed)
+    resident = load_resident(config)
+    personal = [read_client(folder, c, resident.base) for c in clients]
+    missing = [c for c in clients if c not in federation.clients]
+    if missing:
+        raise UserError(f"{federation.source}: no rows for client {missing[0]}; it has clients {list(federation.ids)}")
+    examples = encode_federation(federation, resident.base.tokenizer, config.data)
+    rows = {c: examples[c].test for c in clients}
+    scored = evaluate(
+        resident.model,
+        resident.base.tokenizer,
+        [p.state for p in personal],
+        rows,
+        personal[0].placement,
+        config.evaluation,
+    )
+    return {evaluation.client: evaluation for evaluation in scored}
