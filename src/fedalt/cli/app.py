@@ -1,0 +1,219 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedalt.cli import show
+from fedalt.cli.options import settings
+from fedalt.config import RunConfig, load_config
+from fedalt.errors import UserError
+from fedalt.experiment.folder import IfExists
+
+app = typer.Typer(
+    name="fedalt",
+    help="Personalised federated fine-tuning of language models with LoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
+Client = Annotated[int, typer.Option("--client", help="client id")]
+
+
+@app.command()
+@settings()
+def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
+    """Train one method, score every client, save every client's model."""
+    from fedalt.experiment.engine import run as train
+    from fedalt.experiment.folder import check_folder, claim_folder
+    from fedalt.experiment.prepare import prepare
+    from fedalt.report.html import write_report
+
+    check_folder(config.folder, if_exists)
+    experiment = prepare(config)
+    folder = claim_folder(config.folder, if_exists)
+    with show.live(config.federation.rounds) as sink:
+        scores = train(experiment, folder, sink)
+    write_report(folder)
+    if as_json:
+        _print_json({"run": str(folder.path), "report": str(folder.report), **scores})
+        return
+    show.out.print(show.run_table(scores, _tasks(experiment.federation)))
+    _paths(report=folder.report, run=folder.path)
+
+
+@app.command()
+@settings("method", "seed")
+def compare(
+    config: RunConfig,
+    if_exists: IfExists,
+    methods: Annotated[
+        str, typer.Option(help="names, separated by commas (default: local,fedit,fedalt)", show_default=False)
+    ] = "local,fedit,fedalt",
+    seeds: Annotated[
+        str | None, typer.Option(help="numbers, separated by commas (default: the settings' seed)")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train several methods on the same rows with one base in memory, and put them side by side."""
+    from fedalt.experiment.compare import compare as train
+    from fedalt.report.html import write_comparison_report, write_report
+
+    out = Path(config.out or "runs/comparison")
+    with show.live(config.federation.rounds) as sink:
+        comparison = train(config, _names(methods), _numbers(seeds) or [config.seed], out, if_exists, sink)
+    for folder in (Path(path) for block in comparison["methods"].values() for path in block["runs"]):
+        write_report(_folder(folder))
+    report = write_comparison_report(out, comparison)
+    if as_json:
+        _print_json({"out": str(out), "report": str(report), **comparison})
+        return
+    show.out.print(show.compare_table(comparison))
+    _paths(report=report, **{name: Path(block["runs"][0]) for name, block in comparison["methods"].items()})
+    last = list(comparison["methods"].values())[-1]["runs"][0]
+    show.out.print(f"talk to client 3: [bold]fedalt generate {last} --client 3[/]", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    client: Annotated[int | None, typer.Option("--client", help="only this client")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="other rows than the run's own")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a run's saved adapters again."""
+    from fedalt.experiment.rescore import rescore
+
+    scored = rescore(run, client, data)
+    scores = {str(c): evaluation.scores for c, evaluation in scored.items()}
+    if as_json:
+        _print_json({"run": str(run), "clients": scores})
+        return
+    block = {"method": run.name, "last": {"round": "the last", "clients": scores}, "best_validation": None}
+    show.out.print(show.run_table(block, {c: _category(s) for c, s in scores.items()}))
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    client: Client,
+    prompt: Annotated[str | None, typer.Argument(help="an instruction; a chat loop when not given")] = None,
+    show_alpha: Annotated[bool, typer.Option("--show-alpha", help="shade each token by the mixer's weights")] = False,
+) -> None:
+    """Answer as one client's model."""
+    from fedalt.experiment.chat import Chat
+
+    chat = Chat(run, client)
+    if show_alpha and not chat.placement.mixed:
+        raise UserError(f"{run}: --show-alpha needs a mixer, and this method has none")
+    for instruction in [prompt] if prompt is not None else _ask(client):
+        answer = chat.ask(instruction)
+        show.out.print(answer.text, markup=False, highlight=False, soft_wrap=True)
+        if show_alpha:
+            show.out.print(show.alpha_line(answer.alpha, answer.slots[0]), soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    client: Client,
+    to: Annotated[Path, typer.Option("--to", help="new folder")],
+    static: Annotated[
+        bool, typer.Option("--static", help="one LoRA with the mixer frozen, and what that costs")
+    ] = False,
+) -> None:
+    """Take one client's model away: PEFT folders and mixer, or one static LoRA."""
+    from fedalt.experiment.export import export_folders, export_static
+
+    if not static:
+        export_folders(run, client, to)
+        show.out.print(f"wrote {to}", soft_wrap=True, highlight=False)
+        return
+    cost = export_static(run, client, to)
+    show.out.print(f"wrote {to}", soft_wrap=True, highlight=False)
+    show.out.print(
+        f"client {client}, own test rows: personal {cost.personal:.1f}, static {cost.static:.1f} "
+        f"({cost.static - cost.personal:+.1f})"
+    )
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Rebuild report.html from events.jsonl."""
+    from fedalt.report.html import write_report
+
+    show.out.print(f"wrote {write_report(_folder(run))}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def validate(
+    config_file: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="settings")], as_json: Json = False
+) -> None:
+    """Check everything that can be checked before the first step, and estimate memory and time."""
+    from fedalt.experiment.estimate import estimate, row_table
+    from fedalt.experiment.prepare import prepare
+
+    experiment = prepare(load_config(config_file))
+    rows, cost = row_table(experiment), estimate(experiment)
+    if as_json:
+        _print_json({"config": str(config_file), "clients": rows, "notes": experiment.notes, "estimate": asdict(cost)})
+        return
+    show.out.print(show.row_table(rows))
+    for note in experiment.notes:
+        show.out.print(f"note: {note}", soft_wrap=True, highlight=False)
+    show.out.print(show.estimate_lines(cost, experiment.config.federation.rounds), highlight=False)
+
+
+def _folder(path: Path) -> Any:
+    from fedalt.experiment.folder import open_run
+
+    return open_run(path)[0]
+
+
+def _tasks(federation: Any) -> dict[str, str]:
+    return {str(client): data.train[0].task for client, data in federation.clients.items()}
+
+
+def _category(scores: dict[str, Any]) -> str:
+    return ", ".join(scores["categories"])
+
+
+def _ask(client: int) -> Any:
+    show.err.print(f"[dim]client {client}; an empty line or Ctrl-D ends[/]")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in _names(text or "")]
+    except ValueError:
+        raise UserError(f"--seeds {text}: numbers separated by commas, for example 0,1,2") from None
+
+
+def _paths(**paths: Path) -> None:
+    for name, path in paths.items():
+        show.out.print(f"{name:<8} {path}", soft_wrap=True, highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,189 @@
+"""What a person sees: a live progress bar, tables, one-line errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedalt.evaluation.metrics import METRICS
+from fedalt.experiment.estimate import Estimate
+
+out = Console()
+err = Console(stderr=True)
+
+_LABELS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "exact_match": "exact match"}
+
+
+def complain(message: str) -> None:
+    """Print an error on stderr, one line per problem, never wrapped."""
+    for line in message.splitlines():
+        err.print(f"[bold red]error:[/] {_plain(line)}", soft_wrap=True, highlight=False)
+
+
+class Live:
+    """Turns events into a progress bar on stderr."""
+
+    def __init__(self, progress: Progress, rounds: int) -> None:
+        self.progress = progress
+        self.rounds = rounds
+        self.label = ""
+        self.loss = ""
+        self.task: TaskID | None = None
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Show one event."""
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if handler:
+            handler(event)
+
+    def _on_member(self, event: Mapping[str, Any]) -> None:
+        self.label = f"{event['method']} seed {event['seed']}"
+
+    def _on_run_started(self, event: Mapping[str, Any]) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=self.rounds)
+        self.loss = ""
+        label = self.label or event["method"]
+        self.task = self.progress.add_task(label, total=self.rounds, completed=event["round"], state="")
+
+    _on_run_resumed = _on_run_started
+
+    def _on_step(self, event: Mapping[str, Any]) -> None:
+        done = event["round"] - 1 + 0.95 * event["done"] / event["total"]
+        self._update(done, f"round {event['round']}/{self.rounds}{self.loss}")
+
+    def _on_round(self, event: Mapping[str, Any]) -> None:
+        self.loss = f", loss {event['loss']:.3f}"
+        self._update(event["round"] - 0.05, f"round {event['round']}/{self.rounds}{self.loss}")
+
+    def _on_evaluated(self, event: Mapping[str, Any]) -> None:
+        self._update(event["round"], f"scored in {event['seconds']:.0f} s{self.loss}")
+
+    def _on_run_finished(self, event: Mapping[str, Any]) -> None:
+        self._update(self.rounds, f"mean {event['mean']:.1f}, worst {event['worst']:.1f}")
+
+    def _on_client_failed(self, event: Mapping[str, Any]) -> None:
+        self.progress.console.print(
+            f"[yellow]client {event['client']} set aside in round {event['round']}:[/] {_plain(event['reason'])}"
+        )
+
+    def _on_note(self, event: Mapping[str, Any]) -> None:
+        self.progress.console.print(f"[dim]note: {_plain(event['text'])}[/]", soft_wrap=True)
+
+    def _update(self, completed: float, state: str) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=completed, state=state)
+
+
+@contextmanager
+def live(rounds: int) -> Iterator[Live]:
+    """A progress bar for the enclosed run or runs."""
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=30),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    with Progress(*columns, console=err) as progress:
+        yield Live(progress, rounds)
+
+
+def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
+    """Final scores of one run, a line per client."""
+    last, best = scores["last"], scores["best_validation"]
+    table = Table(title=f"{scores['method']}: test scores after round {last['round']}", title_justify="left")
+    table.add_column("client")
+    table.add_column("task")
+    for name in METRICS:
+        table.add_column(_LABELS[name], justify="right")
+    for client, values in last["clients"].items():
+        table.add_row(client, tasks.get(client, ""), *(f"{values[name]:.1f}" for name in METRICS))
+    table.add_section()
+    count = len(last["clients"])
+    means = [sum(v[name] for v in last["clients"].values()) / count for name in METRICS]
+    table.add_row("mean", "", *(f"{value:.1f}" for value in means), style="bold")
+    if best and best["round"] != last["round"]:
+        table.caption = (
+            f"best round on validation rows: {best['round']}, mean {_LABELS[scores['metric']]} {best['mean']:.1f}"
+        )
+    return table
+
+
+def compare_table(comparison: Mapping[str, Any]) -> Table:
+    """Client × method, with mean, worst client and gain over Local."""
+    from fedalt.methods.registry import METHODS
+
+    methods = comparison["methods"]
+    seeds = comparison["seeds"]
+    count = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    table = Table(
+        title=f"{_LABELS[comparison['metric']]} on each client's own test rows, {count}", title_justify="left"
+    )
+    table.add_column("client")
+    table.add_column("task")
+    for name in methods:
+        table.add_column(METHODS[name].title, justify="right")
+    for client, task in comparison["tasks"].items():
+        values = [block["per_client"][client] for block in methods.values()]
+        table.add_row(client, task, *_mark_best(values))
+    table.add_section()
+    spread = [f" ± {b['sd']:.1f}" if b["sd"] is not None else "" for b in methods.values()]
+    table.add_row(
+        "mean", "", *(f"{b['mean']:.1f}{s}" for b, s in zip(methods.values(), spread, strict=True)), style="bold"
+    )
+    table.add_row("worst client", "", *(f"{b['worst']:.1f}" for b in methods.values()))
+    if "local" in methods:
+        table.add_row("gain over Local", "", *(f"{b['gain_over_local']:+.1f}" for b in methods.values()))
+    table.add_section()
+    table.add_row("sent, MB", "", *(f"{(b['bytes_up'] + b['bytes_down']) / 1e6:.1f}" for b in methods.values()))
+    table.add_row("training, s", "", *(f"{b['seconds']:.0f}" for b in methods.values()))
+    return table
+
+
+def row_table(rows: list[dict[str, Any]]) -> Table:
+    """Rows and tokens of every client."""
+    table = Table(title="clients", title_justify="left")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="left" if name in ("task", "category") else "right")
+    for row in rows:
+        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table
+
+
+def estimate_lines(cost: Estimate, rounds: int) -> str:
+    """What a run will take."""
+    memory = ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in cost.peak_memory.items())
+    return (
+        f"training  {cost.steps} steps of {cost.seconds_per_step:.2f} s, about {cost.seconds / 60:.1f} minutes "
+        f"in {rounds} rounds; scoring comes on top\n"
+        f"memory    {memory} at the longest rows\n"
+        f"uploads   {cost.bytes_up / 1e6:.2f} MB a round, all clients together"
+    )
+
+
+def alpha_line(alpha: list[tuple[str, float]], slot: str) -> str:
+    """Tokens with the mean weight of a slot below 0.5 in blue and above in green, the further the brighter."""
+    parts = []
+    for token, value in alpha:
+        strength = int(min(abs(value - 0.5) * 4, 1) * 175)
+        colour = f"rgb({80 - strength // 3},{80 + strength},{80})" if value >= 0.5 else f"rgb(80,80,{80 + strength})"
+        parts.append(f"[on {colour}]{_plain(token)}[/]")
+    mean = sum(value for _, value in alpha) / len(alpha)
+    return "".join(parts) + f"\n[dim]mean weight of the {slot} LoRA: {mean:.2f}, of the others' {1 - mean:.2f}[/]"
+
+
+def _mark_best(values: list[float]) -> list[str]:
+    best = max(values)
+    return [f"[green]{value:.1f}[/]" if value == best else f"{value:.1f}" for value in values]
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
