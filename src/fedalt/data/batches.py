@@ -101,9 +101,13 @@ def cohort_steps(plans: Sequence[Plan], pad: int) -> Iterator[Batch]:
         yield collate(groups, pad, [derive_seed(plan.key, step) for plan in plans])
 
 
-def left_pad(prompts: Sequence[Prompt], pad: int) -> tuple[Int[Tensor, "n t"], Int[Tensor, "n t"]]:
-    """Token ids and attention mask, padded on the left, where generation does not see it."""
+def pad_prompts(prompts: Sequence[Prompt], pad: int, left: bool) -> tuple[Int[Tensor, "n t"], Int[Tensor, "n t"]]:
+    """Token ids and attention mask: left-padded to go on generating, right-padded so that positions count from 0."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask
+    ids, mask = [], []
+    for prompt in prompts:
+        gap = width - len(prompt)
+        before, after = (gap, 0) if left else (0, gap)
+        ids.append([pad] * before + list(prompt) + [pad] * after)
+        mask.append([0] * before + [1] * len(prompt) + [0] * after)
+    return torch.tensor(ids), torch.tensor(mask)

@@ -33,10 +33,17 @@ def get_template(name: str, tokenizer: Any) -> Template:
     Raises:
         UserError: Unknown name and no such file, a file without the place holder, a tokenizer without a chat template.
     """
-    if name == CHAT:
-        return _chat(tokenizer)
-    text = TEMPLATES.get(name) or _read(name)
-    return lambda instruction: text.replace(_PLACE, instruction)
+    text = template_text(name)
+    return _chat(tokenizer) if text is None else lambda instruction: text.replace(_PLACE, instruction)
+
+
+def template_text(name: str) -> str | None:
+    """The text of a template with ``{instruction}`` in it; nothing for the tokenizer's chat template.
+
+    Raises:
+        UserError: Unknown name and no such file, or a file without the place holder.
+    """
+    return None if name == CHAT else TEMPLATES.get(name) or _read(name)
 
 
 def _chat(tokenizer: Any) -> Template:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fedalt.config import EvaluationConfig
-from fedalt.data.batches import Prompt, left_pad
+from fedalt.data.batches import Prompt, pad_prompts
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.rowmap import RowMap
 
@@ -62,7 +62,7 @@ def chunks(prompts: Sequence[Sequence[Prompt]], size: int) -> Iterator[Chunk]:
 @torch.no_grad()
 def generate(model: AdaptedModel, tokenizer: Any, prompts: Sequence[Prompt], config: EvaluationConfig) -> list[str]:
     """One call of ``generate`` without sampling; special tokens and surrounding white space are stripped."""
-    ids, mask = left_pad(prompts, tokenizer.pad_token_id)
+    ids, mask = pad_prompts(prompts, tokenizer.pad_token_id, left=True)
     out = model.base.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),

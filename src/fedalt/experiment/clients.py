@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedalt.data.templates import template_text
 from fedalt.errors import UserError
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.prepare import Experiment
@@ -49,6 +50,9 @@ def client_config(experiment: Experiment, state: ClientState, round_: int) -> di
         "r": config.lora.r,
         "alpha": config.lora.alpha,
         "template": config.data.template,
+        "prompt": template_text(config.data.template),
+        "max_new_tokens": config.evaluation.max_new_tokens,
+        "num_beams": config.evaluation.num_beams,
         "base": {"name": config.model.name, "source": base.source, "sha256": base.sha256, "dtype": config.model.dtype},
     }
 

@@ -118,7 +118,7 @@ def check_folder(path: Path, if_exists: IfExists) -> RunFolder:
     folder = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, not a folder")
-    filled = path.is_dir() and any(path.iterdir())
+    filled = path.is_dir() and any(not p.name.endswith(".tmp") for p in path.iterdir())  # a kill may leave one
     if filled and not (folder.config.is_file() or folder.partition.is_file()):
         raise UserError(f"{path}: not empty and not a run folder; choose another --out")
     if filled and if_exists == "ask":

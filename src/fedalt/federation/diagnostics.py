@@ -24,7 +24,7 @@ def row_gap(uploads: Sequence[Tensors]) -> float | None:
         b = torch.stack([tensors[key._replace(factor=B)] for tensors in uploads]).double()  # [n, d_out, r]
         gap += _norm2(a - a.mean(0), b - b.mean(0))
         total += _norm2(a, b)
-    return (gap / total) ** 0.5 if total > 0 else None
+    return (max(gap, 0.0) / total) ** 0.5 if total > 0 else None
 
 
 def row_drift(before: Tensors, after: Tensors) -> float | None:

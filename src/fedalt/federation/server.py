@@ -13,6 +13,9 @@ from fedalt.errors import UserError
 from fedalt.methods.base import Message, Method
 from fedalt.names import Key, Tensors
 
+DOMINANT = 0.5
+"""Share of a mean beyond which a client gets its row from the server: subtraction multiplies rounding by 1/(1 − p)."""
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -107,15 +110,24 @@ class Server:
         }
 
     def messages(self, clients: tuple[int, ...]) -> dict[int, Message]:
-        """What each client is told: the broadcast mean with its own share, or a mean made without it (unicast)."""
-        if not self.uploads:
-            return {}
+        """What each client is told: the broadcast mean with its own share in it, or a mean made without it.
+
+        A client that alone makes up the mean has no rest of the world and is told nothing.
+        """
         weights = self.weights()
-        if self.method.leave_one_out and self.config.row_delivery == "unicast":
-            alone = {c for c in clients if set(weights) == {c}}
-            return {c: Message(self.mean_without(c), 0.0) for c in clients if c not in alone}
+        if not weights:
+            return {}
         mean, total = self.mean(), sum(weights.values())
-        return {c: Message(mean, weights.get(c, 0.0) / total) for c in clients}
+        shares = {
+            c: weights.get(c, 0.0) / total for c in clients if weights.keys() != {c} or not self.method.leave_one_out
+        }
+        return {
+            c: Message(self.mean_without(c), 0.0) if self._unicast(share) else Message(mean, share)
+            for c, share in shares.items()
+        }
+
+    def _unicast(self, share: float) -> bool:
+        return self.method.leave_one_out and (self.config.row_delivery == "unicast" or share > DOMINANT)
 
     def mean(self) -> dict[Key, Tensor]:
         """The mean of all uploads."""
@@ -142,5 +154,7 @@ class Server:
         for key, value in tensors.items():
             if tuple(value.shape) != self.shapes[key]:
                 raise UserError(f"client {client}: {key} is {tuple(value.shape)}, this run has {self.shapes[key]}")
+            if value.dtype != torch.float32:
+                raise UserError(f"client {client}: {key} is {value.dtype}, this run has torch.float32")
             if not torch.isfinite(value).all():
                 raise UserError(f"client {client}: {key} is not finite")

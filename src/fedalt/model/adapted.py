@@ -37,6 +37,9 @@ class AdaptedModel:
         if gradient_checkpointing:
             options = {"use_reentrant": False, "context_fn": self.context.checkpoint_contexts}
             self.base.activation_checkpointing_enable(options)
+            for module in self.base.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    _silence(module)
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +81,7 @@ class AdaptedModel:
         """Switch adapter dropout and checkpointing on or off. The frozen base always runs in eval mode.
 
         Its own dropout would draw from a stream that everybody in the batch shares; only the flag that Hugging Face's
-        checkpointing asks for is set, on the modules that ask.
+        checkpointing asks for is set, on the modules that ask, and those modules' own dropout is taken out.
         """
         self.base.eval()
         for module in self.base.modules():
@@ -93,3 +96,10 @@ class AdaptedModel:
         layer = AdaptedLinear(self.base.get_submodule(path), path, index, self.context)
         self.base.set_submodule(path, layer)
         return layer
+
+
+def _silence(module: nn.Module) -> None:
+    """Set a module's dropout probabilities (``dropout``, ``hidden_dropout``, ``layerdrop``, …) to 0."""
+    for name, value in vars(module).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(module, name, 0.0)

@@ -89,7 +89,8 @@ def initial_state(
     tensors = {}
     for key, (rows, columns) in shape.shapes().items():
         zero = key.factor == B or key.slot in frozen or (key.slot == MIXER and mixer_init == "zeros")
-        draw = torch.rand(rows, columns, generator=rng(seed, "init", group, str(key)))
+        place = shape.slots.index(key.slot) if key.slot in shape.slots else MIXER  # not its name: methods start alike
+        draw = torch.rand(rows, columns, generator=rng(seed, "init", group, key.module, place, key.factor))
         tensors[key] = torch.zeros(rows, columns) if zero else (2 * draw - 1) / columns**0.5
     return ClientState(client, 0, tensors)
 

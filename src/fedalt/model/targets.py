@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,7 @@ ALIASES = (
 """Attention projections, by name; the first set of which every name occurs in the model is taken."""
 
 
-def find_targets(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
+def find_targets(model: Any, names: Sequence[str] | None = None) -> tuple[str, ...]:
     """Full paths of the layers to adapt, in model order.
 
     Args:
@@ -28,9 +29,10 @@ def find_targets(model: nn.Module, names: Sequence[str] | None = None) -> tuple[
         names: Last parts of module paths (``q_proj``) or full paths; ``None`` looks the architecture up.
 
     Raises:
-        UserError: A name matches no linear layer, or the architecture is unknown; candidates are named.
+        UserError: A name matches no linear layer below the output head, or the architecture is unknown.
     """
-    linear = [path for path, module in model.named_modules() if is_linear(module)]
+    head = model.get_output_embeddings()
+    linear = [path for path, module in model.named_modules() if is_linear(module) and module is not head]
     endings = Counter(path.rsplit(".", 1)[-1] for path in linear)
     if names is None:
         names = next((alias for alias in ALIASES if all(name in endings for name in alias)), None)

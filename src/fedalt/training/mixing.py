@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedalt.data.batches import Prompt, left_pad
+from fedalt.data.batches import Prompt, pad_prompts
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.rowmap import MixerProbe, RowMap
 
@@ -20,7 +20,7 @@ class MixerWeights:
 
     Attributes:
         layers: Layer path → α ``[n, t, m]``, in the order of the slots.
-        mask: 1 where a token stands (prompts are left-padded).
+        mask: 1 where a token stands.
         owners: Stack index of the client of every row.
     """
 
@@ -43,7 +43,7 @@ class MixerWeights:
 def mixer_weights(model: AdaptedModel, prompts: Sequence[Sequence[Prompt]], pad: int) -> MixerWeights:
     """Read the mixers of the clients on the model while they look at some prompts of each."""
     rows = RowMap(tuple(map(len, prompts)))
-    ids, mask = left_pad([prompt for mine in prompts for prompt in mine], pad)
+    ids, mask = pad_prompts([prompt for mine in prompts for prompt in mine], pad, left=False)
     probe = MixerProbe()
     with model.rows(rows, probe):
         model.base(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)

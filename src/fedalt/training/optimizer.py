@@ -29,7 +29,7 @@ class StackedAdamW:
         self.max_grad_norm = max_grad_norm
         self.first = [torch.zeros_like(p) for p in self.parameters]
         self.second = [torch.zeros_like(p) for p in self.parameters]
-        self.steps = torch.zeros(len(self.parameters[0]), device=self.parameters[0].device)
+        self.steps = torch.zeros(len(self.parameters[0]), device=self.parameters[0].device, dtype=torch.float64)
 
     @torch.no_grad()
     def step(self, lr: Float[Tensor, " k"], active: Bool[Tensor, " k"]) -> None:
@@ -50,19 +50,20 @@ class StackedAdamW:
         """min(1, limit / ‖g_k‖), the rule of ``torch.nn.utils.clip_grad_norm_``, one norm per client."""
         squares = [_grad(p).flatten(1).double().square().sum(1) for p in self.parameters]
         norms = torch.stack(squares).sum(0).sqrt()
-        return (self.max_grad_norm / (norms + 1e-6)).clamp(max=1).float()
+        return (self.max_grad_norm / (norms + 1e-6)).clamp(max=1)
 
     def _update(
         self, parameter: nn.Parameter, first: Tensor, second: Tensor, clip: Tensor, lr: Tensor, active: Tensor
     ) -> None:
         def column(values: Tensor) -> Tensor:
-            return values.view(-1, *[1] * (parameter.dim() - 1))
+            shaped = values.view(-1, *[1] * (parameter.dim() - 1))
+            return shaped.to(parameter.dtype) if values.is_floating_point() else shaped
 
         grad = _grad(parameter) * column(clip)
         beta1, beta2 = self.betas
         m = first.lerp(grad, 1 - beta1)
         v = second * beta2 + grad.square() * (1 - beta2)
-        corrected = column(1 - beta2**self.steps).sqrt()
+        corrected = column((1 - beta2**self.steps).sqrt())
         denominator = v.sqrt() / corrected + self.eps
         decayed = parameter * (1 - column(lr) * self.weight_decay)
         moved = decayed - column(lr / (1 - beta1**self.steps)) * m / denominator
