@@ -47,7 +47,8 @@ def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
     if as_json:
         _print_json({"run": str(folder.path), "report": str(folder.report), **scores})
         return
-    show.out.print(show.run_table(scores, _tasks(experiment.federation)))
+    title = experiment.method.title
+    show.out.print(show.run_table({"title": title, **scores}, _tasks(experiment.federation)))
     _paths(report=folder.report, run=folder.path)
 
 
@@ -91,6 +92,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a run's saved adapters again."""
+    from fedalt.evaluation.metrics import METRICS
+    from fedalt.experiment.folder import final_scores
     from fedalt.experiment.rescore import rescore
 
     scored = rescore(run, client, data)
@@ -98,8 +101,12 @@ def evaluate(
     if as_json:
         _print_json({"run": str(run), "clients": scores})
         return
-    block = {"method": run.name, "last": {"round": "the last", "clients": scores}, "best_validation": None}
-    show.out.print(show.run_table(block, {c: _category(s) for c, s in scores.items()}))
+    own = final_scores(_folder(run))
+    block = {"title": str(run), "last": {"round": own["last"]["round"], "clients": scores}, "best_validation": None}
+    show.out.print(show.run_table(block, {c: ", ".join(s["categories"]) for c, s in scores.items()}))
+    if data is None:
+        same = all(own["last"]["clients"][c][name] == s[name] for c, s in scores.items() for name in METRICS)
+        show.out.print("equal to the run's own scores" if same else "[red]not equal to the run's own scores[/]")
 
 
 @app.command()
@@ -181,10 +188,6 @@ def _folder(path: Path) -> Any:
 
 def _tasks(federation: Any) -> dict[str, str]:
     return {str(client): data.train[0].task for client, data in federation.clients.items()}
-
-
-def _category(scores: dict[str, Any]) -> str:
-    return ", ".join(scores["categories"])
 
 
 def _ask(client: int) -> Any:

@@ -34,6 +34,7 @@ class Live:
         self.label = ""
         self.loss = ""
         self.task: TaskID | None = None
+        self.notes: set[str] = set()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Show one event."""
@@ -73,7 +74,9 @@ class Live:
         )
 
     def _on_note(self, event: Mapping[str, Any]) -> None:
-        self.progress.console.print(f"[dim]note: {_plain(event['text'])}[/]", soft_wrap=True)
+        if event["text"] not in self.notes:  # once for all runs of a comparison
+            self.notes.add(event["text"])
+            self.progress.console.print(f"[dim]note: {_plain(event['text'])}[/]", soft_wrap=True)
 
     def _update(self, completed: float, state: str) -> None:
         if self.task is not None:
@@ -97,7 +100,7 @@ def live(rounds: int) -> Iterator[Live]:
 def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
     """Final scores of one run, a line per client."""
     last, best = scores["last"], scores["best_validation"]
-    table = Table(title=f"{scores['method']}: test scores after round {last['round']}", title_justify="left")
+    table = Table(title=f"{scores['title']}: scores after round {last['round']}", title_justify="left")
     table.add_column("client")
     table.add_column("task")
     for name in METRICS:

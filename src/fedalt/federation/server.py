@@ -16,6 +16,9 @@ from fedalt.names import Key, Tensors
 DOMINANT = 0.5
 """Share of a mean beyond which a client gets its row from the server: subtraction multiplies rounding by 1/(1 − p)."""
 
+OLDEST = 1e-200
+"""Floor of ``staleness_decay ** age``: with a weight of exactly 0 nobody might be left to form a row."""
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -105,7 +108,7 @@ class Server:
         """Current weight of every upload."""
         decay = self.config.staleness_decay if self.config.row_participation == "staleness_decay" else 1.0
         return {
-            client: upload.weight * (decay ** (self.round - upload.round) if self.remembers else 1.0)
+            client: upload.weight * (max(decay ** (self.round - upload.round), OLDEST) if self.remembers else 1.0)
             for client, upload in self.uploads.items()
         }
 

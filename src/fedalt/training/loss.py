@@ -21,9 +21,11 @@ def client_losses(model: AdaptedModel, batch: Batch) -> Float[Tensor, " k"]:
     client shrink the steps of another.)
     """
     clients = len(batch.rows.sizes)
-    losses = F.cross_entropy(supervised_logits(model, batch).float(), batch.target, reduction="none")
+    logits = supervised_logits(model, batch)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits, batch.target, reduction="none")
     counts = torch.bincount(batch.owner, minlength=clients).clamp(min=1)
-    return torch.zeros(clients, device=losses.device).index_add(0, batch.owner, losses) / counts
+    return torch.zeros(clients, device=losses.device, dtype=losses.dtype).index_add(0, batch.owner, losses) / counts
 
 
 def supervised_logits(model: AdaptedModel, batch: Batch) -> Float[Tensor, "s vocab"]:

@@ -1,0 +1,65 @@
+"""Scores against values worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedalt.evaluation.metrics import METRICS, group_mean, mean_scores, score_answer, summarise
+
+
+def test_rouge_by_hand() -> None:
+    """2 of 3 words and 1 of 2 bigrams of the answer are in the reference of 4 words; the common subsequence is 2."""
+    scores = score_answer("the cat sat", "the cat ran fast", stemmer=False)
+    assert scores["rouge1"] == pytest.approx(100 * 4 / 7)  # P 2/3, R 2/4
+    assert scores["rouge2"] == pytest.approx(100 * 2 / 5)  # P 1/2, R 1/3
+    assert scores["rougeL"] == pytest.approx(100 * 4 / 7)
+    assert scores["exact_match"] == 0
+    assert tuple(scores) == METRICS
+
+
+def test_word_order_matters_to_rouge_2_and_l_only() -> None:
+    scores = score_answer("b a", "a b", stemmer=False)
+    assert (scores["rouge1"], scores["rouge2"], scores["rougeL"]) == (100, 0, pytest.approx(50))
+
+
+def test_repeated_words_count_as_often_as_in_the_reference() -> None:
+    assert score_answer("yes yes yes", "yes", stemmer=False)["rouge1"] == pytest.approx(50)  # P 1/3, R 1
+
+
+def test_the_stemmer_changes_the_score() -> None:
+    assert score_answer("running cats", "run cat", stemmer=True)["rouge1"] == 100
+    assert score_answer("running cats", "run cat", stemmer=False)["rouge1"] == 0
+
+
+def test_exact_match_strips_and_keeps_case() -> None:
+    assert score_answer(" World\n", "World", stemmer=True)["exact_match"] == 100
+    scores = score_answer("world", "World", stemmer=True)
+    assert (scores["exact_match"], scores["rouge1"]) == (0, 100)
+
+
+@pytest.mark.parametrize("answer", ["", "!?", "unrelated"])
+def test_no_common_word_scores_zero(answer: str) -> None:
+    assert set(score_answer(answer, "the cat", stemmer=True).values()) == {0}
+
+
+def test_text_in_other_scripts_has_exact_match_only() -> None:
+    scores = score_answer("世界", "世界", stemmer=True)
+    assert (scores["rouge1"], scores["exact_match"]) == (0, 100)
+
+
+def test_summary_is_a_mean_over_rows_not_over_categories() -> None:
+    def row(value: float) -> dict[str, float]:
+        return dict.fromkeys(METRICS, value)
+
+    summary = summarise([("news", row(90.0)), ("news", row(60.0)), ("fiction", row(0.0))])
+    assert (summary["rows"], summary["rouge1"]) == (3, 50)
+    assert list(summary["categories"]) == ["fiction", "news"]
+    assert summary["categories"]["news"] == {"rows": 2, **row(75.0)}
+    assert summary["categories"]["fiction"] == {"rows": 1, **row(0.0)}
+
+
+def test_means_of_nothing() -> None:
+    assert mean_scores([]) == {}
+    assert summarise([]) == {"rows": 0, "categories": {}}
+    assert group_mean([]) is None
+    assert group_mean(iter([1.0, 2.0])) == 1.5

@@ -1,0 +1,222 @@
+"""Builders shared by tests: tiny random models, rows in tokens, client states, settings, and strict comparisons."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import hypothesis
+import torch
+from torch import Tensor
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from fedalt.config import FederationConfig, TrainingConfig
+from fedalt.data.batches import Plan, plan_round
+from fedalt.data.encode import Example
+from fedalt.data.rows import Row
+from fedalt.federation.client import ClientResult, RoundSettings
+from fedalt.federation.executor import run_clients
+from fedalt.federation.server import Server
+from fedalt.methods.base import Method
+from fedalt.methods.registry import get_method
+from fedalt.model.adapted import AdaptedModel
+from fedalt.model.layer import Placement
+from fedalt.model.state import AdapterShape, ClientState, initial_state
+from fedalt.names import Tensors
+
+VOCAB, HIDDEN, LAYERS = 64, 32, 2
+PAD = 0
+RANK = 4
+SCALE = 2.0
+WIDE = 0.2
+"""Standard deviation of random base weights: ten times the usual, so that gradients are far from zero."""
+
+quick = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+
+
+SPECIAL = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=WIDE,
+        **SPECIAL,
+    )
+    return _seeded(LlamaForCausalLM, config)
+
+
+def bloom() -> BloomForCausalLM:
+    config = BloomConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        n_layer=LAYERS,
+        n_head=4,
+        initializer_range=WIDE,
+        hidden_dropout=0.1,
+        **SPECIAL,
+    )
+    return _seeded(BloomForCausalLM, config)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """GPT-2 with its usual dropout of 0.1, which a frozen base must not use."""
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=HIDDEN,
+        n_layer=LAYERS,
+        n_head=4,
+        n_positions=64,
+        initializer_range=WIDE,
+        **SPECIAL,
+    )
+    return _seeded(GPT2LMHeadModel, config)
+
+
+def opt() -> OPTForCausalLM:
+    """OPT drops activations inside its decoder layer, by the layer's own training flag."""
+    config = OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        ffn_dim=48,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=HIDDEN,
+        init_std=WIDE,
+        dropout=0.1,
+        **SPECIAL,
+    )
+    return _seeded(OPTForCausalLM, config)
+
+
+MODELS = {"llama": llama, "bloom": bloom, "gpt2": gpt2}
+
+
+def _seeded(model_class: Any, config: Any) -> Any:
+    torch.manual_seed(0)
+    return model_class(config).float().eval()
+
+
+def example(prompt: int, answer: int, seed: int) -> Example:
+    """A row of random tokens, none of them special."""
+    draw = random.Random(seed)
+    ids = tuple(draw.randrange(3, VOCAB) for _ in range(prompt + answer))
+    return Example(ids[:prompt], ids[prompt:], Row("", ""))
+
+
+def examples(count: int, seed: int, longest: int = 9) -> tuple[Example, ...]:
+    """Rows of many lengths."""
+    draw = random.Random(seed)
+    return tuple(example(draw.randint(3, longest), draw.randint(1, 4), 1000 * seed + i) for i in range(count))
+
+
+def method_of(name: str, clients: int = 3) -> Method:
+    return get_method(name)(clients)
+
+
+def random_states(shape: AdapterShape, clients: Sequence[int] = (0, 1, 2), spread: float = 0.2) -> list[ClientState]:
+    """States in which nothing is zero: B, row and mixer included."""
+    states = []
+    for client in clients:
+        generator = torch.Generator().manual_seed(1000 + client)
+        tensors = {key: spread * torch.randn(size, generator=generator) for key, size in shape.shapes().items()}
+        states.append(ClientState(client, 0, tensors))
+    return states
+
+
+def start_states(
+    method: Method, shape: AdapterShape, clients: Sequence[int], init: Any = "shared"
+) -> list[ClientState]:
+    return [initial_state(shape, client, 7, init, "kaiming", method.frozen) for client in clients]
+
+
+def placement(shape: AdapterShape, dropout: float = 0.0, scale: float = SCALE) -> Placement:
+    return Placement(shape.slots, shape.mixed, scale, dropout)
+
+
+def training(**changes: Any) -> TrainingConfig:
+    return TrainingConfig(**({"lr": 5e-3, "batch_size": 4, "local_epochs": 2} | changes))
+
+
+def round_settings(method: Method, shape: AdapterShape, config: TrainingConfig, dropout: float = 0.0) -> RoundSettings:
+    return RoundSettings(method, placement(shape, dropout), config, PAD)
+
+
+def plans_of(
+    rows: Mapping[int, Sequence[Example]], config: TrainingConfig, round_: int = 1, seed: int = 5
+) -> list[Plan]:
+    return [
+        plan_round(mine, client, config.local_epochs, config.batch_size, seed, round_, config.repeat_order)
+        for client, mine in rows.items()
+    ]
+
+
+def run_rounds(
+    model: AdaptedModel,
+    method: Method,
+    rows: Mapping[int, Sequence[Example]],
+    config: TrainingConfig,
+    rounds: int = 2,
+    dropout: float = 0.0,
+    federation: FederationConfig | None = None,
+    **executor: Any,
+) -> tuple[list[list[ClientResult]], Server]:
+    """A whole federation in memory, without files: every round's results, and the server after the last round."""
+    shape = method.shape(RANK, model.layer_sizes)
+    states = start_states(method, shape, list(rows))
+    shared = {key: size for key, size in shape.shapes().items() if method.shares(key)}
+    server = Server(method, federation or FederationConfig(), {c: len(mine) for c, mine in rows.items()}, shared)
+    settings, history = round_settings(method, shape, config, dropout), []
+    for round_ in range(1, rounds + 1):
+        messages = server.messages(tuple(rows))
+        told, plans = [messages.get(client) for client in rows], plans_of(rows, config, round_)
+        results = run_clients(model, states, told, plans, settings, round_, **executor)
+        server.receive({r.state.client: r.upload for r in results if r.upload}, round_)
+        states = [result.state for result in results]
+        history.append(results)
+    return history, server
+
+
+def bitwise(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def distance(one: Tensors, other: Tensors) -> float:
+    """Largest absolute difference; both sides must hold the same keys."""
+    assert one.keys() == other.keys()
+    return max(float((value - other[key]).abs().max()) for key, value in one.items())
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference as a share of the largest expected entry, which must not be zero."""
+    size = float(expected.abs().max())
+    assert size > 0
+    return float((actual - expected).abs().max()) / size
+
+
+def tokenizer(eos: int = VOCAB - 1) -> Any:
+    """One word per id: ``t0 t1 …``; padding is ``t0`` and ``eos`` ends an answer."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
+    core.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=f"t{PAD}", eos_token=f"t{eos}", unk_token="t1")
