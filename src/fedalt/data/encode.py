@@ -80,16 +80,17 @@ def encode_federation(federation: Federation, tokenizer: Any, config: DataConfig
     """Tokenise everybody's rows.
 
     Raises:
-        UserError: A client has no row left to train on.
+        UserError: A client has no row left to train on, or none to be scored on.
     """
     encoder = Encoder(tokenizer, config.template, config.cutoff)
     clients = {client: encoder.client(data) for client, data in federation.clients.items()}
     for client, examples in clients.items():
-        if not examples.train:
-            raise UserError(
-                f"client {client}: all {examples.skipped['train']} training rows have a prompt of {config.cutoff} "
-                "tokens or more (data.cutoff), so no answer is left to learn from"
-            )
+        for split in ("train", "test"):
+            if not getattr(examples, split):
+                raise UserError(
+                    f"client {client}: all {examples.skipped[split]} {split} rows have a prompt of {config.cutoff} "
+                    "tokens or more (data.cutoff), so all labels are masked and no answer is left"
+                )
     return clients
 
 

@@ -99,7 +99,7 @@ def _values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from None
         yield from ((f"{path}: row {i}", value) for i, value in enumerate(values))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
@@ -118,6 +118,9 @@ def _row(value: Any, where: str) -> Row:
     for name in FIELDS:
         if not isinstance(value.get(name, ""), str):
             raise UserError(f'{where}: "{name}" is {type(value[name]).__name__}, expected text')
+    for name in FIELDS:
+        if any("\ud800" <= letter <= "\udfff" for letter in value.get(name, "")):
+            raise UserError(f'{where}: "{name}" holds half a character (a lone surrogate), which is no text')
     for name in _REQUIRED:
         if not value[name].strip():
             raise UserError(f'{where}: "{name}" is empty')

@@ -64,7 +64,10 @@ def _read(name: str) -> str:
         raise UserError(
             f'data.template: "{name}" is no template{did_you_mean(name, known)} and no file; known: {known}'
         )
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.template: {name} is not UTF-8 text (byte {error.start})") from None
     if _PLACE not in text:
         raise UserError(f"data.template: {name} does not hold {_PLACE}, the place where the instruction goes")
     return text

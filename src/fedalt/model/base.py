@@ -50,9 +50,13 @@ def load_base(config: ModelConfig) -> Base:
     if config.load_in:
         options |= {"quantization_config": quantization(config.load_in), "device_map": {"": device}}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
+        opened: Any = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
+    except Exception as error:  # whatever a broken folder makes the libraries raise
         raise UserError(f"model.name: {config.name} is not a causal LM that can be loaded ({_first(error)})") from None
+    model, loaded = opened
+    if loaded["missing_keys"]:
+        first = min(loaded["missing_keys"])
+        raise UserError(f"model.name: {config.name} is no causal LM that can be loaded (no weights for {first})")
     if not config.load_in:
         model.to(device)
     keep_trainable_through(model)
@@ -65,7 +69,7 @@ def load_tokenizer(source: str) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a broken folder makes the libraries raise
         raise UserError(f"model.name: {source} has no tokenizer that can be loaded ({_first(error)})") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.name: the tokenizer of {source} has no end-of-sequence token, so answers never end")

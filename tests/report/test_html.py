@@ -1,0 +1,282 @@
+"""report.html: every figure, one file, no network, and other people's text stays text."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plotly.offline import get_plotlyjs
+
+from fedalt.config import load_config
+from fedalt.experiment.folder import RunFolder
+from fedalt.report.html import write_report
+from micro import (
+    CLIENTS,
+    call,
+    data_folder,
+    events,
+    finished,
+    of_kind,
+    rows,
+    run_here,
+    settings,
+    write_rows,
+    write_yaml,
+)
+
+QUICK = {"federation__rounds": 2, "training__local_epochs": 1}
+HOSTILE = '</script><script src="https://evil.example/x.js"></script><img src=https://evil.example/y onerror=alert(1)>'
+
+
+class Page(HTMLParser):
+    """Everything a browser would look at: tags with their attributes, text, and scripts."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.scripts: list[str] = []
+        self.inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "script":
+            self.scripts[-1] += data
+        else:
+            self.text.append(data)
+
+    @property
+    def figures(self) -> list[tuple[str, list[Any]]]:
+        """Title and traces of every figure."""
+        return [(layout["title"]["text"], data) for script in self.scripts[1:] for data, layout, _ in [call_of(script)]]
+
+
+def call_of(script: str) -> tuple[list[Any], dict[str, Any], str]:
+    """Data, layout and whatever else a script hands to ``Plotly.newPlot``."""
+    decoder = json.JSONDecoder()
+    before, rest = script.split("Plotly.newPlot(", 1)
+    parts = []
+    for _ in range(3):
+        value, end = decoder.raw_decode(rest.lstrip(", \n"))
+        rest = rest.lstrip(", \n")[end:]
+        parts.append(value)
+    return parts[1], parts[2], before + rest
+
+
+def page(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@cache
+def fedalt_page() -> Page:
+    return page(finished() / "report.html")
+
+
+def loads_nothing(html: Page) -> None:
+    """No tag makes the browser fetch anything, and no script but Plotly's own mentions an address."""
+    for tag, attributes in html.tags:
+        for name in ("src", "href", "srcset", "data", "action", "poster", "background"):
+            value = attributes.get(name) or ""
+            assert not re.match(r"\s*(https?:)?//", value), (tag, attributes)
+        assert tag not in ("link", "iframe", "object", "embed", "base")
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+    bundle, *own = html.scripts
+    assert bundle == get_plotlyjs()
+    for script in own:
+        assert set(re.findall(r"https?:[^\"', ]*", call_of(script)[2])) <= {"https://plot.ly"}  # of a hidden button
+
+
+# ------------------------------------------------------------------------------------------------------- one run
+
+
+def test_a_fedalt_report_has_every_figure_with_the_runs_numbers() -> None:
+    figures = dict(fedalt_page().figures)
+    assert len(figures) == 4
+    loss = next(data for title, data in figures.items() if "loss" in title)
+    scores = next(data for title, data in figures.items() if title.startswith("Test scores"))
+    alpha = next(data for title, data in figures.items() if title.startswith("Mixer"))
+    gap = next(data for title, data in figures.items() if title.startswith("row_gap"))
+    clients = of_kind(finished(), "client")
+    assert [trace["y"] for trace in loss] == [
+        [e["loss"] for e in clients if e["client"] == client] for client in range(CLIENTS)
+    ]
+    assert [trace["name"] for trace in loss] == [f"{client} task{client}" for client in range(CLIENTS)]
+    assert len(scores) == 2 * CLIENTS
+    after = [e["rouge1"] for e in of_kind(finished(), "scores") if (e["client"], e["point"]) == (0, "after")]
+    assert scores[0]["y"] == after
+    assert alpha[0]["z"] == [
+        next(e["alpha"] for e in clients if (e["round"], e["client"]) == (3, client)) for client in range(CLIENTS)
+    ]
+    rounds = of_kind(finished(), "round")
+    assert gap[0]["y"] == [e["row_gap"] for e in rounds]
+    assert gap[1]["y"] == [e["row_drift"] for e in rounds[1:]]
+
+
+def test_tables_hold_the_scores_and_the_cost() -> None:
+    text = " ".join(fedalt_page().text)
+    final = json.loads((finished() / "results" / "final_scores.json").read_text())["last"]
+    assert "Test scores after round 3" in text
+    for client in range(CLIENTS):
+        assert re.search(rf"{client}\s+task{client}\s+{final['clients'][str(client)]['rouge1']:.1f}", text)
+    assert re.search(rf"mean\s+{final['mean']:.1f}", text)
+    assert "MB up" in text
+    assert "peak memory, GB" in text
+    assert "mixer_init: kaiming" in text, "the resolved configuration is there"
+
+
+def test_a_report_loads_nothing() -> None:
+    loads_nothing(fedalt_page())
+
+
+def test_a_method_without_a_mixer_has_no_mixer_figures() -> None:
+    titles = [title for title, _ in page(finished("local") / "report.html").figures]
+    assert len(titles) == 2
+    assert not any("Mixer" in title or "row_gap" in title for title in titles)
+
+
+def test_a_report_halfway_through_a_run(tmp_path: Path) -> None:
+    """From a log that stops before the first scores."""
+    run = tmp_path / "run"
+    shutil.copytree(finished(), run)
+    kept = []
+    for event in events(run):
+        if event["event"] == "scores":
+            break
+        kept.append(event)
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in kept))
+    assert call("report", run).code == 0
+    html = page(run / "report.html")
+    assert "Not scored yet." in " ".join(html.text)
+    assert len(html.figures) == 3
+
+
+def test_notes_and_failures_are_listed_once(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished(), run)
+    lines = [
+        {"event": "note", "round": 0, "text": "client 1: 2 rows skipped"},
+        {"event": "note", "round": 2, "text": "client 1: 2 rows skipped"},
+        {"event": "client_failed", "round": 2, "client": 1, "reason": "loss is nan"},
+    ]
+    with (run / "events.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(RunFolder(run))
+    text = " ".join(page(run / "report.html").text)
+    assert text.count("client 1: 2 rows skipped") == 1
+    assert "client 1 set aside in round 2: loss is nan" in text
+
+
+# -------------------------------------------------------------------------------------------------- hostile text
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Task names, categories, rows and the folder's own name try to leave their place."""
+    root = tmp_path_factory.mktemp("hostile")
+    folder = data_folder(root / "<b>rows<script>alert(1)<" / "x", clients=2)
+    for client in range(2):
+        for path, count in (("train/local_training_{}.json", 6), ("test/local_testing_{}.jsonl", 2)):
+            bad = [{**row, "task": HOSTILE, "category": HOSTILE, "output": HOSTILE} for row in rows(client, count)]
+            write_rows(folder / path.format(client), bad, lines=False)
+    run_here(settings(root / "run", data=folder, **QUICK, data__cutoff=200))
+    write_report(RunFolder(root / "run"))
+    return root
+
+
+def test_text_from_rows_stays_text(hostile: Path) -> None:
+    html = page(hostile / "run" / "report.html")
+    loads_nothing(html)
+    assert not any(tag == "img" for tag, _ in html.tags)
+    assert len(html.scripts) == len(fedalt_page().scripts), "no script has been added, none has been cut short"
+    assert len(html.figures) == 4
+    text = " ".join(html.text)
+    assert HOSTILE in text
+    assert "<b>rows<script>alert(1)<" in text
+
+
+def test_names_in_figures_are_whole(hostile: Path) -> None:
+    loss = next(data for title, data in page(hostile / "run" / "report.html").figures if "loss" in title)
+    assert [trace["name"] for trace in loss] == [f"{client} {HOSTILE}" for client in range(2)]
+
+
+# ----------------------------------------------------------------------------------------------------- comparisons
+
+
+def compared(folder: Path, values: dict[str, Any]) -> Path:
+    config = write_yaml(folder / "x.yaml", values | {"out": str(folder / "all")})
+    done = call("compare", config, "--methods", "local,fedalt", "--seeds", "0,1")
+    assert done.code == 0, done.err
+    return folder / "all"
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison")
+    return compared(folder, settings(folder))
+
+
+def test_a_comparisons_report(comparison: Path) -> None:
+    html = page(comparison / "report.html")
+    loads_nothing(html)
+    figures = dict(html.figures)
+    assert len(figures) == 2
+    gain = next(data for title, data in figures.items() if title.startswith("Gain over Local"))
+    scores = next(data for title, data in figures.items() if title.startswith("Test scores"))
+    methods = json.loads((comparison / "comparison.json").read_text())["methods"]
+    local, own = (list(methods[name]["per_client"].values()) for name in ("local", "fedalt"))
+    assert own != local
+    assert [row[0] for row in gain[0]["z"]] == pytest.approx([b - a for a, b in zip(local, own, strict=True)])
+    assert [(trace["name"], trace["y"]) for trace in scores] == [("Local", local), ("FedALT", own)]
+    text = " ".join(html.text)
+    for word in (
+        "Local",
+        "FedALT",
+        "worst client",
+        "gain over Local",
+        "seeds 0, 1",
+        f"{methods['fedalt']['mean']:.1f}",
+    ):
+        assert word in text
+
+
+def test_text_from_rows_stays_text_in_a_comparison(hostile: Path) -> None:
+    values = load_config(hostile / "run" / "config.yaml").model_dump(mode="json")
+    html = page(compared(hostile, values) / "report.html")
+    loads_nothing(html)
+    assert len(html.scripts) == 1 + len(html.figures) == 3
+    assert not any(tag == "img" for tag, _ in html.tags)
+    assert HOSTILE in " ".join(html.text)
+
+
+def test_a_comparisons_links_lead_to_its_runs(comparison: Path) -> None:
+    links = [attributes["href"] for tag, attributes in page(comparison / "report.html").tags if tag == "a"]
+    assert len(links) == 4
+    for link in links:
+        assert link
+        assert (comparison / link).is_file()
+
+
+def test_a_report_is_the_same_for_equal_runs(tmp_path: Path) -> None:
+    """No time of day and no random order: only what was measured, and Plotly's ids, may differ."""
+
+    def stripped(path: Path) -> str:
+        return re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", path.read_text())
+
+    shutil.copytree(finished(), tmp_path / "run")
+    write_report(RunFolder(tmp_path / "run"))
+    assert stripped(tmp_path / "run" / "report.html") == stripped(finished() / "report.html")
