@@ -81,7 +81,8 @@ def compare(
     show.out.print(show.compare_table(comparison))
     _paths(report=report, **{name: Path(block["runs"][0]) for name, block in comparison["methods"].items()})
     last = list(comparison["methods"].values())[-1]["runs"][0]
-    show.out.print(f"talk to client 3: [bold]fedalt generate {last} --client 3[/]", soft_wrap=True)
+    client = "3" if "3" in comparison["tasks"] else next(iter(comparison["tasks"]))
+    _say(f"talk to client {client}: fedalt generate {last} --client {client}")
 
 
 @app.command()
@@ -143,10 +144,10 @@ def export(
 
     if not static:
         export_folders(run, client, to)
-        show.out.print(f"wrote {to}", soft_wrap=True, highlight=False)
+        _say(f"wrote {to}")
         return
     cost = export_static(run, client, to)
-    show.out.print(f"wrote {to}", soft_wrap=True, highlight=False)
+    _say(f"wrote {to}")
     show.out.print(
         f"client {client}, own test rows: personal {cost.personal:.1f}, static {cost.static:.1f} "
         f"({cost.static - cost.personal:+.1f})"
@@ -158,7 +159,7 @@ def report(run: RunPath) -> None:
     """Rebuild report.html from events.jsonl."""
     from fedalt.report.html import write_report
 
-    show.out.print(f"wrote {write_report(_folder(run))}", soft_wrap=True, highlight=False)
+    _say(f"wrote {write_report(_folder(run))}")
 
 
 @app.command()
@@ -176,7 +177,7 @@ def validate(
         return
     show.out.print(show.row_table(rows))
     for note in experiment.notes:
-        show.out.print(f"note: {note}", soft_wrap=True, highlight=False)
+        _say(f"note: {note}")
     show.out.print(show.estimate_lines(cost, experiment.config.federation.rounds), highlight=False)
 
 
@@ -215,7 +216,12 @@ def _numbers(text: str | None) -> list[int]:
 
 def _paths(**paths: Path) -> None:
     for name, path in paths.items():
-        show.out.print(f"{name:<8} {path}", soft_wrap=True, highlight=False)
+        _say(f"{name:<8} {path}")
+
+
+def _say(line: str) -> None:
+    """Print a line as it is: never wrapped, square brackets are no colours."""
+    show.out.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_json(value: Any) -> None:

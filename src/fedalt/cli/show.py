@@ -100,13 +100,13 @@ def live(rounds: int) -> Iterator[Live]:
 def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
     """Final scores of one run, a line per client."""
     last, best = scores["last"], scores["best_validation"]
-    table = Table(title=f"{scores['title']}: scores after round {last['round']}", title_justify="left")
+    table = Table(title=f"{_plain(scores['title'])}: scores after round {last['round']}", title_justify="left")
     table.add_column("client")
     table.add_column("task")
     for name in METRICS:
         table.add_column(_LABELS[name], justify="right")
     for client, values in last["clients"].items():
-        table.add_row(client, tasks.get(client, ""), *(f"{values[name]:.1f}" for name in METRICS))
+        table.add_row(client, _plain(tasks.get(client, "")), *(f"{values[name]:.1f}" for name in METRICS))
     table.add_section()
     count = len(last["clients"])
     means = [sum(v[name] for v in last["clients"].values()) / count for name in METRICS]
@@ -134,7 +134,7 @@ def compare_table(comparison: Mapping[str, Any]) -> Table:
         table.add_column(METHODS[name].title, justify="right")
     for client, task in comparison["tasks"].items():
         values = [block["per_client"][client] for block in methods.values()]
-        table.add_row(client, task, *_mark_best(values))
+        table.add_row(client, _plain(task), *_mark_best(values))
     table.add_section()
     spread = [f" ± {b['sd']:.1f}" if b["sd"] is not None else "" for b in methods.values()]
     table.add_row(
@@ -155,7 +155,7 @@ def row_table(rows: list[dict[str, Any]]) -> Table:
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="left" if name in ("task", "category") else "right")
     for row in rows:
-        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else _plain(str(value)) for value in row.values()))
     return table
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from fedalt.data.encode import Encoder
+from fedalt.errors import UserError
 from fedalt.evaluation.generate import generate
 from fedalt.experiment.clients import read_client
 from fedalt.experiment.folder import finished_run
 from fedalt.experiment.prepare import load_resident
+from fedalt.model.base import positions
 from fedalt.model.rowmap import RowMap
 from fedalt.training.mixing import mixer_weights
 
@@ -51,9 +53,18 @@ class Chat:
         self.resident.model.load([personal.state], personal.placement)
 
     def ask(self, instruction: str) -> Answer:
-        """Answer one instruction."""
+        """Answer one instruction.
+
+        Raises:
+            UserError: Prompt and answer do not fit the model's positions.
+        """
         model, tokenizer = self.resident.model, self.resident.base.tokenizer
         prompt = self.encoder.prompt(instruction)
+        limit, longest = positions(model.base), self.config.evaluation.max_new_tokens
+        if limit and len(prompt) + longest > limit:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens; with {longest} new ones it exceeds the model's {limit} positions"
+            )
         with model.rows(RowMap((1,))):
             text = generate(model, tokenizer, [prompt], self.config.evaluation)[0]
         return Answer(text, self._alpha(prompt, text) if self.placement.mixed else [], self.placement.slots)

@@ -72,15 +72,24 @@ def read_client(run: RunFolder, client: int, base: Base) -> PersonalModel:
     Raises:
         UserError: No such client, a damaged folder, or adapters made for another base.
     """
-    path = run.client(client)
-    if not (path / CONFIG).is_file():
-        raise UserError(f"{run.path}: no client {client} here; known: {', '.join(map(str, client_ids(run))) or 'none'}")
+    path = client_folder(run, client)
     about = read_json(path / CONFIG)
     if about["base"]["sha256"] != base.sha256:
         raise UserError(f"{path}: made for another base model ({about['base']['source']}); the weights differ")
     mixed = about["mixer_order"] is not None
     state = ClientState(about["client_id"], about["round"], read_folder(path, about["slots"], mixed))
     return PersonalModel(state, Placement(tuple(about["slots"]), mixed, about["scale"], 0.0), about["template"])
+
+
+def client_folder(run: RunFolder, client: int) -> Path:
+    """A client's folder.
+
+    Raises:
+        UserError: No such client.
+    """
+    if not (run.client(client) / CONFIG).is_file():
+        raise UserError(f"{run.path}: no client {client} here; known: {', '.join(map(str, client_ids(run))) or 'none'}")
+    return run.client(client)
 
 
 def client_ids(run: RunFolder) -> list[int]:

@@ -10,12 +10,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedalt.config import RunConfig
+from fedalt.errors import UserError
 from fedalt.experiment.engine import run
 from fedalt.experiment.events import Sink, read_events
 from fedalt.experiment.folder import IfExists, RunFolder, check_folder, claim_folder, final_scores
 from fedalt.experiment.prepare import Resident, load_resident, prepare
 from fedalt.files import write_json
-from fedalt.methods.registry import get_method
+from fedalt.methods.registry import METHODS, get_method
 
 REFERENCE = "local"
 """The method that gains are measured against."""
@@ -46,8 +47,8 @@ def compare(
     Raises:
         UserError: As for a single run; checked for all methods before the first one starts.
     """
-    for name in methods:
-        get_method(name)
+    methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
+    _check_lists(methods, seeds)
     members = [Member(m, s, check_folder(out / f"{m}-seed{s}", if_exists)) for s in seeds for m in methods]
     resident: Resident | None = None
     for member in members:
@@ -62,6 +63,16 @@ def compare(
     comparison = collect(members, config)
     write_json(out / "comparison.json", comparison)
     return comparison
+
+
+def _check_lists(methods: Sequence[str], seeds: Sequence[int]) -> None:
+    if not methods:
+        raise UserError(f"--methods: name at least one of {', '.join(METHODS)}")
+    for name in methods:
+        get_method(name)
+    negative = [seed for seed in seeds if seed < 0]
+    if negative:
+        raise UserError(f"--seeds {negative[0]}: a seed is 0 or more")
 
 
 def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _write_start(loop: Loop, resumed: bool) -> None:
         ),
         versions=about,
     )
-    for note in experiment.notes:
+    for note in () if resumed else experiment.notes:
         loop.log.emit("note", round=loop.done, text=note)
 
 

@@ -33,15 +33,18 @@ class EventLog:
         self.sink(event)
 
     def truncate(self, last_round: int) -> None:
-        """Forget everything after a round, including a line that a kill cut short."""
-        write_json_lines(self.path, [e for e in read_events(self.path) if e.get("round", 0) <= last_round])
+        """Forget everything after a round and the end of the run, including a line that a kill cut short."""
+        kept = [e for e in read_events(self.path) if e.get("round", 0) <= last_round and e["event"] != "run_finished"]
+        write_json_lines(self.path, kept)
 
 
 def read_events(path: Path) -> Iterator[Event]:
     """Events in order; a half-written last line is passed over."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
         try:
             yield json.loads(line)
         except json.JSONDecodeError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from fedalt.data.encode import ClientExamples, encode_federation
 from fedalt.data.load import load_federation
 from fedalt.errors import UserError
 from fedalt.evaluation.evaluate import evaluate
-from fedalt.experiment.clients import PersonalModel, read_client
+from fedalt.experiment.clients import PersonalModel, client_folder, read_client
 from fedalt.experiment.folder import finished_run
 from fedalt.experiment.prepare import Resident, load_resident
-from fedalt.files import disk_errors, new_folder
+from fedalt.files import disk_errors, write_bytes
 from fedalt.model.peft_files import LoraFolder, write_lora
 from fedalt.model.state import ClientState
 from fedalt.names import MIXER, A, B, Key
@@ -48,12 +47,11 @@ def export_folders(run: Path, client: int, to: Path) -> None:
         UserError: No finished run, no such client, or ``to`` is not empty.
     """
     folder, _ = finished_run(run)
-    source = folder.client(client)
-    if not source.is_dir():
-        raise UserError(f"{run}: no client {client} here")
+    source = client_folder(folder, client)
     _check_free(to)
-    with disk_errors(to):
-        shutil.copytree(source, to, dirs_exist_ok=True)
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            write_bytes(to / path.relative_to(source), path.read_bytes())
 
 
 def export_static(run: Path, client: int, to: Path) -> StaticExport:
@@ -76,8 +74,8 @@ def export_static(run: Path, client: int, to: Path) -> StaticExport:
     rank = next(value.shape[0] for key, value in static.tensors.items() if key.factor == A)
     scale = personal.placement.scale
     conv = any(type(layer.base_layer).__name__ == "Conv1D" for layer in resident.model.layers.values())
-    with new_folder(to) as temporary:
-        write_lora(temporary, static.tensors, STATIC, LoraFolder(resident.base.source, rank, scale * rank, 0.0, conv))
+    with disk_errors(to):
+        write_lora(to, static.tensors, STATIC, LoraFolder(resident.base.source, rank, scale * rank, 0.0, conv))
     scores = [
         _score(config, resident, examples, replace(personal, state=state, placement=placement))
         for state, placement in (

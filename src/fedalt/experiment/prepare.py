@@ -11,11 +11,12 @@ from fedalt.config import RunConfig
 from fedalt.data.encode import ClientExamples, encode_federation
 from fedalt.data.load import load_federation
 from fedalt.data.rows import Federation, Row
+from fedalt.errors import UserError
 from fedalt.federation.client import RoundSettings
 from fedalt.methods.base import Method
 from fedalt.methods.registry import get_method
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.base import Base, load_base
+from fedalt.model.base import Base, load_base, positions
 from fedalt.model.layer import Placement
 from fedalt.model.state import AdapterShape
 
@@ -77,13 +78,26 @@ def prepare(config: RunConfig, resident: Resident | None = None) -> Experiment:
     method_class = get_method(config.method)
     federation = load_federation(config.data, config.seed)
     resident = resident or load_resident(config)
+    config, shortened = _fit_positions(config, resident)
     examples = encode_federation(federation, resident.base.tokenizer, config.data)
     method = method_class(len(federation.clients))
     shape = method.shape(config.lora.r, resident.model.layer_sizes)
     placement = Placement(shape.slots, shape.mixed, config.lora.alpha / config.lora.r, config.lora.dropout)
     settings = RoundSettings(method, placement, config.training, resident.base.tokenizer.pad_token_id)
-    notes = _notes(config, federation, examples, method)
+    notes = (*shortened, *_notes(config, federation, examples, method))
     return Experiment(config, federation, examples, resident, method, shape, settings, notes)
+
+
+def _fit_positions(config: RunConfig, resident: Resident) -> tuple[RunConfig, tuple[str, ...]]:
+    """Lower the cut-off so that a prompt of that length and its answer fit the model's positions."""
+    limit, longest = positions(resident.base.model), config.evaluation.max_new_tokens
+    if limit is None or config.data.cutoff + longest <= limit:
+        return config, ()
+    cutoff = limit - longest
+    if cutoff < 1:
+        raise UserError(f"evaluation.max_new_tokens: {longest} fills the model's {limit} positions, no prompt fits")
+    note = f"data.cutoff lowered from {config.data.cutoff} to {cutoff}: the model has {limit} positions"
+    return config.model_copy(update={"data": config.data.model_copy(update={"cutoff": cutoff})}), (note,)
 
 
 def partition(federation: Federation) -> dict[str, Any]:

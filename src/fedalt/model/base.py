@@ -78,6 +78,12 @@ def load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
+def positions(model: Any) -> int | None:
+    """How many positions the model has; nothing for one that has no limit (Bloom)."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
 def resolve_source(name: str) -> str:
     """Folder or hub name behind ``model.name``: tiny-base is in the package, a path must hold a config.json."""
     if name == TINY_BASE:
