@@ -12,6 +12,7 @@ import copy
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -313,9 +314,17 @@ def of_kind(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def timeless(run: Path) -> list[dict[str, Any]]:
-    """Events without what may differ between a run and the same run resumed: times, memory, notes of resumption."""
+    """Events without what may differ between a run and the same run resumed: times, memory, resumptions, the commit."""
     kept = [event for event in events(run) if event["event"] != "run_resumed"]
-    return [{k: v for k, v in event.items() if k not in ("seconds", "peak_memory")} for event in kept]
+    return [{k: v for k, v in event.items() if k not in ("seconds", "peak_memory", "versions")} for event in kept]
+
+
+def left_behind(run: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    """What equal runs have in common: every file but the report, and the log up to times and resumptions."""
+    files = {name: data for name, data in tree(run).items() if name not in ("events.jsonl", "report.html")}
+    if "config.yaml" in files:  # somebody may commit while tests run
+        files["config.yaml"] = re.sub(rb"^# commit: .*\n", b"", files["config.yaml"], flags=re.M)
+    return files, timeless(run)
 
 
 def adapters(run: Path) -> dict[str, torch.Tensor]:

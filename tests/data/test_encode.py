@@ -176,7 +176,7 @@ def test_rows_whose_prompt_fills_the_cutoff_are_skipped_and_counted() -> None:
 
 def test_a_client_with_nothing_left_to_learn_is_named() -> None:
     long = Row("Say " + "1 " * 200, "1")
-    with pytest.raises(UserError, match=r"^client 5: all 2 training rows have a prompt of 64 tokens or more"):
+    with pytest.raises(UserError, match=r"^client 5: all 2 train rows have a prompt of 64 tokens or more"):
         encode_federation(one_client(long, long), tokenizer(), DataConfig(cutoff=64))
 
 
@@ -199,7 +199,7 @@ def test_a_client_whose_prompts_all_fill_the_cutoff_stops_the_run_before_it_star
     write_rows(folder / "train" / "local_training_1.json", [long, long], lines=False)
     config = write_yaml(tmp_path / "run.yaml", settings(tmp_path / "run", data=folder))
     line = refused("run", config)
-    assert line.startswith("client 1: all 2 training rows")
+    assert line.startswith("client 1: all 2 train rows")
     assert "data.cutoff" in line
     assert not (tmp_path / "run").exists()
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from micro import ENVIRONMENT, Done, call, finished, of_kind, refused, settings, timeless, tree, write_yaml
+from micro import ENVIRONMENT, Done, call, finished, left_behind, of_kind, refused, settings, write_yaml
 
 QUICK: dict[str, Any] = {
     "lora__r": 1,
@@ -38,10 +38,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.chdir(folder):
         assert call("run", write_yaml(folder / "x.yaml", settings(Path("run"), **QUICK))).code == 0
     return folder / "run"
-
-
-def left_behind(run: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    return {n: b for n, b in tree(run).items() if n not in ("events.jsonl", "report.html")}, timeless(run)
 
 
 def size_until(run: Path, event: str, round_: int) -> int:

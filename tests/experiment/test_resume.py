@@ -32,6 +32,7 @@ from micro import (
     data_folder,
     events,
     fedalt,
+    left_behind,
     of_kind,
     refused,
     run_here,
@@ -251,12 +252,6 @@ def execute(plan: Path, scenarios: Sequence[dict[str, Any]]) -> list[list[int]]:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(plan.with_suffix(".results.json").read_text())
-
-
-def left_behind(run: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """What must be equal: every file but the report and the log, and the log up to times and resumptions."""
-    files = {name: data for name, data in tree(run).items() if name not in ("events.jsonl", "report.html")}
-    return files, timeless(run)
 
 
 ALONE = K("fsync checkpoints/.round_0003.tmp/clients/.2.safetensors.tmp", "half")

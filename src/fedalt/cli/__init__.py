@@ -19,9 +19,6 @@ def main() -> None:
     except UserError as error:
         complain(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        complain("stopped; finished rounds are safe, --resume goes on from there")
-        sys.exit(1)
 
 
 def _quiet() -> None:

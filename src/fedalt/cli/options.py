@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
+from fedalt.cli.show import complain
 from fedalt.config import RunConfig, load_config, parse_override
 from fedalt.errors import UserError
 from fedalt.experiment.folder import IfExists
@@ -53,7 +54,11 @@ def settings(*without: str) -> Callable[[Callable[..., None]], Callable[..., Non
             flags = [(_OPTIONS[name][0], values.pop(name)) for name in names]
             overrides = [(key, value) for key, value in flags if value is not None]
             overrides += [parse_override(text) for text in sets or ()]
-            command(config=_config(path, overrides, exists), if_exists=exists, **values)
+            try:
+                command(config=_config(path, overrides, exists), if_exists=exists, **values)
+            except KeyboardInterrupt:
+                complain("stopped; finished rounds are safe, --resume goes on from there")
+                raise typer.Exit(1) from None
 
         shared = [_parameter("config_file", _CONFIG), *(_parameter(name, _option(name)) for name in names)]
         shared += [_parameter("resume", _RESUME, False), _parameter("overwrite", _OVERWRITE, False)]

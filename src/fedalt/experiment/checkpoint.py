@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 
 from fedalt.errors import UserError
 from fedalt.federation.server import Server, Upload
-from fedalt.files import new_folder, read_json, write_bytes, write_json
+from fedalt.files import new_folder, write_bytes, write_json
 from fedalt.model.state import ClientState, load_state, save_state
 from fedalt.names import Key
 
@@ -53,14 +53,20 @@ def save_checkpoint(folder: Path, run: str, server: Server, states: Mapping[int,
             tensors = {str(key): value.contiguous() for key, value in upload.tensors.items()}
             write_bytes(temporary / "uploads" / f"{client}.safetensors", save(tensors))
         known = {str(c): {"weight": u.weight, "round": u.round} for c, u in server.uploads.items()}
-        write_json(temporary / "manifest.json", {"run": run, "round": server.round, "uploads": known, "best": best})
-    best_name = f"round_{best['round']:04d}" if best else ""
-    for old in _rounds(folder)[:-2]:
-        if old.name != best_name:
-            shutil.rmtree(old)
+        header = {"run": run, "round": server.round, "clients": list(states)}
+        write_json(temporary / "manifest.json", header | {"uploads": known, "best": best})
+    prune(folder, best)
 
 
-def load_checkpoint(folder: Path, run: str, clients: tuple[int, ...]) -> Checkpoint | None:
+def prune(folder: Path, best: Mapping[str, Any] | None) -> None:
+    """Keep the last two checkpoints and the best round's; drop the others, and what a kill left half written."""
+    keep = {path.name for path in _rounds(folder)[-2:]} | ({f"round_{best['round']:04d}"} if best else set())
+    for path in folder.glob("*round_*"):
+        if path.name not in keep:
+            shutil.rmtree(path)
+
+
+def load_checkpoint(folder: Path, run: str) -> Checkpoint | None:
     """The newest checkpoint, or nothing when no round has finished.
 
     Raises:
@@ -70,18 +76,18 @@ def load_checkpoint(folder: Path, run: str, clients: tuple[int, ...]) -> Checkpo
     if not rounds:
         return None
     path = rounds[-1]
-    manifest = read_json(path / "manifest.json")
-    if manifest.get("run") != run:
-        raise UserError(
-            f"{path}: checkpoint of another run (other settings, base weights or rows); nothing was changed"
-        )
     try:
-        states = {client: load_state(path / "clients" / f"{client}.safetensors") for client in clients}
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        states = {client: load_state(path / "clients" / f"{client}.safetensors") for client in manifest["clients"]}
         uploads = {int(c): _upload(path, int(c), known) for c, known in manifest["uploads"].items()}
     except Exception as error:
         raise UserError(
             f"{path}: damaged checkpoint ({error}); remove this folder to resume one round earlier"
         ) from None
+    if manifest["run"] != run:
+        raise UserError(
+            f"{path}: checkpoint of another run (other settings, base weights or rows); nothing was changed"
+        )
     return Checkpoint(manifest["round"], states, uploads, manifest["best"])
 
 

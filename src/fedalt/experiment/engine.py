@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedalt.experiment.checkpoint import load_checkpoint, run_id
+from fedalt.errors import UserError
+from fedalt.experiment.checkpoint import load_checkpoint, prune, run_id
 from fedalt.experiment.events import EventLog, Sink
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.loop import Loop
@@ -26,7 +27,7 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
         The content of ``final_scores.json``.
 
     Raises:
-        UserError: The folder holds another run; the disk is full; every client's loss became infinite or NaN.
+        UserError: The folder holds another run, or one that has gone further; the disk is full; every client failed.
     """
     loop = _start(experiment, folder, sink)
     for number in range(loop.done + 1, experiment.config.federation.rounds + 1):
@@ -39,7 +40,12 @@ def _start(experiment: Experiment, folder: RunFolder, sink: Sink) -> Loop:
     frozen_settings = config.model_dump(mode="json", exclude={*_FREE, "federation"})
     frozen_settings["federation"] = config.federation.model_dump(mode="json", exclude={"rounds"})
     run_ = run_id(frozen_settings, experiment.resident.base.sha256, experiment.rows_digest)
-    checkpoint = load_checkpoint(folder.checkpoints, run_, experiment.federation.ids)
+    checkpoint = load_checkpoint(folder.checkpoints, run_)
+    if checkpoint and checkpoint.round > config.federation.rounds:
+        raise UserError(
+            f"federation.rounds: {config.federation.rounds} asked for, but {folder.path} has finished "
+            f"{checkpoint.round} rounds"
+        )
     samples = {client: len(mine.train) for client, mine in experiment.examples.items()}
     states = checkpoint.states if checkpoint else _initial(experiment)
     first = next(iter(states.values()))
@@ -59,6 +65,9 @@ def _write_start(loop: Loop, resumed: bool) -> None:
     if resumed:
         loop.log.truncate(loop.done)
         folder.clean_results(loop.done)
+        prune(folder.checkpoints, loop.best)
+        if loop.done < experiment.config.federation.rounds:
+            folder.final_scores.unlink(missing_ok=True)  # until it has finished again
     else:
         folder.events.unlink(missing_ok=True)
         write_json(folder.partition, partition(experiment.federation))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,10 @@ class RunFolder:
         write_text(self.config, "".join(f"# {line}\n" for line in header) + body)
 
     def clean_results(self, last_round: int) -> None:
-        """Drop results of rounds that a killed run had not finished."""
+        """Drop results of rounds that a killed run had not finished, and half-written ones."""
         for path in (self.path / "results").glob("*_round*.json*"):
-            if int(path.stem.rsplit("_round", 1)[1]) > last_round:
+            match = re.search(r"_round(\d+)\.jsonl?$", path.name)
+            if match is None or int(match[1]) > last_round:
                 path.unlink()
 
 
@@ -119,7 +121,7 @@ def check_folder(path: Path, if_exists: IfExists) -> RunFolder:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, not a folder")
     filled = path.is_dir() and any(not p.name.endswith(".tmp") for p in path.iterdir())  # a kill may leave one
-    if filled and not (folder.config.is_file() or folder.partition.is_file()):
+    if filled and not folder.partition.is_file():  # the first file that a run writes
         raise UserError(f"{path}: not empty and not a run folder; choose another --out")
     if filled and if_exists == "ask":
         raise UserError(f"{path}: holds a run already; add --resume to continue it or --overwrite to replace it")
