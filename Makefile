@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo    eight clients, three methods, three minutes: a table, a report, models to talk to"
 	@echo "make test    the test suite"
-	@echo "make check   what CI runs: linters, types, all tests"
+	@echo "make check   what CI runs: linters, types, tests"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
