@@ -150,9 +150,9 @@ def test_without_a_row_the_mixer_still_scales_the_individual(base: nn.Module) ->
 def test_mixer_weights_sum_to_one_in_the_order_of_the_slots(base: nn.Module) -> None:
     client, x = factors(0), inputs(3)
     alpha = alphas(adapted(base, [client]), x, RowMap((3,)))
-    assert alpha.shape == (3, 5, 2)
-    close(alpha.sum(-1), torch.ones(3, 5))
-    close(alpha[..., SLOTS.index(ROW)], torch.sigmoid(x @ (client["G"][1] - client["G"][0])))
+    assert alpha.shape == (15, 2)
+    close(alpha.sum(-1), torch.ones(15))
+    close(alpha[..., SLOTS.index(ROW)], torch.sigmoid(x @ (client["G"][1] - client["G"][0])).flatten())
 
 
 def test_mixer_order_survives_both_file_formats(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_one_dropout_mask_serves_both_loras(base: nn.Module) -> None:
     """With equal LoRAs the mixture is independent of the mixer, which separate masks would break."""
     same = factors(0)
     same |= {"A_R": same["A_L"], "B_R": same["B_L"]}
-    x, rows = inputs(3), RowMap((3,), (5,), (11,))
+    x, rows = inputs(3), RowMap((3,), (5, 5, 5), (11,))
     mixed = [same | {"G": factors(k)["G"]} for k in (1, 2)]
     one, other = (forward(adapted(base, [client], 0.5, drops=True), x, rows) for client in mixed)
     close(one, other)
@@ -193,23 +193,39 @@ def test_one_dropout_mask_serves_both_loras(base: nn.Module) -> None:
 
 
 def test_dropout_keeps_or_scales_every_input() -> None:
-    x = torch.ones(3, 5, D_IN)
-    dropped = RowMap((3,), (5,), (11,)).dropout(x, 0.25, layer=0)
-    assert set(dropped.unique().tolist()) == {0.0, float(torch.tensor(1.0) / 0.75)}
-    assert 0.68 < (dropped > 0).float().mean() < 0.82
-    again, elsewhere = (RowMap((3,), (5,), (11,)).dropout(x, 0.25, layer=layer) for layer in (0, 1))
-    assert torch.equal(dropped, again)
-    assert not torch.equal(dropped, elsewhere)
+    x, rows = torch.ones(15, D_IN), RowMap((3,), (5, 5, 5), (11,))
+    once = rows.dropout(x, 0.25, layer=0)
+    assert once.scale == 1 / 0.75
+    assert 0.68 < once.kept.float().mean() < 0.82
+    assert torch.equal(once.kept, rows.dropout(x, 0.25, layer=0).kept)
+    assert not torch.equal(once.kept, rows.dropout(x, 0.25, layer=1).kept)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 1e-6])
+def test_dropout_drops_as_often_as_it_says(p: float) -> None:
+    kept = RowMap((1,), (4000,), (3,)).dropout(torch.ones(4000, 501), p, layer=2)
+    share = 1 - float(kept.kept.double().mean())
+    assert abs(share - (1 - 1 / kept.scale)) < 4 * (p / kept.kept.numel()) ** 0.5
+    assert abs((1 - 1 / kept.scale) - p) < 1 / 65_536
+    columns = (~kept.kept).double().mean(0)
+    assert float((columns - share).abs().max()) < 6 * (p / 4000) ** 0.5 + 1e-9, "every lane of a number alike"
+
+
+def test_dropout_is_the_same_packed_and_padded() -> None:
+    lengths = (5, 2, 4)
+    packed = RowMap((1, 2), lengths, (11, 12), packed=True).dropout(torch.ones(11, D_IN), 0.3, layer=1).kept
+    padded = RowMap((1, 2), lengths, (11, 12)).dropout(torch.ones(15, D_IN), 0.3, layer=1).kept
+    assert torch.equal(packed, padded[RowMap((1, 2), lengths).places(15)])
 
 
 def test_mixer_sees_the_input_undropped(base: nn.Module) -> None:
-    x, rows = inputs(3), RowMap((3,), (5,), (11,))
+    x, rows = inputs(3), RowMap((3,), (5, 5, 5), (11,))
     dropping, plain = (adapted(base, [factors(0)], 0.5, drops) for drops in (True, False))
     assert torch.equal(alphas(dropping, x, rows), alphas(plain, x, rows))
 
 
 def test_no_dropout_in_eval_mode_or_without_keys(base: nn.Module) -> None:
-    x, keyed = inputs(3), RowMap((3,), (5,), (11,))
+    x, keyed = inputs(3), RowMap((3,), (5, 5, 5), (11,))
     plain = forward(adapted(base, [factors(0)]), x, RowMap((3,)))
     assert torch.equal(plain, forward(adapted(base, [factors(0)], 0.5), x, keyed))
     assert torch.equal(plain, forward(adapted(base, [factors(0)], 0.5, drops=True), x, RowMap((3,))))
@@ -218,9 +234,9 @@ def test_no_dropout_in_eval_mode_or_without_keys(base: nn.Module) -> None:
 
 def test_dropout_mask_is_independent_of_company_and_padding(base: nn.Module) -> None:
     clients, x = [factors(0), factors(1)], inputs(5)
-    together = forward(adapted(base, clients, 0.5, drops=True), x, RowMap((2, 3), (5, 4), (11, 12)))
+    together = forward(adapted(base, clients, 0.5, drops=True), x, RowMap((2, 3), (5, 5, 4, 4, 4), (11, 12)))
     short = x[2:, :4].contiguous()  # client 1 alone, without the column that only client 0 needs
-    alone = forward(adapted(base, clients[1:], 0.5, drops=True), short, RowMap((3,), (4,), (12,)))
+    alone = forward(adapted(base, clients[1:], 0.5, drops=True), short, RowMap((3,), (4, 4, 4), (12,)))
     close(together[2:, :4], alone)
 
 

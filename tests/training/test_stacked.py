@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
 from fedalt.config import TrainingConfig
@@ -17,7 +16,7 @@ from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState
 from fedalt.names import Key
 from fedalt.training.local import train
-from fedalt.training.loss import client_losses, supervised_logits
+from fedalt.training.loss import client_losses
 from oracle.reference import PlainClient
 from support import (
     MODELS,
@@ -40,6 +39,7 @@ from support import (
     training,
 )
 
+LAYOUTS = pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 SIZES = {0: 7, 1: 10, 2: 3}
 """Rows per client: batches of 4 leave last batches of 3, 2 and 3, and clients stop after 2, 3 and 1 steps an epoch."""
 ROWS = {client: examples(count, seed=client, longest=6 + 3 * client) for client, count in SIZES.items()}
@@ -79,9 +79,10 @@ def run(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_of_one_step_equal_plain_models(name: str) -> None:
-    model, states = loaded(MODELS[name]())
-    losses = client_losses(model, collate(GROUPS, PAD))
+@LAYOUTS
+def test_gradients_of_one_step_equal_plain_models(name: str, packing: bool) -> None:
+    model, states = loaded(MODELS[name](), packing=packing)
+    losses = client_losses(model, collate(GROUPS))
     losses.sum().backward()
     for k, (state, rows) in enumerate(zip(states, GROUPS, strict=True)):
         alone = PlainClient(MODELS[name](), state.tensors, SCALE)
@@ -94,13 +95,11 @@ def test_gradients_of_one_step_equal_plain_models(name: str) -> None:
 
 
 def test_gradients_in_double_precision() -> None:
-    """GPT-2 only: Llama and Bloom round to fp32 inside. The loss is taken here, from the package's logits."""
+    """GPT-2 only: Llama and Bloom round to fp32 inside."""
     _, single = loaded(gpt2())
     double = [state.with_tensors({k: v.double() for k, v in state.tensors.items()}) for state in single]
     model, states = loaded(gpt2().double(), double)
-    batch = collate(GROUPS, PAD)
-    losses = F.cross_entropy(supervised_logits(model, batch), batch.target, reduction="none")
-    sum(losses[batch.owner == k].mean() for k in range(3)).backward()  # type: ignore[union-attr]
+    client_losses(model, collate(GROUPS)).sum().backward()
     for k, (state, rows) in enumerate(zip(states, GROUPS, strict=True)):
         alone = PlainClient(gpt2().double(), state.tensors, SCALE)
         alone.loss(rows, PAD).backward()
@@ -112,7 +111,7 @@ def test_loss_is_each_clients_own_token_mean() -> None:
     """Hugging Face's batch mean would weigh clients by their tokens: 1, 4 and 9 answer tokens here."""
     groups = [(example(5, 1, 0),), (example(4, 4, 1),), (example(3, 6, 2), example(7, 3, 3))]
     model, states = loaded(llama())
-    losses = client_losses(model, collate(groups, PAD)).detach()
+    losses = client_losses(model, collate(groups)).detach()
     alone = [PlainClient(llama(), s.tensors, SCALE).loss(rows, PAD) for s, rows in zip(states, groups, strict=True)]
     torch.testing.assert_close(losses, torch.stack(alone).detach(), rtol=1e-5, atol=1e-6)
     token_mean = float((losses * torch.tensor([1.0, 4, 9])).sum()) / 14
@@ -120,8 +119,9 @@ def test_loss_is_each_clients_own_token_mean() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_several_steps_equal_plain_models_trained_by_torch(name: str) -> None:
-    model, states = loaded(MODELS[name]())
+@LAYOUTS
+def test_several_steps_equal_plain_models_trained_by_torch(name: str, packing: bool) -> None:
+    model, states = loaded(MODELS[name](), packing=packing)
     plans = plans_of(ROWS, CLIP)
     results = run(model, states, plans, CLIP)
     free = run(model, states, plans, training(max_grad_norm=1e9))[1]
@@ -149,8 +149,9 @@ def test_fedit_equals_plain_models_too() -> None:
 
 @pytest.mark.parametrize("name", [*MODELS, "opt"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_stacked_equals_loop_and_cohorts(name: str, dropout: float) -> None:
-    model, states = loaded((MODELS | {"opt": opt})[name]())
+@LAYOUTS
+def test_stacked_equals_loop_and_cohorts(name: str, dropout: float, packing: bool) -> None:
+    model, states = loaded((MODELS | {"opt": opt})[name](), packing=packing)
     plans = plans_of(ROWS, CLIP)
     loop = run(model, states, plans, CLIP, dropout=dropout, executor="loop")
     for options in ({}, {"cohort": 2}):
@@ -163,9 +164,10 @@ def test_stacked_equals_loop_and_cohorts(name: str, dropout: float) -> None:
 
 
 @pytest.mark.parametrize("name", [*MODELS, "opt"])
-def test_reported_mixer_weights_do_not_depend_on_company(name: str) -> None:
+@LAYOUTS
+def test_reported_mixer_weights_do_not_depend_on_company(name: str, packing: bool) -> None:
     """Prompts of one client are longer than another's, so padding would show."""
-    model, states = loaded((MODELS | {"opt": opt})[name]())
+    model, states = loaded((MODELS | {"opt": opt})[name](), packing=packing)
     plans = plans_of(ROWS, CLIP)
     loop = run(model, states, plans, CLIP, executor="loop")
     for together, alone in zip(run(model, states, plans, CLIP), loop, strict=True):
@@ -177,7 +179,7 @@ def test_clients_that_finish_earlier_stay_bitwise_untouched() -> None:
     config = training(schedule="constant", weight_decay=0.1)
     model, _ = loaded(llama())
     plans, seen = plans_of(ROWS, config), []
-    train(model, plans, config, PAD, lambda done, total: seen.append([slices(model, k) for k in range(3)]))
+    train(model, plans, config, lambda done, total: seen.append([slices(model, k) for k in range(3)]))
     assert [len(plan.steps) for plan in plans] == [4, 6, 2]
     assert len(seen) == 6
     for k, plan in enumerate(plans):
@@ -198,10 +200,11 @@ def test_a_client_does_not_notice_its_company(chosen: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", [*MODELS, "opt"])
-def test_gradient_checkpointing_changes_nothing(name: str) -> None:
+@LAYOUTS
+def test_gradient_checkpointing_changes_nothing(name: str, packing: bool) -> None:
     make, plans = (MODELS | {"opt": opt})[name], plans_of(ROWS, CLIP)
-    plain, states = loaded(make())
-    recomputing, _ = loaded(make(), gradient_checkpointing=True)
+    plain, states = loaded(make(), packing=packing)
+    recomputing, _ = loaded(make(), packing=packing, gradient_checkpointing=True)
     pairs = zip(
         run(plain, states, plans, CLIP, dropout=0.3), run(recomputing, states, plans, CLIP, dropout=0.3), strict=True
     )
@@ -210,14 +213,15 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_recompute_sees_the_row_map_of_its_own_forward(name: str) -> None:
+@LAYOUTS
+def test_recompute_sees_the_row_map_of_its_own_forward(name: str, packing: bool) -> None:
     """Two forwards with other owners, then one backward: without a snapshot both recomputes use the last map."""
     gradients = []
     for options in ({}, {"gradient_checkpointing": True}):
-        model, _ = loaded(MODELS[name](), **options)
+        model, _ = loaded(MODELS[name](), packing=packing, **options)
         model.train()
-        first = client_losses(model, collate(GROUPS, PAD))
-        second = client_losses(model, collate([ROWS[0][3:5], ROWS[1][1:5], ()], PAD))
+        first = client_losses(model, collate(GROUPS))
+        second = client_losses(model, collate([ROWS[0][3:5], ROWS[1][1:5], ()]))
         (first.sum() + second.sum()).backward()
         gradients.append({key: p.grad for key, p in model.trainable.items()})
     assert all(relative(gradients[1][key], gradients[0][key]) < 1e-5 for key in gradients[0])
@@ -230,7 +234,7 @@ def test_checkpointing_really_recomputes() -> None:
         layer, count = next(iter(model.layers.values())), []
         layer.register_forward_hook(lambda *_, count=count: count.append(1))
         model.train()
-        client_losses(model, collate(GROUPS, PAD)).sum().backward()
+        client_losses(model, collate(GROUPS)).sum().backward()
         calls.append(len(count))
     assert calls == [1, 2]
 
@@ -239,7 +243,7 @@ def test_the_frozen_base_never_drops() -> None:
     """GPT-2 comes with dropout 0.1; drawing it would tie clients together through one random stream."""
     model, _ = loaded(gpt2())
     model.train()
-    batch = collate(GROUPS, PAD)
+    batch = collate(GROUPS)
     assert torch.equal(client_losses(model, batch), client_losses(model, batch))
 
 
@@ -248,4 +252,4 @@ def test_a_base_that_cuts_the_graph_is_noticed() -> None:
     model, _ = loaded(llama())
     model.base.model.layers[1].register_forward_hook(lambda module, inputs, output: output.detach())
     with pytest.raises(RuntimeError):
-        train(model, plans_of(ROWS, CLIP), CLIP, PAD)
+        train(model, plans_of(ROWS, CLIP), CLIP)

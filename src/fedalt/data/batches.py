@@ -1,4 +1,4 @@
-"""Batches: the seeded order of each client's rows, and the padded tensors of one step of a cohort."""
+"""Batches: the seeded order of each client's rows, and the tensors of one step of a cohort."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from fedalt.data.encode import Example
@@ -50,24 +50,21 @@ def plan_round(
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step of a cohort, right-padded, client by client.
+    """The rows of one step of a cohort, client by client, one after another with nothing between them.
 
     Attributes:
-        input_ids: Token ids.
-        attention_mask: True where a token stands.
-        row, column: Position of every supervised prediction: logits at (row, column) predict ``target``.
+        input_ids: Tokens of all rows.
+        rows: Whose they are and how long each is.
+        place: Position in ``input_ids`` whose logits predict ``target``.
         target: Token to predict.
         owner: Stack index of the client of every target.
-        rows: Row map of the batch.
     """
 
-    input_ids: Int[Tensor, "n t"]
-    attention_mask: Bool[Tensor, "n t"]
-    row: Int[Tensor, " s"]
-    column: Int[Tensor, " s"]
+    input_ids: Int[Tensor, " t"]
+    rows: RowMap
+    place: Int[Tensor, " s"]
     target: Int[Tensor, " s"]
     owner: Int[Tensor, " s"]
-    rows: RowMap
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -75,39 +72,30 @@ class Batch:
         return Batch(**moved, rows=self.rows)
 
 
-def collate(groups: Sequence[Sequence[Example]], pad: int, keys: Sequence[int] = ()) -> Batch:
-    """Pad the rows of a cohort to one length; only answer tokens are supervised."""
-    examples = [example for group in groups for example in group]
-    width = max(map(len, examples))
-    ids = torch.full((len(examples), width), pad)
-    mask = torch.zeros(len(examples), width, dtype=torch.bool)
-    supervised: list[tuple[int, int, int, int]] = []
-    owners = [k for k, group in enumerate(groups) for _ in group]
-    for n, (example, owner) in enumerate(zip(examples, owners, strict=True)):
-        ids[n, : len(example)] = torch.tensor(example.prompt + example.answer)
-        mask[n, : len(example)] = True
-        start = len(example.prompt) - 1
-        supervised += [(n, start + i, token, owner) for i, token in enumerate(example.answer)]
-    row, column, target, owner_ = torch.tensor(supervised).unbind(1)
-    lengths = tuple(max(map(len, group), default=0) for group in groups)
-    rows = RowMap(tuple(map(len, groups)), lengths, tuple(keys))
-    return Batch(ids, mask, row, column, target, owner_, rows)
+def collate(groups: Sequence[Sequence[Example]], keys: Sequence[int] = ()) -> Batch:
+    """Lay the rows of a cohort end to end; only answer tokens are supervised."""
+    ids: list[int] = []
+    supervised: list[tuple[int, int, int]] = []
+    for owner, group in enumerate(groups):
+        for example in group:
+            start = len(ids) + len(example.prompt) - 1
+            supervised += [(start + i, token, owner) for i, token in enumerate(example.answer)]
+            ids += example.prompt + example.answer
+    lengths = tuple(len(example) for group in groups for example in group)
+    place, target, owner_ = torch.tensor(supervised).unbind(1)
+    return Batch(torch.tensor(ids), RowMap(tuple(map(len, groups)), lengths, tuple(keys)), place, target, owner_)
 
 
-def cohort_steps(plans: Sequence[Plan], pad: int) -> Iterator[Batch]:
+def cohort_steps(plans: Sequence[Plan]) -> Iterator[Batch]:
     """Step s of the cohort is step s of every client that has one; the others have no rows in it."""
     for step in range(max(len(plan.steps) for plan in plans)):
         groups = [plan.steps[step] if step < len(plan.steps) else () for plan in plans]
-        yield collate(groups, pad, [derive_seed(plan.key, step) for plan in plans])
+        yield collate(groups, [derive_seed(plan.key, step) for plan in plans])
 
 
-def pad_prompts(prompts: Sequence[Prompt], pad: int, left: bool) -> tuple[Int[Tensor, "n t"], Int[Tensor, "n t"]]:
-    """Token ids and attention mask: left-padded to go on generating, right-padded so that positions count from 0."""
+def pad_prompts(prompts: Sequence[Prompt], pad: int) -> tuple[Int[Tensor, "n t"], Int[Tensor, "n t"]]:
+    """Token ids and attention mask, padded on the left so that answers can go on."""
     width = max(map(len, prompts))
-    ids, mask = [], []
-    for prompt in prompts:
-        gap = width - len(prompt)
-        before, after = (gap, 0) if left else (0, gap)
-        ids.append([pad] * before + list(prompt) + [pad] * after)
-        mask.append([0] * before + [1] * len(prompt) + [0] * after)
+    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids), torch.tensor(mask)

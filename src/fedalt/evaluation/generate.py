@@ -62,7 +62,7 @@ def chunks(prompts: Sequence[Sequence[Prompt]], size: int) -> Iterator[Chunk]:
 @torch.no_grad()
 def generate(model: AdaptedModel, tokenizer: Any, prompts: Sequence[Prompt], config: EvaluationConfig) -> list[str]:
     """One call of ``generate`` without sampling; special tokens and surrounding white space are stripped."""
-    ids, mask = pad_prompts(prompts, tokenizer.pad_token_id, left=True)
+    ids, mask = pad_prompts(prompts, tokenizer.pad_token_id)
     out = model.base.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),

@@ -72,6 +72,6 @@ class Chat:
     def _alpha(self, prompt: tuple[int, ...], text: str) -> list[tuple[str, float]]:
         tokenizer = self.resident.base.tokenizer
         ids = (*prompt, *tokenizer(text, add_special_tokens=False)["input_ids"])
-        weights = mixer_weights(self.resident.model, [[ids]], tokenizer.pad_token_id)
-        mean = torch.stack([alpha[0, :, 0] for alpha in weights.layers.values()]).mean(0).tolist()
+        weights = mixer_weights(self.resident.model, [[ids]])
+        mean = torch.stack([alpha[:, 0] for alpha in weights.layers.values()]).mean(0).tolist()
         return [(tokenizer.decode([token]), value) for token, value in zip(ids, mean, strict=True)]

@@ -100,7 +100,7 @@ def freeze_mixer(state: ClientState, slots: tuple[str, ...], alpha: dict[str, li
 def _mean_weights(personal: PersonalModel, resident: Resident, examples: ClientExamples) -> dict[str, list[float]]:
     resident.model.load([personal.state], personal.placement)
     prompts = [example.prompt for example in examples.train[:_PROMPTS]]
-    weights = mixer_weights(resident.model, [prompts], resident.base.tokenizer.pad_token_id)
+    weights = mixer_weights(resident.model, [prompts])
     by_slot = [weights.means(slot, 1)[0] for slot in range(len(personal.placement.slots))]
     return {path: [means[i] for means in by_slot] for i, path in enumerate(weights.layers)}
 

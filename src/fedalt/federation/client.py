@@ -66,7 +66,7 @@ def client_round(
     ]
     trainable = [key for key in installed[0].tensors if settings.method.trains(key)]
     model.load(installed, settings.placement, trainable)
-    stats = train(model, plans, settings.training, settings.pad, on_step)
+    stats = train(model, plans, settings.training, on_step)
     after = [
         replace(new.with_tensors(tensors), round=round_)
         for new, tensors in zip(installed, model.unstack(), strict=True)
@@ -79,7 +79,7 @@ def _alphas(model: AdaptedModel, plans: Sequence[Plan], settings: RoundSettings)
     if not settings.placement.mixed:
         return [()] * len(plans)
     prompts = [[example.prompt for example in plan.steps[0]] for plan in plans]
-    return [tuple(means) for means in mixer_weights(model, prompts, settings.pad).means(0, len(plans))]
+    return [tuple(means) for means in mixer_weights(model, prompts).means(0, len(plans))]
 
 
 def _result(

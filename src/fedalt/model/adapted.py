@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fedalt.model.layer import AdaptedLinear, Placement
+from fedalt.model.packing import enable_packing
 from fedalt.model.rowmap import MixerProbe, RowContext, RowMap
 from fedalt.model.state import ClientState
 from fedalt.model.targets import find_targets
@@ -23,29 +28,56 @@ class AdaptedModel:
         base: Any Hugging Face causal LM. It is changed in place: its targets are wrapped, its parameters frozen.
         targets: Names of the linear layers to adapt; by architecture when not given.
         gradient_checkpointing: Recompute activations in the backward pass, with the row map of their forward.
+        packing: Whether rows may be packed instead of padded, where that is exact for this model.
+
+    Attributes:
+        packs: Whether rows are packed.
 
     Raises:
         UserError: No target, or a target that is no linear layer.
     """
 
-    def __init__(self, base: Any, targets: Sequence[str] | None = None, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        base: Any,
+        targets: Sequence[str] | None = None,
+        gradient_checkpointing: bool = False,
+        packing: bool = True,
+    ) -> None:
         self.base = base
         self.base.requires_grad_(False)
         self.context = RowContext()
         self.layers = {path: self._wrap(path, index) for index, path in enumerate(find_targets(base, targets))}
         self.trainable: dict[Key, nn.Parameter] = {}
+        if packing:
+            self.context.attention = enable_packing(base, self.context)
         if gradient_checkpointing:
             options = {"use_reentrant": False, "context_fn": self.context.checkpoint_contexts}
             self.base.activation_checkpointing_enable(options)
             for module in self.base.modules():
                 if getattr(module, "gradient_checkpointing", False):
                     _silence(module)
+        self.packs = packing and self._packs_exactly()
 
     @property
     def device(self) -> torch.device:
         """Where the base, and so every batch, lives."""
         device: torch.device = next(self.base.parameters()).device
         return device
+
+    def _packs_exactly(self) -> bool:
+        """Try packed rows on this very model, before it has adapters: they must give what padded rows give."""
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.base.get_input_embeddings().num_embeddings
+        ids = torch.randint(vocabulary, (23,), generator=generator).to(self.device)
+        rows = RowMap((1,), (9, 3, 11))
+        try:
+            with torch.no_grad():
+                packed, padded = (self.hidden(ids, rows, packed=how)[0].float() for how in (True, False))
+        except Exception:  # whatever a model makes of one long row
+            return False
+        tolerance = 1e-4 if self.base.dtype in (torch.float32, torch.float64) else 5e-2
+        return bool((packed - padded).abs().max() <= tolerance * padded.abs().max())
 
     @property
     def layer_sizes(self) -> dict[str, tuple[int, int]]:
@@ -92,10 +124,49 @@ class AdaptedModel:
         """Say which client each row of the enclosed forward passes belongs to."""
         return self.context.rows(rows, probe)
 
+    def hidden(
+        self, ids: Int[Tensor, " t"], rows: RowMap, probe: MixerProbe | None = None, packed: bool | None = None
+    ) -> Any:
+        """Read rows without generating: the backbone's own output, with final hidden states ``[t, d]`` for ``ids``.
+
+        Args:
+            ids: Tokens of all rows, one after another.
+            rows: Whose they are and how long each is.
+            probe: Collects mixer weights ``[t, m]``.
+            packed: Pack or pad; what is exact for this model when not given.
+        """
+        packed = self.packs if packed is None else packed
+        rows = replace(rows, packed=packed)
+        inputs = _packed(ids, rows) if packed else _padded(ids, rows)
+        backbone = self.base.get_decoder()
+        known = signature(backbone.forward).parameters
+        with self.rows(rows, probe):
+            out = backbone(**{name: value for name, value in inputs.items() if name in known}, use_cache=False)
+        places = rows.places(inputs["input_ids"].numel()).to(ids.device)
+        out.last_hidden_state = out.last_hidden_state.flatten(0, 1)
+        if not packed:
+            out.last_hidden_state = out.last_hidden_state[places]
+        for path, alpha in probe.weights.items() if probe and not packed else ():
+            probe.weights[path] = alpha[places]
+        return out
+
     def _wrap(self, path: str, index: int) -> AdaptedLinear:
         layer = AdaptedLinear(self.base.get_submodule(path), path, index, self.context)
         self.base.set_submodule(path, layer)
         return layer
+
+
+def _packed(ids: Tensor, rows: RowMap) -> dict[str, Tensor]:
+    """One long row; positions count anew in each of the rows."""
+    positions = torch.cat([torch.arange(length) for length in rows.lengths]).to(ids.device)
+    return {"input_ids": ids[None], "position_ids": positions[None]}
+
+
+def _padded(ids: Tensor, rows: RowMap) -> dict[str, Tensor]:
+    """A row each, padded on the right under an attention mask."""
+    parts = ids.split(list(rows.lengths))
+    mask = [torch.ones_like(part) for part in parts]
+    return {"input_ids": pad_sequence(parts, True), "attention_mask": pad_sequence(mask, True)}
 
 
 def _silence(module: nn.Module) -> None:

@@ -4,7 +4,7 @@
        ├─ dropout ── x̃ ── [A_individual; A_row] ─┐                   │
        └─ mixer G ── softmax ── α ───────────────┴─ α·h ── [B, B] ───┘
 
-Shapes: k clients, n rows (grouped by client), t tokens, r the ranks of all slots added up, m slots.
+Shapes: k clients, n tokens (grouped by client), r the ranks of all slots added up, m slots.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedalt.errors import UserError
-from fedalt.model.rowmap import RowContext
+from fedalt.model.fused import Adapt, Adaptation
+from fedalt.model.rowmap import Dropout, RowContext
 from fedalt.names import MIXER, A, B, G, Key
 
 
@@ -89,45 +90,30 @@ class AdaptedLinear(nn.Module):
         return getattr(self, f"{slot}_{factor}")  # type: ignore[no-any-return]
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        """Base output plus the adapters of whichever client owns each row."""
+        """Base output plus the adapters of whichever client owns each token."""
         y: Tensor = self.base_layer(x)
         if self.placement is None:
             return y
-        rows = self.context.current
-        n = x.shape[0] if x.dim() == 3 else sum(rows.sizes)
-        delta = self.delta(x.reshape(n, -1, self.in_features).to(self.factor(self.placement.slots[0], A).dtype))
-        return y + delta.to(y.dtype).view(y.shape)
-
-    def delta(self, x: Float[Tensor, "n t d_in"]) -> Float[Tensor, "n t d_out"]:
-        """S · Σ_i α_i(x) B_i A_i drop(x)."""
-        assert self.placement is not None
-        rows, slots = self.context.current, self.placement.slots
-        dropped = rows.dropout(x, self.placement.dropout, self.index) if self.drops else x
-        a = torch.cat([self.factor(slot, A) for slot in slots], dim=1)  # [k, r, d_in]
-        b = torch.cat([self.factor(slot, B) for slot in slots], dim=2)  # [k, d_out, r]
-        h = rows.per_client_matmul(dropped, a) * self.placement.scale  # [n, t, r]
-        if self.placement.mixed:
-            h = h * self.spread(self.mix(x))
-        return rows.per_client_matmul(h, b)
-
-    @property
-    def drops(self) -> bool:
-        """Whether this forward applies dropout."""
-        assert self.placement is not None
-        return self.training and self.placement.dropout > 0 and bool(self.context.current.keys)
-
-    def mix(self, x: Float[Tensor, "n t d_in"]) -> Float[Tensor, "n t m"]:
-        """α(x) = softmax(G x) over the slots, per token."""
-        alpha = torch.softmax(self.context.current.per_client_matmul(x, self.factor(MIXER, G)), dim=-1)
-        if self.context.probe is not None:
+        slots, mixed = self.placement.slots, self.placement.mixed
+        tokens = x.reshape(-1, self.in_features)
+        factors = [self.factor(slot, kind) for kind in (A, B) for slot in slots]
+        how = Adaptation(
+            self.context.current.counts(len(tokens)),
+            tuple(a.shape[1] for a in factors[: len(slots)]),
+            self.placement.scale,
+            self._dropout(tokens),
+        )
+        mixer = self.factor(MIXER, G) if mixed else None
+        adapted, alpha = Adapt.apply(how, tokens, y.reshape(-1, self.out_features), mixer, *factors)
+        if mixed and self.context.probe is not None:
             self.context.probe.weights[self.path] = alpha.detach()
-        return alpha
+        return adapted.view(y.shape)  # type: ignore[no-any-return]
 
-    def spread(self, alpha: Float[Tensor, "n t m"]) -> Float[Tensor, "n t r"]:
-        """Repeat each slot's weight over that slot's rank."""
+    def _dropout(self, x: Float[Tensor, "n d_in"]) -> Dropout | None:
         assert self.placement is not None
-        ranks = [self.factor(slot, A).shape[1] for slot in self.placement.slots]
-        return torch.cat([w.expand(*w.shape[:2], r) for w, r in zip(torch.split(alpha, 1, -1), ranks, strict=True)], -1)
+        rows = self.context.current
+        drops = self.training and self.placement.dropout > 0 and bool(rows.keys)
+        return rows.dropout(x, self.placement.dropout, self.index) if drops else None
 
 
 def features(layer: nn.Module) -> tuple[int, int]:

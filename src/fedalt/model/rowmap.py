@@ -2,21 +2,39 @@
 
 A batch holds the rows of client 0, then those of client 1, and so on. ``sizes`` says how many each client has (zero
 for a client that sits this batch out). ``generate`` expands every row into its beams contiguously, and some models
-flatten rows and tokens before a linear layer; both keep the blocks in order, so the expansion follows from the
-number of rows a layer actually sees.
+flatten rows and tokens before a linear layer; both keep the blocks in order, so how many tokens each client has
+follows from the number of tokens a layer actually sees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fedalt.model.layout import Layout, layout
 from fedalt.seeding import derive_seed
+
+_STEPS = 1 << 16
+"""Dropout probabilities are multiples of 1/65,536: four draws from one 64-bit random number."""
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """One draw of dropout on a layer's input.
+
+    Attributes:
+        kept: False where an input is dropped.
+        scale: 1/(1−p), p taken to the nearest 1/65,536.
+    """
+
+    kept: Bool[Tensor, "n d"]
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -25,42 +43,64 @@ class RowMap:
 
     Attributes:
         sizes: Rows per client, in stack order.
-        lengths: Longest row of each client in tokens, before padding to the batch; needed with dropout only.
+        lengths: Tokens of every row; needed for packed rows and for dropout only.
         keys: One dropout seed per client; empty means no dropout.
+        packed: Whether the rows stand one after another as one long row, instead of padded to one length.
     """
 
     sizes: tuple[int, ...]
     lengths: tuple[int, ...] = ()
     keys: tuple[int, ...] = ()
+    packed: bool = False
 
-    def per_client_matmul(self, x: Float[Tensor, "n t i"], w: Float[Tensor, "k o i"]) -> Float[Tensor, "n t o"]:
-        """Multiply every row by the matrix of its own client: ``y[n] = x[n] · w[client of n]ᵀ``."""
-        n, _, d = x.shape
-        if len(set(self.sizes)) == 1:
-            y = torch.bmm(x.reshape(len(self.sizes), -1, d), w.transpose(1, 2))  # [k, n/k·t, o]
-            return y.view(n, -1, w.shape[1])
-        return torch.bmm(x, w[self.owners(n, x.device)].transpose(1, 2))  # [n, t, o]
+    def counts(self, tokens: int) -> tuple[int, ...]:
+        """Tokens of every client in a layer's input of so many tokens, padding and beams included."""
+        if self.packed:
+            return self.client_tokens
+        each = tokens // sum(self.sizes)
+        return tuple(size * each for size in self.sizes)
 
-    def owners(self, rows: int, device: torch.device) -> Tensor:
-        """Stack index of the client of each of ``rows`` rows (a multiple of the batch when rows are expanded)."""
-        expansion = rows // sum(self.sizes)
-        counts = torch.tensor([size * expansion for size in self.sizes], device=device)
-        return torch.repeat_interleave(torch.arange(len(self.sizes), device=device), counts, output_size=rows)
+    @cached_property
+    def client_tokens(self) -> tuple[int, ...]:
+        """Tokens of every client, without padding."""
+        starts = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
+        return tuple(sum(self.lengths[s : s + size]) for s, size in zip(starts, self.sizes, strict=True))
 
-    def dropout(self, x: Float[Tensor, "n t d"], p: float, layer: int) -> Float[Tensor, "n t d"]:
-        """Drop inputs with a mask that depends on the client, its step and the layer, never on who else is present.
+    def layout(self, device: torch.device) -> Layout:
+        """How the rows are grouped for attention."""
+        if device not in self._layouts:
+            self._layouts[device] = layout(self.lengths, device)
+        return self._layouts[device]
 
-        The mask is drawn from a seed and not from a stream, so a recompute under gradient checkpointing draws the same.
+    @cached_property
+    def _layouts(self) -> dict[torch.device, Layout]:
+        return {}
+
+    def places(self, tokens: int) -> Int[Tensor, " t"]:
+        """Where the real tokens, row by row, stand in a layer's input of so many tokens; padding is on the right."""
+        if self.packed:
+            return torch.arange(tokens)
+        width = tokens // len(self.lengths)
+        return torch.cat([torch.arange(length) + row * width for row, length in enumerate(self.lengths)])
+
+    def dropout(self, x: Float[Tensor, "n d"], p: float, layer: int) -> Dropout:
+        """Which inputs of a layer are kept.
+
+        Draws depend on the client, its step and the layer, never on who else is present or how rows are laid out. They
+        come from a seed and not from a stream, so a recompute under gradient checkpointing draws the same.
         """
-        mask = torch.zeros_like(x)
+        tokens, width = sum(self.client_tokens), x.shape[1]
+        bits = torch.empty(tokens, -(-width // 4), dtype=torch.int64, device=x.device)
         generator = torch.Generator(x.device)
-        start = 0
-        for size, length, key in zip(self.sizes, self.lengths, self.keys, strict=True):
+        for part, key in zip(bits.split(list(self.client_tokens)), self.keys, strict=True):
             generator.manual_seed(derive_seed(key, layer))
-            draw = torch.empty(size, length, x.shape[2], device=x.device).bernoulli_(1 - p, generator=generator)
-            mask[start : start + size, :length] = draw
-            start += size
-        return x * mask.div_(1 - p)
+            part.random_(-(1 << 63), None, generator=generator)
+        dropped = round(p * _STEPS)
+        kept = bits.view(torch.int16)[:, :width] >= dropped - _STEPS // 2
+        if tokens < len(x):
+            everywhere = kept.new_zeros(x.shape)
+            kept = everywhere.index_copy_(0, self.places(len(x)).to(x.device), kept)
+        return Dropout(kept, _STEPS / (_STEPS - dropped))
 
 
 @dataclass
@@ -68,27 +108,34 @@ class MixerProbe:
     """Collects the mixer weights of every layer while it is attached.
 
     Attributes:
-        weights: Module path → softmax weights ``[rows, tokens, slots]`` of the latest forward.
+        weights: Module path → softmax weights ``[tokens, slots]`` of the latest forward.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RowContext:
-    """The object that all adapted layers of one model hold: the current row map, and a probe when somebody looks."""
+    """The object that all adapted layers of one model hold: the current row map, and a probe when somebody looks.
 
-    def __init__(self) -> None:
+    Args:
+        attention: Switches the model's attention between padded and packed rows; returns what it was before.
+    """
+
+    def __init__(self, attention: Callable[[bool], bool] = lambda packed: False) -> None:
         self.current = RowMap((1,))
         self.probe: MixerProbe | None = None
+        self.attention = attention
 
     @contextmanager
     def rows(self, rows: RowMap, probe: MixerProbe | None = None) -> Iterator[None]:
         """Run the enclosed forward passes with this row map."""
         before = (self.current, self.probe)
         self.current, self.probe = rows, probe
+        packed = self.attention(rows.packed)
         try:
             yield
         finally:
+            self.attention(packed)
             self.current, self.probe = before
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -36,7 +36,6 @@ def train(
     model: AdaptedModel,
     plans: Sequence[Plan],
     config: TrainingConfig,
-    pad: int,
     on_step: OnStep = lambda done, total: None,
 ) -> list[TrainingStats]:
     """Train every client on the model for the steps of its plan; clients with fewer steps stop earlier, untouched.
@@ -49,7 +48,7 @@ def train(
     totals = torch.zeros(len(plans), device=model.device)
     steps = int(lengths.max())
     model.train()
-    for step, batch in enumerate(cohort_steps(plans, pad)):
+    for step, batch in enumerate(cohort_steps(plans)):
         losses = client_losses(model, batch.to(model.device))
         losses.sum().backward()
         totals += losses.detach()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from fedalt.data.batches import Batch
 from fedalt.model.adapted import AdaptedModel
+
+_LOGITS = 1 << 25
+"""Most logits at a time (128 MiB in fp32)."""
 
 
 def client_losses(model: AdaptedModel, batch: Batch) -> Float[Tensor, " k"]:
@@ -20,30 +25,59 @@ def client_losses(model: AdaptedModel, batch: Batch) -> Float[Tensor, " k"]:
     (The loss built into Hugging Face models averages over all tokens of a batch and would let long rows of one
     client shrink the steps of another.)
     """
+    out = model.hidden(batch.input_ids, batch.rows)
+    chunk = max(1, _LOGITS // model.base.config.get_text_config().vocab_size)
+    states = out.last_hidden_state[batch.place]
+    losses = TokenLosses.apply(states, batch.target, lambda h: logits(model.base, out, h), chunk)
     clients = len(batch.rows.sizes)
-    logits = supervised_logits(model, batch)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits, batch.target, reduction="none")
     counts = torch.bincount(batch.owner, minlength=clients).clamp(min=1)
     return torch.zeros(clients, device=losses.device, dtype=losses.dtype).index_add(0, batch.owner, losses) / counts
 
 
-def supervised_logits(model: AdaptedModel, batch: Batch) -> Float[Tensor, "s vocab"]:
-    """Logits at supervised positions only.
+def logits(base: Any, out: Any, hidden: Float[Tensor, "s d"]) -> Float[Tensor, "s vocab"]:
+    """What a causal LM makes of some final hidden states, by its own forward: head, scaling and soft-capping.
 
-    The head's input is gathered on its way in, so the model's own forward runs, soft-capping and scaling of logits
-    included, and logits of unsupervised positions never exist.
+    Args:
+        base: The causal LM.
+        out: An output of its backbone.
+        hidden: The states to put in its place.
     """
-    head: nn.Module = model.base.get_output_embeddings()
+    replaced = type(out)(last_hidden_state=hidden[None])
+    backbone, ids = base.get_decoder(), torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    with patch.object(backbone, "forward", lambda *args, **kwargs: replaced):
+        scores: Tensor = base(input_ids=ids).logits[0]
+    return scores
 
-    def gather(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
-        return (inputs[0][batch.row, batch.column][None],)  # [n, t, d] -> [1, s, d]
 
-    handle = head.register_forward_pre_hook(gather)
-    try:
-        with model.rows(batch.rows):
-            out = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    finally:
-        handle.remove()
-    logits: Tensor = out.logits[0]
-    return logits
+class TokenLosses(torch.autograd.Function):
+    """Cross-entropy per token, a chunk of the vocabulary-wide logits at a time.
+
+    The head is frozen, so the gradient to a token's hidden state is found while its logits exist, and is all that is
+    kept: memory does not grow with tokens times vocabulary.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Float[Tensor, "s d"],
+        target: Int[Tensor, " s"],
+        head: Callable[[Float[Tensor, "c d"]], Float[Tensor, "c vocab"]],
+        chunk: int,
+    ) -> Float[Tensor, " s"]:
+        """Losses in fp32 (fp64 for an fp64 model), ``chunk`` tokens at a time."""
+        losses, grads = [], []
+        for states, targets in zip(hidden.detach().split(chunk), target.split(chunk), strict=True):
+            with torch.enable_grad():
+                scores = head(states.requires_grad_())
+                scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+                loss = F.cross_entropy(scores, targets, reduction="none")
+                grads += torch.autograd.grad(loss.sum(), states)
+            losses.append(loss.detach())
+        ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, " s"]) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        """Every token's loss depends on its own hidden state only."""
+        (grads,) = ctx.saved_tensors
+        return grads * grad[:, None].to(grads.dtype), None, None, None

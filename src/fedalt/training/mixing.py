@@ -9,43 +9,41 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedalt.data.batches import Prompt, pad_prompts
+from fedalt.data.batches import Prompt
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.rowmap import MixerProbe, RowMap
 
 
 @dataclass(frozen=True)
 class MixerWeights:
-    """Mixer weights of a cohort's prompts.
+    """Mixer weights of a cohort's prompts, one after another.
 
     Attributes:
-        layers: Layer path → α ``[n, t, m]``, in the order of the slots.
-        mask: 1 where a token stands.
-        owners: Stack index of the client of every row.
+        layers: Layer path → α ``[t, m]``, in the order of the slots.
+        owners: Stack index of the client of every token.
     """
 
-    layers: dict[str, Float[Tensor, "n t m"]]
-    mask: Int[Tensor, "n t"]
-    owners: Int[Tensor, " n"]
+    layers: dict[str, Float[Tensor, "t m"]]
+    owners: Int[Tensor, " t"]
 
     def means(self, slot: int, clients: int) -> list[list[float]]:
         """Mean weight of one slot per client (outer) and layer (inner), over tokens."""
-        tokens = torch.zeros(clients).index_add(0, self.owners, self.mask.sum(1).float())
+        tokens = torch.bincount(self.owners, minlength=clients)
         columns = [
-            torch.zeros(clients).index_add(0, self.owners, (alpha[..., slot] * self.mask).sum(1)) / tokens
-            for alpha in self.layers.values()
+            torch.zeros(clients).index_add(0, self.owners, alpha[:, slot]) / tokens for alpha in self.layers.values()
         ]
         means: list[list[float]] = torch.stack(columns, 1).tolist()
         return means
 
 
 @torch.no_grad()
-def mixer_weights(model: AdaptedModel, prompts: Sequence[Sequence[Prompt]], pad: int) -> MixerWeights:
+def mixer_weights(model: AdaptedModel, prompts: Sequence[Sequence[Prompt]]) -> MixerWeights:
     """Read the mixers of the clients on the model while they look at some prompts of each."""
-    rows = RowMap(tuple(map(len, prompts)))
-    ids, mask = pad_prompts([prompt for mine in prompts for prompt in mine], pad, left=False)
+    lengths = tuple(len(prompt) for mine in prompts for prompt in mine)
+    rows = RowMap(tuple(map(len, prompts)), lengths)
+    ids = torch.tensor([token for mine in prompts for prompt in mine for token in prompt], device=model.device)
     probe = MixerProbe()
-    with model.rows(rows, probe):
-        model.base(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+    model.hidden(ids, rows, probe)
     layers = {path: alpha.float().cpu() for path, alpha in probe.weights.items()}
-    return MixerWeights(layers, mask, rows.owners(len(mask), mask.device))
+    owners = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(rows.client_tokens))
+    return MixerWeights(layers, owners)

@@ -1,0 +1,165 @@
+"""Packed rows: all rows of a batch as one long row, nothing spent on padding, attention kept inside each row.
+
+Everything in a transformer but attention looks at one token at a time, so rows can stand one after another. For
+attention, rows of like length are brought to one length and attended to in groups: exact, and without ever making a
+mask over the whole pack. A model whose rows touch each other anywhere else (a convolution, a recurrent state) gives
+other numbers packed than padded; `AdaptedModel` tries it out and pads such a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from fedalt.model.layout import Group, Layout
+from fedalt.model.rowmap import RowContext
+
+class NotPackable(Exception):  # noqa: N818 - a finding, not an error
+    """The model's attention has a feature that packed attention lacks."""
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens to slots. Padding slots never reach an output, so their gradient is zero and is not read."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "t d"], how: Layout) -> Float[Tensor, "s d"]:  # type: ignore[override]
+        ctx.how = how
+        return x.index_select(0, how.token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, "s d"]) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.index_select(0, ctx.how.slot), None
+
+
+class _Gather(torch.autograd.Function):
+    """Slots back to tokens; padding slots get gradient zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "s d"], how: Layout) -> Float[Tensor, "t d"]:  # type: ignore[override]
+        ctx.how = how
+        return x.index_select(0, how.slot)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, "t d"]) -> tuple[Tensor, None]:  # type: ignore[override]
+        how = ctx.how
+        return grad.new_zeros(len(how.token), grad.shape[1]).index_copy_(0, how.slot, grad), None
+
+
+Bias = Callable[[Group], Tensor]
+
+
+def attend(
+    query: Float[Tensor, "1 h t c"],
+    key: Float[Tensor, "1 g t c"],
+    value: Float[Tensor, "1 g t c"],
+    how: Layout,
+    scaling: float | None,
+    causal: bool,
+    bias: Bias | None = None,
+) -> Float[Tensor, "1 t h c"]:
+    """Scaled dot-product attention inside every row.
+
+    Args:
+        query: Queries of h heads.
+        key: Keys of g heads, h a multiple of g.
+        value: Values.
+        how: The rows.
+        scaling: Factor on the scores; 1/√c when not given.
+        causal: Whether a token sees only itself and what is before it.
+        bias: Added to a group's scores, with the causal mask in it.
+    """
+    spread = [_Spread.apply(x[0].transpose(0, 1).flatten(1), how) for x in (query, key, value)]
+    out = []
+    for group in how.groups:
+        q, k, v = (
+            flat[group.start : group.start + group.rows * group.width]
+            .view(group.rows, group.width, x.shape[1], -1)
+            .transpose(1, 2)
+            for flat, x in zip(spread, (query, key, value), strict=True)
+        )
+        mask = bias(group) if bias else (group.mask if group.padded and not causal else None)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, scale=scaling, is_causal=causal and bias is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out.append(y.transpose(1, 2).reshape(group.rows * group.width, -1))
+    slots = out[0] if len(out) == 1 else torch.cat(out)
+    return _Gather.apply(slots, how).view(1, -1, query.shape[1], value.shape[3])  # type: ignore[no-any-return]
+
+
+def enable_packing(model: Any, context: RowContext) -> Callable[[bool], bool]:
+    """Give a model a second attention, for packed rows, beside its own.
+
+    Models on Hugging Face's attention interface are switched by name, without a mask ever being made; Bloom, which is
+    not on it, has its attention modules' forward extended.
+
+    Returns:
+        The switch: true for packed rows, false for the model's own attention; returns what was on before.
+    """
+    config = model.config.get_text_config()
+    own, mine = config._attn_implementation, f"fedalt_{id(context)}"
+    AttentionInterface.register(mine, partial(_interface, context))
+    for module in model.modules():
+        if type(module).__name__ == "BloomAttention":
+            module.forward = partial(_bloom, module, module.forward, context)
+
+    def switch(packed: bool) -> bool:
+        before = config._attn_implementation == mine
+        if packed != before:
+            config._attn_implementation = mine if packed else own
+        return before
+
+    return switch
+
+
+def _interface(
+    context: RowContext,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention as Hugging Face's attention interface calls it."""
+    rows = context.current
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if sliding_window is not None and sliding_window < max(rows.lengths):
+        raise NotPackable("rows longer than the sliding window")
+    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise NotPackable("attention with soft-capping, sinks or position biases")
+    return attend(query, key, value, rows.layout(query.device), scaling, causal), None
+
+
+def _bloom(
+    module: Any,
+    own: Callable[..., tuple[Tensor, Tensor]],
+    context: RowContext,
+    hidden_states: Tensor,
+    residual: Tensor,
+    alibi: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Bloom's attention, with its biases by distance (ALiBi) counted inside each row."""
+    if not context.current.packed:
+        return own(hidden_states, residual, alibi=alibi, attention_mask=attention_mask, **options)
+    query, key, value = module._reshape(module.query_key_value(hidden_states))
+
+    def bias(group: Group) -> Tensor:
+        width = group.width
+        future = torch.full((width, width), float("-inf"), device=alibi.device).triu(1).to(query.dtype)
+        return alibi[:, :, :width].to(query.dtype)[None] + future  # [1, heads, width, width]
+
+    rows = context.current
+    y = attend(query, key, value, rows.layout(query.device), module.inv_norm_factor, True, bias)
+    return module.dense(y.flatten(2)) + residual, None
