@@ -113,11 +113,11 @@ def test_an_answer_stops_before_the_end_of_sequence_token(beams: int) -> None:
 
 def test_chunks_hold_every_prompt_once_and_similar_lengths_together() -> None:
     listed = list(chunks(PROMPTS, 2))
-    places = [place for chunk in listed for place in chunk.places]
+    places = [place for chunk in listed for place in chunk]
     assert sorted(places) == [(k, i) for k, mine in enumerate(PROMPTS) for i in range(len(mine))]
-    assert [chunk.rows.sizes for chunk in listed] == [(2, 2, 1), (1, 2, 0), (0, 1, 0)]
+    assert [[k for k, _ in chunk] for chunk in listed] == [[0, 0, 1, 1, 2], [0, 1, 1], [1]]
     lengths = [len(PROMPTS[k][i]) for k, i in places if k == 1]
-    assert lengths == sorted(lengths)
+    assert lengths == sorted(lengths, reverse=True)
 
 
 def test_evaluation_scores_every_client_on_its_own_rows() -> None:

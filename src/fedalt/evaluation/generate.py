@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from fedalt.config import EvaluationConfig
 from fedalt.data.batches import Prompt, pad_prompts
+from fedalt.evaluation.decode import Search, Unsupported
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.rowmap import RowMap
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Prompts that are answered together.
-
-    Attributes:
-        places: (client's stack index, index of the prompt) of every row, client by client.
-        rows: Rows per client.
-    """
-
-    places: tuple[tuple[int, int], ...]
-    rows: RowMap
 
 
 def answer_all(
@@ -42,35 +31,54 @@ def answer_all(
     """
     answers: list[list[str]] = [[""] * len(mine) for mine in prompts]
     for chunk in chunks(prompts, config.batch_size):
-        ids = [prompts[k][i] for k, i in chunk.places]
-        with model.rows(chunk.rows):
-            texts = generate(model, tokenizer, ids, config)
-        for (k, i), text in zip(chunk.places, texts, strict=True):
+        texts = answer(model, tokenizer, [prompts[k][i] for k, i in chunk], [k for k, _ in chunk], config)
+        for (k, i), text in zip(chunk, texts, strict=True):
             answers[k][i] = text
     return answers
 
 
-def chunks(prompts: Sequence[Sequence[Prompt]], size: int) -> Iterator[Chunk]:
-    """Up to ``size`` prompts of every client at a time, each client's shortest first, so little padding is needed."""
-    order = [sorted(range(len(mine)), key=lambda i, mine=mine: len(mine[i])) for mine in prompts]  # type: ignore[misc]
+def chunks(prompts: Sequence[Sequence[Prompt]], size: int) -> Iterator[list[tuple[int, int]]]:
+    """(Client, prompt) of every row of a batch: up to ``size`` of every client, each client's longest first.
+
+    The first batch is the largest, so memory that suffices for it suffices for all.
+    """
+    order = [sorted(range(len(mine)), key=lambda i, mine=mine: -len(mine[i])) for mine in prompts]  # type: ignore[misc]
     for start in range(0, max(map(len, prompts), default=0), size):
-        taken = [mine[start : start + size] for mine in order]
-        places = tuple((k, i) for k, mine in enumerate(taken) for i in mine)
-        yield Chunk(places, RowMap(tuple(map(len, taken))))
+        yield [(k, i) for k, mine in enumerate(order) for i in mine[start : start + size]]
 
 
 @torch.no_grad()
-def generate(model: AdaptedModel, tokenizer: Any, prompts: Sequence[Prompt], config: EvaluationConfig) -> list[str]:
-    """One call of ``generate`` without sampling; special tokens and surrounding white space are stripped."""
+def answer(
+    model: AdaptedModel, tokenizer: Any, prompts: Sequence[Prompt], owners: Sequence[int], config: EvaluationConfig
+) -> list[str]:
+    """Answer one batch of prompts without sampling; special tokens and surrounding white space are stripped.
+
+    Args:
+        model: The model with its adapters.
+        tokenizer: Its tokenizer.
+        prompts: Token ids, client by client.
+        owners: Stack index of the client of every prompt.
+        config: Beams, longest answer.
+    """
     ids, mask = pad_prompts(prompts, tokenizer.pad_token_id)
-    out = model.base.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=config.max_new_tokens,
-        num_beams=config.num_beams,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    texts: list[str] = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+
+    def rows(present: Sequence[int]) -> AbstractContextManager[None]:
+        counts = Counter(owners[prompt] for prompt in present)
+        return model.rows(RowMap(tuple(counts[k] for k in range(model.clients))))
+
+    options: dict[str, Any] = {
+        "input_ids": ids.to(model.device),
+        "attention_mask": mask.to(model.device),
+        "max_new_tokens": config.max_new_tokens,
+        "do_sample": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    try:
+        search = Search(rows, config.num_beams, config.max_new_tokens)
+        answers = model.base.generate(**options, num_beams=1, custom_generate=search)
+    except Unsupported:
+        with rows(range(len(prompts))):
+            answers = model.base.generate(**options, num_beams=config.num_beams)[:, ids.shape[1] :]
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [text.strip() for text in texts]

@@ -9,12 +9,11 @@ import torch
 
 from fedalt.data.encode import Encoder
 from fedalt.errors import UserError
-from fedalt.evaluation.generate import generate
+from fedalt.evaluation.generate import answer
 from fedalt.experiment.clients import read_client
 from fedalt.experiment.folder import finished_run
 from fedalt.experiment.prepare import load_resident
 from fedalt.model.base import positions
-from fedalt.model.rowmap import RowMap
 from fedalt.training.mixing import mixer_weights
 
 
@@ -65,8 +64,7 @@ class Chat:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens; with {longest} new ones it exceeds the model's {limit} positions"
             )
-        with model.rows(RowMap((1,))):
-            text = generate(model, tokenizer, [prompt], self.config.evaluation)[0]
+        (text,) = answer(model, tokenizer, [prompt], [0], self.config.evaluation)
         return Answer(text, self._alpha(prompt, text) if self.placement.mixed else [], self.placement.slots)
 
     def _alpha(self, prompt: tuple[int, ...], text: str) -> list[tuple[str, float]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fedalt.model.layer import AdaptedLinear, Placement
+from fedalt.model.frozen import pack_weights
 from fedalt.model.packing import enable_packing
 from fedalt.model.rowmap import MixerProbe, RowContext, RowMap
 from fedalt.model.state import ClientState
@@ -32,6 +33,8 @@ class AdaptedModel:
 
     Attributes:
         packs: Whether rows are packed.
+        clients: How many clients are on it.
+        trainable: What trains, stacked over clients.
 
     Raises:
         UserError: No target, or a target that is no linear layer.
@@ -48,7 +51,9 @@ class AdaptedModel:
         self.base.requires_grad_(False)
         self.context = RowContext()
         self.layers = {path: self._wrap(path, index) for index, path in enumerate(find_targets(base, targets))}
+        self.clients = 1
         self.trainable: dict[Key, nn.Parameter] = {}
+        pack_weights(base)
         if packing:
             self.context.attention = enable_packing(base, self.context)
         if gradient_checkpointing:
@@ -89,7 +94,7 @@ class AdaptedModel:
 
         The tensors are copies: training changes the model, never the states.
         """
-        self.trainable = {}
+        self.trainable, self.clients = {}, len(states)
         for path, layer in self.layers.items():
             keys = [key for key in states[0].tensors if key.module == path]
             stacked = {key: torch.stack([state.tensors[key] for state in states]).to(self.device) for key in keys}

@@ -1,0 +1,256 @@
+"""Greedy and beam search in which finished rows leave the batch, token for token what `generate` gives.
+
+`generate` keeps every row until the last one has finished, reads every prompt once per beam, and makes its cache anew
+for every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from inspect import signature
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria
+
+from fedalt.evaluation.cache import answer_cache
+
+_LEAVE = 0.2
+"""Finished rows leave together, when they are at least this share of the batch; leaving copies the cache."""
+_NEVER = -1e9
+"""Score of what must not be chosen, as in Hugging Face's beam search."""
+
+
+class Unsupported(Exception):  # noqa: N818 - a finding, not an error
+    """The model or its generation settings need something this search does not do."""
+
+
+class Rows(Protocol):
+    """Tells the adapted layers which prompts, by index, the rows of the enclosed forward passes belong to."""
+
+    def __call__(self, prompts: Sequence[int]) -> AbstractContextManager[None]: ...
+
+
+class Batch:
+    """Rows being answered: their cache, their attention mask, and which prompts they answer.
+
+    Args:
+        model: The causal LM.
+        rows: Tells the adapters whose rows they see.
+        ids: Prompts, padded on the left.
+        mask: 1 where a token stands.
+        cache: Empty cache.
+    """
+
+    def __init__(self, model: Any, rows: Rows, ids: Int[Tensor, "n t"], mask: Int[Tensor, "n t"], cache: DynamicCache):
+        self.model, self.rows, self.mask, self.cache = model, rows, mask, cache
+        self.prompts = list(range(len(ids)))
+        self.ids = ids
+        self._known = signature(model.forward).parameters
+
+    def read(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n vocab"]:
+        """Add tokens to every row; scores of the next one."""
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        extra = {name: value for name, value in optional.items() if name in self._known}
+        with self.rows(self.prompts):
+            out = self.model(
+                input_ids=tokens, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **extra
+            )
+        scores: Tensor = out.logits[:, -1]
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    def add(self, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n vocab"]:
+        """Add one token to every row; scores of the next one."""
+        self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        return self.read(tokens[:, None])
+
+    def expand(self, beams: int) -> None:
+        """Make every row that many rows."""
+        self.cache.batch_repeat_interleave(beams)
+        self.ids, self.mask = self.ids.repeat_interleave(beams, 0), self.mask.repeat_interleave(beams, 0)
+
+    def keep(self, prompts: Bool[Tensor, " p"]) -> None:
+        """Let go of all other prompts' rows."""
+        rows = prompts.repeat_interleave(len(self.ids) // len(prompts)).nonzero()[:, 0]
+        self.cache.batch_select_indices(rows)
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
+        self.prompts = [prompt for prompt, stays in zip(self.prompts, prompts.tolist(), strict=True) if stays]
+
+    def reorder(self, rows: Int[Tensor, " n"]) -> None:
+        """Go on from other rows of the same prompts."""
+        self.cache.reorder_cache(rows)
+        self.ids = self.ids[rows]
+
+
+class Search:
+    """A decoding loop for ``model.generate(custom_generate=...)``, which prepares everything and calls it.
+
+    Args:
+        rows: Tells the adapters whose rows they see.
+        beams: 1 for greedy search.
+        longest: Most new tokens.
+    """
+
+    def __init__(self, rows: Rows, beams: int, longest: int) -> None:
+        self.rows, self.beams, self.longest = rows, beams, longest
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **kwargs: Any,
+    ) -> list[list[int]]:
+        """New tokens of every prompt, the end-of-sequence token included.
+
+        Raises:
+            Unsupported: No ordinary cache, or a rule for stopping that is not the default.
+        """
+        cache = answer_cache(kwargs.get("past_key_values"), self.longest)
+        usual = all(isinstance(rule, MaxLengthCriteria | EosTokenCriteria) for rule in stopping_criteria)
+        if cache is None or not usual or generation_config.early_stopping is not False:
+            raise Unsupported
+        self.process, self.ends = logits_processor, generation_config._eos_token_tensor
+        self.penalty = generation_config.length_penalty
+        mask = kwargs.get("attention_mask")  # nothing when no prompt is padded
+        batch = Batch(model, self.rows, input_ids, torch.ones_like(input_ids) if mask is None else mask, cache)
+        return self._greedy(batch) if self.beams == 1 else self._beams(batch)
+
+    def _greedy(self, batch: Batch) -> list[list[int]]:
+        answers: list[list[int]] = [[] for _ in batch.prompts]
+        going = torch.ones(len(answers), dtype=torch.bool, device=batch.ids.device)
+        scores = batch.read(batch.ids)
+        while True:
+            tokens = self.process(batch.ids, scores).argmax(-1)
+            for prompt, token, goes in zip(batch.prompts, tokens.tolist(), going.tolist(), strict=True):
+                if goes:
+                    answers[prompt].append(token)
+            going = going & ~torch.isin(tokens, self.ends)
+            if not going.any() or max(map(len, answers)) == self.longest:
+                return answers
+            if (~going).float().mean() >= _LEAVE:
+                batch.keep(going)
+                tokens, going = tokens[going], going[going]
+            scores = batch.add(tokens)
+
+    def _beams(self, batch: Batch) -> list[list[int]]:
+        best: list[list[int]] = [[] for _ in batch.prompts]
+        beams = Beams.start(len(best), self.beams, self.longest, batch.ids.device)
+        width, scores = batch.ids.shape[1], batch.read(batch.ids).repeat_interleave(self.beams, 0)
+        batch.expand(self.beams)
+        for length in range(1, self.longest + 1):
+            scores = self.process(batch.ids, torch.log_softmax(scores, -1))
+            source, tokens = beams.step(
+                scores, batch.ids[:, width:], length, self.ends, self.penalty, length == self.longest
+            )
+            over = ~beams.open if length < self.longest else torch.ones_like(beams.open)
+            if over.all() or over.float().mean() >= _LEAVE:
+                for at in over.nonzero()[:, 0].tolist():
+                    best[batch.prompts[at]] = beams.best(at)
+                if over.all():
+                    break
+                rows = (~over).repeat_interleave(self.beams)
+                batch.reorder(source)
+                batch.keep(~over)
+                beams, tokens = beams.select(~over), tokens[rows]
+            else:
+                batch.reorder(source)
+            scores = batch.add(tokens)
+        return best
+
+
+class Beams:
+    """Beam search's bookkeeping for p prompts with b beams each, as Hugging Face keeps it (early_stopping False).
+
+    Attributes:
+        running: Σ log-probability of every beam that goes on ``[p, b]``.
+        scores: Length-normalised score of the best finished answers ``[p, b]``, best first.
+        finished: Whether there is such an answer.
+        answers: Their tokens ``[p, b, longest]``.
+        lengths: Their lengths.
+        open: Whether a prompt's finished answers can still get better.
+    """
+
+    def __init__(
+        self, running: Tensor, scores: Tensor, finished: Tensor, answers: Tensor, lengths: Tensor, open_: Tensor
+    ) -> None:
+        self.running, self.scores, self.finished = running, scores, finished
+        self.answers, self.lengths, self.open = answers, lengths, open_
+
+    @classmethod
+    def start(cls, prompts: int, beams: int, longest: int, device: torch.device) -> Beams:
+        """All beams of a prompt are equal at first, so only one of them counts."""
+        running = torch.full((prompts, beams), _NEVER, device=device)
+        running[:, 0] = 0
+        return cls(
+            running,
+            torch.full((prompts, beams), _NEVER, device=device),
+            torch.zeros(prompts, beams, dtype=torch.bool, device=device),
+            torch.zeros(prompts, beams, longest, dtype=torch.long, device=device),
+            torch.zeros(prompts, beams, dtype=torch.long, device=device),
+            torch.ones(prompts, dtype=torch.bool, device=device),
+        )
+
+    def step(
+        self, scores: Tensor, before: Tensor, length: int, ends: Tensor, penalty: float, last: bool
+    ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+        """Take the best continuations of every prompt.
+
+        Args:
+            scores: Log-probabilities of the next token ``[p·b, vocab]``.
+            before: Tokens of the answers so far ``[p·b, length − 1]``.
+            length: Length of the answers with the next token.
+            ends: End-of-sequence tokens.
+            penalty: Exponent of the length in the score of a finished answer.
+            last: Whether every answer ends here.
+
+        Returns:
+            The row that each row goes on from, and the token it goes on with.
+        """
+        p, b = self.running.shape
+        vocabulary = scores.shape[-1]
+        total = (scores.view(p, b, -1) + self.running[..., None]).view(p, -1)
+        top, at = total.topk(max(2, 1 + len(ends)) * b)
+        beam, token = at // vocabulary, at % vocabulary
+        over = torch.isin(token, ends) | last
+        self.running, chosen = (top + over * _NEVER).topk(b)
+        self._finish(top, beam, token, over, before.view(p, b, -1), length, penalty)
+        worst = torch.where(self.finished, self.scores.min(1, keepdim=True).values, _NEVER)
+        self.open = self.open & (self.running[:, :1] / length**penalty > worst).any(1)
+        first = torch.arange(p, device=beam.device)[:, None] * b
+        return (beam.gather(1, chosen) + first).flatten(), token.gather(1, chosen).flatten()
+
+    def _finish(
+        self, top: Tensor, beam: Tensor, token: Tensor, over: Tensor, before: Tensor, length: int, penalty: float
+    ) -> None:
+        p, b = self.running.shape
+        ended = over.clone()
+        ended[:, b:] = False  # the others are there so that enough beams go on
+        if not ended.any():
+            return
+        new = top / length**penalty + (~self.open)[:, None] * _NEVER + ~ended * _NEVER
+        tokens = self.answers.new_zeros(*top.shape, self.answers.shape[2])
+        tokens[:, :, : length - 1] = before.gather(1, beam[..., None].expand(-1, -1, length - 1))
+        tokens[:, :, length - 1] = token
+        self.scores, best = torch.cat([self.scores, new], 1).topk(b)
+        self.finished = torch.cat([self.finished, ended], 1).gather(1, best)
+        self.lengths = torch.cat([self.lengths, torch.full_like(top, length, dtype=torch.long)], 1).gather(1, best)
+        every = best[..., None].expand(-1, -1, self.answers.shape[2])
+        self.answers = torch.cat([self.answers, tokens], 1).gather(1, every)
+
+    def best(self, prompt: int) -> list[int]:
+        """The best finished answer."""
+        tokens: list[int] = self.answers[prompt, 0, : int(self.lengths[prompt, 0])].tolist()
+        return tokens
+
+    def select(self, prompts: Bool[Tensor, " p"]) -> Beams:
+        """The beams of some prompts."""
+        parts = (self.running, self.scores, self.finished, self.answers, self.lengths, self.open)
+        return Beams(*(part[prompts] for part in parts))
