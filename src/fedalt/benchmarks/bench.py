@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -97,14 +98,13 @@ def run_worker(spec: Spec) -> Run:
         UserError: The side refused, or was killed by the system.
         RuntimeError: It failed otherwise.
     """
-    import json
-
     threads = {"OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)} if spec.threads else {}
     with tempfile.TemporaryDirectory(prefix="fedalt-bench-") as folder, mock.patch.dict(os.environ, threads):
         path = Path(folder) / "spec.json"
         path.write_text(spec.to_json(), encoding="utf-8")
         out = finish([sys.executable, "-m", "fedalt.benchmarks.worker", str(path)])
-    return dict(json.loads(out.splitlines()[-1]))  # libraries may have printed before it
+    line = next(line for line in reversed(out.splitlines()) if line.startswith('{"seconds"'))  # libraries print, too
+    return dict(json.loads(line))
 
 
 def _summary(runs: Sequence[Run]) -> dict[str, Any]:

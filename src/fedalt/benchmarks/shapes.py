@@ -89,6 +89,16 @@ def build(shape: str, dtype: str, seed: int, device: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def check(model: str) -> None:
+    """Complain before anything is started.
+
+    Raises:
+        UserError: Neither a shape nor a model folder.
+    """
+    if model not in SHAPES:
+        source(model)
+
+
 def source(model: str) -> str:
     """What ``model.name`` is called for a model that is no shape.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -131,7 +132,7 @@ _RANDOM, _REAL = "llama-25m", "tiny"
 
 WHATS = {
     "round": What("a round", 8, 32, _RANDOM, True, "round_fedalt", _ROUND),
-    "step": What("a step", 1, 32, _RANDOM, False, "round_fedalt", {"peft": "step_peft", "peft-forward": "step_peft"}),
+    "step": What("a step", 1, 64, _RANDOM, False, "round_fedalt", {"peft": "step_peft", "peft-forward": "step_peft"}),
     "evaluation": What("all answers", 8, 64, _REAL, False, "evaluation_fedalt", {"paper": "evaluation_paper"}),
     "aggregation": What("an aggregation", 100, 1, _RANDOM, False, "aggregation_fedalt", {"paper": "aggregation_paper"}),
     "clients": What("a client and round", 1000, 16, _REAL, False, "clients_fedalt", {"eight": "clients_fedalt"}),
@@ -152,16 +153,27 @@ def pair(spec: Spec, against: str | None = None, loop: bool = False) -> tuple[Sp
         loop: Whether fedalt, too, takes one client after another.
 
     Raises:
-        UserError: No such comparison, no such opponent, or ``loop`` where there is no round.
+        UserError: No such comparison, no such opponent or it is not installed, or ``loop`` where there is no round.
     """
     choose("WHAT", spec.what, WHATS)
     what = WHATS[spec.what]
     side = against or next(iter(what.opponents))
     choose(f"--against for {spec.what}", side, what.opponents)
+    require(side)
     if loop and spec.what != "round":
         raise UserError(f"--executor loop: only round has it, {spec.what} has not")
     ours = replace(spec, side="loop" if loop else OURS)
     return ours, replace(spec, side=side, clients=_FEWER.get(side, spec.clients))
+
+
+def require(side: str) -> None:
+    """Make sure that what a side runs on is installed.
+
+    Raises:
+        UserError: It is not.
+    """
+    if side == "flower" and not all(importlib.util.find_spec(name) for name in ("flwr", "ray")):
+        raise UserError("--against flower: Flower's simulation is not installed; pip install 'flwr[simulation]'")
 
 
 def choose(where: str, name: str, known: Iterable[str]) -> str:

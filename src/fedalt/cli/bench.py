@@ -44,6 +44,7 @@ def bench(
 ) -> None:
     """Measure fedalt against another way to do the same work: by turns, in processes of their own."""
     from fedalt.benchmarks import bench as by_turns
+    from fedalt.benchmarks import shapes
     from fedalt.benchmarks.machine import describe
     from fedalt.files import write_json
 
@@ -62,6 +63,7 @@ def bench(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
+    shapes.check(settings.model)
     loop = choose("--executor", executor, ("stacked", "loop")) == "loop"
     pairs = [pair(replace(settings, clients=k), against, loop) for k in _clients(what, clients)]
     machine = describe()
@@ -78,26 +80,22 @@ def bench(
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """A line per number of clients."""
-    a, b = (result["lines"][0][side]["spec"]["side"] for side in "ab")
-    spec, times = result["lines"][0]["a"]["spec"], result["repeats"]
-    title = (
-        f"{result['what']}: seconds for {result['unit']}, {spec['model']}, batch {spec['batch_size']}, {spec['dtype']}"
-    )
-    table = Table(
-        title=title, title_justify="left", caption=f"median (smallest–largest) of {times} runs each, by turns"
-    )
-    for name in ("clients", f"{a}, s", f"{b}, s", "ratio", "by pairs", f"{a}, GB", f"{b}, GB", "same work"):
+    """Both sides and their ratio, for every number of clients."""
+    spec = result["lines"][0]["a"]["spec"]
+    title = f"{result['what']}, {spec['model']}, batch {spec['batch_size']}, {spec['dtype']}"
+    caption = f"seconds for {result['unit']}: median of {result['repeats']} runs of each side, by turns; memory: peak"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for name in ("clients", "side"):
+        table.add_column(name)
+    for name in ("seconds", "min–max", "memory", "check"):
         table.add_column(name, justify="right")
     for line in result["lines"]:
-        table.add_row(
-            str(line["clients"]),
-            *(_seconds(line[side]) for side in "ab"),
-            f"×{line['ratio']['of_medians']:.2f}",
-            f"×{line['ratio']['pairwise']['median']:.2f}",
-            *(_memory(line[side]) for side in "ab"),
-            _agreement(line["agreement"]),
-        )
+        for side in "ab":
+            measured = line[side]
+            mark = " (extrapolated)" if measured["extrapolated"] else ""
+            name = measured["spec"]["side"] + mark
+            table.add_row(str(measured["spec"]["clients"]), name, *_cells(measured), _check(line["agreement"], side))
+        table.add_row(*_ratio_row(line), style="bold", end_section=True)
     return table
 
 
@@ -122,27 +120,33 @@ def _progress(side: str, repeat: int, run: Mapping[str, Any]) -> None:
     show.err.print(f"[dim]run {repeat + 1}, {side}: {run['seconds']:.3g} s[/]", highlight=False)
 
 
-def _seconds(side: Mapping[str, Any]) -> str:
+def _cells(side: Mapping[str, Any]) -> tuple[str, str, str]:
     seconds = side["seconds"]
-    mark = " extrapolated" if side["extrapolated"] else ""
-    return f"{seconds['median']:.3g} ({seconds['min']:.3g}–{seconds['max']:.3g}){mark}"
+    memory = [(name if name != "process" else "", value["median"] / 1e9) for name, value in side["memory"].items()]
+    return (
+        f"{seconds['median']:.3g}",
+        f"{seconds['min']:.3g}–{seconds['max']:.3g}",
+        ", ".join(f"{name} {value:.2f} GB".strip() for name, value in memory),
+    )
 
 
-def _memory(side: Mapping[str, Any]) -> str:
-    parts = [
-        f"{value['median'] / 1e9:.2f}{'' if name == 'process' else ' ' + name}"
-        for name, value in side["memory"].items()
-    ]
-    return ", ".join(parts)
+def _ratio_row(line: Mapping[str, Any]) -> tuple[str, ...]:
+    pairs, found = line["ratio"]["pairwise"], line["agreement"]
+    apart = found.get("largest_relative_difference")
+    answers = found.get("answers")
+    return (
+        "",
+        f"{line['b']['spec']['side']} / {line['a']['spec']['side']}",
+        f"×{line['ratio']['of_medians']:.2f}",
+        f"pairs ×{pairs['median']:.2f}",
+        ", ".join(f"×{value:.2f}" for value in line["memory_ratio"].values()),
+        f"{answers['same']} of {answers['of']} the same" if answers else "" if apart is None else f"{apart:.1g} apart",
+    )
 
 
-def _agreement(found: Mapping[str, Any]) -> str:
-    parts = []
-    if "values" in found:
-        parts.append(f"{found['values']['a']:.5g} and {found['values']['b']:.5g}")
-    if "answers" in found:
-        parts.append(f"{found['answers']['same']} of {found['answers']['of']} answers")
-    return ", ".join(parts) or "–"
+def _check(found: Mapping[str, Any], side: str) -> str:
+    """Mean loss, or norm of the rows, that both sides should have."""
+    return f"{found['values'][side]:.5g}" if "values" in found else ""
 
 
 def _machine_line(machine: Mapping[str, Any]) -> str:

@@ -44,8 +44,8 @@ class DualLora(nn.Module):
             result = result + weights[..., i].unsqueeze(-1) * up(down(dropped)) * self.scale
         return result.to(base.dtype)
 
-    def weight_of(self, slot: str, factor: str) -> nn.Parameter:
-        """The parameter behind a slot and factor."""
+    def weight_of(self, slot: str, factor: str) -> Tensor:
+        """The weight behind a slot and factor."""
         if slot == MIXER:
             return self.mixer.weight
         layer = (self.lora_a if factor == A else self.lora_b)[(INDIVIDUAL, ROW).index(slot)]

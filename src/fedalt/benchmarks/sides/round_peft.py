@@ -21,7 +21,7 @@ from fedalt.data.batches import Plan
 class PeftClient:
     """Trains one client after another on one ``PeftModel``."""
 
-    def __init__(self, spec: Spec, folder: str) -> None:
+    def __init__(self, spec: Spec) -> None:
         from transformers import TrainingArguments
 
         work = workload.load(spec)
@@ -30,7 +30,7 @@ class PeftClient:
         self.lora = PeftLora(work.base, spec.dropout, spec.seed)
         self.collator = Collator(work.tokenizer.pad_token_id)
         self.arguments: Any = TrainingArguments(
-            output_dir=folder,
+            output_dir=tempfile.gettempdir(),  # nothing is saved
             per_device_train_batch_size=spec.batch_size,
             num_train_epochs=1,
             learning_rate=config.lr,
@@ -49,7 +49,7 @@ class PeftClient:
 
     def train(self, plan: Plan) -> float:
         """Train the adapter that is on the model on one client's rows; the mean loss."""
-        from transformers import Trainer
+        from transformers import PrinterCallback, Trainer
 
         rows: Any = [row for step in plan.steps for row in step]
         trainer = Trainer(
@@ -58,13 +58,13 @@ class PeftClient:
             train_dataset=rows,
             data_collator=self.collator,
         )
+        trainer.remove_callback(PrinterCallback)
         return float(trainer.train().training_loss)
 
 
 def prepare(spec: Spec) -> Job:
     """Everything before the clock."""
-    folder = tempfile.TemporaryDirectory(prefix="fedalt-bench-")
-    client = PeftClient(spec, folder.name)
+    client = PeftClient(spec)
 
     def play() -> Outcome:
         uploads: list[list[Tensor]] = []
@@ -74,7 +74,6 @@ def prepare(spec: Spec) -> Job:
             losses.append(client.train(plan))
             uploads.append(client.lora.upload())
         _ = [torch.stack(same).mean(0) for same in zip(*uploads, strict=True)]
-        folder.cleanup()
         return Outcome(values=losses)
 
     return Job(lambda: client.train(workload.first_step(client.plans[0])), play)
