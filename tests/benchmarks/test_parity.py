@@ -20,6 +20,13 @@ from support import MODELS, PAD, bitwise, distance, examples
 SPEC = Spec(clients=3, rows=10, batch_size=4, dropout=0.0)
 
 
+@pytest.fixture(autouse=True)
+def heavy_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the paper's 0.05 a forgotten weight decay would hide below the tolerance."""
+    usual = workload.training
+    monkeypatch.setattr(workload, "training", lambda spec: usual(spec).model_copy(update={"weight_decay": 5.0}))
+
+
 def work(kind: str, spec: Spec = SPEC) -> Workload:
     rows = [examples(spec.rows + k, seed=k) for k in range(spec.clients)]  # unequal numbers of steps
     tokenizer: Any = HashTokenizer(64)

@@ -21,7 +21,7 @@ _DTYPES = ("float32", "bfloat16")
 
 
 def bench(
-    what: Annotated[str, typer.Argument(metavar="[WHAT]", help=_WHAT)] = "round",
+    what: Annotated[str, typer.Argument(metavar="[WHAT]", help=f"one of: {_WHAT}")] = "round",
     against: Annotated[str | None, typer.Option(help=f"opponent; the first is the default ({_AGAINST})")] = None,
     model: Annotated[
         str | None, typer.Option(help="llama-25m, bloom-560m, gpt2-small, llama-7b (random weights), tiny, or a folder")
