@@ -235,6 +235,11 @@ def test_every_command_in_the_docs_is_one_that_bench_takes(tmp_path, monkeypatch
         assert call(*command).code == 0, command
 
 
+def test_the_help_names_everything_that_can_be_measured():
+    text = " ".join(call("bench", "--help").out.split())
+    assert f"one of {', '.join(WHATS)}." in text
+
+
 def test_flower_is_asked_for_only_where_it_is_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'flwr[simulation]'" in refused("bench", "--against", "flower")

@@ -21,7 +21,7 @@ _DTYPES = ("float32", "bfloat16")
 
 
 def bench(
-    what: Annotated[str, typer.Argument(metavar="[WHAT]", help=f"one of: {_WHAT}")] = "round",
+    what: Annotated[str, typer.Argument(metavar="WHAT", help=f"one of: {_WHAT}")] = "round",
     against: Annotated[str | None, typer.Option(help=f"opponent; the first is the default ({_AGAINST})")] = None,
     model: Annotated[
         str | None, typer.Option(help="llama-25m, bloom-560m, gpt2-small, llama-7b (random weights), tiny, or a folder")
@@ -42,7 +42,10 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="write everything that was measured into this JSON file")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
 ) -> None:
-    """Measure fedalt against another way to do the same work: by turns, in processes of their own."""
+    """Measure fedalt against another way to do the same work: by turns, in processes of their own.
+
+    WHAT is one of round, step, evaluation, aggregation, clients, memory, start.
+    """
     from fedalt.benchmarks import bench as by_turns
     from fedalt.benchmarks import shapes
     from fedalt.benchmarks.machine import describe
