@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedalt.cli import show
+from fedalt.cli.bench import bench
 from fedalt.cli.options import settings
 from fedalt.config import RunConfig, load_config
 from fedalt.errors import UserError
@@ -23,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.command()(bench)
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]

@@ -1,0 +1,117 @@
+"""Two sides in processes of their own, by turns; medians, spread and ratios."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+from unittest import mock
+
+from fedalt.benchmarks.sides.command import finish
+from fedalt.benchmarks.task import Spec
+
+Run = dict[str, Any]
+Runner = Callable[[Spec], Run]
+OnRun = Callable[[str, int, Run], None]
+"""Called after every run with (side, number of the repeat, what it measured)."""
+
+
+def compare(
+    ours: Spec, other: Spec, repeats: int, runner: Runner, on_run: OnRun = lambda side, repeat, run: None
+) -> dict[str, Any]:
+    """Measure A and B by turns, and put them side by side.
+
+    Args:
+        ours: A.
+        other: B.
+        repeats: Runs of each.
+        runner: Runs one side once.
+        on_run: Told after every run.
+
+    Raises:
+        UserError: A side cannot run.
+    """
+    runs: dict[str, list[Run]] = {"a": [], "b": []}
+    for repeat, name in turns(repeats):
+        spec = ours if name == "a" else other
+        run = runner(spec)
+        runs[name].append(run)
+        on_run(spec.side, repeat, run)
+    sides = {name: {"spec": asdict(spec), **_summary(runs[name])} for name, spec in (("a", ours), ("b", other))}
+    return {
+        "clients": ours.clients,
+        **sides,
+        "ratio": ratios([run["seconds"] for run in runs["a"]], [run["seconds"] for run in runs["b"]]),
+        "memory_ratio": {
+            name: sides["b"]["memory"][name]["median"] / value["median"]
+            for name, value in sides["a"]["memory"].items()
+            if name in sides["b"]["memory"] and value["median"]
+        },
+        "agreement": agreement(runs["a"][0], runs["b"][0]),
+    }
+
+
+def turns(repeats: int) -> Iterator[tuple[int, str]]:
+    """A B, B A, A B, …: a machine that grows slower or faster is no side's advantage."""
+    for repeat in range(repeats):
+        yield from ((repeat, name) for name in ("ab" if repeat % 2 == 0 else "ba"))
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest, largest."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """How many times longer B takes: by medians, and by the pairs that ran next to each other."""
+    return {"of_medians": median(b) / median(a), "pairwise": spread([y / x for x, y in zip(a, b, strict=True)])}
+
+
+def agreement(a: Run, b: Run) -> dict[str, Any]:
+    """Whether both sides did the same: mean loss or norm on each, largest relative difference, equal answers.
+
+    Where one side has fewer clients, those that both have are compared.
+    """
+    found: dict[str, Any] = {}
+    pairs = list(zip(a["values"], b["values"], strict=False))
+    if pairs:
+        found["values"] = {"a": mean(x for x, _ in pairs), "b": mean(y for _, y in pairs)}
+        apart = max(abs(x - y) / max(abs(x), abs(y), 1e-30) for x, y in pairs)
+        found["largest_relative_difference"] = apart if math.isfinite(apart) else None
+    answers = list(zip(a["answers"], b["answers"], strict=False))
+    if answers:
+        found["answers"] = {"same": sum(x == y for x, y in answers), "of": len(answers)}
+    return found
+
+
+def run_worker(spec: Spec) -> Run:
+    """One side once, in a process of its own.
+
+    Raises:
+        UserError: The side refused, or was killed by the system.
+        RuntimeError: It failed otherwise.
+    """
+    threads = {"OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)} if spec.threads else {}
+    with tempfile.TemporaryDirectory(prefix="fedalt-bench-") as folder, mock.patch.dict(os.environ, threads):
+        path = Path(folder) / "spec.json"
+        path.write_text(spec.to_json(), encoding="utf-8")
+        out = finish([sys.executable, "-m", "fedalt.benchmarks.worker", str(path)])
+    line = next(line for line in reversed(out.splitlines()) if line.startswith('{"seconds"'))  # libraries print, too
+    return dict(json.loads(line))
+
+
+def _summary(runs: Sequence[Run]) -> dict[str, Any]:
+    names = runs[0]["memory"]
+    return {
+        "seconds": spread([run["seconds"] for run in runs]),
+        "extrapolated": any(run["extrapolated"] for run in runs),
+        "memory": {name: spread([run["memory"][name] for run in runs]) for name in names},
+        "runs": list(runs),
+    }

@@ -1,0 +1,69 @@
+"""fedalt's own round: all clients in one stack, or one after another. Serves ``round``, ``memory`` and ``step``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fedalt.benchmarks import workload
+from fedalt.benchmarks.task import Job, Outcome, Spec
+from fedalt.benchmarks.workload import ROUND, SCALE, Federation
+from fedalt.data.batches import Plan
+from fedalt.federation.client import ClientResult, RoundSettings
+from fedalt.federation.executor import run_clients
+from fedalt.model.adapted import AdaptedModel
+from fedalt.model.layer import Placement
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round that can be run again and again from the same start."""
+
+    spec: Spec
+    model: AdaptedModel
+    federation: Federation
+    settings: RoundSettings
+
+    def train(self, plans: Sequence[Plan]) -> list[ClientResult]:
+        """Install the server's messages and train every client."""
+        world = self.federation
+        executor: Literal["stacked", "loop"] = "loop" if self.spec.side == "loop" else "stacked"
+        messages = [world.messages.get(state.client) for state in world.states]
+        return list(
+            run_clients(
+                self.model, world.states, messages, plans, self.settings, ROUND, executor, cohort=self.spec.cohort
+            )
+        )
+
+    def whole(self, plans: Sequence[Plan]) -> list[ClientResult]:
+        """Train, upload, aggregate."""
+        results = self.train(plans)
+        server = self.federation.server
+        server.receive({result.state.client: result.upload for result in results}, ROUND)
+        server.messages(tuple(server.uploads))
+        return results
+
+
+def build(spec: Spec, work: workload.Workload) -> Round:
+    """Wrap the base and set the clients up."""
+    model = AdaptedModel(work.base)
+    world = workload.federation(spec, model.layer_sizes)
+    placement = Placement(world.shape.slots, world.shape.mixed, SCALE, spec.dropout)
+    settings = RoundSettings(world.method, placement, workload.training(spec), work.tokenizer.pad_token_id)
+    return Round(spec, model, world, settings)
+
+
+def prepare(spec: Spec) -> Job:
+    """Everything before the clock."""
+    work = workload.load(spec)
+    plans = work.plans()
+    round_ = build(spec, work)
+
+    def play() -> Outcome:
+        results = round_.whole(plans)
+        steps = len(plans[0].steps) if spec.what == "step" else 1
+        losses = [] if spec.what == "memory" else [result.stats.loss for result in results]  # one client has no row
+        return Outcome(units=steps, values=losses)
+
+    return Job(lambda: round_.train([workload.first_step(plan) for plan in plans]), play)

@@ -1,0 +1,188 @@
+"""What is measured: one spec per side, what a side hands back, and which sides there are."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from fedalt.errors import UserError, did_you_mean
+
+OURS = "fedalt"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One side of a comparison, in full: the same spec does the same work in any process.
+
+    Attributes:
+        what: Name in ``WHATS``.
+        side: Which side of it.
+        model: Shape with random weights, ``tiny`` for the shipped base, or a model folder.
+        data: ``tinyworld`` or a data folder.
+        clients: Clients K; a federation with fewer lends the others further windows of its rows.
+        rows: Training rows per client; for ``evaluation``, prompts per client.
+        batch_size: Rows per client and step.
+        dtype: dtype of the frozen base; adapters are always fp32.
+        threads: Threads of torch, or its own choice.
+        cohort: Clients that fedalt stacks at a time, or its own choice.
+        dropout: Of the adapters.
+        num_beams, max_new_tokens: Of generation.
+        seed: Of random weights, adapters and row order.
+    """
+
+    what: str = "round"
+    side: str = OURS
+    model: str = "llama-25m"
+    data: str = "tinyworld"
+    clients: int = 8
+    rows: int = 32
+    batch_size: int = 8
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: int | None = None
+    cohort: int | None = None
+    dropout: float = 0.05
+    num_beams: int = 1
+    max_new_tokens: int = 32
+    seed: int = 0
+
+    def to_json(self) -> str:
+        """The spec as one line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        """Invert ``to_json``.
+
+        Raises:
+            UserError: No JSON object, or one with other keys.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"spec: broken JSON ({error.msg})") from None
+        known = [f.name for f in fields(cls)]
+        for name in values if isinstance(values, dict) else [""]:
+            if name not in known:
+                raise UserError(f'spec: unknown key "{name}"{did_you_mean(name, known)}; known: {", ".join(known)}')
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a side did, so that both can be shown to have done the same.
+
+    Attributes:
+        units: What the seconds are divided by: steps, or clients times rounds.
+        values: Numbers that must agree on both sides: losses, norms.
+        answers: Digests of answers that must agree on both sides.
+        scale: Whole work over the part that was done; above 1, time is extrapolated.
+        seconds: Where the side has a better clock than the one around it.
+        memory: Peak memory in bytes, where it is another process that does the work.
+        more_memory: Bytes that the part which was not done would have taken on top.
+    """
+
+    units: float = 1
+    values: list[float] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    scale: float = 1
+    seconds: float | None = None
+    memory: dict[str, int] | None = None
+    more_memory: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A side that is ready: ``warm_up`` takes one step before the clock starts, ``work`` is timed."""
+
+    warm_up: Callable[[], Any]
+    work: Callable[[], Outcome]
+
+
+@dataclass(frozen=True)
+class What:
+    """One comparison.
+
+    Attributes:
+        unit: What one second is spent on.
+        clients, rows, model: Defaults.
+        many: Whether K may be a list, for a line each.
+        ours: Module of fedalt's side.
+        opponents: Other side → its module; the first one is the default.
+    """
+
+    unit: str
+    clients: int
+    rows: int
+    model: str
+    many: bool
+    ours: str
+    opponents: dict[str, str]
+
+    def module(self, side: str) -> str:
+        """The module below ``sides`` that does a side's work."""
+        return self.ours if side == OURS else self.opponents[side]
+
+
+_ROUND = {"paper": "round_paper", "peft": "round_peft", "flower": "round_flower", "loop": "round_fedalt"}
+
+_RANDOM, _REAL = "llama-25m", "tiny"
+
+WHATS = {
+    "round": What("a round", 8, 32, _RANDOM, True, "round_fedalt", _ROUND),
+    "step": What("a step", 1, 64, _RANDOM, False, "round_fedalt", {"peft": "step_peft", "peft-forward": "step_peft"}),
+    "evaluation": What("all answers", 8, 64, _REAL, False, "evaluation_fedalt", {"paper": "evaluation_paper"}),
+    "aggregation": What("an aggregation", 100, 1, _RANDOM, False, "aggregation_fedalt", {"paper": "aggregation_paper"}),
+    "clients": What("a client and round", 1000, 16, _REAL, False, "clients_fedalt", {"eight": "clients_fedalt"}),
+    "memory": What("a round", 8, 32, _RANDOM, True, "round_fedalt", {"one": "round_fedalt"}),
+    "start": What("a start", 8, 16, _REAL, False, "start_fedalt", {"transformers": "start_transformers"}),
+}
+"""Everything that can be measured. ``eight`` and ``one`` are fedalt itself with that many clients."""
+
+_FEWER = {"eight": 8, "one": 1}
+
+
+def pair(spec: Spec, against: str | None = None, loop: bool = False) -> tuple[Spec, Spec]:
+    """The two sides of one comparison.
+
+    Args:
+        spec: What to measure and with what settings; its side is not looked at.
+        against: The opponent; the default one when not given.
+        loop: Whether fedalt, too, takes one client after another.
+
+    Raises:
+        UserError: No such comparison, no such opponent or it is not installed, or ``loop`` where there is no round.
+    """
+    choose("WHAT", spec.what, WHATS)
+    what = WHATS[spec.what]
+    side = against or next(iter(what.opponents))
+    choose(f"--against for {spec.what}", side, what.opponents)
+    require(side)
+    if loop and spec.what != "round":
+        raise UserError(f"--executor loop: only round has it, {spec.what} has not")
+    ours = replace(spec, side="loop" if loop else OURS)
+    return ours, replace(spec, side=side, clients=_FEWER.get(side, spec.clients))
+
+
+def require(side: str) -> None:
+    """Make sure that what a side runs on is installed.
+
+    Raises:
+        UserError: It is not.
+    """
+    if side == "flower" and not all(importlib.util.find_spec(name) for name in ("flwr", "ray")):
+        raise UserError("--against flower: Flower's simulation is not installed; pip install 'flwr[simulation]'")
+
+
+def choose(where: str, name: str, known: Iterable[str]) -> str:
+    """``name``, if it is known.
+
+    Raises:
+        UserError: It is not; the closest one is suggested.
+    """
+    names = list(known)
+    if name not in names:
+        raise UserError(f'{where}: "{name}" is unknown{did_you_mean(name, names)}; known: {", ".join(names)}')
+    return name

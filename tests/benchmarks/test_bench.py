@@ -1,0 +1,255 @@
+"""Order of the runs, statistics, what a side hands back, and the command once for everything it can measure."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedalt.benchmarks import bench, shapes, task, worker
+from fedalt.benchmarks.rows import HashTokenizer, client_examples
+from fedalt.benchmarks.sides import aggregation_fedalt, aggregation_paper
+from fedalt.benchmarks.task import WHATS, Spec, pair
+from fedalt.errors import UserError
+from micro import call, refused, shared_data, shared_model
+
+SMALL = ("--rows", 3, "--batch-size", 2, "--repeats", 1)
+
+
+# --- order, statistics
+
+
+def fake(seconds: dict[str, Iterator[float]], order: list[str]) -> bench.Runner:
+    def run(spec: Spec) -> bench.Run:
+        order.append(spec.side)
+        memory = {"process": 100 if spec.side == "fedalt" else 300}
+        values = [2.0, 4.0] if spec.side == "fedalt" else [2.0, 5.0]
+        same = {"extrapolated": False, "values": values, "answers": ["a", "b" if spec.side == "fedalt" else "c"]}
+        return {"seconds": next(seconds[spec.side]), "memory": memory, **same}
+
+    return run
+
+
+def test_sides_take_turns_and_swap_who_goes_first():
+    order: list[str] = []
+    ours, other = pair(Spec(what="round"))
+    seen: list[Any] = []
+    runner = fake({"fedalt": iter([1.0, 2.0, 4.0]), "paper": iter([3.0, 4.0, 4.0])}, order)
+    result = bench.compare(ours, other, 3, runner, lambda side, repeat, run: seen.append((side, repeat)))
+    assert order == ["fedalt", "paper", "paper", "fedalt", "fedalt", "paper"]
+    assert seen == [("fedalt", 0), ("paper", 0), ("paper", 1), ("fedalt", 1), ("fedalt", 2), ("paper", 2)]
+    assert result["a"]["seconds"] == {"median": 2.0, "min": 1.0, "max": 4.0}
+    assert result["b"]["seconds"] == {"median": 4.0, "min": 3.0, "max": 4.0}
+    assert result["ratio"] == {"of_medians": 2.0, "pairwise": {"median": 2.0, "min": 1.0, "max": 3.0}}
+    assert result["memory_ratio"] == {"process": 3.0}
+    assert result["agreement"] == {
+        "values": {"a": 3.0, "b": 3.5},
+        "largest_relative_difference": pytest.approx(0.2),
+        "answers": {"same": 1, "of": 2},
+    }
+    assert [run["seconds"] for run in result["a"]["runs"]] == [1.0, 2.0, 4.0]
+
+
+def test_of_sides_with_different_numbers_of_clients_only_the_common_ones_are_compared():
+    one, many = ({"values": [1.0] * count, "answers": []} for count in (1, 3))
+    assert bench.agreement(one, many) == {"values": {"a": 1.0, "b": 1.0}, "largest_relative_difference": 0.0}
+    assert bench.agreement({"values": [], "answers": []}, many) == {}
+
+
+# --- spec and workload
+
+
+def test_a_spec_survives_json_and_refuses_what_it_does_not_know():
+    spec = Spec(what="evaluation", side="paper", clients=3, cohort=2, threads=1, dtype="bfloat16", num_beams=4)
+    assert Spec.from_json(spec.to_json()) == spec
+    with pytest.raises(UserError, match=r'unknown key "cilents" \(did you mean "clients"\?\)'):
+        Spec.from_json('{"cilents": 3}')
+    for broken in ("{", "[]", "3"):
+        with pytest.raises(UserError):
+            Spec.from_json(broken)
+
+
+@pytest.mark.parametrize("what", WHATS)
+def test_every_side_has_its_module(what):
+    for side in ("fedalt", *WHATS[what].opponents):
+        path = Path(bench.__file__).parent / "sides" / f"{WHATS[what].module(side)}.py"
+        assert path.is_file()
+
+
+def test_random_weights_have_the_sizes_of_their_namesakes():
+    millions = {name: shapes.build(name, "float32", 0, "meta").num_parameters() / 1e6 for name in shapes.SHAPES}
+    expected = {"llama-25m": 58.1, "llama-7b": 6738.4, "bloom-560m": 559.2, "gpt2-small": 124.4}
+    assert millions == pytest.approx(expected, abs=0.1)
+
+
+def test_the_hashing_tokenizer_is_deterministic_and_about_as_fine_as_a_bpe():
+    tokenizer = HashTokenizer(32_000)
+    text = "### Instruction:\nSay which administration answered, please.\n\n### Response:\n"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == HashTokenizer(32_000)(text)["input_ids"]
+    assert all(2 <= token < 32_000 for token in ids)
+    assert 2.5 < len(text) / len(ids) < 5
+    assert tokenizer.batch_decode([[7, 1, 0], [8, 9, 0]]) == ["7", "8 9"]
+
+
+def test_more_clients_than_the_data_has_get_further_windows_of_its_rows():
+    spec = Spec(data=str(shared_data()), clients=7, rows=4)
+    train, test = client_examples(spec, HashTokenizer(1000), 512)
+    instructions = [[example.row.instruction for example in mine] for mine in train]
+    assert [len(mine) for mine in train] == [len(mine) for mine in test] == [4] * 7
+    assert len({row for k in (0, 3, 6) for row in instructions[k]}) == 12  # twelve rows, three windows of four
+    assert all("(0." in row for k in (0, 3, 6) for row in instructions[k])
+
+
+# --- aggregation
+
+
+def test_eight_clients_of_many_are_served_and_the_rest_is_marked_as_extrapolated():
+    spec = Spec(what="aggregation", model=str(shared_model()), clients=10)
+    ours, paper = aggregation_fedalt.prepare(spec).work(), aggregation_paper.prepare(spec).work()
+    assert paper.scale == 10 / 8 and ours.scale == 1
+    assert paper.more_memory > 0
+    assert ours.values == pytest.approx(paper.values, rel=1e-5) and len(ours.values) == 8
+    few = aggregation_paper.prepare(Spec(what="aggregation", model=str(shared_model()), clients=3)).work()
+    assert few.scale == 1 and few.more_memory == 0
+
+
+# --- the command
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers in this process: a new one imports torch for five seconds."""
+    through_json = lambda spec: json.loads(json.dumps(worker.measure(Spec.from_json(spec.to_json()))))  # noqa: E731
+    monkeypatch.setattr(bench, "run_worker", through_json)
+
+
+def measured(*args: Any) -> dict[str, Any]:
+    done = call("bench", *args, "--json")
+    assert done.code == 0, done.err
+    assert done.json["machine"]["cpu"] and done.json["machine"]["versions"]["torch"]
+    for line in done.json["lines"]:
+        assert line["a"]["seconds"]["median"] > 0 and line["b"]["memory"]["process"]["median"] > 0
+    return done.json
+
+
+def test_round_against_the_paper_in_processes_of_their_own(tmp_path):
+    out = tmp_path / "round.json"
+    done = call("bench", "--model", "tiny", "--clients", 2, "--dropout", 0, "--out", out, *SMALL, "--threads", 1)
+    assert done.code == 0, done.err
+    assert "paper / fedalt" in done.out and "×" in done.out
+    result = json.loads(out.read_text())
+    assert result["what"] == "round" and result["machine"]["threads"] == 1
+    (line,) = result["lines"]
+    assert line["agreement"]["largest_relative_difference"] < 1e-5
+    assert line["a"]["spec"]["side"] == "fedalt" and line["b"]["spec"]["side"] == "paper"
+
+
+@pytest.mark.usefixtures("here")
+class TestInThisProcess:
+    def test_round_gives_a_line_for_every_number_of_clients(self):
+        result = measured("round", "--model", "tiny", "--clients", "1,2", "--against", "loop", "--dropout", 0, *SMALL)
+        assert [line["clients"] for line in result["lines"]] == [1, 2]
+        assert all(line["agreement"]["largest_relative_difference"] < 1e-5 for line in result["lines"])
+
+    def test_round_against_peft(self):
+        (line,) = measured("--model", "tiny", "--clients", 2, "--against", "peft", "--executor", "loop", *SMALL)[
+            "lines"
+        ]
+        assert line["a"]["spec"]["side"] == "loop"
+        assert line["agreement"]["largest_relative_difference"] < 0.1  # another method, the same rows
+
+    @pytest.mark.parametrize("against", ["peft", "peft-forward"])
+    def test_step(self, against):
+        (line,) = measured("step", "--model", "tiny", "--against", against, *SMALL)["lines"]
+        assert line["clients"] == 1
+        assert line["a"]["runs"][0]["elapsed"] == pytest.approx(2 * line["a"]["runs"][0]["seconds"])  # two steps
+
+    @pytest.mark.parametrize("beams", [1, 4])
+    def test_evaluation_gives_the_same_answers(self, beams):
+        options = ("--clients", 2, "--max-new-tokens", 4, "--num-beams", beams)
+        (line,) = measured("evaluation", *options, *SMALL)["lines"]
+        assert line["agreement"]["answers"] == {"same": 6, "of": 6}
+
+    def test_aggregation(self):
+        (line,) = measured("aggregation", "--model", "tiny", "--clients", 9, "--repeats", 1)["lines"]
+        assert line["b"]["extrapolated"] and not line["a"]["extrapolated"]
+        assert line["agreement"]["largest_relative_difference"] < 1e-5
+
+    def test_memory(self):
+        result = measured("memory", "--model", "tiny", "--clients", "2,3", *SMALL)
+        assert [(line["a"]["spec"]["clients"], line["b"]["spec"]["clients"]) for line in result["lines"]] == [
+            (2, 1),
+            (3, 1),
+        ]
+
+    def test_clients(self):
+        data, model = shared_data(clients=8), shared_model()
+        (line,) = measured("clients", "--data", data, "--model", model, "--clients", 4, *SMALL)["lines"]
+        assert (line["a"]["spec"]["clients"], line["b"]["spec"]["clients"]) == (4, 8)
+        assert line["a"]["runs"][0]["seconds"] < line["a"]["runs"][0]["elapsed"] / 8  # start-up is not in it
+
+    def test_start(self):
+        (line,) = measured("start", "--data", shared_data(), "--model", shared_model(), "--clients", 2, *SMALL)["lines"]
+        assert line["b"]["spec"]["side"] == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("ruond",), ['WHAT: "ruond" is unknown (did you mean "round"?)', "evaluation"]),
+        (("--against", "papre"), ['"papre" is unknown (did you mean "paper"?)', "peft"]),
+        (("step", "--against", "paper"), ['--against for step: "paper" is unknown', "peft"]),
+        (("--model", "llama-25"), ['--model: "llama-25" is unknown (did you mean "llama-25m"?)', "a model folder"]),
+        (("--dtype", "float16"), ['--dtype: "float16" is unknown', "bfloat16"]),
+        (("--executor", "stack"), ['did you mean "stacked"?']),
+        (("memory", "--executor", "loop"), ["--executor loop: only round has it"]),
+        (("--clients", "two"), ["--clients two: a number from 1"]),
+        (("--clients", "1,0"), ["--clients 1,0"]),
+        (("evaluation", "--clients", "1,2"), ["evaluation takes one number; a list goes with round and memory"]),
+        (("step", "--clients", "2"), ["step is about one client"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_before_anything_starts(args, words, monkeypatch):
+    monkeypatch.setattr(bench, "run_worker", None)
+    error = refused("bench", *args)
+    assert all(word in error for word in words), error
+
+
+def test_every_command_in_the_docs_is_one_that_bench_takes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(task, "require", lambda side: None)
+    run = {"seconds": 1.0, "extrapolated": False, "memory": {"process": 1}, "values": [], "answers": [], "threads": 1}
+    monkeypatch.setattr(bench, "run_worker", lambda spec: run)
+    text = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    commands = [
+        shlex.split(line, comments=True) for line in re.findall(r"^(?:\| `)?fedalt (bench [^`\n]*)", text, re.M)
+    ]
+    assert {command[1] for command in commands} == set(WHATS)
+    for command in commands:
+        assert call(*command).code == 0, command
+
+
+def test_the_help_names_everything_that_can_be_measured():
+    text = " ".join(call("bench", "--help").out.split())
+    assert f"one of {', '.join(WHATS)}." in text
+
+
+def test_flower_is_asked_for_only_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'flwr[simulation]'" in refused("bench", "--against", "flower")
+
+
+def test_what_a_side_refuses_reaches_the_user_as_one_line():
+    assert "start loads a model from disk" in refused("bench", "start", "--model", "gpt2-small")
+
+
+def test_a_worker_that_dies_is_reported(monkeypatch):
+    monkeypatch.setattr(bench.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        bench.run_worker(Spec())
