@@ -19,6 +19,7 @@ from fedalt.model.packing import enable_packing
 from fedalt.model.rowmap import MixerProbe, RowContext, RowMap
 from fedalt.model.state import ClientState
 from fedalt.model.targets import find_targets
+from fedalt.model.trimming import enable_trimming
 from fedalt.names import Key
 
 
@@ -56,6 +57,7 @@ class AdaptedModel:
         pack_weights(base)
         if packing:
             self.context.attention = enable_packing(base, self.context)
+            enable_trimming(base.get_decoder(), self.context, self.layers.values())
         if gradient_checkpointing:
             options = {"use_reentrant": False, "context_fn": self.context.checkpoint_contexts}
             self.base.activation_checkpointing_enable(options)
@@ -78,7 +80,8 @@ class AdaptedModel:
         rows = RowMap((1,), (9, 3, 11))
         try:
             with torch.no_grad():
-                packed, padded = (self.hidden(ids, rows, packed=how)[0].float() for how in (True, False))
+                wanted = torch.tensor([0, 8, 10, 12, 22], device=self.device)
+                packed, padded = (self.hidden(ids, rows, wanted, packed=how)[0].float() for how in (True, False))
         except Exception:  # whatever a model makes of one long row
             return False
         tolerance = 1e-4 if self.base.dtype in (torch.float32, torch.float64) else 5e-2
@@ -130,29 +133,33 @@ class AdaptedModel:
         return self.context.rows(rows, probe)
 
     def hidden(
-        self, ids: Int[Tensor, " t"], rows: RowMap, probe: MixerProbe | None = None, packed: bool | None = None
+        self,
+        ids: Int[Tensor, " t"],
+        rows: RowMap,
+        wanted: Int[Tensor, " s"] | None = None,
+        probe: MixerProbe | None = None,
+        packed: bool | None = None,
     ) -> Any:
-        """Read rows without generating: the backbone's own output, with final hidden states ``[t, d]`` for ``ids``.
+        """Read rows without generating: the backbone's own output, with final hidden states ``[s, d]``.
 
         Args:
             ids: Tokens of all rows, one after another.
             rows: Whose they are and how long each is.
+            wanted: Positions in ``ids`` of the states; all when not given.
             probe: Collects mixer weights ``[t, m]``.
             packed: Pack or pad; what is exact for this model when not given.
         """
         packed = self.packs if packed is None else packed
-        rows = replace(rows, packed=packed)
+        rows = replace(rows, packed=packed, wanted=wanted if packed else None)
         inputs = _packed(ids, rows) if packed else _padded(ids, rows)
         backbone = self.base.get_decoder()
         known = signature(backbone.forward).parameters
         with self.rows(rows, probe):
             out = backbone(**{name: value for name, value in inputs.items() if name in known}, use_cache=False)
         places = rows.places(inputs["input_ids"].numel()).to(ids.device)
-        out.last_hidden_state = out.last_hidden_state.flatten(0, 1)
-        if not packed:
-            out.last_hidden_state = out.last_hidden_state[places]
-        for path, alpha in probe.weights.items() if probe and not packed else ():
+        for path, alpha in probe.weights.items() if probe else ():
             probe.weights[path] = alpha[places]
+        out.last_hidden_state = out.last_hidden_state.flatten(0, 1)[places if wanted is None else places[wanted]]
         return out
 
     def _wrap(self, path: str, index: int) -> AdaptedLinear:

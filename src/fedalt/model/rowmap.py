@@ -46,12 +46,14 @@ class RowMap:
         lengths: Tokens of every row; needed for packed rows and for dropout only.
         keys: One dropout seed per client; empty means no dropout.
         packed: Whether the rows stand one after another as one long row, instead of padded to one length.
+        wanted: Positions in packed rows whose final states are asked for; all when not given.
     """
 
     sizes: tuple[int, ...]
     lengths: tuple[int, ...] = ()
     keys: tuple[int, ...] = ()
     packed: bool = False
+    wanted: Int[Tensor, " s"] | None = None
 
     def counts(self, tokens: int) -> tuple[int, ...]:
         """Tokens of every client in a layer's input of so many tokens, padding and beams included."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from fedalt.data.batches import Batch
 from fedalt.model.adapted import AdaptedModel
 
-_LOGITS = 1 << 25
-"""Most logits at a time (128 MiB in fp32)."""
+_LOGITS = 1 << 24
+"""Most logits at a time (64 MiB in fp32)."""
 
 
 def client_losses(model: AdaptedModel, batch: Batch) -> Float[Tensor, " k"]:
@@ -25,10 +25,9 @@ def client_losses(model: AdaptedModel, batch: Batch) -> Float[Tensor, " k"]:
     (The loss built into Hugging Face models averages over all tokens of a batch and would let long rows of one
     client shrink the steps of another.)
     """
-    out = model.hidden(batch.input_ids, batch.rows)
+    out = model.hidden(batch.input_ids, batch.rows, batch.place)
     chunk = max(1, _LOGITS // model.base.config.get_text_config().vocab_size)
-    states = out.last_hidden_state[batch.place]
-    losses = TokenLosses.apply(states, batch.target, lambda h: logits(model.base, out, h), chunk)
+    losses = TokenLosses.apply(out.last_hidden_state, batch.target, lambda h: logits(model.base, out, h), chunk)
     clients = len(batch.rows.sizes)
     counts = torch.bincount(batch.owner, minlength=clients).clamp(min=1)
     return torch.zeros(clients, device=losses.device, dtype=losses.dtype).index_add(0, batch.owner, losses) / counts

@@ -43,7 +43,7 @@ def mixer_weights(model: AdaptedModel, prompts: Sequence[Sequence[Prompt]]) -> M
     rows = RowMap(tuple(map(len, prompts)), lengths)
     ids = torch.tensor([token for mine in prompts for prompt in mine for token in prompt], device=model.device)
     probe = MixerProbe()
-    model.hidden(ids, rows, probe)
+    model.hidden(ids, rows, probe=probe)
     layers = {path: alpha.float().cpu() for path, alpha in probe.weights.items()}
     owners = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(rows.client_tokens))
     return MixerWeights(layers, owners)
