@@ -10,6 +10,8 @@ import hypothesis
 import torch
 from torch import Tensor
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
@@ -103,6 +105,21 @@ def opt() -> OPTForCausalLM:
         **SPECIAL,
     )
     return _seeded(OPTForCausalLM, config)
+
+
+def bert() -> BertForMaskedLM:
+    """An encoder: every token sees its whole row, so a leak between rows would show at once."""
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        intermediate_size=48,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.75 * WIDE,
+        pad_token_id=PAD,
+    )
+    return _seeded(BertForMaskedLM, config)
 
 
 MODELS = {"llama": llama, "bloom": bloom, "gpt2": gpt2}

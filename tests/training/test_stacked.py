@@ -23,6 +23,7 @@ from support import (
     PAD,
     RANK,
     SCALE,
+    bert,
     bitwise,
     distance,
     example,
@@ -39,6 +40,7 @@ from support import (
     training,
 )
 
+ALL = {**MODELS, "opt": opt, "bert": bert}
 LAYOUTS = pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 SIZES = {0: 7, 1: 10, 2: 3}
 """Rows per client: batches of 4 leave last batches of 3, 2 and 3, and clients stop after 2, 3 and 1 steps an epoch."""
@@ -78,14 +80,14 @@ def run(
     return run_clients(model, states, [None] * len(states), plans, settings, 1, **executor)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ALL)
 @LAYOUTS
 def test_gradients_of_one_step_equal_plain_models(name: str, packing: bool) -> None:
-    model, states = loaded(MODELS[name](), packing=packing)
+    model, states = loaded(ALL[name](), packing=packing)
     losses = client_losses(model, collate(GROUPS))
     losses.sum().backward()
     for k, (state, rows) in enumerate(zip(states, GROUPS, strict=True)):
-        alone = PlainClient(MODELS[name](), state.tensors, SCALE)
+        alone = PlainClient(ALL[name](), state.tensors, SCALE)
         loss = alone.loss(rows, PAD)
         loss.backward()
         assert losses[k].item() == pytest.approx(loss.item(), rel=1e-5)
@@ -118,16 +120,16 @@ def test_loss_is_each_clients_own_token_mean() -> None:
     assert abs(float(losses.sum()) / 3 - token_mean) > 1e-2
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ALL)
 @LAYOUTS
 def test_several_steps_equal_plain_models_trained_by_torch(name: str, packing: bool) -> None:
-    model, states = loaded(MODELS[name](), packing=packing)
+    model, states = loaded(ALL[name](), packing=packing)
     plans = plans_of(ROWS, CLIP)
     results = run(model, states, plans, CLIP)
     free = run(model, states, plans, training(max_grad_norm=1e9))[1]
     assert distance(results[1].state.tensors, free.state.tensors) > 4 * CLOSE, "clipping must matter here"
     for state, plan, result in zip(states, plans, results, strict=True):
-        alone = PlainClient(MODELS[name](), state.tensors, SCALE)
+        alone = PlainClient(ALL[name](), state.tensors, SCALE)
         losses = alone.train(plan.steps, PAD, CLIP.lr, CLIP.weight_decay, CLIP.max_grad_norm)
         trained = {key: result.state.tensors[key] for key in alone.parameters}  # type: ignore[index]
         expected = {Key(*key): value.detach() for key, value in alone.parameters.items()}
@@ -147,11 +149,11 @@ def test_fedit_equals_plain_models_too() -> None:
         assert distance(result.state.tensors, {Key(*k): v.detach() for k, v in alone.parameters.items()}) < CLOSE
 
 
-@pytest.mark.parametrize("name", [*MODELS, "opt"])
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @LAYOUTS
 def test_stacked_equals_loop_and_cohorts(name: str, dropout: float, packing: bool) -> None:
-    model, states = loaded((MODELS | {"opt": opt})[name](), packing=packing)
+    model, states = loaded(ALL[name](), packing=packing)
     plans = plans_of(ROWS, CLIP)
     loop = run(model, states, plans, CLIP, dropout=dropout, executor="loop")
     for options in ({}, {"cohort": 2}):
@@ -163,11 +165,11 @@ def test_stacked_equals_loop_and_cohorts(name: str, dropout: float, packing: boo
         assert all(distance(a.state.tensors, b.state.tensors) > 1e-3 for a, b in zip(plain, loop, strict=True))
 
 
-@pytest.mark.parametrize("name", [*MODELS, "opt"])
+@pytest.mark.parametrize("name", ALL)
 @LAYOUTS
 def test_reported_mixer_weights_do_not_depend_on_company(name: str, packing: bool) -> None:
     """Prompts of one client are longer than another's, so padding would show."""
-    model, states = loaded((MODELS | {"opt": opt})[name](), packing=packing)
+    model, states = loaded(ALL[name](), packing=packing)
     plans = plans_of(ROWS, CLIP)
     loop = run(model, states, plans, CLIP, executor="loop")
     for together, alone in zip(run(model, states, plans, CLIP), loop, strict=True):
@@ -199,10 +201,10 @@ def test_a_client_does_not_notice_its_company(chosen: tuple[int, ...]) -> None:
         assert distance(result.state.tensors, everybody[k].state.tensors) < CLOSE
 
 
-@pytest.mark.parametrize("name", [*MODELS, "opt"])
+@pytest.mark.parametrize("name", ALL)
 @LAYOUTS
 def test_gradient_checkpointing_changes_nothing(name: str, packing: bool) -> None:
-    make, plans = (MODELS | {"opt": opt})[name], plans_of(ROWS, CLIP)
+    make, plans = ALL[name], plans_of(ROWS, CLIP)
     plain, states = loaded(make(), packing=packing)
     recomputing, _ = loaded(make(), packing=packing, gradient_checkpointing=True)
     pairs = zip(
@@ -218,7 +220,7 @@ def test_recompute_sees_the_row_map_of_its_own_forward(name: str, packing: bool)
     """Two forwards with other owners, then one backward: without a snapshot both recomputes use the last map."""
     gradients = []
     for options in ({}, {"gradient_checkpointing": True}):
-        model, _ = loaded(MODELS[name](), packing=packing, **options)
+        model, _ = loaded(ALL[name](), packing=packing, **options)
         model.train()
         first = client_losses(model, collate(GROUPS))
         second = client_losses(model, collate([ROWS[0][3:5], ROWS[1][1:5], ()]))

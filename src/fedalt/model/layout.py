@@ -18,14 +18,12 @@ class Group:
     """Rows that are attended to together.
 
     Attributes:
-        start: First slot.
         rows: Number of rows.
         width: Slots of every row.
         padded: Whether some row is shorter than that.
         mask: True where a slot holds a token.
     """
 
-    start: int
     rows: int
     width: int
     padded: bool
@@ -64,7 +62,7 @@ def layout(lengths: Sequence[int], device: torch.device) -> Layout:
         real = columns < sizes[:, None]
         token = torch.tensor([starts[row] for row in mine])[:, None] + columns.minimum(sizes[:, None] - 1)
         slot[token[real]] = used + real.flatten().nonzero()[:, 0]
-        groups.append(Group(used, len(mine), width, not bool(real.all()), real[:, None, None].to(device)))
+        groups.append(Group(len(mine), width, not bool(real.all()), real[:, None, None].to(device)))
         tokens.append(token.flatten())
         used += token.numel()
     return Layout(tuple(groups), torch.cat(tokens).to(device), slot.to(device))

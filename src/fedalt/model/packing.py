@@ -21,6 +21,10 @@ from transformers import AttentionInterface
 from fedalt.model.layout import Group, Layout
 from fedalt.model.rowmap import RowContext
 
+_MISSING = ("softcap", "s_aux", "position_bias")
+"""Options of Hugging Face's attention interface that packed attention lacks."""
+
+
 class NotPackable(Exception):  # noqa: N818 - a finding, not an error
     """The model's attention has a feature that packed attention lacks."""
 
@@ -73,16 +77,15 @@ def attend(
         how: The rows.
         scaling: Factor on the scores; 1/√c when not given.
         causal: Whether a token sees only itself and what is before it.
-        bias: Added to a group's scores, with the causal mask in it.
+        bias: What is added to a group's scores, or where they count, with the causal mask in it.
     """
-    spread = [_Spread.apply(x[0].transpose(0, 1).flatten(1), how) for x in (query, key, value)]
+    sizes = [group.rows * group.width for group in how.groups]
+    spread = [_Spread.apply(x[0].transpose(0, 1).flatten(1), how).split(sizes) for x in (query, key, value)]
     out = []
-    for group in how.groups:
+    for group, *parts in zip(how.groups, *spread, strict=True):
         q, k, v = (
-            flat[group.start : group.start + group.rows * group.width]
-            .view(group.rows, group.width, x.shape[1], -1)
-            .transpose(1, 2)
-            for flat, x in zip(spread, (query, key, value), strict=True)
+            part.view(group.rows, group.width, x.shape[1], -1).transpose(1, 2)
+            for part, x in zip(parts, (query, key, value), strict=True)
         )
         mask = bias(group) if bias else (group.mask if group.padded and not causal else None)
         y = F.scaled_dot_product_attention(
@@ -133,11 +136,16 @@ def _interface(
     """Attention as Hugging Face's attention interface calls it."""
     rows = context.current
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if sliding_window is not None and sliding_window < max(rows.lengths):
-        raise NotPackable("rows longer than the sliding window")
-    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotPackable("attention with soft-capping, sinks or position biases")
-    return attend(query, key, value, rows.layout(query.device), scaling, causal), None
+    windowed = sliding_window is not None and sliding_window < max(rows.lengths)
+    if (windowed and not causal) or any(options.get(name) is not None for name in _MISSING):
+        raise NotPackable(f"a bidirectional window, or one of {', '.join(_MISSING)}")
+    bias = partial(_window, sliding_window, query.device) if windowed and sliding_window else None
+    return attend(query, key, value, rows.layout(query.device), scaling, causal, bias), None
+
+
+def _window(size: int, device: torch.device, group: Group) -> Tensor:
+    """Where a token looks: at itself and the ``size − 1`` tokens before it."""
+    return torch.ones(group.width, group.width, dtype=torch.bool, device=device).tril().triu(1 - size)[None, None]
 
 
 def _bloom(

@@ -7,7 +7,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -49,10 +48,10 @@ def logits(base: Any, out: Any, hidden: Float[Tensor, "s d"]) -> Float[Tensor, "
 
 
 class TokenLosses(torch.autograd.Function):
-    """Cross-entropy per token, a chunk of the vocabulary-wide logits at a time.
+    """Cross-entropy per token, ``log Σ exp(z) − z_target``, a chunk of the vocabulary-wide logits z at a time.
 
-    The head is frozen, so the gradient to a token's hidden state is found while its logits exist, and is all that is
-    kept: memory does not grow with tokens times vocabulary.
+    The head is frozen, so the gradient to a token's hidden state is found while its logits exist (``softmax(z)`` less
+    one at the target, through the head), and is all that is kept: memory does not grow with tokens times vocabulary.
     """
 
     @staticmethod
@@ -69,9 +68,11 @@ class TokenLosses(torch.autograd.Function):
             with torch.enable_grad():
                 scores = head(states.requires_grad_())
                 scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-                loss = F.cross_entropy(scores, targets, reduction="none")
-                grads += torch.autograd.grad(loss.sum(), states)
-            losses.append(loss.detach())
+            total, at = scores.detach().logsumexp(-1, keepdim=True), targets[:, None]
+            losses.append((total - scores.detach().gather(1, at))[:, 0])
+            slope = (scores.detach() - total).exp_()
+            slope.scatter_add_(1, at, -torch.ones_like(total))
+            grads += torch.autograd.grad(scores, states, slope)
         ctx.save_for_backward(torch.cat(grads))
         return torch.cat(losses)
 

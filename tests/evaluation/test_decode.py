@@ -1,0 +1,121 @@
+"""Our greedy and beam search give the tokens that `generate` gives, whoever has finished."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedalt.config import EvaluationConfig
+from fedalt.data.batches import Prompt, pad_prompts
+from fedalt.evaluation import decode
+from fedalt.evaluation.generate import answer
+from fedalt.model.adapted import AdaptedModel
+from support import MODELS, PAD, example, opt, tokenizer
+
+LONGEST = 12
+PROMPTS: list[Prompt] = [example(3 + i % 7, 1, 50 + i).prompt for i in range(14)]
+
+
+def theirs(base: Any, prompts: list[Prompt], beams: int, ends: list[int], **options: Any) -> list[str]:
+    tok = tokenizer()
+    out = []
+    for start in range(0, len(prompts), 2):  # two rows at a time, as the paper's code does
+        ids, mask = pad_prompts(prompts[start : start + 2], PAD)
+        tokens = base.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=LONGEST,
+            num_beams=beams,
+            do_sample=False,
+            pad_token_id=PAD,
+            eos_token_id=ends,
+            **options,
+        )
+        out += tok.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=False)
+    return out
+
+
+def ours(base: Any, prompts: list[Prompt], beams: int, ends: list[int]) -> list[str]:
+    config = EvaluationConfig(max_new_tokens=LONGEST, num_beams=beams)
+    model = AdaptedModel(base)
+    return answer(model, _Ends(tokenizer(), ends), prompts, [0] * len(prompts), config)
+
+
+class _Ends:
+    """The tests' tokenizer with several end-of-sequence tokens, special tokens kept so that all tokens are compared."""
+
+    def __init__(self, tok: Any, ends: list[int]) -> None:
+        self.tok, self.eos_token_id, self.pad_token_id = tok, ends, PAD
+
+    def batch_decode(self, tokens: Any, skip_special_tokens: bool) -> list[str]:
+        return list(self.tok.batch_decode(tokens, skip_special_tokens=False))
+
+
+def trimmed(texts: list[str], ends: list[int]) -> list[list[str]]:
+    """Tokens up to and with the first end of sequence; what `generate` pads with comes after it."""
+    pad, stops = tokenizer().decode([PAD]), [tokenizer().decode([end]) for end in ends]
+    out = []
+    for text in texts:
+        words = text.replace(pad, f" {pad} ").split()
+        at = min((words.index(stop) for stop in stops if stop in words), default=len(words))
+        out.append(words[: at + 1])
+    return out
+
+
+def frequent(base: Any, count: int) -> list[int]:
+    """Tokens that the model likes to say, so that answers end at many different lengths."""
+    words = [w for text in theirs(base, PROMPTS, 1, [2]) for w in text.split()]
+    ids = [int(w[1:]) for w in words if w[1:].isdigit()]
+    return sorted(set(ids), key=lambda token: -ids.count(token))[:count]
+
+
+@pytest.mark.parametrize("beams", [1, 2, 4])
+@pytest.mark.parametrize("ends", [0, 1, 3])
+@pytest.mark.parametrize("name", [*MODELS, "opt"])
+def test_answers_are_those_of_generate(name: str, ends: int, beams: int) -> None:
+    make = {**MODELS, "opt": opt}[name]
+    stops = frequent(make(), ends) or [2]
+    expected = trimmed(theirs(make(), PROMPTS, beams, stops), stops)
+    assert trimmed(ours(make(), PROMPTS, beams, stops), stops) == expected
+    if ends:
+        assert len({len(words) for words in expected}) > 1, "some answers must end before others"
+
+
+def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    read = decode.Batch.read
+
+    def counting(self: decode.Batch, tokens: Tensor) -> Tensor:
+        seen.append(len(tokens))
+        return read(self, tokens)
+
+    monkeypatch.setattr(decode.Batch, "read", counting)
+    stops = frequent(MODELS["llama"](), 3)
+    ours(MODELS["llama"](), PROMPTS, 1, stops)
+    assert seen[0] == len(PROMPTS)
+    assert seen == sorted(seen, reverse=True)
+    assert seen[-1] < len(PROMPTS) / 2
+    seen.clear()
+    ours(MODELS["llama"](), PROMPTS, 4, stops)
+    assert seen[:2] == [len(PROMPTS), 4 * len(PROMPTS)], "prompts are read once, not once per beam"
+
+
+def test_settings_of_the_model_are_respected() -> None:
+    """A repetition penalty in the model's own generation settings changes greedy answers."""
+    plain, strict = MODELS["llama"](), MODELS["llama"]()
+    strict.generation_config.repetition_penalty = 5.0
+    expected = theirs(strict, PROMPTS, 1, [2])
+    assert expected != theirs(plain, PROMPTS, 1, [2])
+    assert trimmed(ours(strict, PROMPTS, 1, [2]), [2]) == trimmed(expected, [2])
+
+
+@pytest.mark.parametrize("early", [True, "never"])
+def test_rules_for_stopping_that_are_not_ours_are_left_to_generate(early: Any) -> None:
+    base = MODELS["llama"]()
+    base.generation_config.early_stopping = early
+    stops = frequent(MODELS["llama"](), 3)
+    expected = theirs(MODELS["llama"](), PROMPTS, 4, stops, early_stopping=early)
+    assert trimmed(ours(base, PROMPTS, 4, stops), stops) == trimmed(expected, stops)

@@ -1,0 +1,140 @@
+"""Packed rows: attention stays inside each row, and a model for which packing is not exact is found out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+
+from fedalt.model.adapted import AdaptedModel
+from fedalt.model.layout import layout
+from fedalt.model.packing import attend
+from fedalt.model.rowmap import RowMap
+from support import HIDDEN, LAYERS, MODELS, VOCAB, WIDE, bert, opt, quick, relative
+
+CPU = torch.device("cpu")
+LENGTHS = (7, 1, 12, 11, 3, 7)
+
+
+@quick
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12))
+def test_every_token_has_one_slot_in_a_group_of_like_rows(lengths: list[int]) -> None:
+    how = layout(lengths, CPU)
+    assert torch.equal(how.token[how.slot], torch.arange(sum(lengths)))
+    assert len(how.slot.unique()) == sum(lengths)
+    assert sum(group.rows for group in how.groups) == len(lengths)
+    assert sum(group.rows * group.width for group in how.groups) == len(how.token) <= 1.25 * sum(lengths)
+    assert sum(int(group.mask.sum()) for group in how.groups) == sum(lengths)
+    widths = [group.width for group in how.groups]
+    assert widths == sorted(widths, reverse=True)
+    assert len(how.groups) <= 1 + math.log(60) / math.log(1.25)
+
+
+def literal(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: bool) -> Tensor:
+    """Row by row, head by head, one softmax per token."""
+    rows, start = [], 0
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    for length in lengths:
+        here = slice(start, start + length)
+        scores = q[0, :, here] @ k[0, :, here].transpose(1, 2) / q.shape[-1] ** 0.5
+        if causal:
+            scores = scores + torch.full((length, length), -math.inf).triu(1)
+        rows.append(torch.softmax(scores, -1) @ v[0, :, here])
+        start += length
+    return torch.cat(rows, 1).transpose(0, 1)[None]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [4, 2], ids=["all heads", "grouped keys"])
+def test_attention_and_its_gradients_equal_those_of_each_row_alone(causal: bool, heads: int) -> None:
+    generator, tokens = torch.Generator().manual_seed(1), sum(LENGTHS)
+    leaves = [
+        torch.randn(1, h, tokens, 8, generator=generator, dtype=torch.float64).requires_grad_() for h in (4, heads, heads)
+    ]
+    weight = torch.randn(1, tokens, 4, 8, generator=generator, dtype=torch.float64)
+    packed = attend(*leaves, layout(LENGTHS, CPU), None, causal)
+    grads = torch.autograd.grad((packed * weight).sum(), leaves)
+    alone = literal(*leaves, LENGTHS, causal)
+    torch.testing.assert_close(packed, alone, rtol=1e-12, atol=1e-12)
+    for grad, expected in zip(grads, torch.autograd.grad((alone * weight).sum(), leaves), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [*MODELS.values(), opt, bert])
+def test_packed_states_equal_padded_ones(make: object) -> None:
+    model = AdaptedModel(make())  # type: ignore[operator]
+    ids = torch.randint(3, VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(2))
+    rows = RowMap((len(LENGTHS),), LENGTHS)
+    with torch.no_grad():
+        packed, padded = (model.hidden(ids, rows, packed=how)[0] for how in (True, False))
+        wanted = torch.tensor([4, 0, 19])
+        some = model.hidden(ids, rows, wanted)[0]
+    assert model.packs
+    assert packed.shape == (sum(LENGTHS), HIDDEN)
+    assert relative(packed, padded) < 1e-5
+    assert relative(some, padded[wanted]) < 1e-5
+
+
+def test_a_model_uses_its_own_attention_again_after_packed_rows() -> None:
+    model = AdaptedModel(MODELS["llama"]())
+    before = model.base.config._attn_implementation
+    model.hidden(torch.arange(3, 9), RowMap((2,), (2, 4)))
+    assert model.base.config._attn_implementation == before
+    with pytest.raises(IndexError):
+        model.hidden(torch.tensor([VOCAB + 5]), RowMap((1,), (1,)))
+    assert model.base.config._attn_implementation == before
+
+
+def mamba() -> MambaForCausalLM:
+    """A state runs through all tokens, from one row into the next."""
+    return MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, state_size=4))
+
+
+def gemma() -> Gemma2ForCausalLM:
+    """Attention scores are soft-capped."""
+    config = Gemma2Config(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=WIDE,
+    )
+    return Gemma2ForCausalLM(config)
+
+
+@pytest.mark.parametrize(("make", "targets"), [(mamba, ["in_proj"]), (gemma, None)])
+def test_a_model_whose_rows_would_touch_is_padded(make: object, targets: list[str] | None) -> None:
+    torch.manual_seed(0)
+    assert not AdaptedModel(make(), targets).packs  # type: ignore[operator]
+
+
+def test_packing_can_be_forbidden() -> None:
+    assert not AdaptedModel(MODELS["llama"](), packing=False).packs
+
+
+def test_a_sliding_window_slides_inside_each_row() -> None:
+    config = MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=1,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=WIDE,
+        sliding_window=16,
+    )
+    torch.manual_seed(0)
+    model = AdaptedModel(MistralForCausalLM(config).eval())
+    ids, rows = torch.arange(3, 43), RowMap((2,), (22, 18))
+    assert model.packs
+    with torch.no_grad():
+        assert relative(model.hidden(ids, rows)[0], model.hidden(ids, rows, packed=False)[0]) < 1e-5
