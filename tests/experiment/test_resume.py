@@ -210,7 +210,7 @@ POINTS: dict[str, list[tuple[Kill, ...]]] = {
         K("fsync results/.eval_client1_round2.jsonl.tmp", "half"),
         K("replace results/.scores_client1_round2.json.tmp", "before"),
         K("emit evaluated 2", "after"),
-        K("fsync checkpoints/.round_0002.tmp/clients/.1.safetensors.tmp", "half"),
+        K("fsync checkpoints/.round_0002.tmp/clients/1.safetensors", "half"),
         K("fsync checkpoints/.round_0002.tmp/.manifest.json.tmp", "before"),
         K("rename checkpoints/.round_0002.tmp", "before"),
         K("rename checkpoints/.round_0002.tmp", "after"),
@@ -229,7 +229,7 @@ POINTS: dict[str, list[tuple[Kill, ...]]] = {
     ],
     "fedit": [
         K("emit client 2 client 2", "half"),
-        K("replace checkpoints/.round_0002.tmp/uploads/.0.safetensors.tmp", "before"),
+        K("fsync checkpoints/.round_0002.tmp/uploads/0.safetensors", "before"),
         K("rename checkpoints/.round_0002.tmp", "after"),
         K("rmtree checkpoints/round_0001", "half"),
         K("replace clients/.2.tmp/.fedalt_config.json.tmp", "after"),
@@ -254,7 +254,7 @@ def execute(plan: Path, scenarios: Sequence[dict[str, Any]]) -> list[list[int]]:
     return json.loads(plan.with_suffix(".results.json").read_text())
 
 
-ALONE = K("fsync checkpoints/.round_0003.tmp/clients/.2.safetensors.tmp", "half")
+ALONE = K("fsync checkpoints/.round_0003.tmp/clients/2.safetensors", "half")
 CTRL_C = K("emit round 2", "interrupt")
 
 

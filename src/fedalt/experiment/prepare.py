@@ -18,7 +18,7 @@ from fedalt.methods.registry import get_method
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.base import Base, load_base, positions
 from fedalt.model.layer import Placement
-from fedalt.model.state import AdapterShape
+from fedalt.model.state import AdapterShape, ClientState, initial_state
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Experiment:
     def rows_digest(self) -> str:
         """Fingerprint of all rows and of who has them."""
         return hashlib.sha256(json.dumps(partition(self.federation)["clients"]).encode()).hexdigest()
+
+    def initial_state(self, client: int) -> ClientState:
+        """What a client starts from, made from the seed."""
+        lora, seed = self.config.lora, self.config.seed
+        return initial_state(self.shape, client, seed, lora.init, lora.mixer_init, self.method.frozen)
 
 
 def load_resident(config: RunConfig) -> Resident:
