@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedalt.data.encode import encode_federation
 from fedalt.data.load import load_federation
-from fedalt.errors import UserError
+from fedalt.errors import UserError, listed
 from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.experiment.clients import client_ids, read_client
 from fedalt.experiment.folder import finished_run
@@ -33,7 +33,9 @@ def rescore(path: Path, client: int | None = None, data: str | None = None) -> d
     resident = load_resident(config)
     missing = [c for c in clients if c not in federation.clients]
     if missing:
-        raise UserError(f"{federation.source}: no rows for client {missing[0]}; it has clients {list(federation.ids)}")
+        raise UserError(
+            f"{federation.source}: no rows for client {missing[0]}; it has clients [{listed(federation.ids)}]"
+        )
     examples = encode_federation(federation, resident.base.tokenizer, config.data)
     scored: dict[int, Evaluation] = {}
     for cohort in cohorts(clients, cohort_size(config.federation, len(clients))):
