@@ -14,6 +14,8 @@ from typing import Any
 from fedalt.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_filling: set[Path] = set()
+"""Temporary folders of ``new_folder`` that nobody has the name of yet."""
 
 
 @contextmanager
@@ -32,10 +34,16 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically and durably, readable like any other (mode 0644 less the umask)."""
+    """Write a file atomically and durably, readable like any other (mode 0644 less the umask).
+
+    In a folder that ``new_folder`` is filling a file is as good as the folder, which is made durable once, at its end.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not _filling.isdisjoint(path.parents):
+            path.write_bytes(data)
+            return
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -80,11 +88,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     with disk_errors(path):
         temporary.mkdir(parents=True)
+        _filling.add(temporary)
         try:
             yield temporary
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        finally:
+            _filling.remove(temporary)
         for inside in sorted(temporary.rglob("*")):
             sync(inside)
         sync(temporary)
@@ -94,15 +105,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
 
 
-def put_bytes(path: Path, data: bytes) -> None:
-    """Write a file in a ``new_folder``, which makes all its files durable at once."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-
-def put_link(source: Path, path: Path) -> None:
-    """Let a file in a ``new_folder`` be one that exists already: a hard link, or a copy where there are no links."""
+def link(source: Path, path: Path) -> None:
+    """Let a file of a new folder be one that exists already: a hard link, or a copy where there are no links."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

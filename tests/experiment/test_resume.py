@@ -221,10 +221,11 @@ POINTS: dict[str, list[tuple[Kill, ...]]] = {
         K("write checkpoints/.round_0002.tmp/clients/1.safetensors", "half"),
         K("link checkpoints/.round_0002.tmp/clients/2.safetensors", "before"),
         K("link checkpoints/.round_0002.tmp/uploads/2.safetensors", "after"),
-        K("fsync checkpoints/.round_0002.tmp/.manifest.json.tmp", "before"),
+        K("write checkpoints/.round_0002.tmp/manifest.json", "half"),
+        K("fsync checkpoints/.round_0002.tmp/manifest.json", "before"),
         K("rename checkpoints/.round_0002.tmp", "before"),
         K("rename checkpoints/.round_0002.tmp", "after"),
-        K("fsync clients/.1.tmp/row/.adapter_model.safetensors.tmp", "half"),
+        K("write clients/.1.tmp/row/adapter_model.safetensors", "half"),
         K("rename clients/.1.tmp", "before"),
         K("replace results/.final_scores.json.tmp", "before"),
         K("emit run_finished 3", "before"),
@@ -243,7 +244,7 @@ POINTS: dict[str, list[tuple[Kill, ...]]] = {
         K("fsync checkpoints/.round_0002.tmp/uploads/1.safetensors", "before"),
         K("rename checkpoints/.round_0002.tmp", "after"),
         K("rmtree checkpoints/round_0001", "half"),
-        K("replace clients/.2.tmp/.fedalt_config.json.tmp", "after"),
+        K("write clients/.2.tmp/fedalt_config.json", "after"),
     ],
 }
 SCENARIOS = [(method, kills) for method, points in POINTS.items() for kills in points]

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from fedalt.errors import UserError
 from fedalt.federation.client import ClientResult
 from fedalt.federation.server import Upload
-from fedalt.files import new_folder, put_bytes, put_link, write_json
+from fedalt.files import link, new_folder, write_bytes, write_json
 from fedalt.model.state import ClientState, load_state, save_state
 from fedalt.names import Key, Tensors
 
@@ -64,13 +64,13 @@ class Checkpoint:
         self.clients.add(client)
         if result.upload:
             tensors = {str(key): value.contiguous() for key, value in result.upload.items()}
-            put_bytes(self._file(UPLOADS, client), save(tensors))
+            write_bytes(self._file(UPLOADS, client), save(tensors))
 
     def keep(self, previous: Checkpoint, states: Collection[int], uploads: Collection[int]) -> None:
         """Link what has not changed since the round before."""
         for part, clients in ((STATES, states), (UPLOADS, uploads)):
             for client in clients:
-                put_link(previous._file(part, client), self._file(part, client))
+                link(previous._file(part, client), self._file(part, client))
         self.clients |= set(states)
 
     def write_manifest(self, run: str) -> None:

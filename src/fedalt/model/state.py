@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from fedalt.files import put_bytes
+from fedalt.files import write_bytes
 from fedalt.names import MIXER, A, B, G, Key, Tensors
 from fedalt.seeding import rng
 
@@ -96,11 +96,11 @@ def initial_state(
 
 
 def save_state(state: ClientState, path: Path) -> None:
-    """Write a state as one safetensors file of a ``new_folder``."""
+    """Write a state as one safetensors file, atomically."""
     tensors = {f"own.{key}": value.contiguous() for key, value in state.tensors.items()}
     tensors |= {f"sent.{key}": value.clone() for key, value in (state.sent or {}).items()}
     header = {"client": state.client, "round": state.round, "has_sent": state.sent is not None}
-    put_bytes(path, save(tensors, metadata={"fedalt": json.dumps(header)}))
+    write_bytes(path, save(tensors, metadata={"fedalt": json.dumps(header)}))
 
 
 def load_state(path: Path) -> ClientState:
