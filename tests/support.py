@@ -27,9 +27,9 @@ from fedalt.data.batches import Plan, plan_round
 from fedalt.data.encode import Example
 from fedalt.data.rows import Row
 from fedalt.federation.client import ClientResult, RoundSettings
-from fedalt.federation.executor import run_clients
+from fedalt.federation.executor import cohort_size, run_clients
 from fedalt.federation.server import Server
-from fedalt.methods.base import Method
+from fedalt.methods.base import Message, Method
 from fedalt.methods.registry import get_method
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
@@ -184,6 +184,23 @@ def plans_of(
     ]
 
 
+def run_all(
+    model: AdaptedModel,
+    states: Sequence[ClientState],
+    messages: Sequence[Message | None],
+    plans: Sequence[Plan],
+    settings: RoundSettings,
+    round_: int,
+    **federation: Any,
+) -> list[ClientResult]:
+    """``run_clients`` with everything in memory; ``federation`` are its settings, say ``cohort=2``."""
+    clients = [state.client for state in states]
+    told = {client: message for client, message in zip(clients, messages, strict=True) if message}
+    mine, plan = dict(zip(clients, states, strict=True)), {plan.client: plan for plan in plans}
+    cohort = cohort_size(FederationConfig(**federation), len(clients))
+    return list(run_clients(model, clients, mine, told, plan.__getitem__, settings, round_, cohort))
+
+
 def run_rounds(
     model: AdaptedModel,
     method: Method,
@@ -200,11 +217,14 @@ def run_rounds(
     shared = {key: size for key, size in shape.shapes().items() if method.shares(key)}
     server = Server(method, federation or FederationConfig(), {c: len(mine) for c, mine in rows.items()}, shared)
     settings, history = round_settings(method, shape, config, dropout), []
+    uploads: dict[int, Tensors] = {}
     for round_ in range(1, rounds + 1):
         messages = server.messages(tuple(rows))
         told, plans = [messages.get(client) for client in rows], plans_of(rows, config, round_)
-        results = run_clients(model, states, told, plans, settings, round_, **executor)
-        server.receive({r.state.client: r.upload for r in results if r.upload}, round_)
+        results = run_all(model, states, told, plans, settings, round_, **executor)
+        arrived = {r.state.client: r.upload for r in results if r.upload}
+        uploads |= arrived
+        server.receive(arrived, uploads.__getitem__, round_)
         states = [result.state for result in results]
         history.append(results)
     return history, server

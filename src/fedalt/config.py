@@ -46,7 +46,9 @@ class DataConfig(Section):
     """Whose rows, and how they become prompts."""
 
     source: str = Field("tinyworld", description="tinyworld, or a folder with train/local_training_{i}.json")
-    clients: int | None = Field(None, ge=1, description="use the first N clients; all when not given")
+    clients: int | None = Field(
+        None, ge=1, description="use the first N clients; all when not given. tinyworld makes as many as asked for"
+    )
     template: str = Field("alpaca_short", description="alpaca_short (paper code), alpaca, chat, or a file")
     cutoff: int = Field(512, ge=8, description="longest row in tokens (paper code: 512)")
     validation_rows: int = Field(
@@ -98,9 +100,11 @@ class FederationConfig(Section):
         "broadcast", description="one mean for all with subtraction at the client, or each client's own row"
     )
     executor: Literal["stacked", "loop"] = Field(
-        "stacked", description="all clients in one forward and backward, or one after another"
+        "stacked", description="a cohort of clients in one forward and backward, or one after another"
     )
-    cohort: int | None = Field(None, ge=1, description="clients per stacked pass; all when not given")
+    cohort: int | None = Field(
+        None, ge=1, description="clients on the model at a time, which decides the memory; 16 when not given"
+    )
 
 
 class EvaluationConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -14,3 +14,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``' (did you mean "x"?)'`` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def listed(values: Sequence[object], most: int = 20) -> str:
+    """The values in one line, or the first ones and how many there are."""
+    text = ", ".join(map(str, values[:most]))
+    return text if len(values) <= most else f"{text}, … ({len(values)} in all)"

@@ -14,6 +14,8 @@ from typing import Any
 from fedalt.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_filling: set[Path] = set()
+"""Temporary folders of ``new_folder`` that nobody has the name of yet."""
 
 
 @contextmanager
@@ -32,10 +34,16 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically and durably, readable like any other (mode 0644 less the umask)."""
+    """Write a file atomically and durably, readable like any other (mode 0644 less the umask).
+
+    In a folder that ``new_folder`` is filling a file is as good as the folder, which is made durable once, at its end.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not _filling.isdisjoint(path.parents):
+            path.write_bytes(data)
+            return
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -45,7 +53,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,24 +83,40 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder under a temporary name; it gets its own name, in one rename, when the block ends well."""
+    """Fill a folder under a temporary name; it is made durable and renamed, in one step, when the block ends well."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with disk_errors(path):
         temporary.mkdir(parents=True)
+        _filling.add(temporary)
         try:
             yield temporary
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        finally:
+            _filling.remove(temporary)
+        for inside in sorted(temporary.rglob("*")):
+            sync(inside)
+        sync(temporary)
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Make a rename inside this folder durable."""
+def link(source: Path, path: Path) -> None:
+    """Let a file of a new folder be one that exists already: a hard link, or a copy where there are no links."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, path)
+        except OSError:
+            shutil.copyfile(source, path)
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedalt.config import DataConfig
+from fedalt.data.load import load_federation
 from fedalt.data.rows import Federation, Row
 from fedalt.data.tinyworld import generate
 from fedalt.data.tinyworld.convention import LETTERS, letter, shift
@@ -242,6 +244,69 @@ def test_a_dial_out_of_range_is_refused(clash):
 def test_sizes_the_world_cannot_fill_are_refused(sizes):
     with pytest.raises(UserError, match="rows asked for"):
         generate(**{"train": 0, "validation": 0, "test": 0, **sizes})
+
+
+# more than eight clients
+
+
+@pytest.fixture(scope="module")
+def shards() -> Federation:
+    return generate(clients=20)
+
+
+def test_the_first_eight_clients_do_not_change_when_there_are_more(world, shards):
+    assert shards.ids == tuple(range(20))
+    assert all(shards.clients[client] == data for client, data in world.clients.items())
+
+
+def test_shards_have_a_task_and_no_row_in_common(shards):
+    instructions = [row.instruction for _, _, row in _rows(shards)]
+    assert len(set(instructions)) == len(instructions)
+    for client, data in shards.clients.items():
+        assert {row.task for row in data.train} == {TASKS[client % 8].name}
+        assert (len(data.train), len(data.validation), len(data.test)) == (300, 50, 200)
+
+
+def test_a_shard_answers_and_speaks_as_the_client_with_its_task(shards):
+    """Sentiment: the letter tells the convention."""
+    for clash in (0.0, 1.0):
+        clients = generate(clash=clash, train=20, validation=0, test=0, clients=16).clients
+        for client in (5, 13):
+            used = {row.output for row in clients[client].train}
+            assert used == {letter(slot, shift(5, clash)) for slot in range(3)}
+    known = known_words(0, 3)
+    held = {word.word for word in (*known.nouns, *known.adjectives)}
+    for client in (3, 11, 19):
+        met = {word for row in shards.clients[client].train for word in re.findall(r"\w+", row.instruction)}
+        assert met & set(invented_words()) <= held
+
+
+def test_a_world_that_is_used_up_is_one_clear_line():
+    with pytest.raises(
+        UserError, match=r"^tinyworld: 5000 train rows asked for, but for client \d+ only \d+ of tiny_"
+    ) as e:
+        generate(train=5000, validation=0, test=0, clients=64)
+    assert "fewer data.clients" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("limits", "sizes"),
+    [({}, (300, 50, 200)), ({"train_limit": 16, "test_limit": 2}, (16, 2, 2)), ({"test_limit": 60}, (300, 50, 60))],
+)
+@pytest.mark.parametrize("clients", [3, 8, 9])
+def test_limits_are_the_sizes_for_any_number_of_clients(clients, limits, sizes):
+    federation = load_federation(DataConfig(clients=clients, **limits), seed=0)
+    assert federation.ids == tuple(range(clients))
+    for data in federation.clients.values():
+        assert (len(data.train), len(data.validation), len(data.test)) == sizes
+
+
+def test_limits_do_not_change_the_rows_of_eight(world):
+    federation = load_federation(DataConfig(train_limit=7, test_limit=5), seed=0)
+    for client, data in federation.clients.items():
+        full = world.clients[client]
+        assert (data.train, data.validation, data.test) == (full.train[:7], full.validation[:5], full.test[:5])
 
 
 # the pretraining text

@@ -86,6 +86,7 @@ def lay_trap(kill: Kill | None, run: Path, seen: list[str] | None = None) -> Non
         return str(full.relative_to(run)) if full.is_relative_to(run) else str(full)
 
     fsync, replace, rename, rmtree, emit = os.fsync, Path.replace, Path.rename, shutil.rmtree, EventLog.emit
+    link, write = os.link, Path.write_bytes
 
     def halve(descriptor: int) -> None:
         with contextlib.suppress(OSError):  # a folder
@@ -111,10 +112,17 @@ def lay_trap(kill: Kill | None, run: Path, seen: list[str] | None = None) -> Non
         client = f" client {fields['client']}" if "client" in fields else ""
         guarded(f"emit {kind} {fields['round']}{client}", partial(emit, self, kind, **fields), half)
 
+    def my_link(source: Any, to: Any) -> None:
+        guarded(f"link {name(to)}", partial(link, source, to), lambda: None)
+
+    def my_write(self: Path, data: bytes) -> int:
+        return guarded(f"write {name(self)}", partial(write, self, data), lambda: write(self, data[: len(data) // 2]))
+
     def moves(label: str, original: Callable[[Path, Any], Any]) -> Any:
         return lambda self, to: guarded(f"{label} {name(self)}", partial(original, self, to), lambda: None)
 
     os.fsync, shutil.rmtree, EventLog.emit = my_fsync, my_rmtree, my_emit  # type: ignore[method-assign]
+    os.link, Path.write_bytes = my_link, my_write  # type: ignore[method-assign]
     Path.replace, Path.rename = moves("replace", replace), moves("rename", rename)  # type: ignore[method-assign]
 
 
@@ -210,11 +218,14 @@ POINTS: dict[str, list[tuple[Kill, ...]]] = {
         K("fsync results/.eval_client1_round2.jsonl.tmp", "half"),
         K("replace results/.scores_client1_round2.json.tmp", "before"),
         K("emit evaluated 2", "after"),
-        K("fsync checkpoints/.round_0002.tmp/clients/.1.safetensors.tmp", "half"),
-        K("fsync checkpoints/.round_0002.tmp/.manifest.json.tmp", "before"),
+        K("write checkpoints/.round_0002.tmp/clients/1.safetensors", "half"),
+        K("link checkpoints/.round_0002.tmp/clients/2.safetensors", "before"),
+        K("link checkpoints/.round_0002.tmp/uploads/2.safetensors", "after"),
+        K("write checkpoints/.round_0002.tmp/manifest.json", "half"),
+        K("fsync checkpoints/.round_0002.tmp/manifest.json", "before"),
         K("rename checkpoints/.round_0002.tmp", "before"),
         K("rename checkpoints/.round_0002.tmp", "after"),
-        K("fsync clients/.1.tmp/row/.adapter_model.safetensors.tmp", "half"),
+        K("write clients/.1.tmp/row/adapter_model.safetensors", "half"),
         K("rename clients/.1.tmp", "before"),
         K("replace results/.final_scores.json.tmp", "before"),
         K("emit run_finished 3", "before"),
@@ -229,10 +240,11 @@ POINTS: dict[str, list[tuple[Kill, ...]]] = {
     ],
     "fedit": [
         K("emit client 2 client 2", "half"),
-        K("replace checkpoints/.round_0002.tmp/uploads/.0.safetensors.tmp", "before"),
+        K("write checkpoints/.round_0002.tmp/uploads/0.safetensors", "half"),
+        K("fsync checkpoints/.round_0002.tmp/uploads/1.safetensors", "before"),
         K("rename checkpoints/.round_0002.tmp", "after"),
         K("rmtree checkpoints/round_0001", "half"),
-        K("replace clients/.2.tmp/.fedalt_config.json.tmp", "after"),
+        K("write clients/.2.tmp/fedalt_config.json", "after"),
     ],
 }
 SCENARIOS = [(method, kills) for method, points in POINTS.items() for kills in points]
@@ -254,7 +266,7 @@ def execute(plan: Path, scenarios: Sequence[dict[str, Any]]) -> list[list[int]]:
     return json.loads(plan.with_suffix(".results.json").read_text())
 
 
-ALONE = K("fsync checkpoints/.round_0003.tmp/clients/.2.safetensors.tmp", "half")
+ALONE = K("write checkpoints/.round_0003.tmp/clients/2.safetensors", "half")
 CTRL_C = K("emit round 2", "interrupt")
 
 
@@ -323,7 +335,8 @@ def test_ctrl_c_says_how_to_go_on(outcome: Any) -> None:
 def test_killed_at_every_single_file_operation(outcome: Any, tmp_path: Path) -> None:
     operations = list(dict.fromkeys(json.loads((outcome["fedalt"][0] / "trace.json").read_text())))
     assert len(operations) > 150
-    hows = {"fsync": "half", "emit": "half", "rmtree": "half", "replace": "before", "rename": "after"}
+    hows = dict.fromkeys(("fsync", "write", "emit", "rmtree"), "half") | {"replace": "before"}
+    hows |= dict.fromkeys(("link", "rename"), "after")
     plan = []
     for number, where in enumerate(operations):
         folder = scenario(tmp_path / str(number), "fedalt")

@@ -13,7 +13,6 @@ from fedalt.data.batches import plan_round
 from fedalt.data.encode import Example
 from fedalt.data.rows import Row
 from fedalt.federation.client import ClientResult, client_round
-from fedalt.federation.executor import run_clients
 from fedalt.methods.base import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState, initial_state
@@ -30,6 +29,7 @@ from support import (
     plans_of,
     random_states,
     round_settings,
+    run_all,
     run_rounds,
     start_states,
     training,
@@ -62,7 +62,7 @@ def one_round(
 ) -> list[ClientResult]:
     settings = round_settings(METHOD, METHOD.shape(RANK, model.layer_sizes), config, dropout=0.2)
     plans = [plan for plan in plans_of(ROWS, config) if plan.client in {state.client for state in states}]
-    return run_clients(model, states, told or [None] * len(states), plans, settings, 1, **options)
+    return run_all(model, states, told or [None] * len(states), plans, settings, 1, **options)
 
 
 def part(tensors: Tensors, *slots: str) -> dict[Any, torch.Tensor]:
@@ -200,7 +200,7 @@ def test_an_error_names_the_round_and_the_client(model: AdaptedModel) -> None:
     settings = round_settings(METHOD, METHOD.shape(RANK, model.layer_sizes), HARD)
     plans = plans_of(ROWS | {1: (broken,)}, HARD)
     with pytest.raises(IndexError) as error:
-        run_clients(model, prepared(model), [None] * 3, plans, settings, 4, "loop")
+        run_all(model, prepared(model), [None] * 3, plans, settings, 4, executor="loop")
     assert error.value.__notes__ == ["in round 4, clients [1]"]
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from fedalt.config import TrainingConfig
 from fedalt.data.batches import Plan, collate
 from fedalt.federation.client import ClientResult
-from fedalt.federation.executor import run_clients
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState
 from fedalt.names import Key
@@ -37,6 +36,7 @@ from support import (
     random_states,
     relative,
     round_settings,
+    run_all,
     training,
 )
 
@@ -77,7 +77,7 @@ def run(
 ) -> list[ClientResult]:
     rule = method_of(method)
     settings = round_settings(rule, rule.shape(RANK, model.layer_sizes), config, dropout)
-    return run_clients(model, states, [None] * len(states), plans, settings, 1, **executor)
+    return run_all(model, states, [None] * len(states), plans, settings, 1, **executor)
 
 
 @pytest.mark.parametrize("name", ALL)

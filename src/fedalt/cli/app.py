@@ -106,7 +106,8 @@ def evaluate(
         _print_json({"run": str(run), "clients": scores})
         return
     own = final_scores(_folder(run))
-    block = {"title": str(run), "last": {"round": own["last"]["round"], "clients": scores}, "best_validation": None}
+    last = {"round": own["last"]["round"], "clients": scores}
+    block = {"title": str(run), "metric": own["metric"], "last": last, "best_validation": None}
     show.out.print(show.run_table(block, {c: ", ".join(s["categories"]) for c, s in scores.items()}))
     if data is None:
         same = all(own["last"]["clients"][c][name] == s[name] for c, s in scores.items() for name in METRICS)

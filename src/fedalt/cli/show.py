@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fedalt.evaluation.metrics import METRICS
 from fedalt.experiment.estimate import Estimate
+from fedalt.report.shown import MOST, groups
 
 out = Console()
 err = Console(stderr=True)
@@ -98,19 +99,20 @@ def live(rounds: int) -> Iterator[Live]:
 
 
 def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
-    """Final scores of one run, a line per client."""
+    """Final scores of one run, a line per client as long as there are not too many."""
     last, best = scores["last"], scores["best_validation"]
     table = Table(title=f"{_plain(scores['title'])}: scores after round {last['round']}", title_justify="left")
     table.add_column("client")
     table.add_column("task")
     for name in METRICS:
         table.add_column(_LABELS[name], justify="right")
-    for client, values in last["clients"].items():
+    for client in _grouped(table, {c: values[scores["metric"]] for c, values in last["clients"].items()}):
+        values = last["clients"][client]
         table.add_row(client, _plain(tasks.get(client, "")), *(f"{values[name]:.1f}" for name in METRICS))
     table.add_section()
     count = len(last["clients"])
     means = [sum(v[name] for v in last["clients"].values()) / count for name in METRICS]
-    table.add_row("mean", "", *(f"{value:.1f}" for value in means), style="bold")
+    table.add_row("mean", f"of {count} clients" if count > MOST else "", *(f"{v:.1f}" for v in means), style="bold")
     if best and best["round"] != last["round"]:
         table.caption = (
             f"best round on validation rows: {best['round']}, mean {_LABELS[scores['metric']]} {best['mean']:.1f}"
@@ -132,9 +134,9 @@ def compare_table(comparison: Mapping[str, Any]) -> Table:
     table.add_column("task")
     for name in methods:
         table.add_column(METHODS[name].title, justify="right")
-    for client, task in comparison["tasks"].items():
-        values = [block["per_client"][client] for block in methods.values()]
-        table.add_row(client, _plain(task), *_mark_best(values))
+    clients = {c: [block["per_client"][c] for block in methods.values()] for c in comparison["tasks"]}
+    for client in _grouped(table, {c: sum(values) for c, values in clients.items()}):
+        table.add_row(client, _plain(comparison["tasks"][client]), *_mark_best(clients[client]))
     table.add_section()
     spread = [f" ± {b['sd']:.1f}" if b["sd"] is not None else "" for b in methods.values()]
     table.add_row(
@@ -154,8 +156,10 @@ def row_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="clients", title_justify="left")
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="left" if name in ("task", "category") else "right")
-    for row in rows:
+    for row in rows[:MOST]:
         table.add_row(*(f"{value:.1f}" if isinstance(value, float) else _plain(str(value)) for value in row.values()))
+    if len(rows) > MOST:
+        table.caption = f"the first {MOST} of {len(rows)} clients"
     return table
 
 
@@ -179,6 +183,15 @@ def alpha_line(alpha: list[tuple[str, float]], slot: str) -> str:
         parts.append(f"[on {colour}]{_plain(token)}[/]")
     mean = sum(value for _, value in alpha) / len(alpha)
     return "".join(parts) + f"\n[dim]mean weight of the {slot} LoRA: {mean:.2f}, of the others' {1 - mean:.2f}[/]"
+
+
+def _grouped(table: Table, scores: Mapping[str, float]) -> Iterator[str]:
+    """The clients to show, with a line above each group of them."""
+    for title, clients in groups(scores).items():
+        if title:
+            table.add_section()
+            table.add_row(f"[dim]{title}[/]")
+        yield from clients
 
 
 def _mark_best(values: list[float]) -> list[str]:

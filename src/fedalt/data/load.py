@@ -31,10 +31,18 @@ def load_federation(config: DataConfig, seed: int) -> Federation:
 
 def _read(config: DataConfig) -> Federation:
     if config.source == TINYWORLD and not Path(TINYWORLD).is_dir():
-        from fedalt.data.tinyworld import generate
-
-        return generate(seed=config.tinyworld.seed, clash=config.tinyworld.clash)
+        return _tinyworld(config)
     return read_folder(Path(config.source).expanduser())
+
+
+def _tinyworld(config: DataConfig) -> Federation:
+    """Eight clients of the usual size; where there are more, only as many rows as are going to be used."""
+    from fedalt.data.tinyworld import CLIENTS, SIZES, generate
+
+    clients, limits, sizes = max(config.clients or 0, CLIENTS), _limits(config), SIZES
+    if clients > CLIENTS:
+        sizes = {split: min(size, limits[split] or size) for split, size in SIZES.items()}
+    return generate(config.tinyworld.seed, config.tinyworld.clash, **sizes, clients=clients)
 
 
 def _hold_out(client: int, data: ClientData, config: DataConfig, seed: int) -> ClientData:
@@ -55,9 +63,8 @@ def _hold_out(client: int, data: ClientData, config: DataConfig, seed: int) -> C
 
 
 def _limit(data: ClientData, config: DataConfig) -> ClientData:
-    return replace(
-        data,
-        train=data.train[: config.train_limit],
-        validation=data.validation[: config.test_limit],
-        test=data.test[: config.test_limit],
-    )
+    return replace(data, **{split: getattr(data, split)[:limit] for split, limit in _limits(config).items()})
+
+
+def _limits(config: DataConfig) -> dict[str, int | None]:
+    return {"train": config.train_limit, "validation": config.test_limit, "test": config.test_limit}

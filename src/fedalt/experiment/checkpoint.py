@@ -1,4 +1,11 @@
-"""Checkpoints: one folder per finished round, whole or not there, safetensors and JSON only."""
+"""Checkpoints: one folder per finished round, whole or not there, safetensors and JSON only.
+
+clients/<id>.safetensors    state of every client that has taken part so far
+uploads/<id>.safetensors    every upload that counts in the server's mean
+manifest.json               which these are, of which run and round
+
+A round writes the files of its own clients and links those of the clients that rested.
+"""
 
 from __future__ import annotations
 
@@ -6,56 +13,91 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save
 
 from fedalt.errors import UserError
-from fedalt.federation.server import Server, Upload
-from fedalt.files import new_folder, write_bytes, write_json
+from fedalt.federation.client import ClientResult
+from fedalt.federation.server import Upload
+from fedalt.files import link, new_folder, write_bytes, write_json
 from fedalt.model.state import ClientState, load_state, save_state
-from fedalt.names import Key
+from fedalt.names import Key, Tensors
+
+STATES, UPLOADS = "clients", "uploads"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoint:
-    """Everything a run needs to go on after a round.
+    """Everything a run needs to go on after a round. Tensors stay in their files until they are asked for.
 
     Attributes:
-        round: Last finished round.
-        states: Every client's state.
-        uploads: The server's latest upload of every client.
+        path: The folder; it has a temporary name until its round has finished.
+        round: The round; 0, without a folder, before the first.
+        clients: Who has a state in it. The others have not taken part yet.
+        uploads: The server's latest upload of every client that counts.
         best: Best round on validation rows so far and its score, if there are validation rows.
     """
 
+    path: Path
     round: int
-    states: dict[int, ClientState]
-    uploads: dict[int, Upload]
-    best: dict[str, Any] | None
+    clients: set[int] = field(default_factory=set)
+    uploads: Mapping[int, Upload] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+
+    def state(self, client: int) -> ClientState:
+        """A client's state."""
+        return load_state(self._file(STATES, client))
+
+    def upload(self, client: int) -> Tensors:
+        """A client's upload, as the server received it."""
+        return {Key.parse(name): value for name, value in load_file(self._file(UPLOADS, client)).items()}
+
+    def put(self, result: ClientResult) -> None:
+        """Write what a client's round led to."""
+        client = result.state.client
+        save_state(result.state, self._file(STATES, client))
+        self.clients.add(client)
+        if result.upload:
+            tensors = {str(key): value.contiguous() for key, value in result.upload.items()}
+            write_bytes(self._file(UPLOADS, client), save(tensors))
+
+    def keep(self, previous: Checkpoint, states: Collection[int], uploads: Collection[int]) -> None:
+        """Link what has not changed since the round before."""
+        for part, clients in ((STATES, states), (UPLOADS, uploads)):
+            for client in clients:
+                link(previous._file(part, client), self._file(part, client))
+        self.clients |= set(states)
+
+    def write_manifest(self, run: str) -> None:
+        """Write what is in the folder; the last file of a checkpoint."""
+        uploads = {str(client): asdict(upload) for client, upload in self.uploads.items()}
+        header = {"run": run, "round": self.round, "clients": sorted(self.clients)}
+        write_json(self.path / "manifest.json", header | {"uploads": uploads, "best": self.best})
+
+    def _file(self, part: str, client: int) -> Path:
+        return self.path / part / f"{client}.safetensors"
+
+
+@contextmanager
+def next_checkpoint(previous: Checkpoint) -> Iterator[Checkpoint]:
+    """The checkpoint of the next round, to be filled; it is there when the block ends well, else not at all."""
+    number = previous.round + 1
+    path = previous.path.with_name(f"round_{number:04d}")
+    with new_folder(path) as temporary:
+        checkpoint = Checkpoint(temporary, number, best=previous.best)
+        yield checkpoint
+    checkpoint.path = path
 
 
 def run_id(settings: Mapping[str, Any], base: str, rows: str) -> str:
     """Identifies a run by what determines its numbers: settings, base weights, rows."""
     text = json.dumps([settings, base, rows], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def save_checkpoint(folder: Path, run: str, server: Server, states: Mapping[int, ClientState], best: Any) -> None:
-    """Write the checkpoint of the server's round; keep it, the one before, and the best round's."""
-    path = folder / f"round_{server.round:04d}"
-    with new_folder(path) as temporary:
-        for client, state in states.items():
-            save_state(state, temporary / "clients" / f"{client}.safetensors")
-        for client, upload in server.uploads.items():
-            tensors = {str(key): value.contiguous() for key, value in upload.tensors.items()}
-            write_bytes(temporary / "uploads" / f"{client}.safetensors", save(tensors))
-        known = {str(c): {"weight": u.weight, "round": u.round} for c, u in server.uploads.items()}
-        header = {"run": run, "round": server.round, "clients": list(states)}
-        write_json(temporary / "manifest.json", header | {"uploads": known, "best": best})
-    prune(folder, best)
 
 
 def prune(folder: Path, best: Mapping[str, Any] | None) -> None:
@@ -78,8 +120,12 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint | None:
     path = rounds[-1]
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        states = {client: load_state(path / "clients" / f"{client}.safetensors") for client in manifest["clients"]}
-        uploads = {int(c): _upload(path, int(c), known) for c, known in manifest["uploads"].items()}
+        uploads = {int(client): Upload(**known) for client, known in manifest["uploads"].items()}
+        checkpoint = Checkpoint(path, manifest["round"], set(manifest["clients"]), uploads, manifest["best"])
+        for client in checkpoint.clients:
+            checkpoint.state(client)
+        for client in uploads:
+            checkpoint.upload(client)
     except Exception as error:
         raise UserError(
             f"{path}: damaged checkpoint ({error}); remove this folder to resume one round earlier"
@@ -88,12 +134,7 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint | None:
         raise UserError(
             f"{path}: checkpoint of another run (other settings, base weights or rows); nothing was changed"
         )
-    return Checkpoint(manifest["round"], states, uploads, manifest["best"])
-
-
-def _upload(path: Path, client: int, known: Mapping[str, Any]) -> Upload:
-    tensors = load_file(path / "uploads" / f"{client}.safetensors")
-    return Upload({Key.parse(key): value for key, value in tensors.items()}, known["weight"], known["round"])
+    return checkpoint
 
 
 def _rounds(folder: Path) -> list[Path]:

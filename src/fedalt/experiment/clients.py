@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.data.templates import template_text
-from fedalt.errors import UserError
+from fedalt.errors import UserError, listed
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.prepare import Experiment
 from fedalt.files import new_folder, read_json, write_json
@@ -88,7 +88,7 @@ def client_folder(run: RunFolder, client: int) -> Path:
         UserError: No such client.
     """
     if not (run.client(client) / CONFIG).is_file():
-        raise UserError(f"{run.path}: no client {client} here; known: {', '.join(map(str, client_ids(run))) or 'none'}")
+        raise UserError(f"{run.path}: no client {client} here; known: {listed(client_ids(run)) or 'none'}")
     return run.client(client)
 
 

@@ -91,8 +91,7 @@ def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:
 
 def _method(members: Sequence[Member], metric: str) -> dict[str, Any]:
     runs = [final_scores(member.folder)["last"] for member in members]
-    events = [list(read_events(member.folder.events)) for member in members]
-    rounds = [[e for e in mine if e["event"] == "round"] for mine in events]
+    rounds = [[e for e in read_events(member.folder.events) if e["event"] == "round"] for member in members]
     means = [one["mean"] for one in runs]
     return {
         "mean": mean(means),

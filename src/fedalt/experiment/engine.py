@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedalt.errors import UserError
-from fedalt.experiment.checkpoint import load_checkpoint, prune, run_id
+from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, prune, run_id
 from fedalt.experiment.events import EventLog, Sink
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.loop import Loop
@@ -13,8 +13,6 @@ from fedalt.experiment.machine import commit, versions
 from fedalt.experiment.prepare import Experiment, partition
 from fedalt.federation.server import Server
 from fedalt.files import write_json
-from fedalt.model.state import ClientState, initial_state
-from fedalt.names import Tensors
 
 _FREE = {"out"}
 """Settings that may differ when a run is resumed; rounds may be raised, too."""
@@ -30,8 +28,8 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
         UserError: The folder holds another run, or one that has gone further; the disk is full; every client failed.
     """
     loop = _start(experiment, folder, sink)
-    for number in range(loop.done + 1, experiment.config.federation.rounds + 1):
-        loop.round(number)
+    while loop.checkpoint.round < experiment.config.federation.rounds:
+        loop.round()
     return loop.finish()
 
 
@@ -47,56 +45,46 @@ def _start(experiment: Experiment, folder: RunFolder, sink: Sink) -> Loop:
             f"{checkpoint.round} rounds"
         )
     samples = {client: len(mine.train) for client, mine in experiment.examples.items()}
-    states = checkpoint.states if checkpoint else _initial(experiment)
-    first = next(iter(states.values()))
-    shapes = {key: value for key, value in experiment.shape.shapes().items() if key in experiment.method.upload(first)}
-    server = Server(experiment.method, config.federation, samples, shapes)
-    loop = Loop(experiment, folder, EventLog(folder.events, sink), server, states, run=run_)
+    method, all_shapes = experiment.method, experiment.shape.shapes()
+    shapes = {key: shape for key, shape in all_shapes.items() if method.shares(key)}
+    server = Server(method, config.federation, samples, shapes)
     if checkpoint:
-        server.uploads, server.round = checkpoint.uploads, checkpoint.round
-        loop.best, loop.done = checkpoint.best, checkpoint.round
+        server.uploads, server.read, server.round = checkpoint.uploads, checkpoint.upload, checkpoint.round
+    last = checkpoint or Checkpoint(folder.checkpoints / "round_0000", 0)
+    loop = Loop(experiment, folder, EventLog(folder.events, sink), server, last, run_)
     _write_start(loop, resumed=checkpoint is not None)
     return loop
 
 
 def _write_start(loop: Loop, resumed: bool) -> None:
-    experiment, folder = loop.experiment, loop.folder
+    experiment, folder, done = loop.experiment, loop.folder, loop.checkpoint.round
     about = {**versions(), "commit": commit()}
     if resumed:
-        loop.log.truncate(loop.done)
-        folder.clean_results(loop.done)
-        prune(folder.checkpoints, loop.best)
-        if loop.done < experiment.config.federation.rounds:
+        loop.log.truncate(done)
+        folder.clean_results(done)
+        prune(folder.checkpoints, loop.checkpoint.best)
+        if done < experiment.config.federation.rounds:
             folder.final_scores.unlink(missing_ok=True)  # until it has finished again
     else:
         folder.events.unlink(missing_ok=True)
         write_json(folder.partition, partition(experiment.federation))
     folder.write_config(experiment.config, [f"{name}: {value}" for name, value in about.items() if value])
-    shared: Tensors = experiment.method.upload(next(iter(loop.states.values())))
     loop.log.emit(
         "run_resumed" if resumed else "run_started",
-        round=loop.done,
+        round=done,
         method=experiment.method.name,
-        clients=list(loop.states),
+        clients=list(experiment.federation.ids),
         tasks={str(c): d.train[0].task for c, d in experiment.federation.clients.items()},
         rounds=experiment.config.federation.rounds,
         source=experiment.federation.source,
         metric=experiment.config.evaluation.metric,
         base=experiment.resident.base.sha256,
         run=loop.run,
-        shared_parameters=sum(t.numel() for t in shared.values()),
+        shared_parameters=experiment.shape.size(list(loop.server.shapes)),
         trainable_parameters=experiment.shape.size(
             [key for key in experiment.shape.shapes() if experiment.method.trains(key)]
         ),
         versions=about,
     )
     for note in () if resumed else experiment.notes:
-        loop.log.emit("note", round=loop.done, text=note)
-
-
-def _initial(experiment: Experiment) -> dict[int, ClientState]:
-    lora, seed = experiment.config.lora, experiment.config.seed
-    return {
-        client: initial_state(experiment.shape, client, seed, lora.init, lora.mixer_init, experiment.method.frozen)
-        for client in experiment.federation.ids
-    }
+        loop.log.emit("note", round=done, text=note)

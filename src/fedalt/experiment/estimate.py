@@ -12,8 +12,8 @@ from fedalt.data.batches import Plan
 from fedalt.data.encode import Example
 from fedalt.experiment.machine import peak_memory
 from fedalt.experiment.prepare import Experiment
-from fedalt.federation.executor import run_clients
-from fedalt.model.state import initial_state
+from fedalt.federation.executor import cohort_size, run_clients
+from fedalt.federation.per_client import PerClient
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,14 @@ def estimate(experiment: Experiment) -> Estimate:
 
 
 def _train(experiment: Experiment, rows: Mapping[int, Sequence[Example]], steps: int) -> None:
-    config, lora = experiment.config, experiment.config.lora
+    config = experiment.config
     size = config.training.batch_size
-    plans = [Plan(c, tuple(tuple(mine[:size]) for _ in range(steps)), 0) for c, mine in rows.items()]
-    states = [
-        initial_state(experiment.shape, c, config.seed, lora.init, lora.mixer_init, experiment.method.frozen)
-        for c in rows
-    ]
-    federation = config.federation
-    model = experiment.resident.model
-    run_clients(
-        model, states, [None] * len(states), plans, experiment.settings, 0, federation.executor, federation.cohort
-    )
+    plans = {c: Plan(c, tuple(tuple(mine[:size]) for _ in range(steps)), 0) for c, mine in rows.items()}
+    states = PerClient(rows, experiment.initial_state)
+    cohort = cohort_size(config.federation, len(rows))
+    model, settings = experiment.resident.model, experiment.settings
+    for _ in run_clients(model, list(rows), states, {}, plans.__getitem__, settings, 0, cohort):
+        pass
 
 
 def row_table(experiment: Experiment) -> list[dict[str, Any]]:

@@ -18,7 +18,10 @@ from fedalt.methods.registry import get_method
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.base import Base, load_base, positions
 from fedalt.model.layer import Placement
-from fedalt.model.state import AdapterShape
+from fedalt.model.state import AdapterShape, ClientState, initial_state
+
+_MOST_NOTES = 20
+"""Clients whose skipped rows get a note of their own."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class Experiment:
     def rows_digest(self) -> str:
         """Fingerprint of all rows and of who has them."""
         return hashlib.sha256(json.dumps(partition(self.federation)["clients"]).encode()).hexdigest()
+
+    def initial_state(self, client: int) -> ClientState:
+        """What a client starts from, made from the seed."""
+        lora, seed = self.config.lora, self.config.seed
+        return initial_state(self.shape, client, seed, lora.init, lora.mixer_init, self.method.frozen)
 
 
 def load_resident(config: RunConfig) -> Resident:
@@ -118,13 +126,16 @@ def row_digest(row: Row) -> str:
 def _notes(
     config: RunConfig, federation: Federation, examples: dict[int, ClientExamples], method: Method
 ) -> tuple[str, ...]:
-    notes = list(federation.notes)
+    notes, short = list(federation.notes), list[str]()
     for client, mine in examples.items():
         skipped = ", ".join(f"{count} {split}" for split, count in mine.skipped.items() if count)
         if skipped:
-            notes.append(
+            short.append(
                 f"client {client}: {skipped} rows skipped, their prompt fills data.cutoff={config.data.cutoff}"
             )
+    notes += short[:_MOST_NOTES]
+    if len(short) > _MOST_NOTES:
+        notes.append(f"rows of {len(short) - _MOST_NOTES} more clients skipped, too")
     if method.leave_one_out and len(federation.clients) == 2:
         notes.append("two clients: each one's row LoRA is the other client's individual LoRA, nothing is hidden")
     if method.leave_one_out and len(federation.clients) == 1:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from fedalt.data.encode import encode_federation
 from fedalt.data.load import load_federation
-from fedalt.errors import UserError
+from fedalt.errors import UserError, listed
 from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.experiment.clients import client_ids, read_client
 from fedalt.experiment.folder import finished_run
 from fedalt.experiment.prepare import load_resident
+from fedalt.federation.executor import cohort_size, cohorts
 
 
 def rescore(path: Path, client: int | None = None, data: str | None = None) -> dict[int, Evaluation]:
@@ -30,18 +31,22 @@ def rescore(path: Path, client: int | None = None, data: str | None = None) -> d
     clients = client_ids(folder) if client is None else [client]
     federation = load_federation(config.data, config.seed)
     resident = load_resident(config)
-    personal = [read_client(folder, c, resident.base) for c in clients]
     missing = [c for c in clients if c not in federation.clients]
     if missing:
-        raise UserError(f"{federation.source}: no rows for client {missing[0]}; it has clients {list(federation.ids)}")
+        raise UserError(
+            f"{federation.source}: no rows for client {missing[0]}; it has clients [{listed(federation.ids)}]"
+        )
     examples = encode_federation(federation, resident.base.tokenizer, config.data)
-    rows = {c: examples[c].test for c in clients}
-    scored = evaluate(
-        resident.model,
-        resident.base.tokenizer,
-        [p.state for p in personal],
-        rows,
-        personal[0].placement,
-        config.evaluation,
-    )
-    return {evaluation.client: evaluation for evaluation in scored}
+    scored: dict[int, Evaluation] = {}
+    for cohort in cohorts(clients, cohort_size(config.federation, len(clients))):
+        personal = [read_client(folder, c, resident.base) for c in cohort]
+        evaluations = evaluate(
+            resident.model,
+            resident.base.tokenizer,
+            [p.state for p in personal],
+            {c: examples[c].test for c in cohort},
+            personal[0].placement,
+            config.evaluation,
+        )
+        scored |= {evaluation.client: evaluation for evaluation in evaluations}
+    return scored

@@ -1,11 +1,11 @@
-"""Executors: how the clients of a round are put on the model. All give the same numbers."""
+"""Cohorts: how many clients are on the model at a time. The numbers are the same for all sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal
 
+from fedalt.config import FederationConfig
 from fedalt.data.batches import Plan
 from fedalt.federation.client import ClientResult, RoundSettings, client_round
 from fedalt.methods.base import Message
@@ -13,33 +13,50 @@ from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState
 from fedalt.training.local import OnStep
 
+DEFAULT_COHORT = 16
+
+
+def cohort_size(config: FederationConfig, clients: int) -> int:
+    """How many of so many clients are stacked on the model at a time; with the executor ``loop``, one."""
+    return 1 if config.executor == "loop" else min(clients, config.cohort or DEFAULT_COHORT)
+
+
+def cohorts(clients: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """The clients in order, some at a time."""
+    return (clients[start : start + size] for start in range(0, len(clients), size))
+
 
 def run_clients(
     model: AdaptedModel,
-    states: Sequence[ClientState],
-    messages: Sequence[Message | None],
-    plans: Sequence[Plan],
+    clients: Sequence[int],
+    states: Mapping[int, ClientState],
+    messages: Mapping[int, Message],
+    plan: Callable[[int], Plan],
     settings: RoundSettings,
     round_: int,
-    executor: Literal["stacked", "loop"] = "stacked",
-    cohort: int | None = None,
+    cohort: int,
     on_step: OnStep = lambda done, total: None,
-) -> list[ClientResult]:
-    """Run ``client_round`` for all clients at once (``stacked``), in cohorts of some, or one after another (``loop``).
+) -> Iterator[ClientResult]:
+    """Run ``client_round`` cohort by cohort and yield the results in the order of the clients.
 
-    An exception in a loop of one names the client it happened in.
+    States and messages are looked up when their cohort's turn comes, and only its results are held, so memory does
+    not depend on the number of clients. An exception names the cohort it happened in.
     """
-    size = 1 if executor == "loop" else cohort or len(states)
-    results: list[ClientResult] = []
-    for start in range(0, len(states), size):
-        part = slice(start, start + size)
-        report = partial(_step, on_step, start // size, -(-len(states) // size))
+    count = -(-len(clients) // cohort)
+    for number, part in enumerate(cohorts(clients, cohort)):
         try:
-            results += client_round(model, states[part], messages[part], plans[part], settings, round_, report)
+            yield from client_round(
+                model,
+                [states[client] for client in part],
+                [messages.get(client) for client in part],
+                [plan(client) for client in part],
+                settings,
+                round_,
+                partial(_step, on_step, number, count),
+            )
         except Exception as error:
-            error.add_note(f"in round {round_}, clients {[state.client for state in states[part]]}")
+            error.add_note(f"in round {round_}, clients {list(part)}")
             raise
-    return results
 
 
 def _step(on_step: OnStep, cohort: int, cohorts: int, done: int, total: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedalt.config import FederationConfig
 from fedalt.errors import UserError
+from fedalt.federation.per_client import PerClient
 from fedalt.methods.base import Message, Method
 from fedalt.names import Key, Tensors
 
@@ -22,17 +23,20 @@ OLDEST = 1e-200
 
 @dataclass(frozen=True)
 class Upload:
-    """One client's latest upload.
+    """What the server knows of one client's latest upload, besides its tensors.
 
     Attributes:
-        tensors: Its shared factors, exactly as received.
         weight: Unnormalised weight in the mean.
         round: Round in which it arrived.
     """
 
-    tensors: Tensors
     weight: float
     round: int
+
+
+def nothing(client: int) -> Tensors:
+    """Before the first round there is no upload to read."""
+    raise KeyError(client)
 
 
 @dataclass
@@ -62,7 +66,7 @@ class WeightedSum:
 
 @dataclass
 class Server:
-    """Aggregation for one run.
+    """Aggregation for one run. It reads one upload at a time and holds none.
 
     Attributes:
         method: Decides the weights and whether absent clients' last uploads stay in the mean.
@@ -70,6 +74,7 @@ class Server:
         samples: Training rows per client.
         shapes: Shape of every tensor a client may upload.
         uploads: Latest upload per client that counts.
+        read: Gives the tensors of such an upload, exactly as received.
         round: Last aggregated round, counted from 1.
     """
 
@@ -77,27 +82,29 @@ class Server:
     config: FederationConfig
     samples: Mapping[int, int]
     shapes: Mapping[Key, tuple[int, int]]
-    uploads: dict[int, Upload] = field(default_factory=dict)
+    uploads: Mapping[int, Upload] = field(default_factory=dict)
+    read: Callable[[int], Tensors] = nothing
     round: int = 0
 
-    def receive(self, arrived: Mapping[int, Tensors], round_: int) -> None:
+    def receive(self, arrived: Collection[int], read: Callable[[int], Tensors], round_: int) -> None:
         """Take in the uploads of a round. A round in which nobody delivered changes nothing.
 
         FedAvg averages this round's participants. FedALT's rows come from everybody's last known upload, from this
         round's participants only, or from the last known ones with weight ``decay ** age``.
 
+        Args:
+            arrived: Clients that delivered.
+            read: Gives the upload of each of them, and from now on of everybody else in ``uploads``, too.
+            round_: The round.
+
         Raises:
             UserError: An upload with other keys or shapes than the run's, or with a value that is not finite.
         """
-        self.round = round_
-        if not arrived:
-            return
-        for client, tensors in arrived.items():
-            self._check(client, tensors)
-        if not self.remembers:
-            self.uploads = {}
-        for client, tensors in sorted(arrived.items()):
-            self.uploads[client] = Upload(tensors, self._weight(client), round_)
+        for client in arrived:
+            self._check(client, read(client))
+        kept = self.uploads if self.remembers or not arrived else {}
+        self.uploads = {**kept, **{client: Upload(self._weight(client), round_) for client in sorted(arrived)}}
+        self.read, self.round = read, round_
 
     @property
     def remembers(self) -> bool:
@@ -112,38 +119,38 @@ class Server:
             for client, upload in self.uploads.items()
         }
 
-    def messages(self, clients: tuple[int, ...]) -> dict[int, Message]:
+    def messages(self, clients: Sequence[int]) -> Mapping[int, Message]:
         """What each client is told: the broadcast mean with its own share in it, or a mean made without it.
 
-        A client that alone makes up the mean has no rest of the world and is told nothing.
+        The broadcast mean is one object for all; a mean without a client is made when that client's message is asked
+        for, so ask before the next round is received. A client that alone makes up the mean has no rest of the world
+        and is told nothing.
         """
         weights = self.weights()
-        if not weights:
-            return {}
-        mean, total = self.mean(), sum(weights.values())
-        shares = {
-            c: weights.get(c, 0.0) / total for c in clients if weights.keys() != {c} or not self.method.leave_one_out
-        }
-        return {
-            c: Message(self.mean_without(c), 0.0) if self._unicast(share) else Message(mean, share)
-            for c, share in shares.items()
-        }
+        told = [c for c in clients if weights and (weights.keys() != {c} or not self.method.leave_one_out)]
+        mean, total = self.mean() if told else {}, sum(weights.values())
+
+        def message(client: int) -> Message:
+            share = weights.get(client, 0.0) / total
+            return Message(self.mean_without(client), 0.0) if self._unicast(share) else Message(mean, share)
+
+        return PerClient(told, message)
 
     def _unicast(self, share: float) -> bool:
         return self.method.leave_one_out and (self.config.row_delivery == "unicast" or share > DOMINANT)
 
     def mean(self) -> dict[Key, Tensor]:
         """The mean of all uploads."""
-        return self._mean(self.uploads)
+        return self._mean(self.weights())
 
     def mean_without(self, client: int) -> dict[Key, Tensor]:
         """The mean of everybody else's uploads, summed directly: the reference for subtraction at the client."""
-        return self._mean({c: upload for c, upload in self.uploads.items() if c != client})
+        return self._mean({c: weight for c, weight in self.weights().items() if c != client})
 
-    def _mean(self, uploads: Mapping[int, Upload]) -> dict[Key, Tensor]:
-        weights, running = self.weights(), WeightedSum()
-        for client, upload in uploads.items():
-            running.add(upload.tensors, weights[client])
+    def _mean(self, weights: Mapping[int, float]) -> dict[Key, Tensor]:
+        running = WeightedSum()
+        for client, weight in weights.items():
+            running.add(self.read(client), weight)
         return running.mean()
 
     def _weight(self, client: int) -> float:

@@ -104,7 +104,7 @@ def save_state(state: ClientState, path: Path) -> None:
 
 
 def load_state(path: Path) -> ClientState:
-    """Read what ``save_state`` wrote."""
+    """Map what ``save_state`` wrote into memory; numbers are read when they are used."""
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["fedalt"])
         parts: dict[str, dict[Key, torch.Tensor]] = {"own": {}, "sent": {}}

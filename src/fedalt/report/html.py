@@ -17,6 +17,7 @@ from fedalt.experiment.folder import RunFolder
 from fedalt.files import write_text
 from fedalt.methods.registry import METHODS
 from fedalt.report import figures
+from fedalt.report.shown import caption, shown
 
 _STYLE = """
 :root { color-scheme: light dark; --fg: #1c1e21; --bg: #fff; --line: #d8dade; --soft: #6b7078; }
@@ -43,8 +44,10 @@ def write_report(folder: RunFolder) -> Path:
     start = next((e for e in events if e["event"] in ("run_started", "run_resumed")), None)
     if start is None:
         raise UserError(f"{folder.path}: no run to report on (no run_started in events.jsonl)")
-    tasks = start["tasks"]
-    parts = [_scores_table(events, tasks), figures.loss_curves(events, tasks)]
+    latest = {str(e["client"]): e for e in events if e["event"] == "scores" and e["point"] == "after"}
+    scores = {c: latest[c][start["metric"]] if c in latest else 0.0 for c in start["tasks"]}
+    tasks = {client: start["tasks"][client] for client in shown(scores)}
+    parts = [_scores_table(latest, tasks), figures.loss_curves(events, tasks)]
     if any(e["event"] == "scores" for e in events):
         parts.insert(1, figures.score_curves(events, tasks, start["metric"]))
     layers = max((len(e["alpha"]) for e in events if e["event"] == "client"), default=0)
@@ -53,7 +56,7 @@ def write_report(folder: RunFolder) -> Path:
         parts.append(figures.row_curves(events))
     parts += [_cost_table(events), _notes(events), _config(folder)]
     title = f"{METHODS[start['method']].title} on {start['source']}"
-    write_text(folder.report, _page(title, _about(start), parts))
+    write_text(folder.report, _page(title, [_about(start), caption(scores)], parts))
     return folder.report
 
 
@@ -62,24 +65,28 @@ def write_comparison_report(out: Path, comparison: Mapping[str, Any]) -> Path:
     titles = {name: METHODS[name].title for name in comparison["methods"]}
     seeds = ", ".join(map(str, comparison["seeds"]))
     about = f"{comparison['metric']} on each client's own test rows; seeds {seeds}"
+    blocks = comparison["methods"].values()
+    scores = {c: sum(block["per_client"][c] for block in blocks) for c in comparison["tasks"]}
+    few = {**comparison, "tasks": {c: comparison["tasks"][c] for c in shown(scores)}}
     parts = [
-        _comparison_table(comparison, titles),
-        figures.gain_map(comparison, titles),
-        figures.score_bars(comparison, titles),
+        _comparison_table(few, titles),
+        figures.gain_map(few, titles),
+        figures.score_bars(few, titles),
         _links(out, comparison),
     ]
     path = out / "report.html"
-    write_text(path, _page(f"Comparison on {comparison['source']}", about, parts))
+    write_text(path, _page(f"Comparison on {comparison['source']}", [about, caption(scores)], parts))
     return path
 
 
-def _page(title: str, about: str, parts: Sequence[str | go.Figure]) -> str:
+def _page(title: str, about: Sequence[str], parts: Sequence[str | go.Figure]) -> str:
+    lines = "".join(f'<p class="about">{escape(line)}</p>' for line in about if line)
     body = "\n".join(part if isinstance(part, str) else _figure(part) for part in parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
-        f'<body><h1>{escape(title)}</h1><p class="about">{escape(about)}</p>\n{body}\n</body></html>\n'
+        f"<body><h1>{escape(title)}</h1>{lines}\n{body}\n</body></html>\n"
     )
 
 
@@ -97,8 +104,7 @@ def _about(start: Event) -> str:
     )
 
 
-def _scores_table(events: Sequence[Event], tasks: Mapping[str, str]) -> str:
-    latest = {str(e["client"]): e for e in events if e["event"] == "scores" and e["point"] == "after"}
+def _scores_table(latest: Mapping[str, Event], tasks: Mapping[str, str]) -> str:
     if not latest:
         return "<p>Not scored yet.</p>"
     rows = [[c, tasks[c], *(f"{latest[c][name]:.1f}" for name in METRICS)] for c in tasks if c in latest]

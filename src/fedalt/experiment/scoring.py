@@ -1,0 +1,90 @@
+"""Scores of all clients of a run after a round: cohort by cohort, from their states to files and events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedalt.evaluation.evaluate import Evaluation, evaluate
+from fedalt.evaluation.metrics import METRICS, group_mean
+from fedalt.experiment.events import EventLog
+from fedalt.experiment.folder import RunFolder
+from fedalt.experiment.prepare import Experiment
+from fedalt.federation.executor import cohort_size, cohorts
+from fedalt.model.state import ClientState
+
+Points = dict[str, dict[int, dict[str, Any]]]
+"""Scores by point in time (``after``, ``before``, ``validation``) and client."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the clients of one run are scored.
+
+    Attributes:
+        experiment: Rows, model, settings.
+        folder: Where answers and scores go.
+        log: Where the scores go, too.
+    """
+
+    experiment: Experiment
+    folder: RunFolder
+    log: EventLog
+
+    def score(
+        self, number: int, before: Mapping[int, ClientState], after: Mapping[int, ClientState], changed: bool
+    ) -> float | None:
+        """Score everybody and write answers, scores and events of a round.
+
+        Args:
+            number: The round.
+            before: States as they left training.
+            after: States with the server's aggregate installed.
+            changed: Whether the two differ at all.
+
+        Returns:
+            Mean score on validation rows, or nothing when there are none.
+        """
+        config = self.experiment.config
+        points: Points = {"after": {}, "before": {}, "validation": {}}
+        clients = list(after)
+        for cohort in cohorts(clients, cohort_size(config.federation, len(clients))):
+            states = [after[client] for client in cohort]
+            scored = self._evaluate(states, "test")
+            points["after"] |= _scores(scored)
+            points["validation"] |= _scores(self._evaluate(states, "validation"))
+            if "before" in config.evaluation.points:
+                earlier = self._evaluate([before[client] for client in cohort], "test") if changed else scored
+                points["before"] |= _scores(earlier)
+            self._write(number, scored, points)
+        for point, clients_ in points.items():
+            for client, scores in clients_.items():
+                values = {name: scores[name] for name in METRICS}
+                self.log.emit("scores", round=number, client=client, point=point, **values)
+        return group_mean(scores[config.evaluation.metric] for scores in points["validation"].values())
+
+    def _evaluate(self, states: Sequence[ClientState], split: str) -> list[Evaluation]:
+        experiment = self.experiment
+        rows = {state.client: getattr(experiment.examples[state.client], split) for state in states}
+        return evaluate(
+            experiment.resident.model,
+            experiment.resident.base.tokenizer,
+            [state for state in states if rows[state.client]],
+            rows,
+            experiment.settings.placement,
+            experiment.config.evaluation,
+        )
+
+    def _write(self, number: int, scored: Sequence[Evaluation], points: Points) -> None:
+        for evaluation in scored:
+            client = evaluation.client
+            others = {
+                "before_aggregation": points["before"].get(client),
+                "validation": points["validation"].get(client),
+            }
+            self.folder.write_scores(client, number, evaluation.lines, evaluation.scores | others)
+
+
+def _scores(evaluations: Sequence[Evaluation]) -> dict[int, dict[str, Any]]:
+    return {evaluation.client: evaluation.scores for evaluation in evaluations}
