@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from fedalt.config import EvaluationConfig
@@ -80,7 +79,7 @@ def test_answers_are_those_of_generate(name: str, ends: int, beams: int) -> None
     stops = frequent(make(), ends) or [2]
     expected = trimmed(theirs(make(), PROMPTS, beams, stops), stops)
     assert trimmed(ours(make(), PROMPTS, beams, stops), stops) == expected
-    if ends:
+    if ends and beams == 1:
         assert len({len(words) for words in expected}) > 1, "some answers must end before others"
 
 
@@ -104,7 +103,7 @@ def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_settings_of_the_model_are_respected() -> None:
-    """A repetition penalty in the model's own generation settings changes greedy answers."""
+    """A repetition penalty in the model's own generation settings changes greedy answers; `generate` answers then."""
     plain, strict = MODELS["llama"](), MODELS["llama"]()
     strict.generation_config.repetition_penalty = 5.0
     expected = theirs(strict, PROMPTS, 1, [2])

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layout import layout
@@ -55,7 +62,8 @@ def literal(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: boo
 def test_attention_and_its_gradients_equal_those_of_each_row_alone(causal: bool, heads: int) -> None:
     generator, tokens = torch.Generator().manual_seed(1), sum(LENGTHS)
     leaves = [
-        torch.randn(1, h, tokens, 8, generator=generator, dtype=torch.float64).requires_grad_() for h in (4, heads, heads)
+        torch.randn(1, h, tokens, 8, generator=generator, dtype=torch.float64).requires_grad_()
+        for h in (4, heads, heads)
     ]
     weight = torch.randn(1, tokens, 4, 8, generator=generator, dtype=torch.float64)
     packed = attend(*leaves, layout(LENGTHS, CPU), None, causal)

@@ -75,7 +75,7 @@ class Federation:
     shape: AdapterShape
     states: list[ClientState]
     server: Server
-    messages: dict[int, Message]
+    messages: Mapping[int, Message]
 
     def installed(self) -> list[ClientState]:
         """The states with every client's row in place."""
@@ -108,7 +108,7 @@ def federation(spec: Spec, layers: Mapping[str, tuple[int, int]]) -> Federation:
     uploads: dict[int, Tensors] = {state.client: state.sent or {} for state in states}
     sizes = {key: size for key, size in shape.shapes().items() if method.shares(key)}
     server = Server(method, FederationConfig(), dict.fromkeys(uploads, spec.rows), sizes)
-    server.receive(uploads, ROUND - 1)
+    server.receive(uploads, uploads.__getitem__, ROUND - 1)
     return Federation(method, shape, states, server, server.messages(tuple(uploads)))
 
 

@@ -60,7 +60,7 @@ class AnswerLayer(DynamicLayer):
 
 
 def answer_cache(cache: Any, room: int) -> DynamicCache | None:
-    """An empty cache for answers of up to ``room`` tokens like the one a model asks for, or nothing for special ones."""
+    """An empty cache with room for answers, like the one a model asks for; nothing if that one is no ordinary one."""
     if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
     mine = DynamicCache()

@@ -6,10 +6,10 @@ for every token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,10 +28,8 @@ class Unsupported(Exception):  # noqa: N818 - a finding, not an error
     """The model or its generation settings need something this search does not do."""
 
 
-class Rows(Protocol):
-    """Tells the adapted layers which prompts, by index, the rows of the enclosed forward passes belong to."""
-
-    def __call__(self, prompts: Sequence[int]) -> AbstractContextManager[None]: ...
+Rows = Callable[[Sequence[int]], AbstractContextManager[None]]
+"""Tells the adapted layers which prompts, by index, the rows of the enclosed forward passes belong to."""
 
 
 class Batch:
@@ -83,7 +81,7 @@ class Batch:
 
     def reorder(self, rows: Int[Tensor, " n"]) -> None:
         """Go on from other rows of the same prompts."""
-        self.cache.reorder_cache(rows)
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
         self.ids = self.ids[rows]
 
 
@@ -111,13 +109,13 @@ class Search:
         """New tokens of every prompt, the end-of-sequence token included.
 
         Raises:
-            Unsupported: No ordinary cache, or a rule for stopping that is not the default.
+            Unsupported: No ordinary cache, or scores that are changed, or a rule for stopping that is not the default.
         """
         cache = answer_cache(kwargs.get("past_key_values"), self.longest)
         usual = all(isinstance(rule, MaxLengthCriteria | EosTokenCriteria) for rule in stopping_criteria)
-        if cache is None or not usual or generation_config.early_stopping is not False:
+        if cache is None or not usual or len(logits_processor) or generation_config.early_stopping is not False:
             raise Unsupported
-        self.process, self.ends = logits_processor, generation_config._eos_token_tensor
+        self.ends = generation_config._eos_token_tensor
         self.penalty = generation_config.length_penalty
         mask = kwargs.get("attention_mask")  # nothing when no prompt is padded
         batch = Batch(model, self.rows, input_ids, torch.ones_like(input_ids) if mask is None else mask, cache)
@@ -128,7 +126,7 @@ class Search:
         going = torch.ones(len(answers), dtype=torch.bool, device=batch.ids.device)
         scores = batch.read(batch.ids)
         while True:
-            tokens = self.process(batch.ids, scores).argmax(-1)
+            tokens = scores.argmax(-1)
             for prompt, token, goes in zip(batch.prompts, tokens.tolist(), going.tolist(), strict=True):
                 if goes:
                     answers[prompt].append(token)
@@ -146,11 +144,11 @@ class Search:
         width, scores = batch.ids.shape[1], batch.read(batch.ids).repeat_interleave(self.beams, 0)
         batch.expand(self.beams)
         for length in range(1, self.longest + 1):
-            scores = self.process(batch.ids, torch.log_softmax(scores, -1))
+            last = length == self.longest
             source, tokens = beams.step(
-                scores, batch.ids[:, width:], length, self.ends, self.penalty, length == self.longest
+                torch.log_softmax(scores, -1), batch.ids[:, width:], length, self.ends, self.penalty, last
             )
-            over = ~beams.open if length < self.longest else torch.ones_like(beams.open)
+            over = ~beams.open | last
             if over.all() or over.float().mean() >= _LEAVE:
                 for at in over.nonzero()[:, 0].tolist():
                     best[batch.prompts[at]] = beams.best(at)
@@ -230,7 +228,7 @@ class Beams:
     def _finish(
         self, top: Tensor, beam: Tensor, token: Tensor, over: Tensor, before: Tensor, length: int, penalty: float
     ) -> None:
-        p, b = self.running.shape
+        b = self.running.shape[1]
         ended = over.clone()
         ended[:, b:] = False  # the others are there so that enough beams go on
         if not ended.any():

@@ -13,8 +13,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fedalt.model.layer import AdaptedLinear, Placement
 from fedalt.model.frozen import pack_weights
+from fedalt.model.layer import AdaptedLinear, Placement
 from fedalt.model.packing import enable_packing
 from fedalt.model.rowmap import MixerProbe, RowContext, RowMap
 from fedalt.model.state import ClientState

@@ -20,7 +20,8 @@ def prepare(spec: Spec) -> Job:
 
     def aggregate(states: list[ClientState]) -> list[float]:
         server = Server(method, FederationConfig(), dict.fromkeys(range(spec.clients), 1), sizes)
-        server.receive({state.client: state.sent or {} for state in states}, 1)
+        sent = {state.client: state.sent or {} for state in states}
+        server.receive(sent, sent.__getitem__, 1)
         messages = server.messages(tuple(state.client for state in states))
         norms = []
         for state in states:

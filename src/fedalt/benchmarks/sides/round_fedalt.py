@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from fedalt.benchmarks import workload
 from fedalt.benchmarks.task import Job, Outcome, Spec
@@ -28,11 +27,12 @@ class Round:
     def train(self, plans: Sequence[Plan]) -> list[ClientResult]:
         """Install the server's messages and train every client."""
         world = self.federation
-        executor: Literal["stacked", "loop"] = "loop" if self.spec.side == "loop" else "stacked"
-        messages = [world.messages.get(state.client) for state in world.states]
+        states = {state.client: state for state in world.states}
+        cohort = 1 if self.spec.side == "loop" else self.spec.cohort or len(states)
+        by_client = {plan.client: plan for plan in plans}
         return list(
             run_clients(
-                self.model, world.states, messages, plans, self.settings, ROUND, executor, cohort=self.spec.cohort
+                self.model, tuple(states), states, world.messages, by_client.__getitem__, self.settings, ROUND, cohort
             )
         )
 
@@ -40,7 +40,8 @@ class Round:
         """Train, upload, aggregate."""
         results = self.train(plans)
         server = self.federation.server
-        server.receive({result.state.client: result.upload for result in results}, ROUND)
+        uploads = {result.state.client: result.upload for result in results}
+        server.receive(uploads, uploads.__getitem__, ROUND)
         server.messages(tuple(server.uploads))
         return results
 
