@@ -27,7 +27,8 @@ from fedalt.data.batches import Plan, plan_round
 from fedalt.data.encode import Example
 from fedalt.data.rows import Row
 from fedalt.federation.client import ClientResult, RoundSettings
-from fedalt.federation.executor import cohort_size, run_clients
+from fedalt.federation.cohort import cohort_size
+from fedalt.federation.executor import run_clients
 from fedalt.federation.server import Server
 from fedalt.methods.base import Message, Method
 from fedalt.methods.registry import get_method

@@ -103,7 +103,7 @@ class FederationConfig(Section):
         "stacked", description="a cohort of clients in one forward and backward, or one after another"
     )
     cohort: int | None = Field(
-        None, ge=1, description="clients on the model at a time, which decides the memory; 16 when not given"
+        None, ge=1, description="clients on the model at a time; by rows' length and free memory when not given"
     )
 
 

@@ -130,12 +130,12 @@ def test_payload_is_the_individual_lora_alone(model: AdaptedModel) -> None:
 
 
 def test_reported_mixer_weight_is_that_of_the_individual(model: AdaptedModel) -> None:
-    """In the first block, whose inputs no adapter has touched yet, over the prompts of the first step."""
+    """In the first block, whose inputs no adapter has touched yet, over the tokens of the last step."""
     block = model.base.model.layers[0]
-    for plan, result in zip(plans_of(ROWS, HARD), one_round(model, prepared(model)), strict=True):
-        tokens = torch.tensor([token for row in plan.steps[0] for token in row.prompt])
+    for plan, result in zip(plans_of(ROWS, STILL), one_round(model, prepared(model), STILL), strict=True):
+        tokens = torch.tensor([token for row in plan.steps[-1] for token in row.prompt + row.answer])
         x = block.input_layernorm(model.base.model.embed_tokens(tokens))
-        for path, alpha in zip(list(model.layers)[:2], result.alpha, strict=False):
+        for path, alpha in zip(list(model.layers)[:2], result.stats.alpha, strict=False):
             weights = torch.softmax(x @ result.state.tensors[Key(path, MIXER, G)].T, -1).mean(0)
             assert alpha == pytest.approx(weights[0].item(), abs=1e-5)
             assert abs(alpha - 0.5) > 1e-3

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from fedalt.config import FederationConfig
 from fedalt.federation import diagnostics
+from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.federation.diagnostics import ProductSum, row_gap
-from fedalt.federation.executor import DEFAULT_COHORT, cohort_size, cohorts, run_clients
+from fedalt.federation.executor import run_clients
 from fedalt.federation.per_client import PerClient
 from fedalt.federation.server import Server
 from fedalt.model.adapted import AdaptedModel
@@ -165,7 +166,7 @@ def test_row_gap_in_groups_of_layers_is_the_same(monkeypatch: pytest.MonkeyPatch
     ("config", "clients", "size"),
     [
         ({}, 8, 8),
-        ({}, 1000, DEFAULT_COHORT),
+        ({}, 1000, 1000),
         ({"cohort": 3}, 8, 3),
         ({"cohort": 100}, 8, 8),
         ({"executor": "loop", "cohort": 3}, 8, 1),

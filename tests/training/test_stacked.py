@@ -173,8 +173,8 @@ def test_reported_mixer_weights_do_not_depend_on_company(name: str, packing: boo
     plans = plans_of(ROWS, CLIP)
     loop = run(model, states, plans, CLIP, executor="loop")
     for together, alone in zip(run(model, states, plans, CLIP), loop, strict=True):
-        assert len(together.alpha) == len(model.layers)
-        assert together.alpha == pytest.approx(alone.alpha, abs=1e-4)
+        assert len(together.stats.alpha) == len(model.layers)
+        assert together.stats.alpha == pytest.approx(alone.stats.alpha, abs=1e-4)
 
 
 def test_clients_that_finish_earlier_stay_bitwise_untouched() -> None:

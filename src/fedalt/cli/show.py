@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedalt.evaluation.metrics import METRICS
-from fedalt.experiment.estimate import Estimate
 from fedalt.report.shown import MOST, groups
+
+if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
+    from fedalt.experiment.estimate import Estimate
 
 out = Console()
 err = Console(stderr=True)

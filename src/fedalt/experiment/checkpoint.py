@@ -41,6 +41,7 @@ class Checkpoint:
         clients: Who has a state in it. The others have not taken part yet.
         uploads: The server's latest upload of every client that counts.
         best: Best round on validation rows so far and its score, if there are validation rows.
+        cohort: Clients on the model at a time; a resumed run keeps to it, since sums in another order round otherwise.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Checkpoint:
     clients: set[int] = field(default_factory=set)
     uploads: Mapping[int, Upload] = field(default_factory=dict)
     best: dict[str, Any] | None = None
+    cohort: int = 1
 
     def state(self, client: int) -> ClientState:
         """A client's state."""
@@ -76,7 +78,7 @@ class Checkpoint:
     def write_manifest(self, run: str) -> None:
         """Write what is in the folder; the last file of a checkpoint."""
         uploads = {str(client): asdict(upload) for client, upload in self.uploads.items()}
-        header = {"run": run, "round": self.round, "clients": sorted(self.clients)}
+        header = {"run": run, "round": self.round, "cohort": self.cohort, "clients": sorted(self.clients)}
         write_json(self.path / "manifest.json", header | {"uploads": uploads, "best": self.best})
 
     def _file(self, part: str, client: int) -> Path:
@@ -89,7 +91,7 @@ def next_checkpoint(previous: Checkpoint) -> Iterator[Checkpoint]:
     number = previous.round + 1
     path = previous.path.with_name(f"round_{number:04d}")
     with new_folder(path) as temporary:
-        checkpoint = Checkpoint(temporary, number, best=previous.best)
+        checkpoint = Checkpoint(temporary, number, best=previous.best, cohort=previous.cohort)
         yield checkpoint
     checkpoint.path = path
 
@@ -121,7 +123,8 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         uploads = {int(client): Upload(**known) for client, known in manifest["uploads"].items()}
-        checkpoint = Checkpoint(path, manifest["round"], set(manifest["clients"]), uploads, manifest["best"])
+        known = set(manifest["clients"])
+        checkpoint = Checkpoint(path, manifest["round"], known, uploads, manifest["best"], manifest["cohort"])
         for client in checkpoint.clients:
             checkpoint.state(client)
         for client in uploads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fedalt.errors import UserError
@@ -15,7 +16,7 @@ from fedalt.federation.server import Server
 from fedalt.files import write_json
 
 _FREE = {"out"}
-"""Settings that may differ when a run is resumed; rounds may be raised, too."""
+"""Settings that may differ when a run is resumed; rounds may be raised and the cohort may change, too."""
 
 
 def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: None) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
 def _start(experiment: Experiment, folder: RunFolder, sink: Sink) -> Loop:
     config = experiment.config
     frozen_settings = config.model_dump(mode="json", exclude={*_FREE, "federation"})
-    frozen_settings["federation"] = config.federation.model_dump(mode="json", exclude={"rounds"})
+    frozen_settings["federation"] = config.federation.model_dump(mode="json", exclude={"rounds", "cohort"})
     run_ = run_id(frozen_settings, experiment.resident.base.sha256, experiment.rows_digest)
     checkpoint = load_checkpoint(folder.checkpoints, run_)
     if checkpoint and checkpoint.round > config.federation.rounds:
@@ -44,13 +45,15 @@ def _start(experiment: Experiment, folder: RunFolder, sink: Sink) -> Loop:
             f"federation.rounds: {config.federation.rounds} asked for, but {folder.path} has finished "
             f"{checkpoint.round} rounds"
         )
+    cohort = config.federation.cohort or (checkpoint.cohort if checkpoint else experiment.fitting_cohort)
+    experiment = experiment.with_cohort(cohort)
     samples = {client: len(mine.train) for client, mine in experiment.examples.items()}
     method, all_shapes = experiment.method, experiment.shape.shapes()
     shapes = {key: shape for key, shape in all_shapes.items() if method.shares(key)}
     server = Server(method, config.federation, samples, shapes)
     if checkpoint:
         server.uploads, server.read, server.round = checkpoint.uploads, checkpoint.upload, checkpoint.round
-    last = checkpoint or Checkpoint(folder.checkpoints / "round_0000", 0)
+    last = replace(checkpoint or Checkpoint(folder.checkpoints / "round_0000", 0), cohort=cohort)
     loop = Loop(experiment, folder, EventLog(folder.events, sink), server, last, run_)
     _write_start(loop, resumed=checkpoint is not None)
     return loop

@@ -12,7 +12,8 @@ from fedalt.data.batches import Plan
 from fedalt.data.encode import Example
 from fedalt.experiment.machine import peak_memory
 from fedalt.experiment.prepare import Experiment
-from fedalt.federation.executor import cohort_size, run_clients
+from fedalt.federation.cohort import cohort_size
+from fedalt.federation.executor import run_clients
 from fedalt.federation.per_client import PerClient
 
 

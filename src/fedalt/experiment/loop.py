@@ -18,8 +18,9 @@ from fedalt.experiment.machine import peak_memory
 from fedalt.experiment.prepare import Experiment
 from fedalt.experiment.scoring import Scoring
 from fedalt.federation.client import ClientResult
+from fedalt.federation.cohort import cohort_size
 from fedalt.federation.diagnostics import row_drift, row_gap
-from fedalt.federation.executor import cohort_size, run_clients
+from fedalt.federation.executor import run_clients
 from fedalt.federation.participation import sample_clients
 from fedalt.federation.per_client import PerClient
 from fedalt.federation.server import Server
@@ -37,14 +38,12 @@ class Outcome:
     Attributes:
         client: Client id.
         stats: Loss, steps, tokens.
-        alpha: Mean mixer weight of the first slot in every layer.
         bytes_up: Size of its upload.
         failure: Why it is set aside for this round, or nothing.
     """
 
     client: int
     stats: TrainingStats
-    alpha: tuple[float, ...]
     bytes_up: int
     failure: str | None
 
@@ -132,7 +131,7 @@ class Loop:
         else:
             new.put(result)
         size = sum(tensor.numel() * tensor.element_size() for tensor in result.upload.values())
-        return Outcome(client, result.stats, result.alpha, size, result.failure)
+        return Outcome(client, result.stats, size, result.failure)
 
     def _plan(self, client: int, number: int) -> Plan:
         config = self.experiment.config
@@ -188,7 +187,7 @@ class Loop:
                 tokens=outcome.stats.tokens,
                 bytes_up=outcome.bytes_up,
                 bytes_down=outcome.bytes_up if number > 1 else 0,
-                alpha=list(outcome.alpha),
+                alpha=list(outcome.stats.alpha),
                 row_drift=drifts.get(outcome.client),
             )
         bytes_up = sum(outcome.bytes_up for outcome in outcomes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import mean
 from typing import Any
 
 from fedalt.config import RunConfig
@@ -13,6 +14,7 @@ from fedalt.data.load import load_federation
 from fedalt.data.rows import Federation, Row
 from fedalt.errors import UserError
 from fedalt.federation.client import RoundSettings
+from fedalt.federation.cohort import fitting_cohort
 from fedalt.methods.base import Method
 from fedalt.methods.registry import get_method
 from fedalt.model.adapted import AdaptedModel
@@ -60,6 +62,17 @@ class Experiment:
     def rows_digest(self) -> str:
         """Fingerprint of all rows and of who has them."""
         return hashlib.sha256(json.dumps(partition(self.federation)["clients"]).encode()).hexdigest()
+
+    @property
+    def fitting_cohort(self) -> int:
+        """Clients on the model at a time, by the length of their rows and the memory that is free now."""
+        lengths = [mean(map(len, mine.train)) for mine in self.examples.values()]
+        return fitting_cohort(self.resident.model, lengths, self.config.training.batch_size)
+
+    def with_cohort(self, size: int) -> Experiment:
+        """The same with so many clients on the model at a time."""
+        federation = self.config.federation.model_copy(update={"cohort": size})
+        return replace(self, config=self.config.model_copy(update={"federation": federation}))
 
     def initial_state(self, client: int) -> ClientState:
         """What a client starts from, made from the seed."""

@@ -11,7 +11,7 @@ from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.experiment.clients import client_ids, read_client
 from fedalt.experiment.folder import finished_run
 from fedalt.experiment.prepare import load_resident
-from fedalt.federation.executor import cohort_size, cohorts
+from fedalt.federation.cohort import cohort_size, cohorts
 
 
 def rescore(path: Path, client: int | None = None, data: str | None = None) -> dict[int, Evaluation]:

@@ -11,7 +11,7 @@ from fedalt.evaluation.metrics import METRICS, group_mean
 from fedalt.experiment.events import EventLog
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.prepare import Experiment
-from fedalt.federation.executor import cohort_size, cohorts
+from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.model.state import ClientState
 
 Points = dict[str, dict[int, dict[str, Any]]]

@@ -14,7 +14,6 @@ from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
 from fedalt.names import Tensors
 from fedalt.training.local import OnStep, TrainingStats, train
-from fedalt.training.mixing import mixer_weights
 
 
 @dataclass(frozen=True)
@@ -24,15 +23,13 @@ class ClientResult:
     Attributes:
         state: Its new private state, or its old one when it failed.
         upload: What the server gets; empty for a method that shares nothing and for a client that failed.
-        stats: Loss, steps, tokens.
-        alpha: Mean mixer weight of the first slot in every layer, on the prompts of its first step; empty if unmixed.
+        stats: Loss, steps, tokens, mixer weights.
         failure: Why the client is set aside for this round, or nothing.
     """
 
     state: ClientState
     upload: Tensors
     stats: TrainingStats
-    alpha: tuple[float, ...] = ()
     failure: str | None = None
 
 
@@ -71,20 +68,10 @@ def client_round(
         replace(new.with_tensors(tensors), round=round_)
         for new, tensors in zip(installed, model.unstack(), strict=True)
     ]
-    alphas = _alphas(model, plans, settings)
-    return [_result(settings.method, *client) for client in zip(states, after, stats, alphas, strict=True)]
+    return [_result(settings.method, *client) for client in zip(states, after, stats, strict=True)]
 
 
-def _alphas(model: AdaptedModel, plans: Sequence[Plan], settings: RoundSettings) -> list[tuple[float, ...]]:
-    if not settings.placement.mixed:
-        return [()] * len(plans)
-    prompts = [[example.prompt for example in plan.steps[0]] for plan in plans]
-    return [tuple(means) for means in mixer_weights(model, prompts).means(0, len(plans))]
-
-
-def _result(
-    method: Method, old: ClientState, new: ClientState, stats: TrainingStats, alpha: tuple[float, ...]
-) -> ClientResult:
+def _result(method: Method, old: ClientState, new: ClientState, stats: TrainingStats) -> ClientResult:
     failure = None if math.isfinite(stats.loss) else f"loss is {stats.loss}"
     bad = next((key for key, value in new.tensors.items() if not value.isfinite().all()), None)
     if failure is None and bad is not None:
@@ -92,4 +79,4 @@ def _result(
     if failure:
         return ClientResult(old, {}, stats, failure=failure)
     sent = method.sent(new)
-    return ClientResult(sent, sent.sent or {}, stats, alpha)
+    return ClientResult(sent, sent.sent or {}, stats)

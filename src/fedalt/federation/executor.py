@@ -1,29 +1,17 @@
-"""Cohorts: how many clients are on the model at a time. The numbers are the same for all sizes."""
+"""A round of many clients: cohort by cohort on one model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-from fedalt.config import FederationConfig
 from fedalt.data.batches import Plan
 from fedalt.federation.client import ClientResult, RoundSettings, client_round
+from fedalt.federation.cohort import cohorts
 from fedalt.methods.base import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState
 from fedalt.training.local import OnStep
-
-DEFAULT_COHORT = 16
-
-
-def cohort_size(config: FederationConfig, clients: int) -> int:
-    """How many of so many clients are stacked on the model at a time; with the executor ``loop``, one."""
-    return 1 if config.executor == "loop" else min(clients, config.cohort or DEFAULT_COHORT)
-
-
-def cohorts(clients: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """The clients in order, some at a time."""
-    return (clients[start : start + size] for start in range(0, len(clients), size))
 
 
 def run_clients(

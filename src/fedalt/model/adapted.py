@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fedalt.model.frozen import pack_weights
-from fedalt.model.layer import AdaptedLinear, Placement
+from fedalt.model.layer import AdaptedLinear, Placement, features
 from fedalt.model.packing import enable_packing
 from fedalt.model.rowmap import MixerProbe, RowContext, RowMap
 from fedalt.model.state import ClientState
-from fedalt.model.targets import find_targets
+from fedalt.model.targets import find_targets, is_linear
 from fedalt.model.trimming import enable_trimming
 from fedalt.names import Key
 
@@ -86,6 +86,12 @@ class AdaptedModel:
             return False
         tolerance = 1e-4 if self.base.dtype in (torch.float32, torch.float64) else 5e-2
         return bool((packed - padded).abs().max() <= tolerance * padded.abs().max())
+
+    @property
+    def bytes_per_token(self) -> int:
+        """About what a training step keeps of every token: three times what all linear layers put out."""
+        linear = [features(module)[1] for module in self.base.get_decoder().modules() if is_linear(module)]
+        return 3 * sum(linear) * int(self.base.dtype.itemsize)
 
     @property
     def layer_sizes(self) -> dict[str, tuple[int, int]]:
@@ -157,8 +163,8 @@ class AdaptedModel:
         with self.rows(rows, probe):
             out = backbone(**{name: value for name, value in inputs.items() if name in known}, use_cache=False)
         places = rows.places(inputs["input_ids"].numel()).to(ids.device)
-        for path, alpha in probe.weights.items() if probe else ():
-            probe.weights[path] = alpha[places]
+        if probe:
+            probe.weights = {path: alpha[places] for path, alpha in probe.weights.items()}
         out.last_hidden_state = out.last_hidden_state.flatten(0, 1)[places if wanted is None else places[wanted]]
         return out
 

@@ -23,14 +23,12 @@ class _Product(torch.autograd.Function):
     """``x Wᵀ + b`` with both directions packed; W and b are frozen."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, forwards: Tensor, backwards: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, forwards: Tensor, backwards: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(backwards)
         return _linear(x, forwards, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (backwards,) = ctx.saved_tensors
         return _linear(grad, backwards, None), None, None, None
 
@@ -41,7 +39,7 @@ def pack_weights(model: nn.Module) -> int:
     Returns:
         Number of layers packed; 0 on a GPU, for quantised layers, without oneDNN, or when memory is short.
     """
-    layers = [module for module in model.modules() if _plain(module)]
+    layers: list[Any] = [module for module in model.modules() if _plain(module)]
     size = sum(2 * layer.weight.numel() * layer.weight.element_size() for layer in layers)
     if not layers or size > _SHARE * psutil.virtual_memory().available or not _available(layers[0].weight):
         return 0
@@ -52,7 +50,7 @@ def pack_weights(model: nn.Module) -> int:
 
 
 def _call(forwards: Tensor, backwards: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return _Product.apply(x, forwards, backwards, bias)  # type: ignore[no-any-return]
+    return _Product.apply(x, forwards, backwards, bias)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _plain(module: nn.Module) -> bool:

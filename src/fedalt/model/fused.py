@@ -103,7 +103,7 @@ class Adapt(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         how: Adaptation,
         x: Float[Tensor, "n d_in"],
@@ -126,11 +126,11 @@ class Adapt(torch.autograd.Function):
         return y + per_client(weighted, b.transpose(1, 2), how.counts).to(y.dtype), alpha
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, "n d_out"], _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Float[Tensor, "n d_out"], _: Any) -> tuple[Tensor | None, ...]:
         """The formulas above."""
         x, g, h, alpha, *factors = ctx.saved_tensors
         how: Adaptation = ctx.how
-        needs_x, needs_g, *needs = ctx.needs_input_grad[1], *ctx.needs_input_grad[3:]
+        needs: Sequence[bool] = ctx.needs_input_grad[4:]
         a, b = _stack(factors)
         delta, inner = grad.to(a.dtype), x.to(a.dtype)
         dropped = how.drop(inner)
@@ -144,17 +144,17 @@ class Adapt(torch.autograd.Function):
             if needs[len(how.ranks) + i]:
                 grads[len(how.ranks) + i] = outer_per_client(delta, wh[:, span] * how.scale, how.counts)
         dx = None
-        if needs_x:
+        if ctx.needs_input_grad[1]:
             dx = how.drop(per_client(wu, a, how.counts))
         dg = None
         if alpha is not None:
             beta = torch.stack([(u[:, s] * h[:, s]).sum(1) for s in how.spans], 1)
             dz = alpha * (beta - (alpha * beta).sum(1, keepdim=True))
-            dg = outer_per_client(dz, inner, how.counts) if needs_g else None
+            dg = outer_per_client(dz, inner, how.counts) if ctx.needs_input_grad[3] else None
             dx = add_per_client(dx, dz, g, how.counts) if dx is not None else None
         return None, None if dx is None else dx.to(x.dtype), grad, dg, *grads
 
 
 def _stack(factors: Sequence[Tensor]) -> tuple[Float[Tensor, "k R d_in"], Float[Tensor, "k d_out R"]]:
     m = len(factors) // 2
-    return torch.cat(factors[:m], 1), torch.cat(factors[m:], 2)
+    return torch.cat(tuple(factors[:m]), 1), torch.cat(tuple(factors[m:]), 2)

@@ -103,7 +103,8 @@ class AdaptedLinear(nn.Module):
             self._dropout(tokens),
         )
         mixer = self.factor(MIXER, G) if mixed else None
-        adapted, alpha = Adapt.apply(how, tokens, y.reshape(-1, self.out_features), mixer, *factors)
+        flat = y.reshape(-1, self.out_features)
+        adapted, alpha = Adapt.apply(how, tokens, flat, mixer, *factors)  # type: ignore[no-untyped-call]
         if mixed and self.context.probe is not None:
             self.context.probe.weights[self.path] = alpha.detach()
         return adapted.view(y.shape)  # type: ignore[no-any-return]

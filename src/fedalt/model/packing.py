@@ -33,12 +33,12 @@ class _Spread(torch.autograd.Function):
     """Tokens to slots. Padding slots never reach an output, so their gradient is zero and is not read."""
 
     @staticmethod
-    def forward(ctx: Any, x: Float[Tensor, "t d"], how: Layout) -> Float[Tensor, "s d"]:  # type: ignore[override]
+    def forward(ctx: Any, x: Float[Tensor, "t d"], how: Layout) -> Float[Tensor, "s d"]:
         ctx.how = how
         return x.index_select(0, how.token)
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, "s d"]) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Float[Tensor, "s d"]) -> tuple[Tensor, None]:
         return grad.index_select(0, ctx.how.slot), None
 
 
@@ -46,14 +46,22 @@ class _Gather(torch.autograd.Function):
     """Slots back to tokens; padding slots get gradient zero."""
 
     @staticmethod
-    def forward(ctx: Any, x: Float[Tensor, "s d"], how: Layout) -> Float[Tensor, "t d"]:  # type: ignore[override]
+    def forward(ctx: Any, x: Float[Tensor, "s d"], how: Layout) -> Float[Tensor, "t d"]:
         ctx.how = how
         return x.index_select(0, how.slot)
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, "t d"]) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Float[Tensor, "t d"]) -> tuple[Tensor, None]:
         how = ctx.how
         return grad.new_zeros(len(how.token), grad.shape[1]).index_copy_(0, how.slot, grad), None
+
+
+def _spread(x: Float[Tensor, "t d"], how: Layout) -> Float[Tensor, "s d"]:
+    return _Spread.apply(x, how)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _gather(x: Float[Tensor, "s d"], how: Layout) -> Float[Tensor, "t d"]:
+    return _Gather.apply(x, how)  # type: ignore[no-any-return, no-untyped-call]
 
 
 Bias = Callable[[Group], Tensor]
@@ -80,7 +88,7 @@ def attend(
         bias: What is added to a group's scores, or where they count, with the causal mask in it.
     """
     sizes = [group.rows * group.width for group in how.groups]
-    spread = [_Spread.apply(x[0].transpose(0, 1).flatten(1), how).split(sizes) for x in (query, key, value)]
+    spread = [_spread(x[0].transpose(0, 1).flatten(1), how).split(sizes) for x in (query, key, value)]
     out = []
     for group, *parts in zip(how.groups, *spread, strict=True):
         q, k, v = (
@@ -93,7 +101,7 @@ def attend(
         )
         out.append(y.transpose(1, 2).reshape(group.rows * group.width, -1))
     slots = out[0] if len(out) == 1 else torch.cat(out)
-    return _Gather.apply(slots, how).view(1, -1, query.shape[1], value.shape[3])  # type: ignore[no-any-return]
+    return _gather(slots, how).view(1, -1, query.shape[1], value.shape[3])
 
 
 def enable_packing(model: Any, context: RowContext) -> Callable[[bool], bool]:
@@ -113,7 +121,7 @@ def enable_packing(model: Any, context: RowContext) -> Callable[[bool], bool]:
             module.forward = partial(_bloom, module, module.forward, context)
 
     def switch(packed: bool) -> bool:
-        before = config._attn_implementation == mine
+        before: bool = config._attn_implementation == mine
         if packed != before:
             config._attn_implementation = mine if packed else own
         return before

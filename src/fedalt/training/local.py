@@ -10,7 +10,9 @@ import torch
 from fedalt.config import TrainingConfig
 from fedalt.data.batches import Plan, cohort_steps
 from fedalt.model.adapted import AdaptedModel
+from fedalt.model.rowmap import MixerProbe
 from fedalt.training.loss import client_losses
+from fedalt.training.mixing import MixerWeights
 from fedalt.training.optimizer import StackedAdamW
 
 OnStep = Callable[[int, int], None]
@@ -25,11 +27,13 @@ class TrainingStats:
         loss: Mean over the client's steps of its mean cross-entropy per answer token, in nats.
         steps: Optimiser steps.
         tokens: Tokens read, prompts included.
+        alpha: Mean mixer weight of the first slot in every layer, over the tokens of the last step; empty if unmixed.
     """
 
     loss: float
     steps: int
     tokens: int
+    alpha: tuple[float, ...] = ()
 
 
 def train(
@@ -46,17 +50,24 @@ def train(
     optimizer = StackedAdamW(list(model.trainable.values()), config.weight_decay, config.max_grad_norm)
     lengths = torch.tensor([len(plan.steps) for plan in plans], device=model.device)
     totals = torch.zeros(len(plans), device=model.device)
-    steps = int(lengths.max())
+    steps, alphas = int(lengths.max()), dict[int, tuple[float, ...]]()
     model.train()
     for step, batch in enumerate(cohort_steps(plans)):
-        losses = client_losses(model, batch.to(model.device))
+        probe = MixerProbe() if any(len(plan.steps) == step + 1 for plan in plans) else None
+        losses = client_losses(model, batch.to(model.device), probe)
         losses.sum().backward()
         totals += losses.detach()
         optimizer.step(learning_rates(config, step, lengths), active=step < lengths)
+        if probe and probe.weights:
+            weights = MixerWeights.of(probe, batch.rows).means(0, len(plans))
+            alphas |= {k: tuple(weights[k]) for k, plan in enumerate(plans) if len(plan.steps) == step + 1}
         on_step(step + 1, steps)
     model.train(False)
     means = (totals / lengths).tolist()
-    return [TrainingStats(loss, len(plan.steps), _tokens(plan)) for loss, plan in zip(means, plans, strict=True)]
+    return [
+        TrainingStats(loss, len(plan.steps), _tokens(plan), alphas.get(k, ()))
+        for k, (loss, plan) in enumerate(zip(means, plans, strict=True))
+    ]
 
 
 def learning_rates(config: TrainingConfig, step: int, lengths: torch.Tensor) -> torch.Tensor:

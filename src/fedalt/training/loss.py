@@ -12,21 +12,22 @@ from torch import Tensor
 
 from fedalt.data.batches import Batch
 from fedalt.model.adapted import AdaptedModel
+from fedalt.model.rowmap import MixerProbe
 
 _LOGITS = 1 << 24
 """Most logits at a time (64 MiB in fp32)."""
 
 
-def client_losses(model: AdaptedModel, batch: Batch) -> Float[Tensor, " k"]:
+def client_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None = None) -> Float[Tensor, " k"]:
     """Mean cross-entropy of each client's answer tokens; 0 for a client without rows in the batch.
 
     The sum over clients is what is differentiated, so each client gets exactly the gradient of training alone.
     (The loss built into Hugging Face models averages over all tokens of a batch and would let long rows of one
     client shrink the steps of another.)
     """
-    out = model.hidden(batch.input_ids, batch.rows, batch.place)
+    out = model.hidden(batch.input_ids, batch.rows, batch.place, probe)
     chunk = max(1, _LOGITS // model.base.config.get_text_config().vocab_size)
-    losses = TokenLosses.apply(out.last_hidden_state, batch.target, lambda h: logits(model.base, out, h), chunk)
+    losses = TokenLosses.apply(out.last_hidden_state, batch.target, lambda h: logits(model.base, out, h), chunk)  # type: ignore[no-untyped-call]
     clients = len(batch.rows.sizes)
     counts = torch.bincount(batch.owner, minlength=clients).clamp(min=1)
     return torch.zeros(clients, device=losses.device, dtype=losses.dtype).index_add(0, batch.owner, losses) / counts
@@ -55,7 +56,7 @@ class TokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Float[Tensor, "s d"],
         target: Int[Tensor, " s"],
@@ -77,7 +78,7 @@ class TokenLosses(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, " s"]) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Float[Tensor, " s"]) -> tuple[Tensor, None, None, None]:
         """Every token's loss depends on its own hidden state only."""
         (grads,) = ctx.saved_tensors
         return grads * grad[:, None].to(grads.dtype), None, None, None

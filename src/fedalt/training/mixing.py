@@ -26,6 +26,12 @@ class MixerWeights:
     layers: dict[str, Float[Tensor, "t m"]]
     owners: Int[Tensor, " t"]
 
+    @classmethod
+    def of(cls, probe: MixerProbe, rows: RowMap) -> MixerWeights:
+        """What a probe saw while these rows were read."""
+        layers = {path: alpha.float().cpu() for path, alpha in probe.weights.items()}
+        return cls(layers, torch.repeat_interleave(torch.arange(len(rows.sizes)), torch.tensor(rows.client_tokens)))
+
     def means(self, slot: int, clients: int) -> list[list[float]]:
         """Mean weight of one slot per client (outer) and layer (inner), over tokens."""
         tokens = torch.bincount(self.owners, minlength=clients)
@@ -44,6 +50,4 @@ def mixer_weights(model: AdaptedModel, prompts: Sequence[Sequence[Prompt]]) -> M
     ids = torch.tensor([token for mine in prompts for prompt in mine for token in prompt], device=model.device)
     probe = MixerProbe()
     model.hidden(ids, rows, probe=probe)
-    layers = {path: alpha.float().cpu() for path, alpha in probe.weights.items()}
-    owners = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(rows.client_tokens))
-    return MixerWeights(layers, owners)
+    return MixerWeights.of(probe, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedalt.allocator import keep_freed_memory
 from fedalt.benchmarks import workload
 from fedalt.benchmarks.sides.answers import digests, settings
 from fedalt.benchmarks.task import Job, Outcome, Spec
@@ -13,6 +14,7 @@ from fedalt.model.layer import Placement
 
 def prepare(spec: Spec) -> Job:
     """Everything before the clock."""
+    keep_freed_memory()  # as the command does
     work = workload.load(spec)
     model = AdaptedModel(work.base)
     model.train(False)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
+from fedalt.allocator import keep_freed_memory
 from fedalt.benchmarks import workload
 from fedalt.benchmarks.task import Job, Outcome, Spec
 from fedalt.benchmarks.workload import ROUND, SCALE, Federation
 from fedalt.data.batches import Plan
 from fedalt.federation.client import ClientResult, RoundSettings
+from fedalt.federation.cohort import fitting_cohort
 from fedalt.federation.executor import run_clients
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
@@ -28,7 +31,9 @@ class Round:
         """Install the server's messages and train every client."""
         world = self.federation
         states = {state.client: state for state in world.states}
-        cohort = 1 if self.spec.side == "loop" else self.spec.cohort or len(states)
+        lengths = [mean(len(row) for step in plan.steps for row in step) for plan in plans]
+        fitting = self.spec.cohort or fitting_cohort(self.model, lengths, self.spec.batch_size)
+        cohort = 1 if self.spec.side == "loop" else fitting
         by_client = {plan.client: plan for plan in plans}
         return list(
             run_clients(
@@ -57,6 +62,7 @@ def build(spec: Spec, work: workload.Workload) -> Round:
 
 def prepare(spec: Spec) -> Job:
     """Everything before the clock."""
+    keep_freed_memory()  # as the command does
     work = workload.load(spec)
     plans = work.plans()
     round_ = build(spec, work)
