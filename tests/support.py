@@ -179,10 +179,7 @@ def round_settings(method: Method, shape: AdapterShape, config: TrainingConfig, 
 def plans_of(
     rows: Mapping[int, Sequence[Example]], config: TrainingConfig, round_: int = 1, seed: int = 5
 ) -> list[Plan]:
-    return [
-        plan_round(mine, client, config.local_epochs, config.batch_size, seed, round_, config.repeat_order)
-        for client, mine in rows.items()
-    ]
+    return [plan_round(mine, client, config, seed, round_) for client, mine in rows.items()]
 
 
 def run_all(

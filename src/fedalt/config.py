@@ -81,6 +81,9 @@ class TrainingConfig(Section):
     schedule: Literal["linear", "constant"] = Field("linear", description="linear to 0 in each round (paper code)")
     weight_decay: float = Field(0.05, ge=0, description="AdamW, on LoRA and mixer (paper code: .05)")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm limit of each client (paper code: 1.0)")
+    order: Literal["strict", "bucketed"] = Field(
+        "strict", description="seeded row order, or rows of like length together within 16 batches"
+    )
     repeat_order: bool = Field(False, description="same row order in every round, as the paper's code does")
 
 

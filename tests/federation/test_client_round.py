@@ -144,7 +144,7 @@ def test_reported_mixer_weight_is_that_of_the_individual(model: AdaptedModel) ->
 def test_identical_clients_have_a_row_like_their_individual(model: AdaptedModel) -> None:
     method = method_of("fedalt", 8)
     shape = method.shape(RANK, model.layer_sizes)
-    twin = plan_round(ROWS[1], 0, 2, 4, 5, 1, False)
+    twin = plan_round(ROWS[1], 0, training(), 5, 1)
     plans = [replace(twin, client=client) for client in range(8)]
     states = start_states(method, shape, range(8))
     results = client_round(model, states, [None] * 8, plans, round_settings(method, shape, HARD, 0.2), 1)
@@ -252,7 +252,7 @@ def test_all_methods_start_from_the_same_lora(model: AdaptedModel) -> None:
 
 def test_row_order_comes_from_seed_round_and_client_alone() -> None:
     def order(seed: int = 5, round_: int = 1, client: int = 1, repeat: bool = False) -> Any:
-        plan = plan_round(ROWS[1], client, 2, 4, seed, round_, repeat)
+        plan = plan_round(ROWS[1], client, training(repeat_order=repeat), seed, round_)
         return [row.prompt for step in plan.steps for row in step]
 
     assert order() == order()
@@ -264,8 +264,39 @@ def test_row_order_comes_from_seed_round_and_client_alone() -> None:
 
 
 def test_dropout_seed_differs_between_rounds_and_clients_even_when_the_order_repeats() -> None:
-    keys = {plan_round(ROWS[1], client, 1, 4, 5, round_, True).key for client in (0, 1) for round_ in (1, 2)}
+    config = training(repeat_order=True)
+    keys = {plan_round(ROWS[1], client, config, 5, round_).key for client in (0, 1) for round_ in (1, 2)}
     assert len(keys) == 4
+
+
+def test_buckets_hold_rows_of_like_length_and_meet_their_like_at_other_clients() -> None:
+    rows = {client: examples(150, seed=client, longest=60) for client in (0, 1)}
+    config = training(order="bucketed", local_epochs=1)
+    plans = {client: plan_round(mine, client, config, 5, 1) for client, mine in rows.items()}
+    padding = {}
+    for order in ("strict", "bucketed"):
+        mine = plan_round(rows[0], 0, training(order=order, local_epochs=1), 5, 1)
+        padding[order] = sum(len(s) * max(map(len, s)) - sum(map(len, s)) for s in mine.steps)
+    assert padding["bucketed"] < padding["strict"] / 5
+    for client, plan in plans.items():
+        assert sorted(row.prompt for step in plan.steps for row in step) == sorted(row.prompt for row in rows[client])
+        assert max(map(len, plan.steps)) == config.batch_size
+    longest = [[max(map(len, step)) for step in plan.steps] for plan in plans.values()]
+    assert longest[0] != sorted(longest[0]), "short batches do not come first"
+    differences = [abs(one - other) for one, other in zip(*longest, strict=True)]
+    assert sum(differences) / len(differences) < 6
+    assert plan_round(rows[0], 0, config, 5, 1) == plans[0]
+    assert plan_round(rows[0], 0, config, 5, 2) != plans[0]
+
+
+def test_bucketed_rows_stay_within_their_window() -> None:
+    """Rows of the first 16 batches of the shuffled order are still those of the first 16 batches."""
+    rows = examples(150, seed=1, longest=60)
+    strict, bucketed = (
+        plan_round(rows, 0, training(order=order, local_epochs=1), 5, 1) for order in ("strict", "bucketed")
+    )
+    first = [{row.prompt for step in plan.steps[:16] for row in step} for plan in (strict, bucketed)]
+    assert first[0] == first[1]
 
 
 @pytest.mark.parametrize("options", [{}, {"executor": "loop"}, {"cohort": 2}])

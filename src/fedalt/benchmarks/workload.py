@@ -49,7 +49,7 @@ class Workload:
     def plans(self) -> list[Plan]:
         """Every client's steps: one epoch in seeded order; for ``step``, its first batch again and again."""
         spec = self.spec
-        plans = [plan_round(mine, k, 1, spec.batch_size, spec.seed, ROUND, False) for k, mine in enumerate(self.train)]
+        plans = [plan_round(mine, k, training(spec), spec.seed, ROUND) for k, mine in enumerate(self.train)]
         if spec.what == "step":
             plans = [replace(plan, steps=plan.steps[:1] * len(plan.steps)) for plan in plans]
         return plans

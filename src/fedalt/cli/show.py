@@ -170,8 +170,9 @@ def estimate_lines(cost: Estimate, rounds: int) -> str:
     memory = ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in cost.peak_memory.items())
     return (
         f"training  {cost.steps} steps of {cost.seconds_per_step:.2f} s, about {cost.seconds / 60:.1f} minutes "
-        f"in {rounds} rounds; scoring comes on top\n"
-        f"memory    {memory} at the longest rows\n"
+        f"in {rounds} rounds, {cost.cohort} clients at a time\n"
+        f"scoring   up to about {cost.scoring_seconds / 60:.1f} minutes in all\n"
+        f"memory    {memory} at the largest step and the longest prompts\n"
         f"uploads   {cost.bytes_up / 1e6:.2f} MB a round, all clients together"
     )
 

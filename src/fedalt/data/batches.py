@@ -9,9 +9,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fedalt.config import TrainingConfig
 from fedalt.data.encode import Example
 from fedalt.model.rowmap import RowMap
 from fedalt.seeding import derive_seed, rng
+
+_WINDOW = 16
+"""Batches whose rows are sorted by length together, with the order ``bucketed``."""
 
 Prompt = tuple[int, ...]
 """Token ids that an answer follows."""
@@ -32,20 +36,32 @@ class Plan:
     key: int
 
 
-def plan_round(
-    examples: Sequence[Example], client: int, epochs: int, batch_size: int, seed: int, round_: int, repeat_order: bool
-) -> Plan:
+def plan_round(examples: Sequence[Example], client: int, config: TrainingConfig, seed: int, round_: int) -> Plan:
     """Shuffle a client's rows anew for every epoch, from (seed, round, client) alone.
 
     ``repeat_order`` restarts the same permutations every round, as the official code does because each round's
-    trainer reseeds with 42.
+    trainer reseeds with 42. With the order ``bucketed``, rows of like length share a batch: of every 16 batches' rows
+    in the shuffled order, sorted by length, batches are cut and put into an order that is the same for all clients,
+    so that long batches meet long ones. Only models that cannot pack rows are faster by it.
     """
-    steps = []
-    for epoch in range(epochs):
-        generator = rng(seed, "order", 0 if repeat_order else round_, client, epoch)
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        steps += [tuple(examples[i] for i in order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
+    steps: list[tuple[Example, ...]] = []
+    for epoch in range(config.local_epochs):
+        turn = (0 if config.repeat_order else round_, epoch)
+        order = torch.randperm(len(examples), generator=rng(seed, "order", turn[0], client, epoch)).tolist()
+        rows = [examples[i] for i in order]
+        if config.order == "bucketed":
+            for at in range(0, len(rows), _WINDOW * config.batch_size):
+                window = sorted(rows[at : at + _WINDOW * config.batch_size], key=len)
+                batches = list(_batches(window, config.batch_size))
+                shuffled = torch.randperm(len(batches), generator=rng(seed, "buckets", *turn, at))
+                steps += [batches[i] for i in shuffled.tolist()]
+        else:
+            steps += _batches(rows, config.batch_size)
     return Plan(client, tuple(steps), derive_seed(seed, "dropout", round_, client))
+
+
+def _batches(rows: Sequence[Example], size: int) -> Iterator[tuple[Example, ...]]:
+    return (tuple(rows[at : at + size]) for at in range(0, len(rows), size))
 
 
 @dataclass(frozen=True)

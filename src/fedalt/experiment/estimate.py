@@ -1,67 +1,119 @@
-"""What a run will cost, measured on its own first steps."""
+"""What a run will cost, measured on its own largest and first steps."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
 from fedalt.data.batches import Plan
-from fedalt.data.encode import Example
+from fedalt.evaluation.generate import answer, chunks
+from fedalt.experiment.loop import plan_of
 from fedalt.experiment.machine import peak_memory
 from fedalt.experiment.prepare import Experiment
-from fedalt.federation.cohort import cohort_size
+from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.federation.executor import run_clients
+from fedalt.federation.participation import sample_clients
 from fedalt.federation.per_client import PerClient
+
+_TIMED = 3
+"""Steps that are timed."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of a run, evaluation aside.
+    """Cost of a run.
 
     Attributes:
         steps: Optimiser steps of the longest client in all rounds.
-        seconds_per_step: Of one step of the whole cohort, on rows of ordinary length.
+        seconds_per_step: Of one step of all clients that take part.
         seconds: Training in all.
-        peak_memory: Bytes after steps on the longest rows.
+        scoring_seconds: Scoring in all, if answers are as long as allowed, as they are before training.
+        cohort: Clients on the model at a time.
+        peak_memory: Bytes, after the largest step of the run and the longest prompts.
         bytes_up: Uploads of one round, all clients.
     """
 
     steps: int
     seconds_per_step: float
     seconds: float
+    scoring_seconds: float
+    cohort: int
     peak_memory: dict[str, int]
     bytes_up: int
 
 
 def estimate(experiment: Experiment) -> Estimate:
-    """Train a step on every client's longest rows for the memory, then steps on ordinary rows for the time."""
-    config = experiment.config
-    size = config.training.batch_size
-    rows = {c: mine.train for c, mine in experiment.examples.items()}
-    _train(experiment, {c: sorted(mine, key=len)[-size:] for c, mine in rows.items()}, 1)
+    """Find the run's largest step, take it, time some ordinary steps, and answer the longest prompts.
+
+    Row order and participation follow from the seed, so every step of the run is known; tokens are the measure of
+    its time.
+    """
+    federation = experiment.config.federation
+    experiment = experiment.with_cohort(federation.cohort or experiment.fitting_cohort)
+    largest: Sequence[Plan] = ()
+    first: Sequence[Plan] = ()
+    steps = tokens = 0
+    for number in range(1, federation.rounds + 1):
+        longest = 0
+        for part in _rounds_cohorts(experiment, number):
+            longest = max(longest, *(len(plan.steps) for plan in part))
+            tokens += sum(map(_tokens, part))
+            first = first or [replace(plan, steps=plan.steps[:_TIMED]) for plan in part]
+            largest = max(largest, _largest_step(part), key=lambda taken: sum(map(_tokens, taken)))
+        steps += longest
+    _train(experiment, largest)
     started = time.perf_counter()
-    probe_steps = 3
-    _train(experiment, rows, probe_steps)
-    per_step = (time.perf_counter() - started) / probe_steps
-    longest = max(-(-len(mine) // size) for mine in rows.values())
-    steps = longest * config.training.local_epochs * config.federation.rounds
+    _train(experiment, first)
+    seconds = (time.perf_counter() - started) / sum(map(_tokens, first)) * tokens
+    scoring = _scoring_seconds(experiment)
     shared = [key for key in experiment.shape.shapes() if experiment.method.shares(key)]
-    chosen = max(int(config.federation.fraction * len(rows)), 1)
-    return Estimate(steps, per_step, steps * per_step, peak_memory(), 4 * experiment.shape.size(shared) * chosen)
+    size = 4 * experiment.shape.size(shared) * max(int(federation.fraction * len(experiment.examples)), 1)
+    cohort = cohort_size(experiment.config.federation, len(experiment.examples))
+    return Estimate(steps, seconds / steps, seconds, scoring, cohort, peak_memory(), size)
 
 
-def _train(experiment: Experiment, rows: Mapping[int, Sequence[Example]], steps: int) -> None:
+def _rounds_cohorts(experiment: Experiment, number: int) -> Iterator[list[Plan]]:
     config = experiment.config
-    size = config.training.batch_size
-    plans = {c: Plan(c, tuple(tuple(mine[:size]) for _ in range(steps)), 0) for c, mine in rows.items()}
-    states = PerClient(rows, experiment.initial_state)
-    cohort = cohort_size(config.federation, len(rows))
-    model, settings = experiment.resident.model, experiment.settings
-    for _ in run_clients(model, list(rows), states, {}, plans.__getitem__, settings, 0, cohort):
+    chosen = sample_clients(experiment.federation.ids, config.federation.fraction, config.seed, number)
+    for part in cohorts(chosen, cohort_size(config.federation, len(chosen))):
+        yield [plan_of(experiment, client, number) for client in part]
+
+
+def _largest_step(plans: Sequence[Plan]) -> list[Plan]:
+    steps = range(max(len(plan.steps) for plan in plans))
+    taken = [[replace(plan, steps=plan.steps[s : s + 1]) for plan in plans if s < len(plan.steps)] for s in steps]
+    return max(taken, key=lambda plans: sum(map(_tokens, plans)))
+
+
+def _tokens(plan: Plan) -> int:
+    return sum(len(row) for rows in plan.steps for row in rows)
+
+
+def _train(experiment: Experiment, plans: Sequence[Plan]) -> None:
+    by_client = {plan.client: plan for plan in plans}
+    states = PerClient(by_client, experiment.initial_state)
+    model, settings, count = experiment.resident.model, experiment.settings, len(by_client)
+    for _ in run_clients(model, list(by_client), states, {}, by_client.__getitem__, settings, 0, count):
         pass
+
+
+def _scoring_seconds(experiment: Experiment) -> float:
+    """Answer the first batch of the first cohort, and take it for all."""
+    config, resident = experiment.config, experiment.resident
+    clients = experiment.federation.ids[: cohort_size(config.federation, len(experiment.examples))]
+    resident.model.load([experiment.initial_state(c) for c in clients], experiment.settings.placement)
+    prompts = [[row.prompt for row in experiment.examples[c].test] for c in clients]
+    batch = next(chunks(prompts, config.evaluation.batch_size))
+    started = time.perf_counter()
+    owners = [k for k, _ in batch]
+    answer(resident.model, resident.base.tokenizer, [prompts[k][i] for k, i in batch], owners, config.evaluation)
+    each = (time.perf_counter() - started) / len(batch)
+    points = len(config.evaluation.points) if experiment.method.upload(experiment.initial_state(clients[0])) else 1
+    rows = sum(points * len(mine.test) + len(mine.validation) for mine in experiment.examples.values())
+    return each * rows * -(-config.federation.rounds // config.evaluation.every)
 
 
 def row_table(experiment: Experiment) -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ class Loop:
             chosen,
             self._states(self.checkpoint),
             self.server.messages(chosen),
-            lambda client: self._plan(client, number),
+            lambda client: plan_of(self.experiment, client, number),
             self.experiment.settings,
             number,
             cohort_size(config.federation, len(chosen)),
@@ -132,18 +132,6 @@ class Loop:
             new.put(result)
         size = sum(tensor.numel() * tensor.element_size() for tensor in result.upload.values())
         return Outcome(client, result.stats, size, result.failure)
-
-    def _plan(self, client: int, number: int) -> Plan:
-        config = self.experiment.config
-        return plan_round(
-            self.experiment.examples[client].train,
-            client,
-            config.training.local_epochs,
-            config.training.batch_size,
-            config.seed,
-            number,
-            config.training.repeat_order,
-        )
 
     def _aggregate(self, new: Checkpoint, outcomes: Sequence[Outcome]) -> None:
         arrived = {outcome.client for outcome in outcomes if outcome.bytes_up}
@@ -234,3 +222,9 @@ class Loop:
             clients[str(client)] = {name: scores[name] for name in METRICS}
         main = [scores[metric] for scores in clients.values()]
         return {"round": number, "mean": group_mean(main), "worst": min(main), "clients": clients}
+
+
+def plan_of(experiment: Experiment, client: int, number: int) -> Plan:
+    """What a client does in a round."""
+    config = experiment.config
+    return plan_round(experiment.examples[client].train, client, config.training, config.seed, number)
