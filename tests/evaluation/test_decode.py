@@ -85,13 +85,13 @@ def test_answers_are_those_of_generate(name: str, ends: int, beams: int) -> None
 
 def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    read = decode.Batch.read
+    read = decode.Batch._read
 
-    def counting(self: decode.Batch, tokens: Tensor) -> Tensor:
+    def counting(self: decode.Batch, tokens: Tensor, *rest: Any) -> Tensor:
         seen.append(len(tokens))
-        return read(self, tokens)
+        return read(self, tokens, *rest)
 
-    monkeypatch.setattr(decode.Batch, "read", counting)
+    monkeypatch.setattr(decode.Batch, "_read", counting)
     stops = frequent(MODELS["llama"](), 3)
     ours(MODELS["llama"](), PROMPTS, 1, stops)
     assert seen[0] == len(PROMPTS)
@@ -100,6 +100,16 @@ def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen.clear()
     ours(MODELS["llama"](), PROMPTS, 4, stops)
     assert seen[:2] == [len(PROMPTS), 4 * len(PROMPTS)], "prompts are read once, not once per beam"
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("name", [*MODELS, "opt"])
+def test_prompts_read_in_parts_give_the_same_answers(name: str, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = {**MODELS, "opt": opt}[name]
+    whole = ours(make(), PROMPTS, beams, [2])
+    for tokens in (1, 20):
+        monkeypatch.setattr(decode, "_TOKENS", tokens)
+        assert ours(make(), PROMPTS, beams, [2]) == whole
 
 
 def test_settings_of_the_model_are_respected() -> None:

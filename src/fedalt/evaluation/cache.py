@@ -12,31 +12,44 @@ from transformers.cache_utils import DynamicLayer
 class AnswerLayer(DynamicLayer):
     """One layer's keys and values ``[rows, heads, tokens, width]``, written in place.
 
-    Hugging Face's own layer makes the whole cache anew for every token, and again for every choice of beams.
+    Hugging Face's own layer makes the whole cache anew for every token, and again for every choice of beams. Prompts
+    are read some rows at a time: ``rows`` says which, and their tokens end where all prompts end.
 
     Args:
-        room: Tokens that will be added after the first call.
+        rows: Number of prompts.
+        prompt: Tokens of the longest prompt.
+        room: Tokens of the longest answer.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, rows: int, prompt: int, room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.room = room
-        self.prompt = 0
+        self.shape, self.prompt = (rows, prompt + room), prompt
+        self.rows: slice | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Add tokens; returns all keys and values so far."""
+        """Add tokens; returns all keys and values of the rows that are being read."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.prompt = key_states.shape[-2]
-            shape = (*key_states.shape[:2], self.prompt + self.room)
-            self._keys = key_states.new_empty(*shape, key_states.shape[-1])
-            self._values = value_states.new_empty(*shape, value_states.shape[-1])
-            self._look(0)
-        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+            rows, tokens = self.shape
+            self._keys, self._values = (
+                states.new_zeros(rows, states.shape[1], tokens, states.shape[3])
+                for states in (key_states, value_states)
+            )
+        if self.rows is not None:
+            first = self.prompt - key_states.shape[2]
+            self._keys[self.rows, :, first : self.prompt] = key_states
+            self._values[self.rows, :, first : self.prompt] = value_states
+            return key_states, value_states
+        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
         self._keys[:, :, start:end] = key_states
         self._values[:, :, start:end] = value_states
         self._look(end)
         return self.keys, self.values
+
+    def close(self) -> None:
+        """All prompts have been read; answers follow."""
+        self.rows = None
+        self._look(self.prompt)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Go on from other beams of the same prompts, whose prompts' keys and values are equal."""
@@ -59,10 +72,10 @@ class AnswerLayer(DynamicLayer):
         self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
 
 
-def answer_cache(cache: Any, room: int) -> DynamicCache | None:
+def answer_cache(cache: Any, rows: int, prompt: int, room: int) -> DynamicCache | None:
     """An empty cache with room for answers, like the one a model asks for; nothing if that one is no ordinary one."""
     if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
     mine = DynamicCache()
-    mine.layers = [AnswerLayer(room) for _ in cache.layers]
+    mine.layers = [AnswerLayer(rows, prompt, room) for _ in cache.layers]
     return mine if cache.layers else None

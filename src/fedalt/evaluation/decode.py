@@ -28,8 +28,12 @@ class Unsupported(Exception):  # noqa: N818 - a finding, not an error
     """The model or its generation settings need something this search does not do."""
 
 
-Rows = Callable[[Sequence[int]], AbstractContextManager[None]]
-"""Tells the adapted layers which prompts, by index, the rows of the enclosed forward passes belong to."""
+_TOKENS = 4_096
+"""Tokens of prompts that are read at a time."""
+
+Rows = Callable[[Sequence[int], Tensor | None], AbstractContextManager[None]]
+"""Tells the adapted layers which prompts, by index, the rows of the enclosed forward passes belong to, and at which
+positions a state is wanted, if not at all."""
 
 
 class Batch:
@@ -49,15 +53,34 @@ class Batch:
         self.ids = ids
         self._known = signature(model.forward).parameters
 
-    def read(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n vocab"]:
-        """Add tokens to every row; scores of the next one."""
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    def read_prompts(self) -> Float[Tensor, "n vocab"]:
+        """Read the prompts, some rows at a time without the padding they share; scores of the next token."""
+        lengths, scores = self.mask.sum(1).tolist(), []
+        layers: Any = self.cache.layers
+        start = 0
+        while start < len(lengths):
+            end, width = start + 1, lengths[start]
+            while end < len(lengths) and (end + 1 - start) * max(width, lengths[end]) <= _TOKENS:
+                width = max(width, lengths[end])
+                end += 1
+            for layer in layers:
+                layer.rows = slice(start, end)
+            ids, mask = self.ids[start:end, -width:], self.mask[start:end, -width:]
+            last = torch.tensor([width - 1], device=ids.device)
+            scores.append(self._read(ids, mask, self.prompts[start:end], last))
+            start = end
+        for layer in layers:
+            layer.close()
+        return torch.cat(scores)
+
+    def _read(
+        self, tokens: Int[Tensor, "n t"], mask: Int[Tensor, "n all"], prompts: Sequence[int], wanted: Tensor | None
+    ) -> Float[Tensor, "n vocab"]:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         optional = {"position_ids": positions, "logits_to_keep": 1}
         extra = {name: value for name, value in optional.items() if name in self._known}
-        with self.rows(self.prompts):
-            out = self.model(
-                input_ids=tokens, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **extra
-            )
+        with self.rows(prompts, wanted):
+            out = self.model(input_ids=tokens, attention_mask=mask, past_key_values=self.cache, use_cache=True, **extra)
         scores: Tensor = out.logits[:, -1]
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
@@ -65,7 +88,7 @@ class Batch:
         """Add one token to every row; scores of the next one."""
         self.ids = torch.cat([self.ids, tokens[:, None]], 1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        return self.read(tokens[:, None])
+        return self._read(tokens[:, None], self.mask, self.prompts, None)
 
     def expand(self, beams: int) -> None:
         """Make every row that many rows."""
@@ -111,7 +134,8 @@ class Search:
         Raises:
             Unsupported: No ordinary cache, or scores that are changed, or a rule for stopping that is not the default.
         """
-        cache = answer_cache(kwargs.get("past_key_values"), self.longest)
+        rows, prompt = input_ids.shape
+        cache = answer_cache(kwargs.get("past_key_values"), rows, prompt, self.longest)
         usual = all(isinstance(rule, MaxLengthCriteria | EosTokenCriteria) for rule in stopping_criteria)
         if cache is None or not usual or len(logits_processor) or generation_config.early_stopping is not False:
             raise Unsupported
@@ -124,7 +148,7 @@ class Search:
     def _greedy(self, batch: Batch) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in batch.prompts]
         going = torch.ones(len(answers), dtype=torch.bool, device=batch.ids.device)
-        scores = batch.read(batch.ids)
+        scores = batch.read_prompts()
         while True:
             tokens = scores.argmax(-1)
             for prompt, token, goes in zip(batch.prompts, tokens.tolist(), going.tolist(), strict=True):
@@ -141,7 +165,7 @@ class Search:
     def _beams(self, batch: Batch) -> list[list[int]]:
         best: list[list[int]] = [[] for _ in batch.prompts]
         beams = Beams.start(len(best), self.beams, self.longest, batch.ids.device)
-        width, scores = batch.ids.shape[1], batch.read(batch.ids).repeat_interleave(self.beams, 0)
+        width, scores = batch.ids.shape[1], batch.read_prompts().repeat_interleave(self.beams, 0)
         batch.expand(self.beams)
         for length in range(1, self.longest + 1):
             last = length == self.longest

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedalt.config import EvaluationConfig
 from fedalt.data.batches import Prompt, pad_prompts
@@ -62,9 +63,9 @@ def answer(
     """
     ids, mask = pad_prompts(prompts, tokenizer.pad_token_id)
 
-    def rows(present: Sequence[int]) -> AbstractContextManager[None]:
+    def rows(present: Sequence[int], wanted: Tensor | None = None) -> AbstractContextManager[None]:
         counts = Counter(owners[prompt] for prompt in present)
-        return model.rows(RowMap(tuple(counts[k] for k in range(model.clients))))
+        return model.rows(RowMap(tuple(counts[k] for k in range(model.clients)), wanted=wanted))
 
     options: dict[str, Any] = {
         "input_ids": ids.to(model.device),

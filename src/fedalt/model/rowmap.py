@@ -46,7 +46,7 @@ class RowMap:
         lengths: Tokens of every row; needed for packed rows and for dropout only.
         keys: One dropout seed per client; empty means no dropout.
         packed: Whether the rows stand one after another as one long row, instead of padded to one length.
-        wanted: Positions in packed rows whose final states are asked for; all when not given.
+        wanted: Positions, the same in every row of the input, whose final states are asked for; all when not given.
     """
 
     sizes: tuple[int, ...]
