@@ -173,7 +173,7 @@ def training(**changes: Any) -> TrainingConfig:
 
 
 def round_settings(method: Method, shape: AdapterShape, config: TrainingConfig, dropout: float = 0.0) -> RoundSettings:
-    return RoundSettings(method, placement(shape, dropout), config, PAD)
+    return RoundSettings(method, placement(shape, dropout), config)
 
 
 def plans_of(

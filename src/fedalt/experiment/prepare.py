@@ -104,7 +104,7 @@ def prepare(config: RunConfig, resident: Resident | None = None) -> Experiment:
     method = method_class(len(federation.clients))
     shape = method.shape(config.lora.r, resident.model.layer_sizes)
     placement = Placement(shape.slots, shape.mixed, config.lora.alpha / config.lora.r, config.lora.dropout)
-    settings = RoundSettings(method, placement, config.training, resident.base.tokenizer.pad_token_id)
+    settings = RoundSettings(method, placement, config.training)
     notes = (*shortened, *_notes(config, federation, examples, method))
     return Experiment(config, federation, examples, resident, method, shape, settings, notes)
 

@@ -40,7 +40,6 @@ class RoundSettings:
     method: Method
     placement: Placement
     training: TrainingConfig
-    pad: int
 
 
 def client_round(

@@ -56,7 +56,7 @@ def build(spec: Spec, work: workload.Workload) -> Round:
     model = AdaptedModel(work.base)
     world = workload.federation(spec, model.layer_sizes)
     placement = Placement(world.shape.slots, world.shape.mixed, SCALE, spec.dropout)
-    settings = RoundSettings(world.method, placement, workload.training(spec), work.tokenizer.pad_token_id)
+    settings = RoundSettings(world.method, placement, workload.training(spec))
     return Round(spec, model, world, settings)
 
 
