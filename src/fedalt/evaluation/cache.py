@@ -53,9 +53,10 @@ class AnswerLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Go on from other beams of the same prompts, whose prompts' keys and values are equal."""
+        moved = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero()[:, 0]
         for buffer in (self._keys, self._values):
             answers = buffer[:, :, self.prompt : self.get_seq_length()]
-            answers.copy_(answers.index_select(0, beam_idx))
+            answers[moved] = answers[beam_idx[moved]]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row so many times, for beams."""
