@@ -18,7 +18,6 @@ from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState, initial_state
 from fedalt.names import INDIVIDUAL, MIXER, ROW, A, B, G, Key, Tensors
 from support import (
-    PAD,
     RANK,
     VOCAB,
     bitwise,
@@ -317,13 +316,3 @@ def test_a_client_gets_the_same_result_alone(model: AdaptedModel) -> None:
     for state, expected in zip(states, everybody, strict=True):
         (alone,) = one_round(model, [state])
         assert distance(alone.state.tensors, expected.state.tensors) < 5e-5
-
-
-def test_padding_token_is_never_learnt_from(model: AdaptedModel) -> None:
-    """Another padding id gives the same numbers."""
-    states, shape = prepared(model), METHOD.shape(RANK, model.layer_sizes)
-    runs = []
-    for pad in (PAD, 9):
-        settings = replace(round_settings(METHOD, shape, HARD), pad=pad)
-        runs.append(client_round(model, states, [None] * 3, plans_of(ROWS, HARD), settings, 1))
-    assert all(distance(one.state.tensors, other.state.tensors) < 1e-6 for one, other in zip(*runs, strict=True))
