@@ -209,7 +209,8 @@ class Loop:
         scoring = Scoring(self.experiment, self.folder, self.log)
         after = self._installed(before, messages)
         validation = scoring.score(checkpoint.round, before, after, changed=len(messages) > 0)
-        self.log.emit("evaluated", round=checkpoint.round, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.log.emit("evaluated", round=checkpoint.round, seconds=seconds, peak_memory=peak_memory())
         best = checkpoint.best
         if validation is not None and (best is None or validation > best["score"]):
             checkpoint.best = {"round": checkpoint.round, "score": validation}
