@@ -47,20 +47,18 @@ WIDE = 0.2
 quick = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 
 
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+}
 SPECIAL = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=WIDE,
-        **SPECIAL,
-    )
+    config = LlamaConfig(num_key_value_heads=2, initializer_range=WIDE, **SMALL, **SPECIAL)
     return _seeded(LlamaForCausalLM, config)
 
 
@@ -110,16 +108,7 @@ def opt() -> OPTForCausalLM:
 
 def bert() -> BertForMaskedLM:
     """An encoder: every token sees its whole row, so a leak between rows would show at once."""
-    config = BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        intermediate_size=48,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.75 * WIDE,
-        pad_token_id=PAD,
-    )
+    config = BertConfig(max_position_embeddings=64, initializer_range=0.75 * WIDE, pad_token_id=PAD, **SMALL)
     return _seeded(BertForMaskedLM, config)
 
 

@@ -23,7 +23,7 @@ from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layout import layout
 from fedalt.model.packing import attend
 from fedalt.model.rowmap import RowMap
-from support import HIDDEN, LAYERS, MODELS, VOCAB, WIDE, bert, opt, quick, relative
+from support import HIDDEN, LAYERS, MODELS, SMALL, VOCAB, WIDE, bert, opt, quick, relative
 
 CPU = torch.device("cpu")
 LENGTHS = (7, 1, 12, 11, 3, 7)
@@ -106,16 +106,7 @@ def mamba() -> MambaForCausalLM:
 
 def gemma() -> Gemma2ForCausalLM:
     """Attention scores are soft-capped."""
-    config = Gemma2Config(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=WIDE,
-    )
+    config = Gemma2Config(num_key_value_heads=2, head_dim=8, initializer_range=WIDE, **SMALL)
     return Gemma2ForCausalLM(config)
 
 
@@ -130,16 +121,7 @@ def test_packing_can_be_forbidden() -> None:
 
 
 def test_a_sliding_window_slides_inside_each_row() -> None:
-    config = MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_hidden_layers=1,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=WIDE,
-        sliding_window=16,
-    )
+    config = MistralConfig(num_key_value_heads=2, initializer_range=WIDE, sliding_window=16, **SMALL)
     torch.manual_seed(0)
     model = AdaptedModel(MistralForCausalLM(config).eval())
     ids, rows = torch.arange(3, 43), RowMap((2,), (22, 18))

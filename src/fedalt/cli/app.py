@@ -182,7 +182,7 @@ def validate(
     show.out.print(show.row_table(rows))
     for note in experiment.notes:
         _say(f"note: {note}")
-    show.out.print(show.estimate_lines(cost, experiment.config.federation.rounds), highlight=False)
+    show.out.print(show.estimate_lines(cost, experiment.config.federation.rounds), highlight=False, soft_wrap=True)
 
 
 def _folder(path: Path) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -10,6 +12,7 @@ _NEVER = -1e9
 """Score of what must not be chosen, as in Hugging Face's beam search."""
 
 
+@dataclass
 class Beams:
     """Beam search's bookkeeping for p prompts with b beams each, as Hugging Face keeps it (early_stopping False).
 
@@ -22,11 +25,12 @@ class Beams:
         open: Whether a prompt's finished answers can still get better.
     """
 
-    def __init__(
-        self, running: Tensor, scores: Tensor, finished: Tensor, answers: Tensor, lengths: Tensor, open_: Tensor
-    ) -> None:
-        self.running, self.scores, self.finished = running, scores, finished
-        self.answers, self.lengths, self.open = answers, lengths, open_
+    running: Tensor
+    scores: Tensor
+    finished: Tensor
+    answers: Tensor
+    lengths: Tensor
+    open: Tensor
 
     @classmethod
     def start(cls, prompts: int, beams: int, longest: int, device: torch.device) -> Beams:
@@ -96,5 +100,4 @@ class Beams:
 
     def select(self, prompts: Bool[Tensor, " p"]) -> Beams:
         """The beams of some prompts."""
-        parts = (self.running, self.scores, self.finished, self.answers, self.lengths, self.open)
-        return Beams(*(part[prompts] for part in parts))
+        return Beams(**{field.name: getattr(self, field.name)[prompts] for field in fields(self)})

@@ -54,6 +54,7 @@ class AdaptedModel:
         self.layers = {path: self._wrap(path, index) for index, path in enumerate(find_targets(base, targets))}
         self.clients = 1
         self.trainable: dict[Key, nn.Parameter] = {}
+        self._accepted = frozenset(signature(base.get_decoder().forward).parameters)
         pack_weights(base)
         if packing:
             self.context.attention = enable_packing(base, self.context)
@@ -159,9 +160,8 @@ class AdaptedModel:
         rows = replace(rows, packed=packed, wanted=wanted if packed else None)
         inputs = _packed(ids, rows) if packed else _padded(ids, rows)
         backbone = self.base.get_decoder()
-        known = signature(backbone.forward).parameters
         with self.rows(rows, probe):
-            out = backbone(**{name: value for name, value in inputs.items() if name in known}, use_cache=False)
+            out = backbone(**{name: value for name, value in inputs.items() if name in self._accepted}, use_cache=False)
         places = rows.places(inputs["input_ids"].numel()).to(ids.device)
         if probe:
             probe.weights = {path: alpha[places] for path, alpha in probe.weights.items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from fedalt.benchmarks import workload
 from fedalt.benchmarks.sides.answers import digests, settings
@@ -17,7 +16,7 @@ from fedalt.benchmarks.sides.paper_layer import PaperModel
 from fedalt.benchmarks.task import Job, Outcome, Spec
 from fedalt.benchmarks.workload import LORA, SCALE, Workload
 from fedalt.config import EvaluationConfig
-from fedalt.data.batches import Prompt
+from fedalt.data.batches import Prompt, pad_prompts
 
 _TOGETHER = 2
 """``EVAL_BATCH_SIZE`` of the official code."""
@@ -48,7 +47,7 @@ def prepare(spec: Spec) -> Job:
 def _answer(model: PaperModel, work: Workload, prompts: Sequence[Prompt], config: EvaluationConfig) -> list[str]:
     answers: list[str] = []
     for start in range(0, len(prompts), _TOGETHER):
-        ids, mask = _left_padded(prompts[start : start + _TOGETHER], work.tokenizer.pad_token_id)
+        ids, mask = pad_prompts(prompts[start : start + _TOGETHER], work.tokenizer.pad_token_id)
         out = model.base.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -60,11 +59,3 @@ def _answer(model: PaperModel, work: Workload, prompts: Sequence[Prompt], config
         )
         answers += work.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in answers]
-
-
-def _left_padded(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask ``[n, t]``."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask

@@ -10,8 +10,9 @@ from fedalt.benchmarks.task import Spec
 from fedalt.benchmarks.workload import LORA
 from fedalt.errors import UserError
 from fedalt.methods.registry import get_method
-from fedalt.model.adapted import AdaptedModel
+from fedalt.model.layer import features
 from fedalt.model.state import AdapterShape
+from fedalt.model.targets import find_targets
 from fedalt.names import INDIVIDUAL, Key, Tensors
 
 SERVED = 8
@@ -26,7 +27,9 @@ def shape(spec: Spec) -> AdapterShape:
     """
     if spec.clients < 2:
         raise UserError(f"--clients {spec.clients}: an aggregation needs two clients or more")
-    return get_method("fedalt")(spec.clients).shape(LORA.r, AdaptedModel(shapes.skeleton(spec)).layer_sizes)
+    base = shapes.skeleton(spec)
+    sizes = {path: features(base.get_submodule(path)) for path in find_targets(base)}
+    return get_method("fedalt")(spec.clients).shape(LORA.r, sizes)
 
 
 def uploads(spec: Spec, adapters: AdapterShape) -> list[dict[Key, Tensor]]:
