@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+import time
+from typing import Any
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_KERNELS = 64
+"""Compiled kernels that oneDNN keeps (its own default is 1,024): packed rows have a new number of tokens at each step,
+and most kernels would never be used again."""
+_SECONDS = 5.0
+"""Time between two releases: each costs about a tenth of a second, in pages to be taken anew."""
+
+
+class _Released:
+    at = 0.0
 
 
 def keep_freed_memory() -> None:
     """Tell glibc's allocator to keep what is freed and to take no memory by ``mmap``, for the life of the process.
 
     A training step allocates and frees the same hundreds of megabytes over and over; by default every large tensor is
-    mapped, zeroed page by page, and unmapped again. Does nothing where there is no glibc.
+    mapped, zeroed page by page, and unmapped again. Call it before torch computes anything. Without glibc, only the
+    number of kernels that oneDNN keeps is limited.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KERNELS))
+    mallopt = _glibc("mallopt")
     if mallopt is not None:
         for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
             mallopt(option, value)
+
+
+def release_freed_memory() -> None:
+    """Give the system back what is kept but free, if that has not been done for a while; called between cohorts.
+
+    Cohorts need tensors of other sizes each time, and what is kept breaks up into pieces too small for the next one.
+    """
+    trim, now = _glibc("malloc_trim"), time.monotonic()
+    if trim is not None and now - _Released.at > _SECONDS:
+        trim(0)
+        _Released.at = now
+
+
+def _glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

@@ -8,6 +8,7 @@ from statistics import mean
 import psutil
 import torch
 
+from fedalt.allocator import release_freed_memory
 from fedalt.config import FederationConfig
 from fedalt.model.adapted import AdaptedModel
 
@@ -23,8 +24,10 @@ def cohort_size(config: FederationConfig, clients: int) -> int:
 
 
 def cohorts(clients: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """The clients in order, some at a time."""
-    return (clients[start : start + size] for start in range(0, len(clients), size))
+    """The clients in order, some at a time; memory that one cohort freed is given back before the next."""
+    for start in range(0, len(clients), size):
+        release_freed_memory()
+        yield clients[start : start + size]
 
 
 def fitting_cohort(model: AdaptedModel, lengths: Sequence[float], batch_size: int) -> int:
