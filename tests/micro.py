@@ -320,8 +320,9 @@ def timeless(run: Path) -> list[dict[str, Any]]:
 
 
 def left_behind(run: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """What equal runs have in common: every file but the report, and the log up to times and resumptions."""
-    files = {name: data for name, data in tree(run).items() if name not in ("events.jsonl", "report.html")}
+    """What equal runs have in common: every file but the report's, and the log up to times and resumptions."""
+    report = ("events.jsonl", "report.html", "results/insight.json")
+    files = {name: data for name, data in tree(run).items() if name not in report}
     if "config.yaml" in files:  # somebody may commit while tests run
         files["config.yaml"] = re.sub(rb"^# commit: .*\n", b"", files["config.yaml"], flags=re.M)
     return files, timeless(run)

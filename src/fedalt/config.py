@@ -132,6 +132,16 @@ class EvaluationConfig(Section):
         return self
 
 
+class ReportConfig(Section):
+    """What is shown of a run; none of it changes the run."""
+
+    insight: int = Field(
+        0,
+        ge=0,
+        description="test rows per client for the client matrix and the mixer's weights in report.html; 0: none",
+    )
+
+
 class RunConfig(Section):
     """Everything that determines a run."""
 
@@ -144,6 +154,7 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     federation: FederationConfig = FederationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    report: ReportConfig = ReportConfig()
 
     @property
     def folder(self) -> Path:

@@ -15,7 +15,8 @@ from plotly.offline import get_plotlyjs
 
 from fedalt.config import load_config
 from fedalt.experiment.folder import RunFolder
-from fedalt.report.html import write_report
+from fedalt.report.html import write_comparison_report, write_report
+from fedalt.report.legend import SCRIPT
 from micro import (
     CLIENTS,
     call,
@@ -61,13 +62,13 @@ class Page(HTMLParser):
             self.text.append(data)
 
     @property
-    def figures(self) -> list[tuple[str, list[Any]]]:
-        """Title and traces of every figure."""
-        return [(layout["title"]["text"], data) for script in self.scripts[1:] for data, layout, _ in [call_of(script)]]
+    def figures(self) -> dict[str, list[Any]]:
+        """Anchor and traces of every figure."""
+        return {anchor: data for script in self.scripts[1:-1] for anchor, data, _ in [call_of(script)]}
 
 
-def call_of(script: str) -> tuple[list[Any], dict[str, Any], str]:
-    """Data, layout and whatever else a script hands to ``Plotly.newPlot``."""
+def call_of(script: str) -> tuple[str, list[Any], str]:
+    """Anchor, data and whatever else than these and the layout a script hands to ``Plotly.newPlot``."""
     decoder = json.JSONDecoder()
     before, rest = script.split("Plotly.newPlot(", 1)
     parts = []
@@ -75,7 +76,7 @@ def call_of(script: str) -> tuple[list[Any], dict[str, Any], str]:
         value, end = decoder.raw_decode(rest.lstrip(", \n"))
         rest = rest.lstrip(", \n")[end:]
         parts.append(value)
-    return parts[1], parts[2], before + rest
+    return parts[0], parts[1], before + rest
 
 
 def page(path: Path) -> Page:
@@ -95,8 +96,9 @@ def loads_nothing(html: Page) -> None:
             assert not re.match(r"\s*(https?:)?//", value), (tag, attributes)
         assert tag not in ("link", "iframe", "object", "embed", "base")
         assert not any(name.startswith("on") for name in attributes), (tag, attributes)
-    bundle, *own = html.scripts
+    bundle, *own, keys = html.scripts
     assert bundle == get_plotlyjs()
+    assert keys == SCRIPT
     for script in own:
         assert set(re.findall(r"https?:[^\"', ]*", call_of(script)[2])) <= {"https://plot.ly"}  # of a hidden button
 
@@ -105,12 +107,9 @@ def loads_nothing(html: Page) -> None:
 
 
 def test_a_fedalt_report_has_every_figure_with_the_runs_numbers() -> None:
-    figures = dict(fedalt_page().figures)
-    assert len(figures) == 4
-    loss = next(data for title, data in figures.items() if "loss" in title)
-    scores = next(data for title, data in figures.items() if title.startswith("Test scores"))
-    alpha = next(data for title, data in figures.items() if title.startswith("Mixer"))
-    gap = next(data for title, data in figures.items() if title.startswith("row_gap"))
+    figures = fedalt_page().figures
+    assert list(figures) == ["score-curves", "loss", "similarity", "alpha", "row", "partition"]
+    loss, scores, alpha, gap = (figures[anchor] for anchor in ("loss", "score-curves", "alpha", "row"))
     clients = of_kind(finished(), "client")
     assert [trace["y"] for trace in loss] == [
         [e["loss"] for e in clients if e["client"] == client] for client in range(CLIENTS)
@@ -144,9 +143,25 @@ def test_a_report_loads_nothing() -> None:
 
 
 def test_a_method_without_a_mixer_has_no_mixer_figures() -> None:
-    titles = [title for title, _ in page(finished("local") / "report.html").figures]
-    assert len(titles) == 2
-    assert not any("Mixer" in title or "row_gap" in title for title in titles)
+    assert list(page(finished("local") / "report.html").figures) == ["score-curves", "loss", "similarity", "partition"]
+
+
+def test_the_list_at_the_top_leads_to_every_section() -> None:
+    tags = fedalt_page().tags
+    sections = [attributes["id"] for tag, attributes in tags if tag == "section"]
+    links = [attributes["href"] for tag, attributes in tags if tag == "a"]
+    assert len(sections) == len(set(sections)) > 5
+    assert links[: len(sections)] == [f"#{anchor}" for anchor in sections]
+
+
+def test_every_client_has_a_key_in_the_legend() -> None:
+    keys = [attributes for tag, attributes in fedalt_page().tags if attributes.get("data-figure") == "score-curves"]
+    traces = fedalt_page().figures["score-curves"]
+    assert len(keys) == CLIENTS
+    for client, key in enumerate(keys):
+        mine = [place for place, trace in enumerate(traces) if trace["name"].startswith(f"{client} ")]
+        assert json.loads(key["data-traces"] or "") == mine
+        assert len(mine) == 2, "after and before aggregation"
 
 
 def test_a_report_halfway_through_a_run(tmp_path: Path) -> None:
@@ -159,10 +174,11 @@ def test_a_report_halfway_through_a_run(tmp_path: Path) -> None:
             break
         kept.append(event)
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in kept))
+    (run / "results" / "final_scores.json").unlink()
     assert call("report", run).code == 0
     html = page(run / "report.html")
     assert "Not scored yet." in " ".join(html.text)
-    assert len(html.figures) == 3
+    assert list(html.figures) == ["loss", "alpha", "row"]
 
 
 def test_notes_and_failures_are_listed_once(tmp_path: Path) -> None:
@@ -202,16 +218,17 @@ def test_text_from_rows_stays_text(hostile: Path) -> None:
     html = page(hostile / "run" / "report.html")
     loads_nothing(html)
     assert not any(tag == "img" for tag, _ in html.tags)
-    assert len(html.scripts) == len(fedalt_page().scripts), "no script has been added, none has been cut short"
-    assert len(html.figures) == 4
+    assert len(html.scripts) == len(html.figures) + 2, "no script has been added, none has been cut short"
+    assert list(html.figures) == ["score-curves", "loss", "alpha", "row"]
     text = " ".join(html.text)
     assert HOSTILE in text
     assert "<b>rows<script>alert(1)<" in text
 
 
 def test_names_in_figures_are_whole(hostile: Path) -> None:
-    loss = next(data for title, data in page(hostile / "run" / "report.html").figures if "loss" in title)
-    assert [trace["name"] for trace in loss] == [f"{client} {HOSTILE}" for client in range(2)]
+    loss = page(hostile / "run" / "report.html").figures["loss"]
+    assert [trace["meta"] for trace in loss] == [f"{client} {HOSTILE}" for client in range(2)]
+    assert [trace["name"] for trace in loss] == [f"{client} {HOSTILE}"[:21] + "…" for client in range(2)]
 
 
 # ----------------------------------------------------------------------------------------------------- comparisons
@@ -233,15 +250,14 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_comparisons_report(comparison: Path) -> None:
     html = page(comparison / "report.html")
     loads_nothing(html)
-    figures = dict(html.figures)
-    assert len(figures) == 2
-    gain = next(data for title, data in figures.items() if title.startswith("Gain over Local"))
-    scores = next(data for title, data in figures.items() if title.startswith("Test scores"))
+    figures = html.figures
+    assert list(figures) == ["bars", "gain", "cost-plot"]
+    gain, scores = figures["gain"], figures["bars"]
     methods = json.loads((comparison / "comparison.json").read_text())["methods"]
     local, own = (list(methods[name]["per_client"].values()) for name in ("local", "fedalt"))
     assert own != local
     assert [row[0] for row in gain[0]["z"]] == pytest.approx([b - a for a, b in zip(local, own, strict=True)])
-    assert [(trace["name"], trace["y"]) for trace in scores] == [("Local", local), ("FedALT", own)]
+    assert [(trace["name"], trace["x"]) for trace in scores] == [("Local", local), ("FedALT", own)]
     text = " ".join(html.text)
     for word in (
         "Local",
@@ -254,29 +270,53 @@ def test_a_comparisons_report(comparison: Path) -> None:
         assert word in text
 
 
+def test_score_against_cost_has_a_point_per_method_and_cost(comparison: Path) -> None:
+    points = page(comparison / "report.html").figures["cost-plot"]
+    methods = json.loads((comparison / "comparison.json").read_text())["methods"]
+    expected = []
+    for block in methods.values():
+        expected += [([(block["bytes_up"] + block["bytes_down"]) / 1e6], [block["mean"]])]
+        expected += [([block["seconds"]], [block["mean"]])]
+    assert [(trace["x"], trace["y"]) for trace in points] == expected
+
+
+def test_a_comparison_shows_what_else_is_known(comparison: Path, tmp_path: Path) -> None:
+    """Titles, confidence, harmed clients and tests, where ``comparison.json`` holds them."""
+    known = json.loads((comparison / "comparison.json").read_text())
+    gains = {str(client): 1.5 + client for client in range(CLIENTS)}
+    against = {"difference": 2.5, "ci95": 1.25, "p": 0.031, "p_adjusted": 0.062, "verdict": "cannot tell"}
+    known["methods"]["local"] |= {"title": "Alone", "ci95": None, "gain_per_client": dict.fromkeys(gains, 0.0)}
+    known["methods"]["fedalt"] |= {"title": "Ours", "ci95": 0.5, "gain_per_client": gains, "harmed": 1}
+    known["methods"]["fedalt"]["against"] = against
+    known["methods"] = {n: b | {"runs": [str(tmp_path / n)]} for n, b in known["methods"].items()}
+    html = page(write_comparison_report(tmp_path, known))
+    text = " ".join(html.text)
+    for word in ("Alone", "Ours", "± 0.5", "harmed clients", "+2.5 ± 1.2", "0.031", "0.062", "cannot tell"):
+        assert word in text
+    assert html.figures["gain"][0]["z"] == [[gain] for gain in gains.values()]
+    assert [t["error_y"]["array"] for t in html.figures["cost-plot"] if "error_y" in t] == [[0.5], [0.5]]
+
+
 def test_text_from_rows_stays_text_in_a_comparison(hostile: Path) -> None:
     values = load_config(hostile / "run" / "config.yaml").model_dump(mode="json")
     html = page(compared(hostile, values) / "report.html")
     loads_nothing(html)
-    assert len(html.scripts) == 1 + len(html.figures) == 3
+    assert len(html.scripts) == 2 + len(html.figures) == 5
     assert not any(tag == "img" for tag, _ in html.tags)
     assert HOSTILE in " ".join(html.text)
 
 
 def test_a_comparisons_links_lead_to_its_runs(comparison: Path) -> None:
-    links = [attributes["href"] for tag, attributes in page(comparison / "report.html").tags if tag == "a"]
+    tags = page(comparison / "report.html").tags
+    links = [attributes["href"] or "" for tag, attributes in tags if tag == "a"]
+    links = [link for link in links if not link.startswith("#")]
     assert len(links) == 4
     for link in links:
-        assert link
         assert (comparison / link).is_file()
 
 
 def test_a_report_is_the_same_for_equal_runs(tmp_path: Path) -> None:
-    """No time of day and no random order: only what was measured, and Plotly's ids, may differ."""
-
-    def stripped(path: Path) -> str:
-        return re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", path.read_text())
-
+    """No time of day, no random order and no random ids: only what was measured may differ."""
     shutil.copytree(finished(), tmp_path / "run")
     write_report(RunFolder(tmp_path / "run"))
-    assert stripped(tmp_path / "run" / "report.html") == stripped(finished() / "report.html")
+    assert (tmp_path / "run" / "report.html").read_bytes() == (finished() / "report.html").read_bytes()

@@ -11,7 +11,7 @@ import typer
 
 from fedalt.cli import show
 from fedalt.cli.bench import bench
-from fedalt.cli.options import settings
+from fedalt.cli.options import INSIGHT_ROWS, InsightCommand, settings
 from fedalt.config import RunConfig, load_config
 from fedalt.errors import UserError
 from fedalt.experiment.folder import IfExists
@@ -46,6 +46,7 @@ def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
     folder = claim_folder(config.folder, if_exists)
     with show.live(config.federation.rounds) as sink:
         scores = train(experiment, folder, sink)
+    _look(folder.path, config.report.insight, experiment.resident, experiment.federation)
     write_report(folder)
     if as_json:
         _print_json({"run": str(folder.path), "report": str(folder.report), **scores})
@@ -70,12 +71,15 @@ def compare(
 ) -> None:
     """Train several methods on the same rows with one base in memory, and put them side by side."""
     from fedalt.experiment.compare import compare as train
+    from fedalt.experiment.prepare import load_resident
     from fedalt.report.html import write_comparison_report, write_report
 
     out = Path(config.out or "runs/comparison")
     with show.live(config.federation.rounds) as sink:
         comparison = train(config, _names(methods), _numbers(seeds) or [config.seed], out, if_exists, sink)
+    resident = load_resident(config) if config.report.insight else None
     for folder in (Path(path) for block in comparison["methods"].values() for path in block["runs"]):
+        _look(folder, config.report.insight, resident)
         write_report(_folder(folder))
     report = write_comparison_report(out, comparison)
     if as_json:
@@ -158,11 +162,26 @@ def export(
     )
 
 
-@app.command()
-def report(run: RunPath) -> None:
+@app.command(cls=InsightCommand)
+def report(
+    run: RunPath,
+    insight: Annotated[
+        int | None,
+        typer.Option(
+            "--insight",
+            metavar="[N]",
+            min=0,
+            help=f"first try every client's model on N test rows of every client (default: {INSIGHT_ROWS}) and look "
+            "at its mixer",
+        ),
+    ] = None,
+) -> None:
     """Rebuild report.html from events.jsonl."""
+    from fedalt.experiment.folder import finished_run
     from fedalt.report.html import write_report
 
+    if insight is not None:
+        _look(finished_run(run)[0].path, insight)
     _say(f"wrote {write_report(_folder(run))}")
 
 
@@ -183,6 +202,16 @@ def validate(
     for note in experiment.notes:
         _say(f"note: {note}")
     show.out.print(show.estimate_lines(cost, experiment.config.federation.rounds), highlight=False, soft_wrap=True)
+
+
+def _look(run: Path, rows: int, resident: Any = None, federation: Any = None) -> None:
+    """Write a finished run's insight for the clients that its report shows."""
+    from fedalt.experiment.folder import open_run
+    from fedalt.experiment.insight import write_insight
+    from fedalt.report.insights import chosen_clients
+
+    folder, config = open_run(run)
+    write_insight(folder, config, chosen_clients(folder), rows, resident, federation)
 
 
 def _folder(path: Path) -> Any:

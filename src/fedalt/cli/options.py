@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
+from typer.core import TyperCommand
 
 from fedalt.cli.show import complain
 from fedalt.config import RunConfig, load_config, parse_override
@@ -35,8 +36,21 @@ _SET = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="any other setting, for example lora.dropout=0; repeatable"),
 ]
+INSIGHT_ROWS = "10"
+"""Test rows per client of ``fedalt report RUN --insight``."""
 _RESUME = Annotated[bool, typer.Option("--resume", help="continue at the last finished round, or start")]
 _OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="replace a run that is there")]
+
+
+class InsightCommand(TyperCommand):
+    """Lets ``--insight`` stand without its number, which Typer cannot say."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write the number out where it is missing."""
+        full: list[str] = []
+        for here, after in zip(args, [*args[1:], ""], strict=True):
+            full += [here, INSIGHT_ROWS] if here == "--insight" and not after.isdigit() else [here]
+        return super().parse_args(ctx, full)
 
 
 def settings(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

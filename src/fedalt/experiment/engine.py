@@ -15,7 +15,7 @@ from fedalt.experiment.prepare import Experiment, partition
 from fedalt.federation.server import Server
 from fedalt.files import write_json
 
-_FREE = {"out"}
+_FREE = {"out", "report"}
 """Settings that may differ when a run is resumed; rounds may be raised and the cohort may change, too."""
 
 

@@ -1,120 +1,94 @@
-"""The figures of a report, from events."""
+"""The figures of a run, from its events."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import plotly.graph_objects as go
 
 from fedalt.experiment.events import Event
-
-_GREY = "#808080"
-_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#eeca3b")
+from fedalt.report.theme import DASHES, DIVERGING, SYMBOLS, Drawing, again, cells, colour, decimals, labels, styled
 
 
-def loss_curves(events: Sequence[Event], tasks: Mapping[str, str]) -> go.Figure:
+def loss_curves(events: Sequence[Event], tasks: Mapping[str, str]) -> Drawing:
     """Training loss of every client over rounds."""
-    figure = go.Figure()
-    for i, (client, task) in enumerate(tasks.items()):
+    figure, names = go.Figure(), labels(tasks)
+    for place, (client, task) in enumerate(tasks.items()):
         mine = [e for e in events if e["event"] == "client" and str(e["client"]) == client]
         figure.add_scatter(
             x=[e["round"] for e in mine],
             y=[e["loss"] for e in mine],
-            name=f"{client} {task}",
+            name=names[client],
+            meta=f"{client} {task}",
             mode="lines+markers",
-            line={"color": _COLOURS[i % len(_COLOURS)]},
+            marker={"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 7},
+            line={"color": colour(place), "dash": again(place, DASHES)},
+            hovertemplate="%{meta}<br>round %{x}: %{y:.3f}<extra></extra>",
         )
-    return _over_rounds(_styled(figure, "Training loss (nats per answer token)", "round", "loss"))
+    styled(figure, "round", "nats per answer token")
+    return Drawing("loss", "Training loss", "Mean over a client's round.", _over_rounds(figure))
 
 
-def score_curves(events: Sequence[Event], tasks: Mapping[str, str], metric: str) -> go.Figure:
+def score_curves(events: Sequence[Event], tasks: Mapping[str, str], metric: str) -> Drawing:
     """Test scores of every client over evaluated rounds; hollow markers are before aggregation."""
-    figure = go.Figure()
-    for i, (client, task) in enumerate(tasks.items()):
-        for point, symbol, width in (("after", "circle", 2), ("before", "circle-open", 0)):
+    figure, names = go.Figure(), labels(tasks)
+    hollow = False
+    for place, (client, task) in enumerate(tasks.items()):
+        for point in ("after", "before"):
             mine = [e for e in _scores(events, point) if str(e["client"]) == client]
             if not mine:
                 continue
+            before = point == "before"
+            hollow |= before
+            suffix = " (before aggregation)" if before else ""
             figure.add_scatter(
                 x=[e["round"] for e in mine],
                 y=[e[metric] for e in mine],
-                name=f"{client} {task}" + (" (before aggregation)" if point == "before" else ""),
-                mode="lines+markers" if width else "markers",
-                marker={"symbol": symbol, "size": 8},
-                line={"color": _COLOURS[i % len(_COLOURS)], "width": width},
+                name=names[client] + suffix,
+                meta=f"{client} {task}{suffix}",
+                mode="markers" if before else "lines+markers",
+                marker={"symbol": SYMBOLS[place % len(SYMBOLS)] + ("-open" if before else ""), "size": 8},
+                line={"color": colour(place), "dash": again(place, DASHES)},
                 legendgroup=client,
-                showlegend=point == "after",
+                hovertemplate="%{meta}<br>round %{x}: %{y:.1f}<extra></extra>",
             )
-    figure.update_yaxes(range=[0, 102])
-    return _over_rounds(_styled(figure, "Test scores (hollow: before aggregation)", "round", metric))
+    figure.update_yaxes(range=[0, 103])
+    styled(figure, "round", metric)
+    note = "On each client's own test rows" + ("; hollow: before aggregation." if hollow else ".")
+    return Drawing("score-curves", "Scores over rounds", note, _over_rounds(figure))
 
 
-def alpha_map(events: Sequence[Event], tasks: Mapping[str, str], layers: int) -> go.Figure:
+def alpha_map(events: Sequence[Event], tasks: Mapping[str, str], layers: int) -> Drawing:
     """Weight of the individual LoRA by client and layer in the last round."""
     last = {str(e["client"]): e["alpha"] for e in events if e["event"] == "client" and e["alpha"]}
-    rows = [client for client in tasks if client in last]
-    figure = go.Figure(
-        go.Heatmap(
-            z=[last[client] for client in rows],
-            x=list(range(layers)),
-            y=[f"{client} {tasks[client]}" for client in rows],
-            zmid=0.5,
-            colorscale="RdBu",
-            colorbar={"title": "α"},
-            hovertemplate="%{y}<br>layer %{x}<br>α %{z:.3f}<extra></extra>",
-        )
+    rows, names = [client for client in tasks if client in last], labels(tasks)
+    figure = cells(
+        [last[client] for client in rows],
+        list(map(str, range(layers))),
+        [names[client] for client in rows],
+        zmid=0.5,
+        colorscale=DIVERGING,
+        text=[[decimals(value) for value in last[client]] for client in rows],
+        hovertemplate="%{y}<br>layer %{x}<br>α %{z:.3f}<extra></extra>",
     )
-    figure.update_yaxes(autorange="reversed")
-    return _styled(figure, "Mixer: weight of the individual LoRA (0.5 is even)", "adapted layer", "")
+    figure.update_xaxes(title="adapted layer", type="category", nticks=12)
+    note = "Mean over the tokens of each client's last round of training. Blue: the individual LoRA; red: the row."
+    return Drawing("alpha", "Mixer weight α of the individual LoRA, by layer", note, figure)
 
 
-def row_curves(events: Sequence[Event]) -> go.Figure:
+def row_curves(events: Sequence[Event]) -> Drawing:
     """row_gap and row_drift over rounds."""
     figure = go.Figure()
     rounds = [e for e in events if e["event"] == "round"]
-    for name, colour in (("row_gap", _COLOURS[0]), ("row_drift", _COLOURS[1])):
+    for place, name in enumerate(("row_gap", "row_drift")):
         points = [(e["round"], e[name]) for e in rounds if e[name] is not None]
         xs, ys = zip(*points, strict=True) if points else ((), ())
-        figure.add_scatter(x=xs, y=ys, name=name, mode="lines+markers", line={"color": colour})
-    title = "row_gap: factor mean against mean of products; row_drift: change of the row"
-    return _over_rounds(_styled(figure, title, "round", ""))
-
-
-def gain_map(comparison: Mapping[str, Any], titles: Mapping[str, str]) -> go.Figure:
-    """Gain over Local by client and method, or the scores themselves when Local was not run."""
-    methods, tasks = comparison["methods"], comparison["tasks"]
-    reference = methods.get("local", {"per_client": dict.fromkeys(tasks, 0.0)})["per_client"]
-    names = [name for name in methods if name != "local"] or list(methods)
-    values = [[methods[name]["per_client"][c] - reference[c] for name in names] for c in tasks]
-    figure = go.Figure(
-        go.Heatmap(
-            z=values,
-            x=[titles[name] for name in names],
-            y=[f"{client} {task}" for client, task in tasks.items()],
-            zmid=0,
-            colorscale="RdBu",
-            text=[[f"{value:+.1f}" for value in row] for row in values],
-            texttemplate="%{text}",
-            hovertemplate="%{y}<br>%{x}<br>%{z:+.1f}<extra></extra>",
-        )
-    )
-    figure.update_yaxes(autorange="reversed")
-    return _styled(figure, f"Gain over Local ({comparison['metric']}, points)", "", "")
-
-
-def score_bars(comparison: Mapping[str, Any], titles: Mapping[str, str]) -> go.Figure:
-    """Scores by client, a bar per method."""
-    tasks = comparison["tasks"]
-    figure = go.Figure()
-    for i, (name, block) in enumerate(comparison["methods"].items()):
-        figure.add_bar(
-            x=[f"{c} {task}" for c, task in tasks.items()],
-            y=[block["per_client"][c] for c in tasks],
-            name=titles[name],
-            marker_color=_COLOURS[i % len(_COLOURS)],
-        )
-    return _styled(figure, f"Test scores ({comparison['metric']})", "", "")
+        marker, line = {"symbol": SYMBOLS[place], "size": 7}, {"color": colour(place)}
+        figure.add_scatter(x=xs, y=ys, name=name, mode="lines+markers", marker=marker, line=line)
+    styled(figure, "round", height=260)
+    figure.update_yaxes(rangemode="tozero")
+    note = "row_gap: how far the mean of factors is from the mean of products; row_drift: change of the row."
+    return Drawing("row", "The row LoRA", note, _over_rounds(figure))
 
 
 def _scores(events: Sequence[Event], point: str) -> list[Event]:
@@ -124,22 +98,7 @@ def _scores(events: Sequence[Event], point: str) -> list[Event]:
 def _over_rounds(figure: go.Figure) -> go.Figure:
     """Whole rounds on the horizontal axis, even when there is only one."""
     rounds = [x for trace in figure.data for x in trace.x or ()] or [1]
-    figure.update_xaxes(range=[min(rounds) - 0.5, max(rounds) + 0.5], tickformat="d", dtick=max(1, max(rounds) // 10))
-    return figure
-
-
-def _styled(figure: go.Figure, title: str, x: str, y: str) -> go.Figure:
-    figure.update_layout(
-        title={"text": title, "font": {"size": 15}},
-        xaxis_title=x,
-        yaxis_title=y,
-        height=420,
-        margin={"l": 10, "r": 10, "t": 50, "b": 10},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": _GREY, "family": "system-ui, sans-serif"},
-        legend={"orientation": "h", "y": -0.2},
-    )
-    figure.update_xaxes(gridcolor="rgba(128,128,128,.2)", automargin=True)
-    figure.update_yaxes(gridcolor="rgba(128,128,128,.2)", automargin=True)
+    first, last = min(rounds), max(rounds)
+    margin = max(0.3, 0.03 * (last - first))
+    figure.update_xaxes(range=[first - margin, last + margin], tickformat="d", dtick=max(1, last // 10))
     return figure

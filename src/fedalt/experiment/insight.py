@@ -1,0 +1,180 @@
+"""What a report shows beyond the log: whose rows are which, LoRAs compared, models on others' rows, the mixer at work.
+
+Written once as ``results/insight.json`` from a finished run's saved clients, so that a report can be drawn again at
+any time without model or rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedalt.config import RunConfig
+from fedalt.data.encode import Encoder, Example
+from fedalt.data.load import load_federation
+from fedalt.data.rows import ClientData, Federation, Row
+from fedalt.errors import UserError
+from fedalt.evaluation.evaluate import Evaluation, evaluate
+from fedalt.experiment.clients import PersonalModel, read_client
+from fedalt.experiment.folder import RunFolder, final_scores
+from fedalt.experiment.prepare import Resident, load_resident
+from fedalt.experiment.similarity import similarity
+from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.files import read_json, write_json
+from fedalt.training.mixing import mixer_weights
+
+BINS = 20
+"""Of the mixer weights' histogram, from 0 to 1."""
+_SHADED = 3
+"""Rows per client whose tokens are kept with their weights."""
+_SPLITS = ("train", "validation", "test")
+
+
+def insight_file(folder: RunFolder) -> Path:
+    """Where it is kept."""
+    return folder.final_scores.with_name("insight.json")
+
+
+def read_insight(folder: RunFolder) -> dict[str, Any] | None:
+    """What is known of a finished run as it is now; nothing when nobody looked since its last round."""
+    if not folder.final_scores.is_file() or not insight_file(folder).is_file():
+        return None
+    insight: dict[str, Any] = read_json(insight_file(folder))
+    return insight if insight["round"] == final_scores(folder)["last"]["round"] else None
+
+
+def write_insight(
+    folder: RunFolder,
+    config: RunConfig,
+    clients: Sequence[int],
+    rows: int,
+    resident: Resident | None = None,
+    federation: Federation | None = None,
+) -> None:
+    """Look at some clients of a finished run, unless that has been done with as many rows.
+
+    Args:
+        folder: The run.
+        config: Its settings.
+        clients: The clients to compare; the matrix takes their number squared, times ``rows``, answers.
+        rows: Test rows per client; 0 for what needs no model.
+        resident: The base, where it is in memory.
+        federation: The run's rows, where they are in memory.
+
+    Raises:
+        UserError: Rows or base are not where they were, or a client's folder is damaged.
+    """
+    known = read_insight(folder)
+    if known and known["rows"] >= rows and known["clients"] == [str(client) for client in clients]:
+        return
+    federation = federation or load_federation(config.data, config.seed)
+    missing = [client for client in clients if client not in federation.clients]
+    if missing:
+        raise UserError(f"{federation.source}: no rows for client {missing[0]} any more")
+    slot, cosines = similarity(folder, clients)
+    insight = {
+        "round": final_scores(folder)["last"]["round"],
+        "rows": rows,
+        "clients": [str(client) for client in clients],
+        "partition": {str(client): _counts(federation.clients[client]) for client in clients},
+        "similarity": {"slot": slot, "values": cosines},
+    }
+    if rows:
+        insight |= _with_model(folder, config, federation, clients, rows, resident or load_resident(config))
+    write_json(insight_file(folder), insight)
+
+
+def _counts(data: ClientData) -> dict[str, dict[str, int]]:
+    """Rows by split and category, or task where rows have no category."""
+    counts = {split: Counter(row.category or row.task for row in getattr(data, split)) for split in _SPLITS}
+    return {split: dict(sorted(count.items())) for split, count in counts.items() if count}
+
+
+def _with_model(
+    folder: RunFolder,
+    config: RunConfig,
+    federation: Federation,
+    clients: Sequence[int],
+    rows: int,
+    resident: Resident,
+) -> dict[str, Any]:
+    encoder = Encoder(resident.base.tokenizer, config.data.template, config.data.cutoff)
+    chosen = {client: _spread(encoder, federation.clients[client].test, rows) for client in clients}
+    matrix: list[list[float]] = []
+    alpha: dict[str, Any] = {}
+    slot = ""
+    for cohort in cohorts(clients, cohort_size(config.federation, len(clients))):
+        models = [read_client(folder, client, resident.base) for client in cohort]
+        scored = {owner: _answers(resident, models, chosen[owner], config) for owner in clients}
+        for k, personal in enumerate(models):
+            matrix.append([scored[owner][k].scores[config.evaluation.metric] for owner in clients])
+            if personal.placement.mixed:
+                client, slot = personal.state.client, personal.placement.slots[0]
+                own = [line["answer"] for line in scored[client][k].lines]
+                alpha[str(client)] = _mixer_at_work(resident, personal, chosen[client], own)
+    mixer = {"slot": slot, "clients": alpha} if alpha else None
+    return {"metric": config.evaluation.metric, "matrix": matrix, "alpha": mixer}
+
+
+def _spread(encoder: Encoder, rows: Sequence[Row], count: int) -> list[Example]:
+    """So many of the rows that are not too long, evenly spaced, as files are often sorted."""
+    examples = [example for row in rows if (example := encoder.example(row))]
+    count = min(count, len(examples))
+    return [examples[i * len(examples) // count] for i in range(count)]
+
+
+def _answers(
+    resident: Resident, models: Sequence[PersonalModel], rows: Sequence[Example], config: RunConfig
+) -> list[Evaluation]:
+    """Every model on the same rows, all in one generation batch."""
+    return evaluate(
+        resident.model,
+        resident.base.tokenizer,
+        [personal.state for personal in models],
+        {personal.state.client: rows for personal in models},
+        models[0].placement,
+        config.evaluation,
+    )
+
+
+def _mixer_at_work(
+    resident: Resident, personal: PersonalModel, rows: Sequence[Example], answers: Sequence[str]
+) -> dict[str, Any]:
+    """Weights of the first slot while a client's model reads rows and its own answers.
+
+    Returns:
+        ``histogram``: tokens × layers by weight, ``BINS`` counts; ``rows``: of the first rows every token's text and
+        its mean weight over layers, and how many of them are prompt.
+    """
+    tokenizer = resident.base.tokenizer
+    ids = [
+        (*row.prompt, *tokenizer(text, add_special_tokens=False)["input_ids"])
+        for row, text in zip(rows, answers, strict=True)
+    ]
+    resident.model.load([personal.state], personal.placement)
+    layers = mixer_weights(resident.model, [ids]).layers.values()
+    weights = torch.stack([alpha[:, 0] for alpha in layers])  # [layers, tokens]
+    means = weights.mean(0).split([len(one) for one in ids])
+    shaded = [
+        {
+            "prompt": len(row.prompt),
+            "tokens": [[text, round(a, 3)] for text, a in zip(pieces(tokenizer, one), mine.tolist(), strict=True)],
+        }
+        for row, one, mine in list(zip(rows, ids, means, strict=True))[:_SHADED]
+    ]
+    return {"histogram": torch.histc(weights, BINS, 0, 1).int().tolist(), "rows": shaded}
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What every token adds to the text; a token that ends inside a character adds nothing, the next one the whole."""
+    parts, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        unfinished = text.endswith("\ufffd") and end < len(ids)
+        parts.append("" if unfinished else text[len(before) :])
+        before = before if unfinished else text
+    return parts

@@ -1,0 +1,132 @@
+"""The page around tables and figures: one file that needs no network and fits a phone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+from plotly.offline import get_plotlyjs
+
+from fedalt.report.legend import SCRIPT, legend
+from fedalt.report.theme import Drawing
+
+_STYLE = """
+:root { color-scheme: light dark; --fg: #1c1e21; --bg: #fff; --line: #d8dade; --soft: #5c636c; --card: #f6f7f9;
+  --own: 0,119,187; --others: 238,119,51; }
+@media (prefers-color-scheme: dark) { :root { --fg: #e4e6ea; --bg: #16181c; --line: #33373e; --soft: #9aa0a8;
+  --card: #1e2126; --own: 51,153,221; } }
+* { box-sizing: border-box; }
+html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
+body { color: var(--fg); background: var(--bg); font: 16px/1.5 system-ui, sans-serif; max-width: 70rem;
+  margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 0; }
+h2 { font-size: 1.2rem; margin: 0 0 .4rem; padding-top: 1rem; }
+h2 a { text-decoration: none; } a { color: inherit; }
+section { border-top: 1px solid var(--line); margin-top: 1.6rem; }
+p.about { color: var(--soft); margin: .2rem 0; font-size: .9rem; }
+nav { display: flex; flex-wrap: wrap; gap: .4rem; margin: 1rem 0; }
+nav a { padding: .15rem .7rem; border: 1px solid var(--line); border-radius: 1rem; text-decoration: none;
+  font-size: .9rem; }
+figure { margin: 0 0 1.2rem; }
+figcaption { font-weight: 600; font-size: .95rem; }
+figcaption span { display: block; font-weight: 400; color: var(--soft); font-size: .85rem; }
+.scroll { overflow: auto; max-height: 34rem; margin-bottom: 1.2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; overflow-wrap: normal; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { position: sticky; top: 0; background: var(--bg); }
+th.text, td.text { text-align: left; max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
+tr.total { font-weight: 600; }
+pre { background: var(--card); padding: .8rem; overflow-x: auto; font-size: .85rem; overflow-wrap: normal; }
+details { margin: .4rem 0; } summary { cursor: pointer; }
+.tokens { background: var(--card); padding: .6rem .8rem; border-radius: .4rem; white-space: pre-wrap;
+  font: .85rem/1.7 ui-monospace, monospace; margin: .5rem 0; }
+.tokens span { border-radius: .15rem; padding: .1rem 0; }
+.own { background: rgba(var(--own), var(--a)); } .others { background: rgba(var(--others), var(--a)); }
+.legend { display: flex; flex-wrap: wrap; gap: 0 .9rem; margin-top: .4rem; }
+.key { all: unset; cursor: pointer; display: inline-flex; align-items: center; gap: .35rem; font-size: .8rem;
+  max-width: 100%; }
+.key svg { width: 26px; height: 12px; flex: none; }
+.key.off { opacity: .35; text-decoration: line-through; }
+.key:focus-visible { outline: 2px solid; }
+.xtick text, .ytick text, .x2tick text, .y2tick text, .x3tick text, .y3tick text, .cbaxis text,
+.cbtitle text, .g-xtitle text, .g-ytitle text, .g-x2title text, .g-x3title text, .annotation-text
+  { fill: var(--fg) !important; }
+.gridlayer path { stroke: var(--line) !important; }
+"""
+"""Figures have no background, and their text and grid take the page's colours, so dark and light need no script."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page with an anchor.
+
+    Attributes:
+        id: The anchor.
+        title: Its heading, also in the list at the top.
+        parts: HTML and figures, in order.
+    """
+
+    id: str
+    title: str
+    parts: Sequence[str | Drawing] = field(default_factory=tuple)
+
+
+def page(title: str, about: Sequence[str], sections: Sequence[Section]) -> str:
+    """The whole file: heading, lines about it, a list of the sections that have something to show, and these."""
+    filled = [section for section in sections if any(section.parts)]
+    lines = "".join(f'<p class="about">{escape(line)}</p>' for line in about if line)
+    links = "".join(f'<a href="#{section.id}">{escape(section.title)}</a>' for section in filled)
+    body = "\n".join(map(_section, filled))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
+        f"<body><h1>{escape(title)}</h1>{lines}\n<nav>{links}</nav>\n{body}\n<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] = (), words: Sequence[int] = (0, 1)
+) -> str:
+    """A table that scrolls by itself where it is wider than the screen.
+
+    Args:
+        head: Column titles.
+        rows: Cells.
+        total: A last line, in bold.
+        words: Columns of text, which stand on the left.
+    """
+
+    def cells(values: Sequence[str], tag: str) -> str:
+        kinds = [' class="text"' if i in words else "" for i in range(len(values))]
+        return "".join(f"<{tag}{kind}>{escape(value)}</{tag}>" for kind, value in zip(kinds, values, strict=True))
+
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    end = f'<tr class="total">{cells(total, "td")}</tr>' if total else ""
+    return f'<div class="scroll"><table><tr>{cells(head, "th")}</tr>{body}{end}</table></div>'
+
+
+def paragraph(text: str) -> str:
+    """A line of explanation."""
+    return f'<p class="about">{escape(text)}</p>'
+
+
+def _section(section: Section) -> str:
+    parts = "\n".join(part if isinstance(part, str) else _drawing(part) for part in section.parts if part)
+    head = f'<h2><a href="#{section.id}">{escape(section.title)}</a></h2>'
+    return f'<section id="{section.id}">{head}\n{parts}</section>'
+
+
+def _drawing(drawing: Drawing) -> str:
+    config = {"responsive": True, "displayModeBar": False}
+    plot = drawing.plot.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        config=config,
+        div_id=drawing.id,
+        default_height=drawing.plot.layout.height,
+    )
+    note = f"<span>{escape(drawing.note)}</span>" if drawing.note else ""
+    keys = legend(drawing.plot, drawing.id)
+    return f"<figure><figcaption>{escape(drawing.title)}{note}</figcaption>{keys}{plot}</figure>"

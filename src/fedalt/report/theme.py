@@ -1,0 +1,115 @@
+"""How figures look: one colour per client or method throughout a page, safe for the colour-blind, on dark and light."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+COLOURS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#33bbee", "#ee3377", "#a08000", "#999999")
+"""Paul Tol's vibrant scheme (and a dark yellow), of a lightness that shows on white and on black."""
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down", "hexagon")
+DASHES = ("solid", "dash", "dot")
+PATTERNS = ("", "/", ".")
+DIVERGING = "RdBu"
+"""Red below, blue above."""
+SEQUENTIAL = "Cividis"
+_LABEL = 22
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure and what stands above it.
+
+    Attributes:
+        id: Anchor on the page.
+        title: One line.
+        note: How to read it.
+        plot: The figure, which has no title of its own: Plotly does not wrap lines.
+    """
+
+    id: str
+    title: str
+    note: str
+    plot: go.Figure
+
+
+def colour(place: int) -> str:
+    """Colour of a client or method by its place; after eight they come again, with another dash or pattern."""
+    return COLOURS[place % len(COLOURS)]
+
+
+def again(place: int, kinds: tuple[str, ...]) -> str:
+    """How the clients that share a colour differ."""
+    return kinds[place // len(COLOURS) % len(kinds)]
+
+
+def labels(tasks: Mapping[str, str]) -> dict[str, str]:
+    """Client → what stands at axes and in legends, short enough for a phone; the whole name shows on hovering."""
+    return {client: short(f"{client} {task}".strip()) for client, task in tasks.items()}
+
+
+def short(text: str) -> str:
+    """The text, cut where it would leave no room for the figure."""
+    return text if len(text) <= _LABEL else f"{text[: _LABEL - 1]}…"
+
+
+def decimals(value: float) -> str:
+    """Two decimals without the leading zero, so that it fits into a cell on a phone."""
+    return f"{value:.2f}".replace("0.", ".", 1)
+
+
+def styled(figure: go.Figure, x: str = "", y: str = "", height: int = 320) -> go.Figure:
+    """Common layout; colours of text and grid come from the page's style sheet, which knows dark from light.
+
+    Args:
+        figure: What to lay out.
+        x: Title of the horizontal axis.
+        y: Title of the vertical axis.
+        height: In pixels.
+    """
+    figure.update_layout(
+        template="none",
+        xaxis_title=x,
+        yaxis_title=y,
+        height=height,
+        margin={"l": 8, "r": 8, "t": 12, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 12},
+        showlegend=False,
+        hoverlabel={"namelength": 30},
+    )
+    figure.update_xaxes(automargin=True, zeroline=False)
+    figure.update_yaxes(automargin=True, zeroline=False)
+    return figure
+
+
+def cells(values: list[list[Any]], across: list[str], down: list[str], **options: Any) -> go.Figure:
+    """A heat map that reads from the top, with its values in the cells while they fit on a phone.
+
+    Args:
+        values: One list per row; nothing where there is no value.
+        across: Labels of the columns.
+        down: Labels of the rows.
+        options: Of ``go.Heatmap``; ``text`` is what stands in the cells.
+    """
+    fits = len(across) <= 12
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=across,
+            y=down,
+            xgap=1,
+            ygap=1,
+            texttemplate="%{text}" if fits and "text" in options else None,
+            colorbar={"thickness": 10, "xpad": 4, "outlinewidth": 0},
+            **options,
+        )
+    )
+    styled(figure, height=max(200, 90 + 30 * len(down)))
+    figure.update_xaxes(showgrid=False)
+    figure.update_yaxes(showgrid=False, autorange="reversed")
+    return figure
