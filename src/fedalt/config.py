@@ -140,6 +140,9 @@ class ReportConfig(Section):
         ge=0,
         description="test rows per client for the client matrix and the mixer's weights in report.html; 0: none",
     )
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] = Field(
+        (), description="where else losses, scores, bytes and seconds go"
+    )
 
 
 class RunConfig(Section):

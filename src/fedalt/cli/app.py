@@ -40,11 +40,16 @@ def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
     from fedalt.experiment.folder import check_folder, claim_folder
     from fedalt.experiment.prepare import prepare
     from fedalt.report.html import write_report
+    from fedalt.report.trackers import check_trackers, tracked
 
+    check_trackers(config.report.trackers)
     check_folder(config.folder, if_exists)
     experiment = prepare(config)
     folder = claim_folder(config.folder, if_exists)
-    with show.live(config.federation.rounds) as sink:
+    with (
+        show.live(config.federation.rounds) as progress,
+        tracked(config.report.trackers, folder.path, progress) as sink,
+    ):
         scores = train(experiment, folder, sink)
     _look(folder.path, config.report.insight, experiment.resident, experiment.federation)
     write_report(folder)
@@ -73,9 +78,11 @@ def compare(
     from fedalt.experiment.compare import compare as train
     from fedalt.experiment.prepare import load_resident
     from fedalt.report.html import write_comparison_report, write_report
+    from fedalt.report.trackers import check_trackers, tracked
 
+    check_trackers(config.report.trackers)
     out = Path(config.out or "runs/comparison")
-    with show.live(config.federation.rounds) as sink:
+    with show.live(config.federation.rounds) as progress, tracked(config.report.trackers, out, progress) as sink:
         comparison = train(config, _names(methods), _numbers(seeds) or [config.seed], out, if_exists, sink)
     resident = load_resident(config) if config.report.insight else None
     for folder in (Path(path) for block in comparison["methods"].values() for path in block["runs"]):
@@ -192,8 +199,11 @@ def validate(
     """Check everything that can be checked before the first step, and estimate memory and time."""
     from fedalt.experiment.estimate import estimate, row_table
     from fedalt.experiment.prepare import prepare
+    from fedalt.report.trackers import check_trackers
 
-    experiment = prepare(load_config(config_file))
+    config = load_config(config_file)
+    check_trackers(config.report.trackers)
+    experiment = prepare(config)
     rows, cost = row_table(experiment), estimate(experiment)
     if as_json:
         _print_json({"config": str(config_file), "clients": rows, "notes": experiment.notes, "estimate": asdict(cost)})
