@@ -98,6 +98,8 @@ class Tab:
             about = event["params"]
             if event["method"] == "Network.requestWillBeSent":
                 visit.requests.append(about["request"]["url"])
+            elif event["method"] == "Page.javascriptDialogOpening":
+                visit.errors.append(about["message"])
             elif event["method"] == "Runtime.exceptionThrown":
                 visit.errors.append(str(about["exceptionDetails"]))
             elif (event["method"] == "Runtime.consoleAPICalled" and about["type"] in ("error", "assert")) or (
@@ -116,6 +118,11 @@ class Tab:
         message: dict[str, Any] = json.loads(self.socket.recv())
         if "method" in message:
             self.events.append(message)
+        if message.get("method") == "Page.javascriptDialogOpening":  # or the page would wait for ever
+            self.sent += 1
+            self.socket.send(
+                json.dumps({"id": self.sent, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}})
+            )
         return message
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from micro import call, finished, settings, shared_data, write_yaml
+from micro import call, finished, rows, settings, shared_data, write_rows, write_yaml
 from report.browser import DESKTOP, PHONE, Scheme, Tab, browser, find_browser
 
 NEEDED = "FEDALT_TESTS_NEED_A_BROWSER"
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs Chromium (apt-get install chromium) and websocket-client (pip install websocket-client)",
 )
 MANY = 21
+HOSTILE = "</script><img src=https://evil.example/y onerror=alert(1)><b>bold</b><a href='javascript:alert(2)'>link</a>"
 FIGURES = """[...document.querySelectorAll(".plotly-graph-div")].map(figure => [
   figure.id,
   figure.classList.contains("js-plotly-plot"),
@@ -49,8 +50,15 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     many = settings(folder / "many", data=shared_data(clients=MANY), **quick)
     done = call("run", write_yaml(folder / "many.yaml", many))
     assert done.code == 0, done.err
+    for client in range(2):
+        bad = [{**row, "task": HOSTILE, "category": HOSTILE, "output": HOSTILE} for row in rows(client, 4)]
+        write_rows(folder / f"data/train/local_training_{client}.json", bad, lines=False)
+        write_rows(folder / f"data/test/local_testing_{client}.jsonl", bad, lines=True)
+    hostile = settings(folder / "hostile", data=folder / "data", **quick, data__cutoff=200)
+    done = call("run", write_yaml(folder / "hostile.yaml", hostile))
+    assert done.code == 0, done.err
     runs = {name: folder / "all" / f"{name}-seed3" for name in ("local", "fedit", "fedalt")}
-    paths = {"comparison": folder / "all", **runs, "many": folder / "many"}
+    paths = {"comparison": folder / "all", **runs, "many": folder / "many", "hostile": folder / "hostile"}
     return {name: path / "report.html" for name, path in paths.items()}
 
 
@@ -59,6 +67,7 @@ EXPECTED = {
     "local": ["score-curves", "loss", "matrix", "similarity", "partition"],
     "fedit": ["score-curves", "loss", "matrix", "partition"],
     "fedalt": ["score-curves", "loss", "matrix", "similarity", "alpha", "histogram", "row", "partition"],
+    "hostile": ["score-curves", "loss", "matrix", "similarity", "alpha", "histogram", "row", "partition"],
     "many": ["score-curves", "loss", "matrix", "similarity", "alpha", "histogram", "row", "partition"],
 }
 
@@ -96,7 +105,9 @@ def test_a_key_of_the_legend_hides_its_client(tab: Tab) -> None:
 def test_a_request_and_an_error_would_be_noticed(tab: Tab, tmp_path: Path) -> None:
     """The visitor of the tests above is not blind."""
     page = tmp_path / "bad.html"
-    page.write_text("<script src='http://127.0.0.1:9/x.js'></script><script>console.error('no'); oops()</script>")
+    page.write_text(
+        "<script src='http://127.0.0.1:9/x.js'></script><script>console.error('no'); alert('yes'); oops()</script>"
+    )
     visit = tab.open(page, PHONE, "light")
     assert "http://127.0.0.1:9/x.js" in visit.requests
-    assert len(visit.errors) == 3, visit.errors  # the file that is not there, the line, the exception
+    assert len(visit.errors) == 4, visit.errors  # the file that is not there, the line, the dialog, the exception

@@ -33,7 +33,7 @@ def score_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
         rows.append(["gain over Local", "", *(f"{b['gain_over_local']:+.1f}" for b in blocks)])
     if any(b.get("harmed") is not None for b in blocks):
         rows.append(["harmed clients", "", *(_harmed(b.get("harmed")) for b in blocks)])
-    return table(["client", "task", *titles.values()], rows)
+    return table(["client", "task", *titles.values()], rows, bold=len(comparison["tasks"]))
 
 
 def against_table(comparison: Comparison, titles: Mapping[str, str]) -> str:

@@ -47,8 +47,8 @@ def write_report(folder: RunFolder) -> Path:
         Section("curves", "Curves", _curves(events, tasks, start["metric"], scored)),
         Section("clients", "Clients compared", others),
         Section("mixer", "Mixer", mixer),
-        Section("row-lora", "Row", [figures.row_curves(events)] if layers else []),
-        Section("rows", "Rows", [insights.partition_bars(insight, tasks)] if insight else []),
+        Section("row-lora", "Row LoRA", [figures.row_curves(events)] if layers else []),
+        Section("data", "Data", [insights.partition_bars(insight, tasks)] if insight else []),
         Section("cost", "Cost", [_cost_table(events)]),
         Section("notes", "Notes", [_notes(events)]),
         Section("configuration", "Configuration", [_config(folder)]),
@@ -98,7 +98,8 @@ def _scores_table(latest: Mapping[str, Event], tasks: Mapping[str, str]) -> str:
     means = [sum(e[name] for e in latest.values()) / len(latest) for name in METRICS]
     number = max(e["round"] for e in latest.values())
     head = paragraph(f"Test scores after round {number}, 0 to 100, on each client's own rows")
-    return head + table(["client", "task", *METRICS], rows, ["mean", "", *(f"{m:.1f}" for m in means)])
+    rows.append(["mean", "", *(f"{m:.1f}" for m in means)])
+    return head + table(["client", "task", *METRICS], rows, bold=len(rows) - 1)
 
 
 def _cost_table(events: Sequence[Event]) -> str:

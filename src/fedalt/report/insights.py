@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from fedalt.experiment.folder import RunFolder, final_scores
@@ -15,7 +14,6 @@ from fedalt.experiment.insight import BINS
 from fedalt.report.page import paragraph
 from fedalt.report.shown import shown
 from fedalt.report.theme import (
-    DASHES,
     PATTERNS,
     SEQUENTIAL,
     Drawing,
@@ -83,24 +81,26 @@ def similarity(insight: Insight, tasks: Mapping[str, str]) -> Drawing | str:
 
 
 def histogram(insight: Insight, tasks: Mapping[str, str]) -> Drawing:
-    """Mixer weights on test rows by client, as shares of tokens and layers."""
-    figure, names = go.Figure(), labels(tasks)
-    middles = [(i + 0.5) / BINS for i in range(BINS)]
-    for place, (client, seen) in enumerate(insight["alpha"]["clients"].items()):
-        total = sum(seen["histogram"])
-        figure.add_scatter(
-            x=middles,
-            y=[100 * count / total for count in seen["histogram"]],
-            name=names[client],
-            meta=f"{client} {tasks[client]}",
-            mode="lines",
-            line={"shape": "hvh", "color": colour(place), "dash": again(place, DASHES)},
-            hovertemplate="%{meta}<br>α about %{x:.2f}: %{y:.1f} %<extra></extra>",
-        )
-    styled(figure, "α", "% of tokens and layers")
-    figure.update_xaxes(range=[0, 1])
+    """Mixer weights on test rows, as shares of tokens and layers: of all clients together, and of each."""
+    names, clients = labels(tasks), insight["alpha"]["clients"]
+    counts = {names[client]: seen["histogram"] for client, seen in clients.items()}
+    rows = {"all shown": [sum(column) for column in zip(*counts.values(), strict=True)], **counts}
+    figure = cells(
+        [[100 * count / sum(row) for count in row] for row in rows.values()],
+        [f"{(i + 0.5) / BINS:.3f}" for i in range(BINS)],
+        list(rows),
+        zmin=0,
+        colorscale=SEQUENTIAL,
+        hovertemplate="%{y}<br>α about %{x}: %{z:.1f} %<extra></extra>",
+    )
+    figure.update_xaxes(
+        title="α", type="category", tickvals=[-0.5, BINS / 2 - 0.5, BINS - 0.5], ticktext=["0", ".5", "1"]
+    )
     slot = insight["alpha"]["slot"]
-    note = f"On up to {insight['rows']} own test rows of every client and its answers; 1 is the {slot} LoRA alone."
+    note = (
+        f"% of tokens and layers, on up to {insight['rows']} own test rows of every client and its answers; "
+        f"1 is the {slot} LoRA alone."
+    )
     return Drawing("histogram", "How mixer weights are spread", note, figure)
 
 

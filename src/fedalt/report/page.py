@@ -87,14 +87,14 @@ def page(title: str, about: Sequence[str], sections: Sequence[Section]) -> str:
 
 
 def table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] = (), words: Sequence[int] = (0, 1)
+    head: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None = None, words: Sequence[int] = (0, 1)
 ) -> str:
     """A table that scrolls by itself where it is wider than the screen.
 
     Args:
         head: Column titles.
         rows: Cells.
-        total: A last line, in bold.
+        bold: The row that sums up.
         words: Columns of text, which stand on the left.
     """
 
@@ -102,9 +102,11 @@ def table(
         kinds = [' class="text"' if i in words else "" for i in range(len(values))]
         return "".join(f"<{tag}{kind}>{escape(value)}</{tag}>" for kind, value in zip(kinds, values, strict=True))
 
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    end = f'<tr class="total">{cells(total, "td")}</tr>' if total else ""
-    return f'<div class="scroll"><table><tr>{cells(head, "th")}</tr>{body}{end}</table></div>'
+    def line(place: int, row: Sequence[str]) -> str:
+        return f"<tr{' class=total' if place == bold else ''}>{cells(row, 'td')}</tr>"
+
+    body = "".join(line(place, row) for place, row in enumerate(rows))
+    return f'<div class="scroll"><table><tr>{cells(head, "th")}</tr>{body}</table></div>'
 
 
 def paragraph(text: str) -> str:

@@ -17,6 +17,7 @@ DIVERGING = "RdBu"
 """Red below, blue above."""
 SEQUENTIAL = "Cividis"
 _LABEL = 22
+_CELLS = 12
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def styled(figure: go.Figure, x: str = "", y: str = "", height: int = 320) -> go
 
 
 def cells(values: list[list[Any]], across: list[str], down: list[str], **options: Any) -> go.Figure:
-    """A heat map that reads from the top, with its values in the cells while they fit on a phone.
+    """A heat map that reads from the top, with its values in the cells while they fit on a phone, else with a scale.
 
     Args:
         values: One list per row; nothing where there is no value.
@@ -96,7 +97,7 @@ def cells(values: list[list[Any]], across: list[str], down: list[str], **options
         down: Labels of the rows.
         options: Of ``go.Heatmap``; ``text`` is what stands in the cells.
     """
-    fits = len(across) <= 12
+    told = len(across) <= _CELLS and "text" in options
     figure = go.Figure(
         go.Heatmap(
             z=values,
@@ -104,7 +105,8 @@ def cells(values: list[list[Any]], across: list[str], down: list[str], **options
             y=down,
             xgap=1,
             ygap=1,
-            texttemplate="%{text}" if fits and "text" in options else None,
+            texttemplate="%{text}" if told else None,
+            showscale=not told,
             colorbar={"thickness": 10, "xpad": 4, "outlinewidth": 0},
             **options,
         )
