@@ -183,7 +183,7 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Rebuild report.html from events.jsonl."""
+    """Rebuild report.html from events.jsonl and results/insight.json."""
     from fedalt.experiment.folder import finished_run
     from fedalt.report.html import write_report
 

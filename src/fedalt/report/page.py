@@ -31,7 +31,7 @@ nav a { padding: .15rem .7rem; border: 1px solid var(--line); border-radius: 1re
 figure { margin: 0 0 1.2rem; }
 figcaption { font-weight: 600; font-size: .95rem; }
 figcaption span { display: block; font-weight: 400; color: var(--soft); font-size: .85rem; }
-.scroll { overflow: auto; max-height: 34rem; margin-bottom: 1.2rem; }
+.scroll { overflow: auto; margin-bottom: 1.2rem; } .tall { max-height: 34rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; overflow-wrap: normal; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--bg); }
@@ -55,6 +55,8 @@ details { margin: .4rem 0; } summary { cursor: pointer; }
 .gridlayer path { stroke: var(--line) !important; }
 """
 """Figures have no background, and their text and grid take the page's colours, so dark and light need no script."""
+_MOST_ROWS = 30
+"""Rows of a table that is shown whole."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def table(
         return f"<tr{' class=total' if place == bold else ''}>{cells(row, 'td')}</tr>"
 
     body = "".join(line(place, row) for place, row in enumerate(rows))
-    return f'<div class="scroll"><table><tr>{cells(head, "th")}</tr>{body}</table></div>'
+    tall = " tall" if len(rows) > _MOST_ROWS else ""
+    return f'<div class="scroll{tall}"><table><tr>{cells(head, "th")}</tr>{body}</table></div>'
 
 
 def paragraph(text: str) -> str:
