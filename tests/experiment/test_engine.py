@@ -72,7 +72,8 @@ def final_of(run: Path) -> Any:
 
 def test_the_run_folder_holds_what_is_promised_and_nothing_else() -> None:
     names = set(tree(finished()))
-    expected = {"config.yaml", "partition.json", "events.jsonl", "report.html", "results/final_scores.json"}
+    expected = {"config.yaml", "partition.json", "events.jsonl", "report.html"}
+    expected |= {"results/final_scores.json", "results/insight.json"}
     for client in range(CLIENTS):
         for round_ in (1, 2, 3):
             expected |= {f"results/{kind}_client{client}_round{round_}.json" for kind in ("scores",)}
@@ -104,6 +105,7 @@ def test_config_is_resolved_and_runs_again() -> None:
         "training",
         "federation",
         "evaluation",
+        "report",
     }
     assert yaml.safe_load(text)["lora"]["mixer_init"] == "kaiming", "defaults are written out"
     for name in ("python", "fedalt", "torch", "transformers", "peft"):

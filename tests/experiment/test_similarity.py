@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.similarity import inner_products, similarity
-from fedalt.names import A, B, Key
+from fedalt.names import INDIVIDUAL, A, B, Key
 from micro import CLIENTS, finished
 
 
@@ -16,15 +16,18 @@ def lora(seed: int, rank: int) -> dict[Key, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
     made = {}
     for name, (d_in, d_out) in {"one": (7, 5), "two": (3, 9)}.items():
-        made[Key(name, "s", A)] = torch.randn(rank, d_in, generator=draw)
-        made[Key(name, "s", B)] = torch.randn(d_out, rank, generator=draw)
+        made[Key(name, INDIVIDUAL, A)] = torch.randn(rank, d_in, generator=draw)
+        made[Key(name, INDIVIDUAL, B)] = torch.randn(d_out, rank, generator=draw)
     return made
 
 
 def dense(tensors: dict[Key, torch.Tensor]) -> torch.Tensor:
     """All products BA of a client, one after another."""
     return torch.cat(
-        [(tensors[Key(n, "s", B)].double() @ tensors[Key(n, "s", A)].double()).ravel() for n in ("one", "two")]
+        [
+            (tensors[Key(n, INDIVIDUAL, B)].double() @ tensors[Key(n, INDIVIDUAL, A)].double()).ravel()
+            for n in ("one", "two")
+        ]
     )
 
 
@@ -56,3 +59,8 @@ def test_a_lora_that_is_zero_is_like_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("fedalt.experiment.similarity.read_folder", lambda *_, **__: next(loras))
     _, values = similarity(RunFolder(finished()), [0, 1])
     assert values == [[pytest.approx(1), 0], [0, 0]]
+
+
+def test_clients_without_a_lora_of_their_own_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedalt.experiment.similarity.read_json", lambda path: {"slots": ["row"]})
+    assert similarity(RunFolder(finished()), [0, 1]) is None

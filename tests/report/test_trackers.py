@@ -21,10 +21,9 @@ import json, pathlib
 class Run:
     def log(self, values, step): note("log", values=values, step=step)
     def finish(self): note("finish")
-class config:
-    update = staticmethod(lambda values, allow_val_change: note("config", values=values))
-def init(**how):
+def init(config, **how):
     note("init", **how)
+    note("config", values=config)
     return Run()
 """,
     "trackio": None,
@@ -110,6 +109,20 @@ def test_a_resumed_run_goes_on_in_tensorboard(tmp_path: Path) -> None:
     assert call("run", "--out", run, "--resume", "--rounds", 3).code == 0
     same(written(run / "tensorboard"), run)
     assert len(written(run / "tensorboard")["loss/mean"]) == 3
+
+
+def test_runs_of_several_jobs_are_apart(tmp_path: Path) -> None:
+    """Their events come in any order, each with its job."""
+    pytest.importorskip("tensorboard")
+    run = run_with(tmp_path)
+    own = [{"event": "member", "method": "x", "seed": 1}, *events(run)]
+    with tracked(["tensorboard"], tmp_path, lambda event: None) as sink:
+        for event in own:
+            sink({**event, "job": 0})
+            other = {**event, "job": 1}
+            sink(other | {"method": "y"} if event["event"] == "member" else other)
+    for name in ("x-seed1", "y-seed1"):
+        same(written(tmp_path / "tensorboard" / name), run)
 
 
 def test_a_comparisons_runs_are_apart_in_tensorboard(tmp_path: Path) -> None:

@@ -75,13 +75,13 @@ def write_insight(
     missing = [client for client in clients if client not in federation.clients]
     if missing:
         raise UserError(f"{federation.source}: no rows for client {missing[0]} any more")
-    slot, cosines = similarity(folder, clients)
+    alike = similarity(folder, clients)
     insight = {
         "round": final_scores(folder)["last"]["round"],
         "rows": rows,
         "clients": [str(client) for client in clients],
         "partition": {str(client): _counts(federation.clients[client]) for client in clients},
-        "similarity": {"slot": slot, "values": cosines},
+        "similarity": {"slot": alike[0], "values": alike[1]} if alike else None,
     }
     if rows:
         insight |= _with_model(folder, config, federation, clients, rows, resident or load_resident(config))

@@ -15,18 +15,23 @@ from fedalt.model.peft_files import read_folder
 from fedalt.names import INDIVIDUAL, ROW, A, B, Tensors
 
 
-def similarity(folder: RunFolder, clients: Sequence[int]) -> tuple[str, list[list[float]]]:
+def similarity(folder: RunFolder, clients: Sequence[int]) -> tuple[str, list[list[float]]] | None:
     """Cosine similarity of every two clients' products BA over all layers, and the slot it is of.
 
-    The slot is the individual LoRA where there is one, else the first that is not the row. A LoRA that is zero is
-    like nothing (0).
+    The slot is the individual LoRA where there is one, else the first that is not the row; nothing where there is
+    none. A LoRA that is zero is like nothing (0).
 
     Raises:
         UserError: No such client, or a damaged folder.
     """
     slots = read_json(client_folder(folder, clients[0]) / CONFIG)["slots"]
-    slot = INDIVIDUAL if INDIVIDUAL in slots else next(name for name in slots if name != ROW)
-    loras = [read_folder(client_folder(folder, client), [slot], mixed=False) for client in clients]
+    slot = INDIVIDUAL if INDIVIDUAL in slots else next((name for name in slots if name != ROW), None)
+    if slot is None:
+        return None
+    loras = []
+    for client in clients:
+        tensors = read_folder(client_folder(folder, client), [slot], mixed=False)
+        loras.append({key: value for key, value in tensors.items() if key.slot == slot})
     products = inner_products(loras)
     norms = products.diagonal().clamp(min=0).sqrt()
     scale = torch.where(norms > 0, 1 / norms, 0.0)

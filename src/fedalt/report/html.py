@@ -41,7 +41,7 @@ def write_report(folder: RunFolder) -> Path:
     if insight.get("alpha"):
         mixer += [insights.histogram(insight, tasks), insights.shaded_rows(insight, tasks)]
     others: list[str | Drawing] = [insights.matrix(insight, tasks)] if insight.get("matrix") else []
-    others += [insights.similarity(insight, tasks)] if insight else []
+    others += [insights.similarity(insight, tasks)] if insight.get("similarity") else []
     sections = [
         Section("scores", "Scores", [_scores_table(latest, tasks)]),
         Section("curves", "Curves", _curves(events, tasks, start["metric"], scored)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -40,20 +41,21 @@ def tracked(names: Sequence[str], out: Path, sink: Sink) -> Iterator[Sink]:
     if not names:
         yield sink
         return
-    trackers = Trackers(names, out, sink)
+    jobs = defaultdict[int, Trackers](lambda: Trackers(names, out, sink))
 
     def both(event: Event) -> None:
         sink(event)
-        trackers(event)
+        jobs[event.get("job", 0)](event)
 
     try:
         yield both
     finally:
-        trackers.close()
+        for trackers in jobs.values():
+            trackers.close()
 
 
 class Trackers:
-    """A sink: a tracker run for every run, its numbers by round.
+    """A sink for one run after another: a tracker run for each, its numbers by round.
 
     Logged are ``seconds``, ``bytes_up``, ``bytes_down``, ``row_gap``, ``row_drift``, the loss of every client and
     their mean (``loss/3``, ``loss/mean``), and after scoring every metric in the same way (``rouge1/3``, …).
@@ -86,9 +88,8 @@ class Trackers:
         self.close()
         if event["event"] == "run_started":
             shutil.rmtree(self._logs, ignore_errors=True)
-        self.running = [_start(name, self.member or self.out.name, self._logs) for name in self.names]
         about = {k: event[k] for k in ("method", "source", "rounds", "metric", "base", "run")}
-        self._each(lambda tracker: _describe(tracker, about))
+        self.running = [_start(name, self.member or self.out.name, about, self._logs) for name in self.names]
 
     _on_run_resumed = _on_run_started
 
@@ -134,12 +135,7 @@ class Trackers:
                 self.complain({"event": "note", "text": text})
 
 
-def _describe(tracker: Any, about: Mapping[str, Any]) -> None:
-    if tracker.name != "tensorboard":  # it would put them into a run of their own
-        tracker.store_init_configuration(dict(about))
-
-
-def _start(name: str, run: str, logs: Path) -> Any:
+def _start(name: str, run: str, about: dict[str, Any], logs: Path) -> Any:
     from accelerate.state import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -148,12 +144,14 @@ def _start(name: str, run: str, logs: Path) -> Any:
     how = {
         "tensorboard": lambda: kind(run_name=logs.name, logging_dir=logs.parent),
         "mlflow": lambda: kind(experiment_name=PROJECT, run_name=run),
-        "wandb": lambda: kind(run_name=PROJECT, name=run),
-        "trackio": lambda: kind(run_name=PROJECT, name=run),
+        "wandb": lambda: kind(run_name=PROJECT, name=run, config=about, reinit="create_new"),
+        "trackio": lambda: kind(run_name=PROJECT, name=run, config=about),
     }
     try:
         tracker = how[name]()
         tracker.start()
+        if name == "mlflow":  # TensorBoard would put them into a run of their own
+            tracker.store_init_configuration(about)
     except Exception as error:  # not logged in, no server, a broken package
         raise UserError(f"report.trackers: {name} does not start ({error})") from None
     return tracker
