@@ -16,7 +16,7 @@ import pytest
 
 from fedalt.config import RunConfig
 from fedalt.evaluation.metrics import METRICS
-from fedalt.methods.registry import METHODS
+from fedalt.methods.registry import METHODS, VARIANTS
 from micro import (
     CLIENTS,
     ENVIRONMENT,
@@ -515,7 +515,7 @@ def test_compare_checks_every_folder_before_the_first_run(tmp_path: Path) -> Non
 
 def test_an_unknown_method_gets_a_suggestion(tmp_path: Path) -> None:
     line = refused("run", config_file(tmp_path), "--method", "fedallt")
-    assert line == f'method: "fedallt" is unknown (did you mean "fedalt"?); known: {", ".join(METHODS)}'
+    assert line == f'method: "fedallt" is unknown (did you mean "fedalt"?); known: {", ".join([*METHODS, *VARIANTS])}'
     assert not (tmp_path / "run").exists()
 
 
