@@ -20,7 +20,7 @@ from fedalt.files import disk_errors, write_bytes
 from fedalt.model.mixing import SUM
 from fedalt.model.peft_files import LoraFolder, write_lora
 from fedalt.model.state import ClientState
-from fedalt.names import A, B, Key
+from fedalt.names import MERGED, A, B, Key
 from fedalt.training.mixing import mixer_weights
 
 STATIC = "static"
@@ -70,6 +70,8 @@ def export_static(run: Path, client: int, to: Path) -> StaticExport:
     _check_free(to)
     resident = load_resident(config)
     personal = read_client(folder, client, resident.base)
+    if any(key.slot == MERGED for key in personal.state.tensors):
+        raise UserError(f"{run}: {config.method} merges full matrices into the base; one LoRA cannot hold them")
     examples = _examples(config, resident, client)
     alpha = _mean_weights(personal, resident, examples)
     static = freeze_mixer(personal.state, personal.placement.slots, alpha)

@@ -38,6 +38,7 @@ class Outcome:
     Attributes:
         client: Client id.
         stats: Loss, steps, tokens.
+        delivered: Whether it uploaded anything.
         bytes_up: Size of its upload.
         bytes_down: Size of what the server told it.
         failure: Why it is set aside for this round, or nothing.
@@ -45,6 +46,7 @@ class Outcome:
 
     client: int
     stats: TrainingStats
+    delivered: bool
     bytes_up: int
     bytes_down: int
     failure: str | None
@@ -134,11 +136,13 @@ class Loop:
             self.log.emit("client_failed", round=new.round, client=client, reason=result.failure)
         else:
             new.put(result)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in result.upload.values())
-        return Outcome(client, result.stats, size, result.bytes_down, result.failure)
+        up, down = Message(result.upload).bytes, result.bytes_down
+        if self.experiment.method.pooled:  # nothing crosses a network: the rows are in one place
+            up = down = 0
+        return Outcome(client, result.stats, bool(result.upload), up, down, result.failure)
 
     def _aggregate(self, new: Checkpoint, outcomes: Sequence[Outcome]) -> None:
-        arrived = {outcome.client for outcome in outcomes if outcome.bytes_up}
+        arrived = {outcome.client for outcome in outcomes if outcome.delivered}
         self.server.receive(arrived, new.upload, new.round)
         new.uploads, new.seen, new.memory = self.server.uploads, self.server.seen, self.server.memory
         new.keep(self.checkpoint, self.checkpoint.clients - new.clients, new.uploads.keys() - arrived)

@@ -256,6 +256,11 @@ class Method:
         return list(states)
 
 
+def copied(state: ClientState, source: str, to: str) -> ClientState:
+    """The state with one slot's factors in another's place, too."""
+    return state.with_tensors({k._replace(slot=to): v.clone() for k, v in state.tensors.items() if k.slot == source})
+
+
 def cut(tensors: Tensors, rank: int) -> dict[Key, Tensor]:
     """Factors down to a rank: the first rows of A, the first columns of B."""
     return {key: value.narrow(RANK_AXIS[key.factor], 0, rank).contiguous() for key, value in tensors.items()}

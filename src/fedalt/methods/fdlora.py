@@ -10,7 +10,7 @@ from torch import Tensor
 from fedalt.config import RunConfig
 from fedalt.data.batches import collate
 from fedalt.data.encode import Example
-from fedalt.methods.base import BOTH, NONE, Gathered, Message, Method, Phase, Slot
+from fedalt.methods.base import BOTH, NONE, Gathered, Message, Method, Phase, Slot, copied
 from fedalt.methods.mean import mean_of
 from fedalt.methods.search import best_pairs
 from fedalt.model.adapted import AdaptedModel
@@ -60,8 +60,8 @@ class FDLoRA(Method):
     def after(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
         """The first round's personal LoRA is what is shared; later the shared one becomes personal now and then."""
         if round_ == 1:
-            return _copied(state, PERSONAL, GLOBAL)
-        return _copied(state, GLOBAL, PERSONAL) if (round_ - 1) % self.options.sync_every == 0 else state
+            return copied(state, PERSONAL, GLOBAL)
+        return copied(state, GLOBAL, PERSONAL) if (round_ - 1) % self.options.sync_every == 0 else state
 
     def serve(self, gathered: Gathered) -> Tensors:
         """The outer step."""
@@ -120,7 +120,3 @@ def fused(state: ClientState, w: Sequence[float]) -> ClientState:
         for key, value in personal.items()
     }
     return state.with_tensors(changes)
-
-
-def _copied(state: ClientState, source: str, to: str) -> ClientState:
-    return state.with_tensors({k._replace(slot=to): v for k, v in state.tensors.items() if k.slot == source})

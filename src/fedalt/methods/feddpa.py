@@ -10,12 +10,12 @@ import torch
 from fedalt.config import RunConfig
 from fedalt.data.encode import Example
 from fedalt.evaluation.likeness import anchors
-from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot
+from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot, copied
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.mixing import Mixing
 from fedalt.model.state import ClientState
-from fedalt.names import ANCHOR, GLOBAL, LOCAL, E, Key, Tensors
+from fedalt.names import ANCHOR, GLOBAL, LOCAL, E, Key
 from fedalt.seeding import rng
 
 
@@ -102,11 +102,11 @@ class FedDPAF(FedDPA):
 
     def before(self, state: ClientState, round_: int) -> ClientState:
         """The local LoRA starts as the global one."""
-        return _copied(state) if self._last(round_) else state
+        return copied(state, GLOBAL, LOCAL) if self._last(round_) else state
 
     def after(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
         """Until the end there is one LoRA."""
-        return state if self._last(round_) else _copied(state)
+        return state if self._last(round_) else copied(state, GLOBAL, LOCAL)
 
     def sent(self, state: ClientState) -> ClientState:
         """Nothing is sent after the private phase."""
@@ -115,9 +115,4 @@ class FedDPAF(FedDPA):
     def install(self, state: ClientState, message: Message) -> ClientState:
         """The mean becomes the global LoRA, and the local one, too, before the private phase."""
         installed = super().install(state, message)
-        return installed if self._last(state.round) else _copied(installed)
-
-
-def _copied(state: ClientState) -> ClientState:
-    copies: Tensors = {k._replace(slot=LOCAL): v for k, v in state.tensors.items() if k.slot == GLOBAL}
-    return state.with_tensors(copies)
+        return installed if self._last(state.round) else copied(installed, GLOBAL, LOCAL)

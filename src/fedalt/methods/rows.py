@@ -41,13 +41,10 @@ def _layers(gathered: Gathered) -> dict[str, dict[int, Factors]]:
     }
 
 
-def _row(factors: Mapping[str, Factors], rank: int) -> dict[Key, Tensor]:
-    """A row's tensors, padded with zeros to its rank."""
+def _row(factors: Mapping[str, Factors]) -> dict[Key, Tensor]:
     row = {}
     for module, (a, b) in factors.items():
-        short = rank - len(a)
-        row[Key(module, ROW, A)] = torch.nn.functional.pad(a, (0, 0, 0, short)).float()
-        row[Key(module, ROW, B)] = torch.nn.functional.pad(b, (0, short)).float()
+        row[Key(module, ROW, A)], row[Key(module, ROW, B)] = a.float(), b.float()
     return row
 
 
@@ -57,9 +54,7 @@ def stack(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
 
     def row(client: int) -> dict[Key, Tensor]:
         shares = gathered.shares(client)
-        return _row(
-            {module: stacked([(*mine[c], q) for c, q in shares.items()]) for module, mine in layers.items()}, rank
-        )
+        return _row({module: stacked([(*mine[c], q) for c, q in shares.items()]) for module, mine in layers.items()})
 
     return row
 
@@ -71,7 +66,7 @@ def svd(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
 
     def row(client: int) -> dict[Key, Tensor]:
         shares = gathered.shares(client)
-        return _row({module: best(shares, rank) for module, best in bases.items()}, rank)
+        return _row({module: best(shares, rank) for module, best in bases.items()})
 
     return row
 
@@ -83,7 +78,7 @@ def fair(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
     def row(client: int) -> dict[Key, Tensor]:
         shares = gathered.shares(client)
         fits = {m: fit_b([(*mine[c], q) for c, q in shares.items()], options.ridge) for m, mine in layers.items()}
-        return _row(fits, rank)
+        return _row(fits)
 
     return row
 

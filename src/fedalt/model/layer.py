@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedalt.errors import UserError
-from fedalt.model.fused import Adapt, Adaptation, per_client
+from fedalt.model.fused import Adapt, Adaptation
 from fedalt.model.mixing import Mixing
 from fedalt.model.rowmap import Dropout, RowContext
 from fedalt.names import MERGED, MIXER, A, B, G, Key, W
@@ -129,9 +129,10 @@ class AdaptedLinear(nn.Module):
         name = f"{MERGED}_{W}"
         if self.placement is None or not hasattr(self, name):
             return y
-        delta = self.factor(MERGED, W).transpose(1, 2)
-        inner = x.to(delta.dtype) * self.placement.scale
-        return y + per_client(inner, delta, self.context.current.counts(len(x))).to(y.dtype)
+        delta = self.factor(MERGED, W)
+        parts = x.to(delta.dtype).split(list(self.context.current.counts(len(x))))
+        merged = torch.cat([part @ w.T for part, w in zip(parts, delta, strict=True)])
+        return y + (self.placement.scale * merged).to(y.dtype)
 
     def _weights(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "#n m"] | None:
         """Weights that no mixer decides."""
