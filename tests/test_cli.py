@@ -596,7 +596,7 @@ def test_a_prompt_longer_than_the_models_positions_is_refused() -> None:
 def test_the_users_errors_end_with_2_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = fedalt("run", config_file(tmp_path), "--set", "lora.rnk=4")
     assert (done.code, done.out) == (2, "")
-    assert done.error == f'{tmp_path / "x.yaml"}: unknown key "lora.rnk" (did you mean "r"?)'
+    assert done.error == f'{tmp_path / "x.yaml"}: unknown key "lora.rnk" (did you mean "ranks"?)'
     assert len(done.err.splitlines()) == 1
 
 
