@@ -16,7 +16,7 @@ import pytest
 
 from fedalt.config import RunConfig
 from fedalt.evaluation.metrics import METRICS
-from fedalt.methods.registry import METHODS
+from fedalt.methods.registry import METHODS, VARIANTS
 from micro import (
     CLIENTS,
     ENVIRONMENT,
@@ -513,7 +513,7 @@ def test_compare_checks_every_folder_before_the_first_run(tmp_path: Path) -> Non
 
 def test_an_unknown_method_gets_a_suggestion(tmp_path: Path) -> None:
     line = refused("run", config_file(tmp_path), "--method", "fedallt")
-    assert line == f'method: "fedallt" is unknown (did you mean "fedalt"?); known: {", ".join(METHODS)}'
+    assert line == f'method: "fedallt" is unknown (did you mean "fedalt"?); known: {", ".join([*METHODS, *VARIANTS])}'
     assert not (tmp_path / "run").exists()
 
 
@@ -594,7 +594,7 @@ def test_a_prompt_longer_than_the_models_positions_is_refused() -> None:
 def test_the_users_errors_end_with_2_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = fedalt("run", config_file(tmp_path), "--set", "lora.rnk=4")
     assert (done.code, done.out) == (2, "")
-    assert done.error == f'{tmp_path / "x.yaml"}: unknown key "lora.rnk" (did you mean "r"?)'
+    assert done.error == f'{tmp_path / "x.yaml"}: unknown key "lora.rnk" (did you mean "ranks"?)'
     assert len(done.err.splitlines()) == 1
 
 

@@ -288,10 +288,21 @@ def test_a_comparison_shows_what_else_is_known(comparison: Path, tmp_path: Path)
     known["methods"]["local"] |= {"title": "Alone", "ci95": None, "gain_per_client": dict.fromkeys(gains, 0.0)}
     known["methods"]["fedalt"] |= {"title": "Ours", "ci95": 0.5, "gain_per_client": gains, "harmed": 1}
     known["methods"]["fedalt"]["against"] = against
+    known["reference"] = "local"
     known["methods"] = {n: b | {"runs": [str(tmp_path / n)]} for n, b in known["methods"].items()}
     html = page(write_comparison_report(tmp_path, known))
     text = " ".join(html.text)
-    for word in ("Alone", "Ours", "± 0.5", "harmed clients", "+2.5 ± 1.2", "0.031", "0.062", "cannot tell"):
+    for word in (
+        "Alone",
+        "Ours",
+        "± 0.5",
+        "harmed clients",
+        "+2.5 ± 1.2",
+        "0.031",
+        "0.062",
+        "cannot tell",
+        "Difference to Alone",
+    ):
         assert word in text
     assert html.figures["gain"][0]["z"] == [[gain] for gain in gains.values()]
     assert [t["error_y"]["array"] for t in html.figures["cost-plot"] if "error_y" in t] == [[0.5], [0.5]]

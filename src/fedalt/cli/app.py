@@ -40,6 +40,7 @@ def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
     from fedalt.experiment.folder import check_folder, claim_folder
     from fedalt.experiment.prepare import prepare
     from fedalt.report.html import write_report
+    from fedalt.report.insights import look
     from fedalt.report.trackers import check_trackers, tracked
 
     check_trackers(config.report.trackers)
@@ -51,7 +52,7 @@ def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
         tracked(config.report.trackers, folder.path, progress) as sink,
     ):
         scores = train(experiment, folder, sink)
-    _look(folder.path, config.report.insight, experiment.resident, experiment.federation)
+    look(folder, config.report.insight, experiment.resident, experiment.federation)
     write_report(folder)
     if as_json:
         _print_json({"run": str(folder.path), "report": str(folder.report), **scores})
@@ -78,6 +79,7 @@ def compare(
     from fedalt.experiment.compare import compare as train
     from fedalt.experiment.prepare import load_resident
     from fedalt.report.html import write_comparison_report, write_report
+    from fedalt.report.insights import look
     from fedalt.report.trackers import check_trackers, tracked
 
     check_trackers(config.report.trackers)
@@ -86,7 +88,7 @@ def compare(
         comparison = train(config, _names(methods), _numbers(seeds) or [config.seed], out, if_exists, sink)
     resident = load_resident(config) if config.report.insight else None
     for folder in (Path(path) for block in comparison["methods"].values() for path in block["runs"]):
-        _look(folder, config.report.insight, resident)
+        look(_folder(folder), config.report.insight, resident)
         write_report(_folder(folder))
     report = write_comparison_report(out, comparison)
     if as_json:
@@ -186,9 +188,10 @@ def report(
     """Rebuild report.html from events.jsonl and results/insight.json."""
     from fedalt.experiment.folder import finished_run
     from fedalt.report.html import write_report
+    from fedalt.report.insights import look
 
     if insight is not None:
-        _look(finished_run(run)[0].path, insight)
+        look(finished_run(run)[0], insight)
     _say(f"wrote {write_report(_folder(run))}")
 
 
@@ -212,16 +215,6 @@ def validate(
     for note in experiment.notes:
         _say(f"note: {note}")
     show.out.print(show.estimate_lines(cost, experiment.config.federation.rounds), highlight=False, soft_wrap=True)
-
-
-def _look(run: Path, rows: int, resident: Any = None, federation: Any = None) -> None:
-    """Write a finished run's insight for the clients that its report shows."""
-    from fedalt.experiment.folder import open_run
-    from fedalt.experiment.insight import write_insight
-    from fedalt.report.insights import chosen_clients
-
-    folder, config = open_run(run)
-    write_insight(folder, config, chosen_clients(folder), rows, resident, federation)
 
 
 def _folder(path: Path) -> Any:

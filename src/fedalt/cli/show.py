@@ -124,7 +124,7 @@ def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
 
 def compare_table(comparison: Mapping[str, Any]) -> Table:
     """Client × method, with mean, worst client and gain over Local."""
-    from fedalt.methods.registry import METHODS
+    from fedalt.methods.registry import title_of
 
     methods = comparison["methods"]
     seeds = comparison["seeds"]
@@ -135,7 +135,7 @@ def compare_table(comparison: Mapping[str, Any]) -> Table:
     table.add_column("client")
     table.add_column("task")
     for name in methods:
-        table.add_column(METHODS[name].title, justify="right")
+        table.add_column(title_of(name), justify="right")
     clients = {c: [block["per_client"][c] for block in methods.values()] for c in comparison["tasks"]}
     for client in _grouped(table, {c: sum(values) for c, values in clients.items()}):
         table.add_row(client, _plain(comparison["tasks"][client]), *_mark_best(clients[client]))

@@ -16,7 +16,7 @@ from fedalt.experiment.events import Sink, read_events
 from fedalt.experiment.folder import IfExists, RunFolder, check_folder, claim_folder, final_scores
 from fedalt.experiment.prepare import Resident, load_resident, prepare
 from fedalt.files import write_json
-from fedalt.methods.registry import METHODS, get_method
+from fedalt.methods.registry import METHODS, configured, get_method
 
 REFERENCE = "local"
 """The method that gains are measured against."""
@@ -52,7 +52,8 @@ def compare(
     members = [Member(m, s, check_folder(out / f"{m}-seed{s}", if_exists)) for s in seeds for m in methods]
     resident: Resident | None = None
     for member in members:
-        mine = config.model_copy(update={"method": member.method, "seed": member.seed, "out": str(member.folder.path)})
+        mine = configured(config, member.method)
+        mine = mine.model_copy(update={"seed": member.seed, "out": str(member.folder.path)})
         resident = resident or load_resident(mine)
         experiment = prepare(mine, resident)
         claim_folder(member.folder.path, if_exists)

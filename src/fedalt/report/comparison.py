@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from fedalt.report.page import table
+from fedalt.report.page import paragraph, table
 from fedalt.report.theme import DIVERGING, PATTERNS, SEQUENTIAL, SYMBOLS, Drawing, again, cells, colour, labels, styled
 
 Comparison = Mapping[str, Any]
@@ -48,7 +48,9 @@ def against_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
         rows.append([titles[name], f"{against['difference']:+.1f}{half}", *numbers, str(against.get("verdict") or "")])
     if not rows:
         return ""
-    return table(["method", "difference", "p", "p adjusted", "verdict"], rows, words=(0, 4))
+    reference = str(comparison.get("reference"))
+    head = paragraph(f"Difference to {titles[reference]} over clients and seeds") if reference in titles else ""
+    return head + table(["method", "difference", "p", "p adjusted", "verdict"], rows, words=(0, 4))
 
 
 def cost_table(comparison: Comparison, titles: Mapping[str, str]) -> str:

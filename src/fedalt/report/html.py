@@ -13,7 +13,7 @@ from fedalt.experiment.events import Event, read_events
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.insight import read_insight
 from fedalt.files import write_text
-from fedalt.methods.registry import METHODS
+from fedalt.methods.registry import title_of
 from fedalt.report import comparison as compared
 from fedalt.report import figures, insights
 from fedalt.report.page import Section, page, paragraph, table
@@ -42,18 +42,19 @@ def write_report(folder: RunFolder) -> Path:
         mixer += [insights.histogram(insight, tasks), insights.shaded_rows(insight, tasks)]
     others: list[str | Drawing] = [insights.matrix(insight, tasks)] if insight.get("matrix") else []
     others += [insights.similarity(insight, tasks)] if insight.get("similarity") else []
+    rows = layers or any(e["event"] == "client" and e["row_drift"] is not None for e in events)
     sections = [
         Section("scores", "Scores", [_scores_table(latest, tasks)]),
         Section("curves", "Curves", _curves(events, tasks, start["metric"], scored)),
         Section("clients", "Clients compared", others),
         Section("mixer", "Mixer", mixer),
-        Section("row-lora", "Row LoRA", [figures.row_curves(events)] if layers else []),
+        Section("row-lora", "Row LoRA", [figures.row_curves(events)] if rows else []),
         Section("data", "Data", [insights.partition_bars(insight, tasks)] if insight else []),
         Section("cost", "Cost", [_cost_table(events)]),
         Section("notes", "Notes", [_notes(events)]),
         Section("configuration", "Configuration", [_config(folder)]),
     ]
-    title = f"{METHODS[start['method']].title} on {start['source']}"
+    title = f"{title_of(start['method'])} on {start['source']}"
     write_text(folder.report, page(title, [_about(start), caption(scores)], sections))
     return folder.report
 
@@ -61,7 +62,7 @@ def write_report(folder: RunFolder) -> Path:
 def write_comparison_report(out: Path, comparison: Mapping[str, Any]) -> Path:
     """Write the report of a comparison."""
     blocks = comparison["methods"]
-    titles = {name: block.get("title") or METHODS[name].title for name, block in blocks.items()}
+    titles = {name: block.get("title") or title_of(name) for name, block in blocks.items()}
     seeds = ", ".join(map(str, comparison["seeds"]))
     about = f"{comparison['metric']} on each client's own test rows; seeds {seeds}"
     scores = {c: sum(block["per_client"][c] for block in blocks.values()) for c in comparison["tasks"]}

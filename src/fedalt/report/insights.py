@@ -9,8 +9,11 @@ from typing import Any
 
 from plotly.subplots import make_subplots
 
+from fedalt.config import load_config
+from fedalt.data.rows import Federation
 from fedalt.experiment.folder import RunFolder, final_scores
-from fedalt.experiment.insight import BINS
+from fedalt.experiment.insight import BINS, write_insight
+from fedalt.experiment.prepare import Resident
 from fedalt.report.page import paragraph
 from fedalt.report.shown import shown
 from fedalt.report.theme import (
@@ -32,10 +35,11 @@ _CATEGORIES = 16
 """Kinds of rows that get a colour and pattern of their own."""
 
 
-def chosen_clients(folder: RunFolder) -> list[int]:
-    """The clients of a finished run that its report shows."""
+def look(folder: RunFolder, rows: int, resident: Resident | None = None, federation: Federation | None = None) -> None:
+    """Write a finished run's insight for the clients that its report shows; see ``write_insight``."""
     scores = final_scores(folder)
-    return [int(c) for c in shown({c: v[scores["metric"]] for c, v in scores["last"]["clients"].items()})]
+    clients = [int(c) for c in shown({c: v[scores["metric"]] for c, v in scores["last"]["clients"].items()})]
+    write_insight(folder, load_config(folder.config), clients, rows, resident, federation)
 
 
 def matrix(insight: Insight, tasks: Mapping[str, str]) -> Drawing:
