@@ -106,6 +106,13 @@ def test_config_is_resolved_and_runs_again() -> None:
         "federation",
         "evaluation",
         "report",
+        "fedalt",
+        "fedit_split",
+        "feddpa",
+        "pf2lora",
+        "fdlora",
+        "hetlora",
+        "lora_fair",
     }
     assert yaml.safe_load(text)["lora"]["mixer_init"] == "kaiming", "defaults are written out"
     for name in ("python", "fedalt", "torch", "transformers", "peft"):
@@ -196,7 +203,7 @@ def test_scores_before_and_after_aggregation_are_those_of_the_states_before_and_
         experiment.resident.base.tokenizer,
         states,
         {client: mine.test for client, mine in experiment.examples.items()},
-        experiment.settings.placement,
+        experiment.settings.answering,
         experiment.config.evaluation,
     )
     by_point = {

@@ -8,7 +8,7 @@ import pytest
 
 from fedalt.config import parse_config
 from fedalt.experiment.estimate import estimate
-from fedalt.experiment.loop import plan_of
+from fedalt.experiment.loop import plans_of
 from fedalt.experiment.prepare import prepare
 from micro import fedalt, of_kind, settings, write_yaml
 
@@ -19,7 +19,7 @@ def test_steps_are_those_of_the_clients_that_take_part(tmp_path: Path) -> None:
     cost = estimate(experiment)
     epochs = values["training"]["local_epochs"]
     assert cost.cohort == 1
-    assert cost.steps == 3 * epochs * len(plan_of(experiment, 0, 1).steps) // epochs
+    assert cost.steps == 3 * epochs * len(plans_of(experiment, 0, 1)[0].steps) // epochs
     assert cost.seconds == pytest.approx(cost.steps * cost.seconds_per_step)
     assert cost.scoring_seconds > 0
 
