@@ -47,7 +47,16 @@ class DataConfig(Section):
 
     source: str = Field("tinyworld", description="tinyworld, or a folder with train/local_training_{i}.json")
     clients: int | None = Field(
-        None, ge=1, description="use the first N clients; all when not given. tinyworld makes as many as asked for"
+        None,
+        ge=1,
+        description="use the first N clients; all when not given. tinyworld makes as many as asked for; a multiple "
+        "of a folder's clients splits the rows of each over several",
+    )
+    split_rows: bool = Field(
+        False, description="tinyworld splits its eight clients' rows over more, as a folder does, and makes no new ones"
+    )
+    tasks_per_client: int = Field(
+        1, ge=1, description="clients whose rows each client holds equal shares of: its own and its neighbours'"
     )
     template: str = Field("alpaca_short", description="alpaca_short (paper code), alpaca, chat, or a file")
     cutoff: int = Field(512, ge=8, description="longest row in tokens (paper code: 512)")
@@ -161,6 +170,18 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     for key, value in overrides:
         _assign(values, key, value)
     return parse_config(values, str(path) if path else "settings")
+
+
+def with_settings(config: RunConfig, settings: Sequence[tuple[str, Any]], where: str) -> RunConfig:
+    """The same configuration with other values at some ``(dotted key, value)``.
+
+    Raises:
+        UserError: A key is unknown or a value is not allowed; the line starts with ``where``.
+    """
+    values = config.model_dump(mode="json")
+    for key, value in settings:
+        _assign(values, key, value)
+    return parse_config(values, where)
 
 
 def parse_config(values: dict[str, Any], where: str) -> RunConfig:
