@@ -408,7 +408,8 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def test_compare_runs_every_method_with_every_seed(comparison: Any) -> None:
     out = comparison[0] / "out"
     runs = [f"{method}-seed{seed}" for seed in (0, 1) for method in ("local", "fedit", "fedalt")]
-    assert sorted(p.name for p in out.iterdir()) == sorted([*runs, "comparison.json", "report.html"])
+    files = ["comparison.csv", "comparison.json", "comparison.md", "report.html"]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*runs, *files])
     for name in runs:
         assert (out / name / "report.html").is_file()
         assert (out / name / "results" / "final_scores.json").is_file()

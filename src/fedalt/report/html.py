@@ -15,7 +15,7 @@ from fedalt.evaluation.metrics import METRICS
 from fedalt.experiment.events import Event, read_events
 from fedalt.experiment.folder import RunFolder
 from fedalt.files import write_text
-from fedalt.methods.registry import METHODS
+from fedalt.methods.registry import title_of
 from fedalt.report import figures
 from fedalt.report.shown import caption, shown
 
@@ -55,14 +55,14 @@ def write_report(folder: RunFolder) -> Path:
         parts.append(figures.alpha_map(events, tasks, layers))
         parts.append(figures.row_curves(events))
     parts += [_cost_table(events), _notes(events), _config(folder)]
-    title = f"{METHODS[start['method']].title} on {start['source']}"
+    title = f"{title_of(start['method'])} on {start['source']}"
     write_text(folder.report, _page(title, [_about(start), caption(scores)], parts))
     return folder.report
 
 
 def write_comparison_report(out: Path, comparison: Mapping[str, Any]) -> Path:
     """Write the report of a comparison."""
-    titles = {name: METHODS[name].title for name in comparison["methods"]}
+    titles = {name: title_of(name) for name in comparison["methods"]}
     seeds = ", ".join(map(str, comparison["seeds"]))
     about = f"{comparison['metric']} on each client's own test rows; seeds {seeds}"
     blocks = comparison["methods"].values()
