@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -23,13 +23,15 @@ from fedalt.experiment.tables import (
     harmed,
     score_grid,
     seeds,
-    test_grid,
+    verdict_grid,
 )
 
 _FEW = 4
 """Methods that fit beside each other."""
 _TASKS = 10
 """Columns of tasks that fit, when methods are rows."""
+_LINES = box.Box("    \n    \n ── \n    \n ── \n    \n    \n    \n")
+"""A line under the heading and one above what is below."""
 _NAME = 6
 """Letters of a task's name that fit above its scores."""
 
@@ -39,15 +41,12 @@ def compare_table(comparison: Mapping[str, Any]) -> Group:
     if len(comparison["methods"]) <= _FEW and not comparison["below"]:
         return _by_client(comparison)
     scores = score_grid(comparison, _TASKS)
-    tests = test_grid(comparison)
-    return Group(grid_table(scores, _short(scores.head)), Text(), grid_table(tests, tests.head))
+    return Group(grid_table(scores, _short(scores.head)), Text(), _brief(verdict_grid(comparison)))
 
 
-def grid_table(grid: Grid, head: Any = None) -> Group:
+def grid_table(grid: Grid, head: Sequence[str] | None = None, gap: int = 1) -> Group:
     """A grid as wide as its cells, the best of every column in green."""
-    table = Table(
-        title=escape(grid.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=escape(grid.title), title_justify="left", box=_LINES, pad_edge=False, padding=(0, gap, 0, 0))
     for i, name in enumerate(head or grid.head):
         table.add_column(escape(name), justify="right" if i else "left", vertical="bottom", no_wrap=i == 0)
     best = grid.best
@@ -58,6 +57,19 @@ def grid_table(grid: Grid, head: Any = None) -> Group:
         for row in grid.below:
             table.add_row(*(_cell(cell, None) for cell in row), style="dim")
     return Group(table, *(Text(note, style="dim") for note in grid.notes))
+
+
+def _brief(grid: Grid) -> Group:
+    """The columns of tests and cost that fit, under headings of two lines."""
+    without = {"scoring, s", "memory, GB" if "GPU, GB" in grid.head else ""}
+    kept = [i for i, name in enumerate(grid.head) if name not in without]
+    heads = [grid.head[i].replace("training", "train").replace(", ", "\n") for i in kept]
+    heads = ["\n".join(head.rsplit(" ", 1)) for head in heads]
+
+    def picked(rows: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
+        return [[row[i] for i in kept] for row in rows]
+
+    return grid_table(Grid(grid.title, heads, picked(grid.rows), picked(grid.below), grid.notes), gap=0)
 
 
 def _by_client(comparison: Mapping[str, Any]) -> Group:
@@ -81,14 +93,14 @@ def _by_client(comparison: Mapping[str, Any]) -> Group:
     if len(methods) > 1:
         apart, p, verdict = zip(*(difference(block["against"]) for block in blocks), strict=True)
         table.add_section()
-        table.add_row(f"less {escape(methods[comparison['reference']]['title'])}", "", *apart)
-        table.add_row("p", "", *p)
+        table.add_row(f"vs {escape(methods[comparison['reference']]['title'])}", "", *apart)
+        table.add_row("p (Holm)", "", *p)
         table.add_row("verdict", "", *verdict)
     table.add_section()
     table.add_row("sent, MB", "", *(f"{(b['bytes_up'] + b['bytes_down']) / 1e6:.1f}" for b in blocks))
     table.add_row("training, s", "", *(f"{b['seconds']:.0f}" for b in blocks))
     notes = [INTERVAL] if len(comparison["seeds"]) > 1 else []
-    notes += test_grid(comparison).notes if len(methods) > 1 else []
+    notes += verdict_grid(comparison).notes if len(methods) > 1 else []
     return Group(table, *(Text(note, style="dim") for note in notes))
 
 

@@ -95,7 +95,7 @@ def score_grid(comparison: Mapping[str, Any], most: int = MOST) -> Grid:
     return Grid(title, ["method", *groups, "average"], rows, below, notes)
 
 
-def test_grid(comparison: Mapping[str, Any]) -> Grid:
+def verdict_grid(comparison: Mapping[str, Any]) -> Grid:
     """Methods against the reference and against Local, and what they cost."""
     reference = comparison["methods"][comparison["reference"]]["title"]
     gpu = any(block["peak_memory_gpu"] is not None for block in comparison["methods"].values())
@@ -108,7 +108,7 @@ def test_grid(comparison: Mapping[str, Any]) -> Grid:
             *difference(test),
             gain(block),
             harmed(block, count),
-            f"{block['worst']:.1f} (client {block['worst_client']})",
+            f"{block['worst']:.1f} ({block['worst_client']})",
             f"{block['bytes_up'] / 1e6:.1f}",
             f"{block['bytes_down'] / 1e6:.1f}",
             f"{block['seconds']:.0f}",
@@ -116,13 +116,13 @@ def test_grid(comparison: Mapping[str, Any]) -> Grid:
             *(NOTHING if peak is None else f"{peak / 1e9:.2f}" for peak in memory),
         ]
 
-    head = ["method", f"less {reference}", "p", "verdict", "gain over Local", "clients harmed", "worst client"]
+    head = ["method", f"vs {reference}", "p", "verdict", "gain over Local", "clients harmed", "worst (client)"]
     head += ["MB up", "MB down", "training, s", "scoring, s", "memory, GB", *(["GPU, GB"] if gpu else [])]
     rows, below = _parted(comparison, row)
     pairs = max((b["against"]["pairs"] for b in comparison["methods"].values() if b["against"]), default=0)
     notes = [
-        f"less {reference}: mean of {pairs} (client, seed) pairs and half of its 95 % interval; "
-        "p: Wilcoxon's signed ranks, adjusted by Holm",
+        f"vs {reference}: mean difference of {pairs} (client, seed) pairs and half of its 95 % interval; "
+        "p: signed ranks, Holm",
         "better or worse: p < .05 and the interval excludes zero; harmed: mean over seeds below Local's",
     ]
     return Grid(f"Against {reference} and Local", head, rows, below, notes)
@@ -174,7 +174,7 @@ def write_comparison(out: Path, comparison: Mapping[str, Any]) -> None:
     """Write ``comparison.json``, ``comparison.csv`` (a line per method, seed and client) and ``comparison.md``."""
     write_json(out / "comparison.json", comparison)
     write_csv(out / "comparison.csv", _client_lines(comparison))
-    text = "\n".join(markdown(grid) for grid in (score_grid(comparison), test_grid(comparison)))
+    text = "\n".join(markdown(grid) for grid in (score_grid(comparison), verdict_grid(comparison)))
     write_text(out / "comparison.md", f"# Comparison on {comparison['source']}\n\n{text}")
 
 
