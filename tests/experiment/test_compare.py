@@ -95,6 +95,12 @@ def test_without_fedalt_the_first_is_the_reference_and_without_local_there_is_no
     assert "–" in markdown(verdict_grid(alone))
 
 
+def test_a_row_for_reference_is_not_what_others_are_tested_against(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "REFERENCE_ROWS", ("local",))
+    members = [m for m in plan(config(), METHOD_NAMES, (0, 1), done[0], "resume") if m.name != "fedalt"]
+    assert collect(members, config())["reference"] == "fedit"
+
+
 def test_one_seed_has_no_interval(done: Any) -> None:
     members = [m for m in plan(config(), METHOD_NAMES, (0, 1), done[0], "resume") if m.config.seed == 0]
     one = collect(members, config())
@@ -162,13 +168,13 @@ def test_markdown_is_methods_by_tasks_and_then_the_tests(done: Any) -> None:
 
 def test_the_best_of_a_column_is_bold_and_text_stays_in_its_cell() -> None:
     grid = Grid(
-        "t", ["m", "a|b"], [["x", Score(1.04, "1.0")], ["y", Score(1.0, "1.0")]], [["z", Score(9, "9.0")]], ["n"]
+        "t", ["m", "a|b"], [["x", Score(2.0, "2.0 ± 1")], ["y", Score(1.0, "1.0")]], [["z", Score(9, "9.0")]], ["n"]
     )
-    assert grid.best == [None, 1.04]
+    assert grid.best == [None, 2.0]
     assert markdown(grid).splitlines()[2:] == [
         "| m | a\\|b |",
         "| --- | ---: |",
-        "| x | **1.0** |",
+        "| x | **2.0 ± 1** |",
         "| y | 1.0 |",
         "| *for reference* |  |",
         "| z | 9.0 |",

@@ -114,7 +114,8 @@ def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:
         name: _method(name, [member for member in members if member.name == name], metric)
         for name in dict.fromkeys(member.name for member in members)
     }
-    reference = REFERENCE if REFERENCE in methods else next(iter(methods))
+    reference = next((name for name in (REFERENCE, *methods) if name in methods and name not in REFERENCE_ROWS), None)
+    reference = reference or next(iter(methods))
     scores = {name: _by_pair(block) for name, block in methods.items()}
     tests = against(scores[reference], {name: mine for name, mine in scores.items() if name != reference})
     for name, block in methods.items():
@@ -140,7 +141,7 @@ def _gains(block: dict[str, Any], local: dict[str, Any] | None, federated: bool)
     if local is None:
         return dict.fromkeys(("gain_over_local", "gain_per_client", "harmed", "harmed_clients"))
     gains = {client: score - local["per_client"][client] for client, score in block["per_client"].items()}
-    harmed = [client for client, gain in gains.items() if gain < 0]
+    harmed = [client for client, gain in gains.items() if round(gain, 9) < 0]
     return {
         "gain_over_local": block["mean"] - local["mean"],
         "gain_per_client": gains,

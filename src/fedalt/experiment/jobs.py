@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -17,7 +18,7 @@ from fedalt.experiment.events import Event, Sink
 from fedalt.experiment.folder import IfExists
 from fedalt.experiment.members import Member
 
-_COMMAND = (sys.executable, "-m", "fedalt.experiment.worker")
+_COMMAND = (sys.executable, "-P", "-m", "fedalt.experiment.worker")
 
 
 def train_in_jobs(members: Sequence[Member], jobs: int, if_exists: IfExists, sink: Sink) -> None:
@@ -73,17 +74,16 @@ def _next(worker: subprocess.Popen[str], waiting: list[Member]) -> None:
     assert worker.stdin
     if waiting:
         _tell(worker, waiting.pop().to_json())
-    else:
+        return
+    with suppress(BrokenPipeError):
         worker.stdin.close()
 
 
 def _tell(worker: subprocess.Popen[str], value: Any) -> None:
     assert worker.stdin
-    try:
+    with suppress(BrokenPipeError):  # it has ended; its last event or its exit status says why
         worker.stdin.write(json.dumps(value) + "\n")
         worker.stdin.flush()
-    except BrokenPipeError:
-        pass  # it has ended; its last event or its exit status says why
 
 
 def _give_up(status: int, job: int, message: str) -> None:

@@ -23,7 +23,7 @@ class Score:
     """A cell that competes with the others of its column.
 
     Attributes:
-        value: Points; the highest wins.
+        value: Points as shown; the highest wins, or several.
         text: What is shown.
     """
 
@@ -83,7 +83,7 @@ def score_grid(comparison: Mapping[str, Any], most: int = MOST) -> Grid:
 
     def row(block: Mapping[str, Any]) -> list[Cell]:
         means = [sum(block["per_client"][c] for c in mine) / len(mine) for mine in groups.values()]
-        return [block["title"], *(Score(m, f"{m:.1f}") for m in means), average(block)]
+        return [block["title"], *(Score(round(m, 1), f"{m:.1f}") for m in means), average(block)]
 
     rows, below = _parted(comparison, row)
     title = f"{LABELS[comparison['metric']]} on each client's own test rows, {seeds(comparison)}"
@@ -108,7 +108,7 @@ def verdict_grid(comparison: Mapping[str, Any]) -> Grid:
             *difference(test),
             gain(block),
             harmed(block, count),
-            f"{block['worst']:.1f} ({block['worst_client']})",
+            f"{block['worst']:.1f}",
             f"{block['bytes_up'] / 1e6:.1f}",
             f"{block['bytes_down'] / 1e6:.1f}",
             f"{block['seconds']:.0f}",
@@ -116,7 +116,7 @@ def verdict_grid(comparison: Mapping[str, Any]) -> Grid:
             *(NOTHING if peak is None else f"{peak / 1e9:.2f}" for peak in memory),
         ]
 
-    head = ["method", f"vs {reference}", "p", "verdict", "gain over Local", "clients harmed", "worst (client)"]
+    head = ["method", f"vs {reference}", "p", "verdict", "gain over Local", "clients harmed", "worst client"]
     head += ["MB up", "MB down", "training, s", "scoring, s", "memory, GB", *(["GPU, GB"] if gpu else [])]
     rows, below = _parted(comparison, row)
     pairs = max((b["against"]["pairs"] for b in comparison["methods"].values() if b["against"]), default=0)
@@ -131,7 +131,7 @@ def verdict_grid(comparison: Mapping[str, Any]) -> Grid:
 def average(block: Mapping[str, Any]) -> Score:
     """Mean over clients and seeds, with its interval where there is one."""
     spread = "" if block["ci95"] is None else f" ± {block['ci95']:.1f}"
-    return Score(block["mean"], f"{block['mean']:.1f}{spread}")
+    return Score(round(block["mean"], 1), f"{block['mean']:.1f}{spread}")
 
 
 def difference(test: Mapping[str, Any] | None) -> tuple[str, str, str]:

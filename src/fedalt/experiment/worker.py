@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,12 +26,15 @@ def main() -> int:
         answers.write(json.dumps(event) + "\n")
         answers.flush()
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has started this one, and ends it
     keep_freed_memory()
     try:
         _work(json.loads(sys.stdin.readline()), sink)
     except UserError as error:
         sink({"event": "failed", "message": str(error)})
         return 2
+    except BrokenPipeError:
+        return 1  # nobody listens any more
     except Exception as error:
         traceback.print_exc()
         sink({"event": "failed", "message": f"{type(error).__name__}: {error}"})
