@@ -22,7 +22,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from fedalt.config import FederationConfig, TrainingConfig
+from fedalt.config import FederationConfig, LoraConfig, RunConfig, TrainingConfig, with_settings
 from fedalt.data.batches import Plan, plan_round
 from fedalt.data.encode import Example
 from fedalt.data.rows import Row
@@ -31,9 +31,10 @@ from fedalt.federation.cohort import cohort_size
 from fedalt.federation.executor import run_clients
 from fedalt.federation.server import Server
 from fedalt.methods.base import Message, Method
-from fedalt.methods.registry import get_method
+from fedalt.methods.registry import configured, get_method
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
+from fedalt.model.mixing import SOFTMAX, SUM
 from fedalt.model.state import AdapterShape, ClientState, initial_state
 from fedalt.names import Tensors
 
@@ -133,8 +134,14 @@ def examples(count: int, seed: int, longest: int = 9) -> tuple[Example, ...]:
     return tuple(example(draw.randint(3, longest), draw.randint(1, 4), 1000 * seed + i) for i in range(count))
 
 
-def method_of(name: str, clients: int = 3) -> Method:
-    return get_method(name)(clients)
+LORA = LoraConfig(r=RANK, alpha=SCALE * RANK, dropout=0.0)
+
+
+def method_of(name: str, clients: int = 3, **settings: Any) -> Method:
+    """A method or a variant; settings are dotted keys with ``__`` for the dot."""
+    changes = {key.replace("__", "."): value for key, value in settings.items()}
+    config = with_settings(RunConfig(lora=LORA), changes)
+    return get_method(name)(clients, configured(config, name))
 
 
 def random_states(shape: AdapterShape, clients: Sequence[int] = (0, 1, 2), spread: float = 0.2) -> list[ClientState]:
@@ -150,11 +157,13 @@ def random_states(shape: AdapterShape, clients: Sequence[int] = (0, 1, 2), sprea
 def start_states(
     method: Method, shape: AdapterShape, clients: Sequence[int], init: Any = "shared"
 ) -> list[ClientState]:
-    return [initial_state(shape, client, 7, init, "kaiming", method.frozen) for client in clients]
+    return [
+        initial_state(shape, client, 7, init, "kaiming", method.frozen, method.rank_of(client)) for client in clients
+    ]
 
 
 def placement(shape: AdapterShape, dropout: float = 0.0, scale: float = SCALE) -> Placement:
-    return Placement(shape.slots, shape.mixed, scale, dropout)
+    return Placement(shape.slots, SOFTMAX if shape.mixed else SUM, scale, dropout)
 
 
 def training(**changes: Any) -> TrainingConfig:
@@ -162,28 +171,33 @@ def training(**changes: Any) -> TrainingConfig:
 
 
 def round_settings(method: Method, shape: AdapterShape, config: TrainingConfig, dropout: float = 0.0) -> RoundSettings:
-    return RoundSettings(method, placement(shape, dropout), config)
+    return RoundSettings(method, LORA.model_copy(update={"dropout": dropout}), config)
 
 
 def plans_of(
-    rows: Mapping[int, Sequence[Example]], config: TrainingConfig, round_: int = 1, seed: int = 5
+    rows: Mapping[int, Sequence[Example]], config: TrainingConfig, round_: int = 1, seed: int = 5, phase: int = 0
 ) -> list[Plan]:
-    return [plan_round(mine, client, config, seed, round_) for client, mine in rows.items()]
+    return [plan_round(mine, client, config, seed, round_, phase) for client, mine in rows.items()]
 
 
 def run_all(
     model: AdaptedModel,
     states: Sequence[ClientState],
     messages: Sequence[Message | None],
-    plans: Sequence[Plan],
+    plans: Sequence[Plan | Sequence[Plan]],
     settings: RoundSettings,
     round_: int,
     **federation: Any,
 ) -> list[ClientResult]:
-    """``run_clients`` with everything in memory; ``federation`` are its settings, say ``cohort=2``."""
+    """``run_clients`` with everything in memory; ``federation`` are its settings, say ``cohort=2``.
+
+    A plan stands for a round of one phase.
+    """
     clients = [state.client for state in states]
     told = {client: message for client, message in zip(clients, messages, strict=True) if message}
-    mine, plan = dict(zip(clients, states, strict=True)), {plan.client: plan for plan in plans}
+    mine = dict(zip(clients, states, strict=True))
+    phases = [[plan] if isinstance(plan, Plan) else plan for plan in plans]
+    plan = dict(zip(clients, phases, strict=True))
     cohort = cohort_size(FederationConfig(**federation), len(clients))
     return list(run_clients(model, clients, mine, told, plan.__getitem__, settings, round_, cohort))
 
@@ -207,7 +221,9 @@ def run_rounds(
     uploads: dict[int, Tensors] = {}
     for round_ in range(1, rounds + 1):
         messages = server.messages(tuple(rows))
-        told, plans = [messages.get(client) for client in rows], plans_of(rows, config, round_)
+        told = [messages.get(client) for client in rows]
+        phases = [plans_of(rows, config, round_, phase=phase) for phase, _ in enumerate(method.phases(round_))]
+        plans = list(zip(*phases, strict=True)) or [()] * len(rows)
         results = run_all(model, states, told, plans, settings, round_, **executor)
         arrived = {r.state.client: r.upload for r in results if r.upload}
         uploads |= arrived

@@ -16,7 +16,7 @@ import pytest
 
 from fedalt.config import RunConfig
 from fedalt.evaluation.metrics import METRICS
-from fedalt.methods.registry import ABLATIONS, METHODS
+from fedalt.methods.registry import ABLATIONS, METHODS, VARIANTS
 from micro import (
     CLIENTS,
     ENVIRONMENT,
@@ -488,7 +488,7 @@ def test_compare_is_resumed_and_not_mixed_up(comparison: Any) -> None:
         (["--seeds", "1,x"], ["--seeds 1,x", "0,1,2"]),
         (["--seeds", "-1"], ["seed", "-1"]),
         (["--sweep", "lora.r"], ["--sweep lora.r:", "--sweep lora.r=4,6,8"]),
-        (["--sweep", "lora.rnk=4"], ['unknown key "lora.rnk"', 'did you mean "r"?']),
+        (["--sweep", "lora.rnk=4"], ['unknown key "lora.rnk"', 'did you mean "ranks"?']),
         (["--sweep", "lora.r=4,four"], ["--sweep lora.r=four", '"lora.r"']),
         (["--sweep", "seed=1,2"], ["use --seeds"]),
         (["--sweep", "lora.r=4", "--sweep", "lora.r=8"], ["--sweep lora.r: given twice"]),
@@ -573,7 +573,7 @@ def test_compare_checks_every_folder_before_the_first_run(tmp_path: Path) -> Non
 
 def test_an_unknown_method_gets_a_suggestion(tmp_path: Path) -> None:
     line = refused("run", config_file(tmp_path), "--method", "fedallt")
-    assert line == f'method: "fedallt" is unknown (did you mean "fedalt"?); known: {", ".join(METHODS)}'
+    assert line == f'method: "fedallt" is unknown (did you mean "fedalt"?); known: {", ".join([*METHODS, *VARIANTS])}'
     assert not (tmp_path / "run").exists()
 
 
@@ -654,7 +654,7 @@ def test_a_prompt_longer_than_the_models_positions_is_refused() -> None:
 def test_the_users_errors_end_with_2_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = fedalt("run", config_file(tmp_path), "--set", "lora.rnk=4")
     assert (done.code, done.out) == (2, "")
-    assert done.error == f'{tmp_path / "x.yaml"}: unknown key "lora.rnk" (did you mean "r"?)'
+    assert done.error == f'{tmp_path / "x.yaml"}: unknown key "lora.rnk" (did you mean "ranks"?)'
     assert len(done.err.splitlines()) == 1
 
 

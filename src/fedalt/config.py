@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fedalt.errors import UserError, did_you_mean
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys, no NaN or infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("true and false are allowed for switches only")
-        return value
+from fedalt.methods.options import (
+    FDLoRAConfig,
+    FedALTConfig,
+    FedDPAConfig,
+    FedITSplitConfig,
+    HetLoRAConfig,
+    LoRAFairConfig,
+    PF2LoRAConfig,
+)
+from fedalt.section import Section
 
 
 class ModelConfig(Section):
@@ -72,6 +69,9 @@ class LoraConfig(Section):
     """Adapters on the frozen base; the same rank for the individual and the row LoRA."""
 
     r: int = Field(8, ge=1, description="rank (paper: 8; 4, 6 and 8 studied)")
+    ranks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="a rank per client, repeated in turn, for methods that allow it; the scale stays alpha/r"
+    )
     alpha: float = Field(32, gt=0, description="LoRA numerator; scale is alpha/r on both LoRAs (paper code: 32)")
     dropout: float = Field(0.05, ge=0, lt=1, description="one mask shared by both LoRAs (paper code: .05)")
     targets: tuple[str, ...] | None = Field(None, description="module names; by architecture when not given")
@@ -153,6 +153,13 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     federation: FederationConfig = FederationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    fedalt: FedALTConfig = FedALTConfig()
+    fedit_split: FedITSplitConfig = FedITSplitConfig()
+    feddpa: FedDPAConfig = FedDPAConfig()
+    pf2lora: PF2LoRAConfig = PF2LoRAConfig()
+    fdlora: FDLoRAConfig = FDLoRAConfig()
+    hetlora: HetLoRAConfig = HetLoRAConfig()
+    lora_fair: LoRAFairConfig = LoRAFairConfig()
 
     @property
     def folder(self) -> Path:
@@ -172,24 +179,20 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     return parse_config(values, str(path) if path else "settings")
 
 
-def with_settings(config: RunConfig, settings: Sequence[tuple[str, Any]], where: str) -> RunConfig:
-    """The same configuration with other values at some ``(dotted key, value)``.
-
-    Raises:
-        UserError: A key is unknown or a value is not allowed; the line starts with ``where``.
-    """
-    values = config.model_dump(mode="json")
-    for key, value in settings:
-        _assign(values, key, value)
-    return parse_config(values, where)
-
-
 def parse_config(values: dict[str, Any], where: str) -> RunConfig:
     """Validate a nested mapping; every problem becomes one line naming its key."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
+
+
+def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "settings") -> RunConfig:
+    """The same configuration with some dotted keys set, validated; errors start with ``where``."""
+    values = config.model_dump()
+    for key, value in settings.items():
+        _assign(values, key, value)
+    return parse_config(values, where)
 
 
 def parse_override(text: str) -> tuple[str, Any]:

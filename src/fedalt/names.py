@@ -13,14 +13,28 @@ ROW = "row"
 """Frozen slot: the mean of the other clients' individual LoRAs (paper: rest-of-world LoRA)."""
 GLOBAL = "global"
 """Slot that the server's mean overwrites at the start of every round (FedAvg)."""
+LOCAL = "local"
+"""Slot that only its client trains, beside a global one (FedDPA)."""
+PRIVATE = "private"
+"""Small slot that only its client trains, added to a global one (PF2LoRA)."""
+PERSONAL = "personal"
+"""Slot that its client trains first and renews from the shared one (FDLoRA)."""
+FUSED = "fused"
+"""Slot made of others for answering (FDLoRA)."""
 MIXER = "mixer"
 """Pseudo-slot of the per-token softmax mixer, whose only factor is G."""
+MERGED = "merged"
+"""Pseudo-slot of what has been merged into the base, whose only factor is W ``[d_out, d_in]`` (FLoRA)."""
+ANCHOR = "anchor"
+"""Pseudo-slot, of no module, of what a client's prompts are compared with; its only factor is E ``[1, d]`` (FedDPA)."""
 
-A, B, G = "A", "B", "G"
+A, B, G, W, E = "A", "B", "G", "W", "E"
+RANK_AXIS = {A: 0, B: 1}
+"""Axis of a factor along which its rank lies."""
 
 
 class Key(NamedTuple):
-    """Address of one tensor: module path in the base model, slot, and factor A ``[r, d_in]``, B or G."""
+    """Address of one tensor: module path in the base model, slot, and factor A ``[r, d_in]``, B, G, W or E."""
 
     module: str
     slot: str

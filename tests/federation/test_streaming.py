@@ -191,7 +191,7 @@ def test_clients_are_pulled_cohort_by_cohort() -> None:
         list(rows),
         PerClient(rows, lambda client: pulled.append(client) or states[client]),
         {},
-        lambda client: plans_of({client: rows[client]}, config)[0],
+        lambda client: plans_of({client: rows[client]}, config),
         round_settings(METHOD, shape, config),
         1,
         2,

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedalt.model.base import keep_trainable_through
 from fedalt.model.layer import AdaptedLinear, Placement
+from fedalt.model.mixing import SOFTMAX
 from fedalt.model.peft_files import LoraFolder, read_folder, write_lora, write_mixer
 from fedalt.model.rowmap import MixerProbe, RowContext, RowMap
 from fedalt.model.state import ClientState, load_state, save_state
@@ -81,7 +82,7 @@ def adapted(base: nn.Module, clients: Sequence[Factors], dropout: float = 0.0, d
     """All clients' adapters on one layer; what trains is what FedALT trains. The base layer is always in eval mode."""
     layer = AdaptedLinear(base.requires_grad_(False), "w", 4, RowContext())
     stacked = {KEYS[name]: torch.stack([client[name] for client in clients]) for name in SHAPES}
-    layer.place(Placement(SLOTS, True, S, dropout), stacked, [KEYS[name] for name in ("A_L", "B_L", "G")])
+    layer.place(Placement(SLOTS, SOFTMAX, S, dropout), stacked, [KEYS[name] for name in ("A_L", "B_L", "G")])
     layer.eval().training = drops
     return layer
 

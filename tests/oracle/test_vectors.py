@@ -16,6 +16,7 @@ from fedalt.federation.diagnostics import row_gap
 from fedalt.federation.server import Server
 from fedalt.methods.base import Method
 from fedalt.model.layer import AdaptedLinear, Placement
+from fedalt.model.mixing import SOFTMAX
 from fedalt.model.rowmap import RowContext
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, INDIVIDUAL, MIXER, ROW, A, B, G, Key
@@ -99,5 +100,5 @@ def test_fedalt_forward_of_client_0(row_logit: float, expected: Fraction) -> Non
     base = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(base.weight)
     layer = AdaptedLinear(base, "w", 0, RowContext())
-    layer.place(Placement((INDIVIDUAL, ROW), True, 1.0, 0.0), {k: v[None] for k, v in state.tensors.items()}, ())
+    layer.place(Placement((INDIVIDUAL, ROW), SOFTMAX, 1.0, 0.0), {k: v[None] for k, v in state.tensors.items()}, ())
     assert layer(torch.ones(1, 1, 1)).item() == near(expected)

@@ -131,7 +131,7 @@ def _at_least_one(flag: str, text: str) -> list[int]:
 
 
 def _budget(text: str | None) -> str | None:
-    from fedalt.methods.budget import Budget
+    from fedalt.experiment.members import Budget
 
     known = get_args(Budget)
     if text is not None and text not in known:

@@ -36,8 +36,10 @@ class Plan:
     key: int
 
 
-def plan_round(examples: Sequence[Example], client: int, config: TrainingConfig, seed: int, round_: int) -> Plan:
-    """Shuffle a client's rows anew for every epoch, from (seed, round, client) alone.
+def plan_round(
+    examples: Sequence[Example], client: int, config: TrainingConfig, seed: int, round_: int, phase: int = 0
+) -> Plan:
+    """Shuffle a client's rows anew for every epoch, from (seed, round, client, phase) alone.
 
     ``repeat_order`` restarts the same permutations every round, as the official code does because each round's
     trainer reseeds with 42. With the order ``bucketed``, rows of like length share a batch: of every 16 batches' rows
@@ -45,9 +47,10 @@ def plan_round(examples: Sequence[Example], client: int, config: TrainingConfig,
     so that long batches meet long ones. Only models that cannot pack rows are faster by it.
     """
     steps: list[tuple[Example, ...]] = []
+    later = (phase,) if phase else ()
     for epoch in range(config.local_epochs):
-        turn = (0 if config.repeat_order else round_, epoch)
-        order = torch.randperm(len(examples), generator=rng(seed, "order", turn[0], client, epoch)).tolist()
+        turn = (0 if config.repeat_order else round_, epoch, *later)
+        order = torch.randperm(len(examples), generator=rng(seed, "order", turn[0], client, epoch, *later)).tolist()
         rows = [examples[i] for i in order]
         if config.order == "bucketed":
             for at in range(0, len(rows), _WINDOW * config.batch_size):
@@ -57,7 +60,7 @@ def plan_round(examples: Sequence[Example], client: int, config: TrainingConfig,
                 steps += [batches[i] for i in shuffled.tolist()]
         else:
             steps += _batches(rows, config.batch_size)
-    return Plan(client, tuple(steps), derive_seed(seed, "dropout", round_, client))
+    return Plan(client, tuple(steps), derive_seed(seed, "dropout", round_, client, *later))
 
 
 def _batches(rows: Sequence[Example], size: int) -> Iterator[tuple[Example, ...]]:

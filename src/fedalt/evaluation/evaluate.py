@@ -9,6 +9,7 @@ from typing import Any
 from fedalt.config import EvaluationConfig
 from fedalt.data.encode import Example
 from fedalt.evaluation.generate import answer_all
+from fedalt.evaluation.likeness import load_to_answer
 from fedalt.evaluation.metrics import Scores, score_answer, summarise
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
@@ -41,9 +42,9 @@ def evaluate(
     """Score every client's model on its own rows, all clients in one generation batch."""
     if not states:
         return []
-    model.load(states, placement)
     prompts = [[example.prompt for example in rows[state.client]] for state in states]
-    answers = answer_all(model, tokenizer, prompts, config)
+    weights = load_to_answer(model, states, prompts, placement)
+    answers = answer_all(model, tokenizer, prompts, config, weights)
     return [_score(s.client, rows[s.client], mine, config) for s, mine in zip(states, answers, strict=True)]
 
 

@@ -8,17 +8,23 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fedalt.config import EvaluationConfig
 from fedalt.data.batches import Prompt, pad_prompts
 from fedalt.evaluation.decode import Search, Unsupported
+from fedalt.evaluation.likeness import Weights
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.rowmap import RowMap
 
 
 def answer_all(
-    model: AdaptedModel, tokenizer: Any, prompts: Sequence[Sequence[Prompt]], config: EvaluationConfig
+    model: AdaptedModel,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[Prompt]],
+    config: EvaluationConfig,
+    weights: Weights = None,
 ) -> list[list[str]]:
     """Answer every client's prompts with the client's own adapters, which are on the model.
 
@@ -29,10 +35,12 @@ def answer_all(
         tokenizer: Its tokenizer.
         prompts: Token ids per client.
         config: Beams, longest answer, prompts per client and batch.
+        weights: Weights of the slots for every prompt, if its adapters are mixed by instance.
     """
     answers: list[list[str]] = [[""] * len(mine) for mine in prompts]
     for chunk in chunks(prompts, config.batch_size):
-        texts = answer(model, tokenizer, [prompts[k][i] for k, i in chunk], [k for k, _ in chunk], config)
+        mine = None if weights is None else torch.stack([weights[k][i] for k, i in chunk])
+        texts = answer(model, tokenizer, [prompts[k][i] for k, i in chunk], [k for k, _ in chunk], config, mine)
         for (k, i), text in zip(chunk, texts, strict=True):
             answers[k][i] = text
     return answers
@@ -50,7 +58,12 @@ def chunks(prompts: Sequence[Sequence[Prompt]], size: int) -> Iterator[list[tupl
 
 @torch.no_grad()
 def answer(
-    model: AdaptedModel, tokenizer: Any, prompts: Sequence[Prompt], owners: Sequence[int], config: EvaluationConfig
+    model: AdaptedModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    owners: Sequence[int],
+    config: EvaluationConfig,
+    weights: Float[Tensor, "n m"] | None = None,
 ) -> list[str]:
     """Answer one batch of prompts without sampling; special tokens and surrounding white space are stripped.
 
@@ -60,12 +73,15 @@ def answer(
         prompts: Token ids, client by client.
         owners: Stack index of the client of every prompt.
         config: Beams, longest answer.
+        weights: Weights of the slots for every prompt.
     """
+    weights = None if weights is None else weights.to(model.device)
     ids, mask = pad_prompts(prompts, tokenizer.pad_token_id)
 
     def rows(present: Sequence[int], wanted: Tensor | None = None) -> AbstractContextManager[None]:
         counts = Counter(owners[prompt] for prompt in present)
-        return model.rows(RowMap(tuple(counts[k] for k in range(model.clients)), wanted=wanted))
+        mine = None if weights is None else weights[list(present)]
+        return model.rows(RowMap(tuple(counts[k] for k in range(model.clients)), wanted=wanted, weights=mine))
 
     options: dict[str, Any] = {
         "input_ids": ids.to(model.device),

@@ -10,6 +10,7 @@ import torch
 from fedalt.data.encode import Encoder
 from fedalt.errors import UserError
 from fedalt.evaluation.generate import answer
+from fedalt.evaluation.likeness import load_to_answer
 from fedalt.experiment.clients import read_client
 from fedalt.experiment.folder import finished_run
 from fedalt.experiment.prepare import load_resident
@@ -49,7 +50,7 @@ class Chat:
         personal = read_client(folder, client, self.resident.base)
         self.placement = personal.placement
         self.encoder = Encoder(self.resident.base.tokenizer, personal.template, self.config.data.cutoff)
-        self.resident.model.load([personal.state], personal.placement)
+        self.state = personal.state
 
     def ask(self, instruction: str) -> Answer:
         """Answer one instruction.
@@ -64,7 +65,10 @@ class Chat:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens; with {longest} new ones it exceeds the model's {limit} positions"
             )
-        (text,) = answer(model, tokenizer, [prompt], [0], self.config.evaluation)
+        weights = load_to_answer(model, [self.state], [[prompt]], self.placement)
+        (text,) = answer(
+            model, tokenizer, [prompt], [0], self.config.evaluation, None if weights is None else weights[0]
+        )
         return Answer(text, self._alpha(prompt, text) if self.placement.mixed else [], self.placement.slots)
 
     def _alpha(self, prompt: tuple[int, ...], text: str) -> list[tuple[str, float]]:

@@ -2,6 +2,7 @@
 
 clients/<id>.safetensors    state of every client that has taken part so far
 uploads/<id>.safetensors    every upload that counts in the server's mean
+server.safetensors          what the server remembers besides, for methods that need it
 manifest.json               which these are, of which run and round
 
 A round writes the files of its own clients and links those of the clients that rested.
@@ -28,7 +29,7 @@ from fedalt.files import link, new_folder, write_bytes, write_json
 from fedalt.model.state import ClientState, load_state, save_state
 from fedalt.names import Key, Tensors
 
-STATES, UPLOADS = "clients", "uploads"
+STATES, UPLOADS, SERVER = "clients", "uploads", "server.safetensors"
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Checkpoint:
         clients: Who has a state in it. The others have not taken part yet.
         uploads: The server's latest upload of every client that counts.
         best: Best round on validation rows so far and its score, if there are validation rows.
+        seen: Client → the last round in which it delivered.
+        memory: What the server remembers, besides uploads.
         cohort: Clients on the model at a time; a resumed run keeps to it, since sums in another order round otherwise.
     """
 
@@ -50,6 +53,8 @@ class Checkpoint:
     uploads: Mapping[int, Upload] = field(default_factory=dict)
     best: dict[str, Any] | None = None
     cohort: int = 1
+    seen: Mapping[int, int] = field(default_factory=dict)
+    memory: Tensors = field(default_factory=dict)
 
     def state(self, client: int) -> ClientState:
         """A client's state."""
@@ -57,7 +62,7 @@ class Checkpoint:
 
     def upload(self, client: int) -> Tensors:
         """A client's upload, as the server received it."""
-        return {Key.parse(name): value for name, value in load_file(self._file(UPLOADS, client)).items()}
+        return _tensors(self._file(UPLOADS, client))
 
     def put(self, result: ClientResult) -> None:
         """Write what a client's round led to."""
@@ -79,6 +84,9 @@ class Checkpoint:
         """Write what is in the folder; the last file of a checkpoint."""
         uploads = {str(client): asdict(upload) for client, upload in self.uploads.items()}
         header = {"run": run, "round": self.round, "cohort": self.cohort, "clients": sorted(self.clients)}
+        header |= {"seen": {str(client): round_ for client, round_ in self.seen.items()}}
+        if self.memory:
+            write_bytes(self.path / SERVER, save({str(key): value.contiguous() for key, value in self.memory.items()}))
         write_json(self.path / "manifest.json", header | {"uploads": uploads, "best": self.best})
 
     def _file(self, part: str, client: int) -> Path:
@@ -124,7 +132,10 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint | None:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         uploads = {int(client): Upload(**known) for client, known in manifest["uploads"].items()}
         known = set(manifest["clients"])
-        checkpoint = Checkpoint(path, manifest["round"], known, uploads, manifest["best"], manifest["cohort"])
+        seen = {int(client): round_ for client, round_ in manifest["seen"].items()}
+        memory = _tensors(path / SERVER) if (path / SERVER).is_file() else {}
+        best, cohort = manifest["best"], manifest["cohort"]
+        checkpoint = Checkpoint(path, manifest["round"], known, uploads, best, cohort, seen, memory)
         for client in checkpoint.clients:
             checkpoint.state(client)
         for client in uploads:
@@ -138,6 +149,10 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint | None:
             f"{path}: checkpoint of another run (other settings, base weights or rows); nothing was changed"
         )
     return checkpoint
+
+
+def _tensors(path: Path) -> Tensors:
+    return {Key.parse(name): value for name, value in load_file(path).items()}
 
 
 def _rounds(folder: Path) -> list[Path]:

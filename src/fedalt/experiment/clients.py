@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from fedalt.experiment.prepare import Experiment
 from fedalt.files import new_folder, read_json, write_json
 from fedalt.model.base import Base
 from fedalt.model.layer import Placement
-from fedalt.model.peft_files import LoraFolder, read_folder, write_lora, write_mixer
+from fedalt.model.mixing import Mixing
+from fedalt.model.peft_files import LoraFolder, read_folder, write_extras, write_lora, write_mixer
 from fedalt.model.state import ClientState
 
 CONFIG = "fedalt_config.json"
@@ -21,32 +22,37 @@ CONFIG = "fedalt_config.json"
 
 def write_client(path: Path, state: ClientState, experiment: Experiment, round_: int) -> None:
     """Write a client's LoRAs as PEFT folders, its mixer, and ``fedalt_config.json``, whole or not at all."""
-    about = lora_folder(experiment)
+    placement = experiment.settings.answering
     with new_folder(path) as folder:
-        for slot in experiment.shape.slots:
-            write_lora(folder / slot, state.tensors, slot, about)
-        if experiment.shape.mixed:
+        for slot in placement.slots:
+            write_lora(folder / slot, state.tensors, slot, lora_folder(experiment, slot))
+        if placement.mixed:
             write_mixer(folder, state.tensors)
+        write_extras(folder, state.tensors)
         write_json(folder / CONFIG, client_config(experiment, state, round_))
 
 
-def lora_folder(experiment: Experiment) -> LoraFolder:
-    """What PEFT is told about this run's LoRAs."""
+def lora_folder(experiment: Experiment, slot: str) -> LoraFolder:
+    """What PEFT is told about one of this run's LoRAs; alpha is such that alpha over its rank is the run's scale."""
     lora, resident = experiment.config.lora, experiment.resident
+    ranks = experiment.shape.ranks
+    rank = ranks.get(slot) or max(ranks.values())  # a fused slot has the rank of what it is made of
     conv = any(type(layer.base_layer).__name__ == "Conv1D" for layer in resident.model.layers.values())
-    return LoraFolder(resident.base.source, lora.r, lora.alpha, lora.dropout, conv)
+    alpha = experiment.settings.answering.scale * rank
+    return LoraFolder(resident.base.source, rank, alpha, lora.dropout, conv)
 
 
 def client_config(experiment: Experiment, state: ClientState, round_: int) -> dict[str, Any]:
     """What somebody without fedalt needs to know to use the folder."""
-    config, base = experiment.config, experiment.resident.base
+    config, base, placement = experiment.config, experiment.resident.base, experiment.settings.answering
     return {
-        "method": experiment.method.name,
+        "method": config.method,
         "client_id": state.client,
         "round": round_,
-        "scale": experiment.settings.placement.scale,
-        "slots": list(experiment.shape.slots),
-        "mixer_order": list(experiment.shape.slots) if experiment.shape.mixed else None,
+        "scale": placement.scale,
+        "slots": list(placement.slots),
+        "mixer_order": list(placement.slots) if placement.mixed else None,
+        "mixing": asdict(placement.mixing),
         "r": config.lora.r,
         "alpha": config.lora.alpha,
         "template": config.data.template,
@@ -76,9 +82,9 @@ def read_client(run: RunFolder, client: int, base: Base) -> PersonalModel:
     about = read_json(path / CONFIG)
     if about["base"]["sha256"] != base.sha256:
         raise UserError(f"{path}: made for another base model ({about['base']['source']}); the weights differ")
-    mixed = about["mixer_order"] is not None
-    state = ClientState(about["client_id"], about["round"], read_folder(path, about["slots"], mixed))
-    return PersonalModel(state, Placement(tuple(about["slots"]), mixed, about["scale"], 0.0), about["template"])
+    placement = Placement(tuple(about["slots"]), Mixing.parse(about["mixing"]), about["scale"], 0.0)
+    state = ClientState(about["client_id"], about["round"], read_folder(path, placement.slots, placement.mixed))
+    return PersonalModel(state, placement, about["template"])
 
 
 def client_folder(run: RunFolder, client: int) -> Path:

@@ -12,10 +12,9 @@ from fedalt.errors import UserError
 from fedalt.experiment.events import Sink, read_events
 from fedalt.experiment.folder import IfExists, check_folder, final_scores
 from fedalt.experiment.jobs import train_in_jobs
-from fedalt.experiment.members import Bases, Member, train
+from fedalt.experiment.members import Bases, Budget, Member, train
 from fedalt.experiment.statistics import against, half_width
 from fedalt.experiment.tables import write_comparison
-from fedalt.methods.budget import Budget
 from fedalt.methods.registry import METHODS, configured, title_of
 
 LOCAL = "local"

@@ -14,9 +14,11 @@ from fedalt.experiment.machine import commit, versions
 from fedalt.experiment.prepare import Experiment, partition
 from fedalt.federation.server import Server
 from fedalt.files import write_json
+from fedalt.methods.budget import trainable
 
 _FREE = {"out"}
-"""Settings that may differ when a run is resumed; rounds may be raised and the cohort may change, too."""
+"""Settings that may differ when a run is resumed; rounds may be raised, unless the method plans by them, and the cohort
+may change, too."""
 
 
 def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: None) -> dict[str, Any]:
@@ -37,7 +39,8 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
 def _start(experiment: Experiment, folder: RunFolder, sink: Sink) -> Loop:
     config = experiment.config
     frozen_settings = config.model_dump(mode="json", exclude={*_FREE, "federation"})
-    frozen_settings["federation"] = config.federation.model_dump(mode="json", exclude={"rounds", "cohort"})
+    free = {"cohort"} if experiment.method.foresees else {"rounds", "cohort"}
+    frozen_settings["federation"] = config.federation.model_dump(mode="json", exclude=free)
     run_ = run_id(frozen_settings, experiment.resident.base.sha256, experiment.rows_digest)
     checkpoint = load_checkpoint(folder.checkpoints, run_)
     if checkpoint and checkpoint.round > config.federation.rounds:
@@ -53,6 +56,7 @@ def _start(experiment: Experiment, folder: RunFolder, sink: Sink) -> Loop:
     server = Server(method, config.federation, samples, shapes)
     if checkpoint:
         server.uploads, server.read, server.round = checkpoint.uploads, checkpoint.upload, checkpoint.round
+        server.seen, server.memory = checkpoint.seen, checkpoint.memory
     last = replace(checkpoint or Checkpoint(folder.checkpoints / "round_0000", 0), cohort=cohort)
     loop = Loop(experiment, folder, EventLog(folder.events, sink), server, last, run_)
     _write_start(loop, resumed=checkpoint is not None)
@@ -75,7 +79,7 @@ def _write_start(loop: Loop, resumed: bool) -> None:
     loop.log.emit(
         "run_resumed" if resumed else "run_started",
         round=done,
-        method=experiment.method.name,
+        method=experiment.config.method,
         clients=list(experiment.federation.ids),
         tasks={str(c): d.train[0].task for c, d in experiment.federation.clients.items()},
         rounds=experiment.config.federation.rounds,
@@ -84,9 +88,7 @@ def _write_start(loop: Loop, resumed: bool) -> None:
         base=experiment.resident.base.sha256,
         run=loop.run,
         shared_parameters=experiment.shape.size(list(loop.server.shapes)),
-        trainable_parameters=experiment.shape.size(
-            [key for key in experiment.shape.shapes() if experiment.method.trains(key)]
-        ),
+        trainable_parameters=trainable(experiment.method, experiment.shape),
         versions=about,
     )
     for note in () if resumed else experiment.notes:

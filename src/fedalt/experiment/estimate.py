@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
+import torch
+
 from fedalt.data.batches import Plan
 from fedalt.evaluation.generate import answer, chunks
-from fedalt.experiment.loop import plan_of
+from fedalt.evaluation.likeness import load_to_answer
+from fedalt.experiment.loop import plans_of
 from fedalt.experiment.machine import peak_memory
 from fedalt.experiment.prepare import Experiment
 from fedalt.federation.cohort import cohort_size, cohorts
@@ -58,28 +61,34 @@ def estimate(experiment: Experiment) -> Estimate:
     steps = tokens = 0
     for number in range(1, federation.rounds + 1):
         longest = 0
-        for part in _rounds_cohorts(experiment, number):
+        for part in filter(None, _rounds_cohorts(experiment, number)):
             longest = max(longest, *(len(plan.steps) for plan in part))
             tokens += sum(map(_tokens, part))
             first = first or [replace(plan, steps=plan.steps[:_TIMED]) for plan in part]
             largest = max(largest, _largest_step(part), key=lambda taken: sum(map(_tokens, taken)))
         steps += longest
-    _train(experiment, largest)
-    started = time.perf_counter()
-    _train(experiment, first)
-    seconds = (time.perf_counter() - started) / sum(map(_tokens, first)) * tokens
+    seconds = _seconds_per_token(experiment, largest, first) * tokens if tokens else 0.0
     scoring = _scoring_seconds(experiment)
     shared = [key for key in experiment.shape.shapes() if experiment.method.shares(key)]
     size = 4 * experiment.shape.size(shared) * max(int(federation.fraction * len(experiment.examples)), 1)
     cohort = cohort_size(experiment.config.federation, len(experiment.examples))
-    return Estimate(steps, seconds / steps, seconds, scoring, cohort, peak_memory(), size)
+    return Estimate(steps, seconds / max(steps, 1), seconds, scoring, cohort, peak_memory(), size)
+
+
+def _seconds_per_token(experiment: Experiment, largest: Sequence[Plan], first: Sequence[Plan]) -> float:
+    """Take the largest step, for the memory, and time the first ones."""
+    _train(experiment, largest)
+    started = time.perf_counter()
+    phases = _train(experiment, first)
+    return (time.perf_counter() - started) / (phases * sum(map(_tokens, first)))
 
 
 def _rounds_cohorts(experiment: Experiment, number: int) -> Iterator[list[Plan]]:
     config = experiment.config
-    chosen = sample_clients(experiment.federation.ids, config.federation.fraction, config.seed, number)
+    chosen = sample_clients(experiment.trainers, config.federation.fraction, config.seed, number)
     for part in cohorts(chosen, cohort_size(config.federation, len(chosen))):
-        yield [plan_of(experiment, client, number) for client in part]
+        plans = [plans_of(experiment, client, number) for client in part]
+        yield [replace(mine[0], steps=sum((plan.steps for plan in mine), ())) for mine in plans if mine]
 
 
 def _largest_step(plans: Sequence[Plan]) -> list[Plan]:
@@ -92,24 +101,34 @@ def _tokens(plan: Plan) -> int:
     return sum(len(row) for rows in plan.steps for row in rows)
 
 
-def _train(experiment: Experiment, plans: Sequence[Plan]) -> None:
+def _train(experiment: Experiment, plans: Sequence[Plan]) -> int:
+    """Take the steps in every phase of a round; the number of phases."""
     by_client = {plan.client: plan for plan in plans}
     states = PerClient(by_client, experiment.initial_state)
     model, settings, count = experiment.resident.model, experiment.settings, len(by_client)
-    for _ in run_clients(model, list(by_client), states, {}, by_client.__getitem__, settings, 0, count):
+    number = min(2, experiment.config.federation.rounds)  # the first round may have fewer phases
+    phases = len(settings.method.phases(number))
+
+    def each(client: int) -> list[Plan]:
+        return [by_client[client]] * phases
+
+    for _ in run_clients(model, list(by_client), states, {}, each, settings, number, count):
         pass
+    return phases
 
 
 def _scoring_seconds(experiment: Experiment) -> float:
     """Answer the first batch of the first cohort, and take it for all."""
     config, resident = experiment.config, experiment.resident
     clients = experiment.federation.ids[: cohort_size(config.federation, len(experiment.examples))]
-    resident.model.load([experiment.initial_state(c) for c in clients], experiment.settings.placement)
     prompts = [[row.prompt for row in experiment.examples[c].test] for c in clients]
     batch = next(chunks(prompts, config.evaluation.batch_size))
     started = time.perf_counter()
+    states = experiment.personalised([experiment.initial_state(c) for c in clients])
+    weights = load_to_answer(resident.model, states, prompts, experiment.settings.answering)
+    mine = None if weights is None else torch.stack([weights[k][i] for k, i in batch])
     owners = [k for k, _ in batch]
-    answer(resident.model, resident.base.tokenizer, [prompts[k][i] for k, i in batch], owners, config.evaluation)
+    answer(resident.model, resident.base.tokenizer, [prompts[k][i] for k, i in batch], owners, config.evaluation, mine)
     each = (time.perf_counter() - started) / len(batch)
     points = len(config.evaluation.points) if experiment.method.upload(experiment.initial_state(clients[0])) else 1
     rows = sum(points * len(mine.test) + len(mine.validation) for mine in experiment.examples.values())

@@ -12,13 +12,15 @@ from fedalt.data.encode import ClientExamples, encode_federation
 from fedalt.data.load import load_federation
 from fedalt.errors import UserError
 from fedalt.evaluation.evaluate import evaluate
+from fedalt.evaluation.likeness import load_to_answer
 from fedalt.experiment.clients import PersonalModel, client_folder, read_client
 from fedalt.experiment.folder import finished_run
 from fedalt.experiment.prepare import Resident, load_resident
 from fedalt.files import disk_errors, write_bytes
+from fedalt.model.mixing import SUM
 from fedalt.model.peft_files import LoraFolder, write_lora
 from fedalt.model.state import ClientState
-from fedalt.names import MIXER, A, B, Key
+from fedalt.names import MERGED, A, B, Key
 from fedalt.training.mixing import mixer_weights
 
 STATIC = "static"
@@ -68,8 +70,10 @@ def export_static(run: Path, client: int, to: Path) -> StaticExport:
     _check_free(to)
     resident = load_resident(config)
     personal = read_client(folder, client, resident.base)
+    if any(key.slot == MERGED for key in personal.state.tensors):
+        raise UserError(f"{run}: {config.method} merges full matrices into the base; one LoRA cannot hold them")
     examples = _examples(config, resident, client)
-    alpha = _mean_weights(personal, resident, examples) if personal.placement.mixed else {}
+    alpha = _mean_weights(personal, resident, examples)
     static = freeze_mixer(personal.state, personal.placement.slots, alpha)
     rank = next(value.shape[0] for key, value in static.tensors.items() if key.factor == A)
     scale = personal.placement.scale
@@ -80,7 +84,7 @@ def export_static(run: Path, client: int, to: Path) -> StaticExport:
         _score(config, resident, examples, replace(personal, state=state, placement=placement))
         for state, placement in (
             (personal.state, personal.placement),
-            (static, replace(personal.placement, slots=(STATIC,), mixed=False)),
+            (static, replace(personal.placement, slots=(STATIC,), mixing=SUM)),
         )
     ]
     return StaticExport(scores[0], scores[1], {path: weights[0] for path, weights in alpha.items()})
@@ -89,7 +93,7 @@ def export_static(run: Path, client: int, to: Path) -> StaticExport:
 def freeze_mixer(state: ClientState, slots: tuple[str, ...], alpha: dict[str, list[float]]) -> ClientState:
     """One slot that equals all slots at fixed weights; without weights the slots are added up."""
     tensors = {}
-    for path in dict.fromkeys(key.module for key in state.tensors if key.slot != MIXER):
+    for path in dict.fromkeys(key.module for key in state.tensors if key.slot in slots):
         weights = alpha.get(path, [1.0] * len(slots))
         tensors[Key(path, STATIC, A)] = torch.cat([state.tensors[Key(path, slot, A)] for slot in slots])
         scaled = [w * state.tensors[Key(path, slot, B)] for slot, w in zip(slots, weights, strict=True)]
@@ -98,8 +102,17 @@ def freeze_mixer(state: ClientState, slots: tuple[str, ...], alpha: dict[str, li
 
 
 def _mean_weights(personal: PersonalModel, resident: Resident, examples: ClientExamples) -> dict[str, list[float]]:
-    resident.model.load([personal.state], personal.placement)
+    """Layer path → weight of every slot; nothing where the slots are added up."""
+    mixing, paths = personal.placement.mixing, list(resident.model.layers)
+    if mixing.kind == "sum":
+        return {}
+    if mixing.kind == "fixed":
+        return {path: list(mixing.weights) for path in paths}
     prompts = [example.prompt for example in examples.train[:_PROMPTS]]
+    chosen = load_to_answer(resident.model, [personal.state], [prompts], personal.placement)
+    if chosen is not None:
+        mean = chosen[0].mean(0).tolist()
+        return {path: list(mean) for path in paths}
     weights = mixer_weights(resident.model, [prompts])
     by_slot = [weights.means(slot, 1)[0] for slot in range(len(personal.placement.slots))]
     return {path: [means[i] for means in by_slot] for i, path in enumerate(weights.layers)}

@@ -18,7 +18,7 @@ from fedalt.experiment.machine import peak_memory
 from fedalt.experiment.prepare import Experiment
 from fedalt.experiment.scoring import Scoring
 from fedalt.federation.client import ClientResult
-from fedalt.federation.cohort import cohort_size
+from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.federation.diagnostics import row_drift, row_gap
 from fedalt.federation.executor import run_clients
 from fedalt.federation.participation import sample_clients
@@ -38,13 +38,17 @@ class Outcome:
     Attributes:
         client: Client id.
         stats: Loss, steps, tokens.
+        delivered: Whether it uploaded anything.
         bytes_up: Size of its upload.
+        bytes_down: Size of what the server told it.
         failure: Why it is set aside for this round, or nothing.
     """
 
     client: int
     stats: TrainingStats
+    delivered: bool
     bytes_up: int
+    bytes_down: int
     failure: str | None
 
 
@@ -88,8 +92,10 @@ class Loop:
         states, messages = self._states(self.checkpoint), self.server.messages(clients)
         if not all(self.folder.scores(client, number).is_file() for client in clients):  # resumed to fewer rounds
             self._evaluate(self.checkpoint, states, messages)
-        for state in self._installed(states, messages).values():
-            write_client(self.folder.client(state.client), state, self.experiment, number)
+        installed = self._installed(states, messages)
+        for part in cohorts(clients, cohort_size(self.experiment.config.federation, len(clients))):
+            for state in self.experiment.personalised([installed[client] for client in part]):
+                write_client(self.folder.client(state.client), state, self.experiment, number)
         last, best = self._final(number), self.checkpoint.best
         scores = {
             "method": self.experiment.method.name,
@@ -103,14 +109,14 @@ class Loop:
 
     def _train(self, new: Checkpoint) -> list[Outcome]:
         config, number = self.experiment.config, new.round
-        chosen = sample_clients(self.experiment.federation.ids, config.federation.fraction, config.seed, number)
+        chosen = sample_clients(self.experiment.trainers, config.federation.fraction, config.seed, number)
         self.log.emit("round_started", round=number, clients=list(chosen))
         results = run_clients(
             self.experiment.resident.model,
             chosen,
             self._states(self.checkpoint),
             self.server.messages(chosen),
-            lambda client: plan_of(self.experiment, client, number),
+            lambda client: plans_of(self.experiment, client, number),
             self.experiment.settings,
             number,
             cohort_size(config.federation, len(chosen)),
@@ -130,13 +136,15 @@ class Loop:
             self.log.emit("client_failed", round=new.round, client=client, reason=result.failure)
         else:
             new.put(result)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in result.upload.values())
-        return Outcome(client, result.stats, size, result.failure)
+        up, down = Message(result.upload).bytes, result.bytes_down
+        if self.experiment.method.pooled:  # nothing crosses a network: the rows are in one place
+            up = down = 0
+        return Outcome(client, result.stats, bool(result.upload), up, down, result.failure)
 
     def _aggregate(self, new: Checkpoint, outcomes: Sequence[Outcome]) -> None:
-        arrived = {outcome.client for outcome in outcomes if outcome.bytes_up}
+        arrived = {outcome.client for outcome in outcomes if outcome.delivered}
         self.server.receive(arrived, new.upload, new.round)
-        new.uploads = self.server.uploads
+        new.uploads, new.seen, new.memory = self.server.uploads, self.server.seen, self.server.memory
         new.keep(self.checkpoint, self.checkpoint.clients - new.clients, new.uploads.keys() - arrived)
 
     def _states(self, checkpoint: Checkpoint) -> PerClient[ClientState]:
@@ -174,11 +182,10 @@ class Loop:
                 steps=outcome.stats.steps,
                 tokens=outcome.stats.tokens,
                 bytes_up=outcome.bytes_up,
-                bytes_down=outcome.bytes_up if number > 1 else 0,
+                bytes_down=outcome.bytes_down,
                 alpha=list(outcome.stats.alpha),
                 row_drift=drifts.get(outcome.client),
             )
-        bytes_up = sum(outcome.bytes_up for outcome in outcomes)
         self.log.emit(
             "round",
             round=number,
@@ -186,8 +193,8 @@ class Loop:
             loss=group_mean(outcome.stats.loss for outcome in trained),
             row_gap=row_gap(PerClient(self.server.uploads, self.server.read).values()),
             row_drift=group_mean(drift for drift in drifts.values() if drift is not None),
-            bytes_up=bytes_up,
-            bytes_down=bytes_up if number > 1 else 0,
+            bytes_up=sum(outcome.bytes_up for outcome in outcomes),
+            bytes_down=sum(outcome.bytes_down for outcome in outcomes),
             peak_memory=peak_memory(),
         )
 
@@ -225,7 +232,10 @@ class Loop:
         return {"round": number, "mean": group_mean(main), "worst": min(main), "clients": clients}
 
 
-def plan_of(experiment: Experiment, client: int, number: int) -> Plan:
-    """What a client does in a round."""
-    config = experiment.config
-    return plan_round(experiment.examples[client].train, client, config.training, config.seed, number)
+def plans_of(experiment: Experiment, client: int, number: int) -> list[Plan]:
+    """What a client does in every phase of a round."""
+    config, rows = experiment.config, experiment.training_rows(client)
+    return [
+        plan_round(rows, client, config.training, config.seed, number, phase)
+        for phase, _ in enumerate(experiment.method.phases(number))
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fedalt.config import RunConfig, parse_config
 from fedalt.data.load import load_federation
@@ -14,7 +14,8 @@ from fedalt.experiment.events import Sink
 from fedalt.experiment.folder import IfExists, RunFolder, claim_folder
 from fedalt.experiment.machine import forget_peak_memory
 from fedalt.experiment.prepare import Resident, load_resident, prepare
-from fedalt.methods.budget import Budget
+
+Budget = Literal["parameters", "bytes"]
 
 
 @dataclass(frozen=True)

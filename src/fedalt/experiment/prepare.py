@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
 from fedalt.config import RunConfig
-from fedalt.data.encode import ClientExamples, encode_federation
+from fedalt.data.encode import ClientExamples, Example, encode_federation
 from fedalt.data.load import load_federation
 from fedalt.data.rows import Federation, Row
 from fedalt.errors import UserError
 from fedalt.federation.client import RoundSettings
 from fedalt.federation.cohort import fitting_cohort
 from fedalt.methods.base import Method
-from fedalt.methods.registry import get_method
+from fedalt.methods.registry import configured, get_method
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.base import Base, load_base, positions
-from fedalt.model.layer import Placement
 from fedalt.model.state import AdapterShape, ClientState, initial_state
 
 _MOST_NOTES = 20
@@ -77,7 +77,24 @@ class Experiment:
     def initial_state(self, client: int) -> ClientState:
         """What a client starts from, made from the seed."""
         lora, seed = self.config.lora, self.config.seed
-        return initial_state(self.shape, client, seed, lora.init, lora.mixer_init, self.method.frozen)
+        rank = self.method.rank_of(client)
+        return initial_state(self.shape, client, seed, lora.init, lora.mixer_init, self.method.frozen, rank)
+
+    def personalised(self, states: Sequence[ClientState]) -> list[ClientState]:
+        """A cohort's models that answer, made from what clients keep."""
+        rows = {state.client: self.examples[state.client].train for state in states}
+        return self.method.personalise(self.resident.model, states, rows, self.settings.answering)
+
+    @property
+    def trainers(self) -> tuple[int, ...]:
+        """Clients that may train: everybody, or the first in the name of all."""
+        return self.federation.ids[:1] if self.method.pooled else self.federation.ids
+
+    def training_rows(self, client: int) -> Sequence[Example]:
+        """What a client trains on: its own rows, or everybody's."""
+        if self.method.pooled:
+            return [row for mine in self.examples.values() for row in mine.train]
+        return self.examples[client].train
 
 
 def load_resident(config: RunConfig) -> Resident:
@@ -96,15 +113,15 @@ def prepare(config: RunConfig, resident: Resident | None = None) -> Experiment:
     Raises:
         UserError: Anything that is wrong with the settings, the rows or the model.
     """
-    method_class = get_method(config.method)
+    config = configured(config, config.method)
     federation = load_federation(config.data, config.seed)
     resident = resident or load_resident(config)
     config, shortened = _fit_positions(config, resident)
     examples = encode_federation(federation, resident.base.tokenizer, config.data)
-    method = method_class(len(federation.clients))
+    method = get_method(config.method)(len(federation.clients), config)
+    method.rank_of(0)  # refuses ranks where there is no rule for them
     shape = method.shape(config.lora.r, resident.model.layer_sizes)
-    placement = Placement(shape.slots, shape.mixed, config.lora.alpha / config.lora.r, config.lora.dropout)
-    settings = RoundSettings(method, placement, config.training)
+    settings = RoundSettings(method, config.lora, config.training)
     notes = (*shortened, *_notes(config, federation, examples, method))
     return Experiment(config, federation, examples, resident, method, shape, settings, notes)
 

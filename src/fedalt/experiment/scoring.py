@@ -50,12 +50,15 @@ class Scoring:
         points: Points = {"after": {}, "before": {}, "validation": {}}
         clients = list(after)
         for cohort in cohorts(clients, cohort_size(config.federation, len(clients))):
-            states = [after[client] for client in cohort]
+            states = self.experiment.personalised([after[client] for client in cohort])
             scored = self._evaluate(states, "test")
             points["after"] |= _scores(scored)
             points["validation"] |= _scores(self._evaluate(states, "validation"))
             if "before" in config.evaluation.points:
-                earlier = self._evaluate([before[client] for client in cohort], "test") if changed else scored
+                earlier = scored
+                if changed:
+                    unaggregated = self.experiment.personalised([before[client] for client in cohort])
+                    earlier = self._evaluate(unaggregated, "test")
                 points["before"] |= _scores(earlier)
             self._write(number, scored, points)
         for point, clients_ in points.items():
@@ -72,7 +75,7 @@ class Scoring:
             experiment.resident.base.tokenizer,
             [state for state in states if rows[state.client]],
             rows,
-            experiment.settings.placement,
+            experiment.settings.answering,
             experiment.config.evaluation,
         )
 

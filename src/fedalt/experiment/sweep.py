@@ -18,10 +18,9 @@ from fedalt.errors import UserError
 from fedalt.experiment.compare import finish, plan
 from fedalt.experiment.events import Sink
 from fedalt.experiment.folder import IfExists
-from fedalt.experiment.members import Bases
+from fedalt.experiment.members import Bases, Budget
 from fedalt.experiment.tables import LABELS, Cell, Grid, average, markdown, seeds, write_csv
 from fedalt.files import write_json, write_text
-from fedalt.methods.budget import Budget
 
 Axis = tuple[str, list[Any]]
 """A setting's dotted key and its values."""
@@ -80,7 +79,7 @@ def points(config: RunConfig, axes: Sequence[Axis]) -> list[Point]:
     for values in product(*(values for _, values in axes)):
         settings = dict(zip(keys, values, strict=True))
         where = ", ".join(f"--sweep {key}={_text(value)}" for key, value in settings.items())
-        made.append(Point(settings, with_settings(config, list(settings.items()), where)))
+        made.append(Point(settings, with_settings(config, settings, where)))
     names = [point.name for point in made]
     same = next((name for name in names if names.count(name) > 1), None)
     if same:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from fedalt.config import TrainingConfig
+from fedalt.config import LoraConfig, TrainingConfig
 from fedalt.data.batches import Plan
-from fedalt.methods.base import Message, Method
+from fedalt.methods.base import Message, Method, Phase
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
@@ -24,12 +25,14 @@ class ClientResult:
         state: Its new private state, or its old one when it failed.
         upload: What the server gets; empty for a method that shares nothing and for a client that failed.
         stats: Loss, steps, tokens, mixer weights.
+        bytes_down: Size of what the server told it.
         failure: Why the client is set aside for this round, or nothing.
     """
 
     state: ClientState
     upload: Tensors
     stats: TrainingStats
+    bytes_down: int = 0
     failure: str | None = None
 
 
@@ -38,44 +41,73 @@ class RoundSettings:
     """What is the same for all clients and rounds of a run."""
 
     method: Method
-    placement: Placement
+    lora: LoraConfig
     training: TrainingConfig
+
+    def placement(self, phase: Phase) -> Placement:
+        """How adapters sit on the model in a phase."""
+        scale = self.method.scale(self.lora)
+        return Placement(phase.slots, phase.mixing, scale, self.lora.dropout, phase.detached)
+
+    @property
+    def answering(self) -> Placement:
+        """How adapters sit on the model for answers."""
+        return Placement(*self.method.inference, self.method.scale(self.lora), 0.0)
 
 
 def client_round(
     model: AdaptedModel,
     states: Sequence[ClientState],
     messages: Sequence[Message | None],
-    plans: Sequence[Plan],
+    plans: Sequence[Sequence[Plan]],
     settings: RoundSettings,
     round_: int,
     on_step: OnStep = lambda done, total: None,
 ) -> list[ClientResult]:
-    """Install the server's message, train, and prepare the upload, for a cohort of clients on one model.
+    """Install the server's message, train phase by phase, and prepare the upload, for a cohort of clients on one model.
 
     Pure in its arguments: states come in and new states go out; the model is only where the arithmetic happens. A
     client whose loss or adapter is not finite keeps the state it came with, and the others are not affected by it.
+
+    Args:
+        model: Where the cohort's adapters go.
+        states: What every client kept.
+        messages: What the server tells each of them, if anything.
+        plans: A plan per client and phase.
+        settings: Method, adapters, training.
+        round_: Number of the round.
+        on_step: Told of every step.
     """
-    installed = [
-        settings.method.install(state, message) if message else state
+    method = settings.method
+    now = [
+        method.before(method.install(state, message) if message else state, round_)
         for state, message in zip(states, messages, strict=True)
     ]
-    trainable = [key for key in installed[0].tensors if settings.method.trains(key)]
-    model.load(installed, settings.placement, trainable)
-    stats = train(model, plans, settings.training, on_step)
-    after = [
-        replace(new.with_tensors(tensors), round=round_)
-        for new, tensors in zip(installed, model.unstack(), strict=True)
-    ]
-    return [_result(settings.method, *client) for client in zip(states, after, stats, strict=True)]
+    began = now
+    phases, stats = method.phases(round_), [TrainingStats(0.0, 0, 0) for _ in states]
+    for number, phase in enumerate(phases):
+        trainable = [key for key in now[0].tensors if phase.trains(key)]
+        model.load(now, settings.placement(phase), trainable)
+        mine = [plan[number] for plan in plans]
+        done = train(model, mine, settings.training, partial(_step, on_step, number, len(phases)), phase.rule)
+        now = [state.with_tensors(tensors) for state, tensors in zip(now, model.unstack(), strict=True)]
+        stats = [new.following(old) for new, old in zip(done, stats, strict=True)]
+    after = [replace(method.after(*both, round_), round=round_) for both in zip(now, began, strict=True)]
+    down = [message.bytes if message else 0 for message in messages]
+    return [_result(method, *client) for client in zip(states, after, stats, down, strict=True)]
 
 
-def _result(method: Method, old: ClientState, new: ClientState, stats: TrainingStats) -> ClientResult:
+def _step(on_step: OnStep, phase: int, phases: int, done: int, total: int) -> None:
+    """Progress over all phases, as if each had as many steps as the present one."""
+    on_step(phase * total + done, phases * total)
+
+
+def _result(method: Method, old: ClientState, new: ClientState, stats: TrainingStats, bytes_down: int) -> ClientResult:
     failure = None if math.isfinite(stats.loss) else f"loss is {stats.loss}"
     bad = next((key for key, value in new.tensors.items() if not value.isfinite().all()), None)
     if failure is None and bad is not None:
         failure = f"{bad} is not finite after training"
     if failure:
-        return ClientResult(old, {}, stats, failure=failure)
+        return ClientResult(old, {}, stats, bytes_down, failure)
     sent = method.sent(new)
-    return ClientResult(sent, sent.sent or {}, stats)
+    return ClientResult(sent, sent.sent or {}, stats, bytes_down)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedalt.federation.server import WeightedSum
-from fedalt.names import ROW, A, B, Key, Tensors
+from fedalt.methods.mean import WeightedSum
+from fedalt.names import ROW, A, B, G, Key, Tensors
 
 MEMORY = 2**28
 """Bytes of products that ``row_gap`` may hold at a time; it reads the uploads again for layers beyond that."""
@@ -48,11 +48,15 @@ def row_gap(uploads: Collection[Tensors]) -> float | None:
     """‖mean(BA) − B̄Ā‖_F / ‖mean(BA)‖_F over all layers of all uploads; nothing when the mean product is zero.
 
     Uses mean(BA) − B̄Ā = 1/n Σ (B_m − B̄)(A_m − Ā), so that nothing cancels. Goes through the uploads several times
-    and holds one at a time.
+    and holds one at a time. Nothing, either, where a factor is not sent, or where ranks differ.
     """
     running = WeightedSum()
     for tensors in uploads:
+        if any(key in running.total and running.total[key].shape != value.shape for key, value in tensors.items()):
+            return None
         running.add(tensors, 1.0)
+    if {key.factor for key in running.total} - {G} != {A, B}:
+        return None
     mean = {key: value / running.weight for key, value in running.total.items()}
     gap = total = 0.0
     for keys in _groups([key for key in mean if key.factor == A], mean):

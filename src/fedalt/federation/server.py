@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from fedalt.config import FederationConfig
 from fedalt.errors import UserError
 from fedalt.federation.per_client import PerClient
-from fedalt.methods.base import Message, Method
-from fedalt.names import Key, Tensors
+from fedalt.methods.base import Gathered, Message, Method
+from fedalt.methods.mean import mean_of
+from fedalt.names import RANK_AXIS, Key, Tensors
 
 DOMINANT = 0.5
 """Share of a mean beyond which a client gets its row from the server: subtraction multiplies rounding by 1/(1 − p)."""
@@ -40,42 +42,19 @@ def nothing(client: int) -> Tensors:
 
 
 @dataclass
-class WeightedSum:
-    """A running Σ w·X in fp64: additive, mergeable, and as large as one upload whatever the number of clients."""
-
-    total: dict[Key, Tensor] = field(default_factory=dict)
-    weight: float = 0.0
-
-    def add(self, tensors: Tensors, weight: float) -> None:
-        """Add one upload."""
-        for key, value in tensors.items():
-            term = value.double() * weight
-            self.total[key] = self.total[key] + term if key in self.total else term
-        self.weight += weight
-
-    def mean(self) -> dict[Key, Tensor]:
-        """Σ w·X / Σ w in fp32.
-
-        Raises:
-            ZeroDivisionError: Nothing was added, or only weights of zero.
-        """
-        if self.weight <= 0:
-            raise ZeroDivisionError("the mean of uploads with total weight 0 is undefined")
-        return {key: (value / self.weight).float() for key, value in self.total.items()}
-
-
-@dataclass
 class Server:
-    """Aggregation for one run. It reads one upload at a time and holds none.
+    """Aggregation for one run. For methods that need only a mean it reads one upload at a time and holds none.
 
     Attributes:
-        method: Decides the weights and whether absent clients' last uploads stay in the mean.
+        method: Decides the weights, what is made of uploads, and whether absent clients' last ones still count.
         config: Participation and delivery settings.
         samples: Training rows per client.
-        shapes: Shape of every tensor a client may upload.
+        shapes: Shape of every tensor a client may upload; rows and columns are the most where ranks are unequal.
         uploads: Latest upload per client that counts.
         read: Gives the tensors of such an upload, exactly as received.
         round: Last aggregated round, counted from 1.
+        memory: What the method remembers from round to round.
+        seen: Client → the last round it delivered in.
     """
 
     method: Method
@@ -85,6 +64,8 @@ class Server:
     uploads: Mapping[int, Upload] = field(default_factory=dict)
     read: Callable[[int], Tensors] = nothing
     round: int = 0
+    memory: Tensors = field(default_factory=dict)
+    seen: Mapping[int, int] = field(default_factory=dict)
 
     def receive(self, arrived: Collection[int], read: Callable[[int], Tensors], round_: int) -> None:
         """Take in the uploads of a round. A round in which nobody delivered changes nothing.
@@ -105,11 +86,16 @@ class Server:
         kept = self.uploads if self.remembers or not arrived else {}
         self.uploads = {**kept, **{client: Upload(self._weight(client), round_) for client in sorted(arrived)}}
         self.read, self.round = read, round_
+        self.__dict__.pop("_answer", None)
+        if arrived:
+            self.seen = {**self.seen, **dict.fromkeys(arrived, round_)}
+            if self.method.stateful:
+                self.memory = self.method.serve(self._gathered())
 
     @property
     def remembers(self) -> bool:
         """Whether uploads of absent clients stay in the mean."""
-        return self.method.leave_one_out and self.config.row_participation != "participants"
+        return self.method.remembers and self.config.row_participation != "participants"
 
     def weights(self) -> dict[int, float]:
         """Current weight of every upload."""
@@ -120,38 +106,49 @@ class Server:
         }
 
     def messages(self, clients: Sequence[int]) -> Mapping[int, Message]:
-        """What each client is told: the broadcast mean with its own share in it, or a mean made without it.
+        """What each client is told: the broadcast mean with its own share in it, or an answer of its own.
 
-        The broadcast mean is one object for all; a mean without a client is made when that client's message is asked
-        for, so ask before the next round is received. A client that alone makes up the mean has no rest of the world
-        and is told nothing.
+        The broadcast mean is one object for all; any other answer is made when that client's message is asked for, so
+        ask before the next round is received. A client that alone makes up the mean has no rest of the world and is
+        told nothing.
         """
         weights = self.weights()
         told = [c for c in clients if weights and (weights.keys() != {c} or not self.method.leave_one_out)]
-        mean, total = self.mean() if told else {}, sum(weights.values())
+        if not told:
+            return {}
+        if self.method.individually or self.method.stateful:
+            return PerClient(told, lambda client: self._answer(client, self.seen.get(client, 0)))
+        mean, total = self.mean(), sum(weights.values())
 
         def message(client: int) -> Message:
             share = weights.get(client, 0.0) / total
-            return Message(self.mean_without(client), 0.0) if self._unicast(share) else Message(mean, share)
+            if not self._unicast(share):
+                return Message(mean, share)
+            rest = self.mean_without(client)
+            return Message({key: (rest if self.method.left_out(key) else mean)[key] for key in mean})
 
         return PerClient(told, message)
+
+    @cached_property
+    def _answer(self) -> Callable[[int, int], Message]:
+        """What the method makes of this round's uploads; found once a round."""
+        return self.method.answers(self._gathered())
+
+    def _gathered(self) -> Gathered:
+        uploads = PerClient(self.uploads, self.read)
+        return Gathered(uploads, self.weights(), self.memory, self.round)
 
     def _unicast(self, share: float) -> bool:
         return self.method.leave_one_out and (self.config.row_delivery == "unicast" or share > DOMINANT)
 
     def mean(self) -> dict[Key, Tensor]:
         """The mean of all uploads."""
-        return self._mean(self.weights())
+        return mean_of(PerClient(self.uploads, self.read), self.weights())
 
     def mean_without(self, client: int) -> dict[Key, Tensor]:
         """The mean of everybody else's uploads, summed directly: the reference for subtraction at the client."""
-        return self._mean({c: weight for c, weight in self.weights().items() if c != client})
-
-    def _mean(self, weights: Mapping[int, float]) -> dict[Key, Tensor]:
-        running = WeightedSum()
-        for client, weight in weights.items():
-            running.add(self.read(client), weight)
-        return running.mean()
+        others = {c: weight for c, weight in self.weights().items() if c != client}
+        return mean_of(PerClient(self.uploads, self.read), others)
 
     def _weight(self, client: int) -> float:
         rule = self.method.weighting if self.config.weighting == "method" else self.config.weighting
@@ -162,9 +159,16 @@ class Server:
             odd = sorted(str(key) for key in tensors.keys() ^ self.shapes.keys())
             raise UserError(f"client {client}: upload has other tensors than this run ({odd[0]}, {len(odd)} in all)")
         for key, value in tensors.items():
-            if tuple(value.shape) != self.shapes[key]:
+            if not self._fits(key, tuple(value.shape)):
                 raise UserError(f"client {client}: {key} is {tuple(value.shape)}, this run has {self.shapes[key]}")
             if value.dtype != torch.float32:
                 raise UserError(f"client {client}: {key} is {value.dtype}, this run has torch.float32")
             if not torch.isfinite(value).all():
                 raise UserError(f"client {client}: {key} is not finite")
+
+    def _fits(self, key: Key, shape: tuple[int, ...]) -> bool:
+        most = self.shapes[key]
+        if self.method.client_ranks is None:
+            return shape == most
+        inner = RANK_AXIS[key.factor]
+        return len(shape) == 2 and shape[1 - inner] == most[1 - inner] and 1 <= shape[inner] <= most[inner]

@@ -1,17 +1,64 @@
-"""Ranks that give methods the same budget."""
+"""Equal budgets: how much a method trains at once and sends per round, and the rank at which it meets another's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Literal
 
-from fedalt.config import RunConfig
+from fedalt.config import RunConfig, with_settings
+from fedalt.errors import UserError
+from fedalt.methods.base import Method
+from fedalt.methods.registry import configured, get_method
+from fedalt.model.state import AdapterShape
 
-Budget = Literal["parameters", "bytes"]
+REFERENCE = "local"
+"""The method whose budget the others meet: one LoRA of the configured rank (by bytes: FedALT's upload of as much)."""
+_ROUNDS = 3
+"""Rounds after which no method does anything new, but for the last one."""
+
+
+def trainable(method: Method, shape: AdapterShape) -> int:
+    """Most parameters that a client trains at once, in any phase of any round."""
+    rounds = method.config.federation.rounds
+    phases = [phase for round_ in {*range(1, _ROUNDS + 1), rounds} for phase in method.phases(round_)]
+    return max((shape.size([key for key in shape.shapes() if phase.trains(key)]) for phase in phases), default=0)
+
+
+def sent(method: Method, shape: AdapterShape) -> int:
+    """Parameters that a client of the largest rank uploads per round."""
+    return shape.size([key for key in shape.shapes() if method.shares(key)])
 
 
 def matched(
-    config: RunConfig, name: str, layer_sizes: Mapping[str, tuple[int, int]], clients: int, by: Budget
+    config: RunConfig,
+    name: str,
+    layers: Mapping[str, tuple[int, int]],
+    clients: int,
+    by: Literal["parameters", "bytes"],
 ) -> RunConfig:
-    """The configuration with the rank at which a method has the budget of the configured rank."""
-    return config
+    """The settings with the rank at which a method trains, or sends, nearest to one LoRA of the configured rank.
+
+    alpha changes with the rank, so that the scale alpha/r stays. A method that sends nothing keeps its rank under
+    ``bytes``. Ties go to the lower rank. Mixers count among what is trained, so FedALT keeps its rank on common shapes.
+
+    Raises:
+        UserError: No rank up to four times the configured one is possible.
+    """
+    measure = trainable if by == "parameters" else sent
+    target = sum(config.lora.r * (d_in + d_out) for d_in, d_out in layers.values())
+    best: tuple[int, RunConfig] | None = None
+    for rank in range(1, 4 * config.lora.r + 1):
+        alpha = config.lora.alpha * rank / config.lora.r
+        candidate = configured(with_settings(config, {"lora.r": rank, "lora.alpha": alpha}), name)
+        try:
+            method = get_method(name)(clients, candidate)
+            size = measure(method, method.shape(rank, layers))
+        except UserError:  # a rank that the method cannot split
+            continue
+        if size == 0:
+            return configured(config, name)
+        if best is None or abs(size - target) < best[0]:
+            best = (abs(size - target), candidate)
+    if best is None:
+        raise UserError(f"{name}: no rank from 1 to {4 * config.lora.r} suits it")
+    return best[1]

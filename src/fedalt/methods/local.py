@@ -1,6 +1,6 @@
 """Local: every client alone."""
 
-from fedalt.methods.base import Method, Slot
+from fedalt.methods.base import NONE, Method, Slot
 from fedalt.names import INDIVIDUAL
 
 
@@ -14,4 +14,5 @@ class Local(Method):
     name = "local"
     title = "Local"
     source = "baseline"
-    slots = (Slot(INDIVIDUAL, share=frozenset()),)
+    slots = (Slot(INDIVIDUAL, share=NONE),)
+    heterogeneous = True

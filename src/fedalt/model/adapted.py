@@ -106,7 +106,7 @@ class AdaptedModel:
         """
         self.trainable, self.clients = {}, len(states)
         for path, layer in self.layers.items():
-            keys = [key for key in states[0].tensors if key.module == path]
+            keys = [key for key in states[0].tensors if key.module == path and placement.holds(key)]
             stacked = {key: torch.stack([state.tensors[key] for state in states]).to(self.device) for key in keys}
             mine = [key for key in keys if key in trainable]
             layer.place(placement, stacked, mine)

@@ -63,12 +63,16 @@ class Adaptation:
         ranks: Rank of every slot.
         scale: s.
         dropout: Which inputs of A are kept, or nothing.
+        weights: α where no mixer decides it; nothing where it is 1.
+        detached: By slot, whether x gets no gradient through it; none when empty.
     """
 
     counts: Counts
     ranks: tuple[int, ...]
     scale: float
     dropout: Dropout | None
+    weights: Float[Tensor, "#n m"] | None = None
+    detached: tuple[bool, ...] = ()
 
     def drop(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Zero what is dropped; the factor 1/(1−p) is on the narrow side of A."""
@@ -85,13 +89,22 @@ class Adaptation:
         starts = [sum(self.ranks[:i]) for i in range(len(self.ranks) + 1)]
         return [slice(start, end) for start, end in pairwise(starts)]
 
-    def spread(self, alpha: Float[Tensor, "n m"]) -> Float[Tensor, "n R"]:
+    def passed(self, u: Float[Tensor, "n R"]) -> Float[Tensor, "n R"]:
+        """Zero what detached slots would pass on to x."""
+        if any(self.detached):
+            u = u.clone()
+            for span, detached in zip(self.spans, self.detached, strict=True):
+                if detached:
+                    u[:, span] = 0
+        return u
+
+    def spread(self, alpha: Float[Tensor, "#n m"]) -> Float[Tensor, "#n R"]:
         """Repeat each slot's weight over that slot's rank."""
         return torch.cat([alpha[:, i : i + 1].expand(-1, rank) for i, rank in enumerate(self.ranks)], 1)
 
 
 class Adapt(torch.autograd.Function):
-    """``y + s Σ_i α_i(x) B_i A_i x̃``, with α = softmax(G x) per token (1 without a mixer) and x̃ = drop(x).
+    """``y + s Σ_i α_i(x) B_i A_i x̃``, with α = softmax(G x) per token (given, or 1, without a mixer) and x̃ = drop(x).
 
     Gradients, by token, for δ the gradient of the output, h = A x̃ and u = s·Bᵀδ over all slots:
 
@@ -115,7 +128,7 @@ class Adapt(torch.autograd.Function):
         a, b = _stack(factors)
         inner = x.to(a.dtype)
         h = per_client(how.drop(inner), a.transpose(1, 2), how.counts).mul_(how.keep)
-        alpha = None if g is None else torch.softmax(per_client(inner, g.transpose(1, 2), how.counts), dim=-1)
+        alpha = how.weights if g is None else torch.softmax(per_client(inner, g.transpose(1, 2), how.counts), dim=-1)
         weighted = (h if alpha is None else h * how.spread(alpha)) * how.scale
         ctx.how = how
         ctx.save_for_backward(x, g, h, alpha, *factors)
@@ -145,9 +158,9 @@ class Adapt(torch.autograd.Function):
                 grads[len(how.ranks) + i] = outer_per_client(delta, wh[:, span] * how.scale, how.counts)
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = how.drop(per_client(wu, a, how.counts))
+            dx = how.drop(per_client(how.passed(wu), a, how.counts))
         dg = None
-        if alpha is not None:
+        if g is not None:
             beta = torch.stack([(u[:, s] * h[:, s]).sum(1) for s in how.spans], 1)
             dz = alpha * (beta - (alpha * beta).sum(1, keepdim=True))
             dg = outer_per_client(dz, inner, how.counts) if ctx.needs_input_grad[3] else None

@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedalt.errors import UserError
 from fedalt.model.fused import Adapt, Adaptation
+from fedalt.model.mixing import Mixing
 from fedalt.model.rowmap import Dropout, RowContext
-from fedalt.names import MIXER, A, B, G, Key
+from fedalt.names import MERGED, MIXER, A, B, G, Key, W
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,26 @@ class Placement:
 
     Attributes:
         slots: Names of the LoRAs, in the order of the mixer's rows.
-        mixed: Whether a softmax mixer weighs the slots per token; otherwise they are added up.
+        mixing: How the slots are weighed.
         scale: s = alpha/r, on every slot.
         dropout: Probability of dropping an input of A in training.
+        detached: Slots through which no gradient flows to what is below the layer.
     """
 
     slots: tuple[str, ...]
-    mixed: bool
+    mixing: Mixing
     scale: float
     dropout: float
+    detached: tuple[str, ...] = ()
+
+    @property
+    def mixed(self) -> bool:
+        """Whether a softmax mixer weighs the slots per token."""
+        return self.mixing.kind == "softmax"
+
+    def holds(self, key: Key) -> bool:
+        """Whether a layer needs this tensor."""
+        return key.slot in self.slots or key.slot == MERGED or (self.mixed and key.slot == MIXER)
 
 
 class AdaptedLinear(nn.Module):
@@ -95,19 +108,39 @@ class AdaptedLinear(nn.Module):
             return y
         slots, mixed = self.placement.slots, self.placement.mixed
         tokens = x.reshape(-1, self.in_features)
+        flat = self._merged(tokens, y.reshape(-1, self.out_features))
         factors = [self.factor(slot, kind) for kind in (A, B) for slot in slots]
         how = Adaptation(
             self.context.current.counts(len(tokens)),
             tuple(a.shape[1] for a in factors[: len(slots)]),
             self.placement.scale,
             self._dropout(tokens),
+            self._weights(tokens),
+            tuple(slot in self.placement.detached for slot in slots),
         )
         mixer = self.factor(MIXER, G) if mixed else None
-        flat = y.reshape(-1, self.out_features)
         adapted, alpha = Adapt.apply(how, tokens, flat, mixer, *factors)  # type: ignore[no-untyped-call]
         if mixed and self.context.probe is not None:
             self.context.probe.weights[self.path] = alpha.detach()
         return adapted.view(y.shape)  # type: ignore[no-any-return]
+
+    def _merged(self, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
+        """Y + s·W x where something has been merged into the base."""
+        name = f"{MERGED}_{W}"
+        if self.placement is None or not hasattr(self, name):
+            return y
+        delta = self.factor(MERGED, W)
+        parts = x.to(delta.dtype).split(list(self.context.current.counts(len(x))))
+        merged = torch.cat([part @ w.T for part, w in zip(parts, delta, strict=True)])
+        return y + (self.placement.scale * merged).to(y.dtype)
+
+    def _weights(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "#n m"] | None:
+        """Weights that no mixer decides."""
+        assert self.placement is not None
+        mixing = self.placement.mixing
+        if mixing.kind == "fixed":
+            return torch.tensor([mixing.weights], device=x.device)
+        return self.context.current.token_weights(len(x)) if mixing.kind == "instance" else None
 
     def _dropout(self, x: Float[Tensor, "n d_in"]) -> Dropout | None:
         assert self.placement is not None

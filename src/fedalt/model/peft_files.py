@@ -3,6 +3,7 @@
 individual/{adapter_config.json, adapter_model.safetensors}     loads with PEFT
 row/{adapter_config.json, adapter_model.safetensors}            loads with PEFT
 mixer.safetensors                                               base_model.model.<module>.mixer.weight [m, d_in]
+extra.safetensors                                               for methods that merge into the base or compare prompts
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from fedalt.errors import UserError
 from fedalt.files import read_json, write_bytes, write_json
-from fedalt.names import MIXER, A, B, G, Key, Tensors
+from fedalt.names import ANCHOR, MERGED, MIXER, A, B, G, Key, Tensors
 
 _PREFIX = "base_model.model."
 _FACTORS = {A: ".lora_A.weight", B: ".lora_B.weight"}
 _MIXER = ".mixer.weight"
 WEIGHTS = "adapter_model.safetensors"
 MIXER_FILE = "mixer.safetensors"
+EXTRA_FILE = "extra.safetensors"
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,15 @@ def write_mixer(folder: Path, tensors: Tensors) -> None:
     write_bytes(folder / MIXER_FILE, save(named, metadata={"format": "pt"}))
 
 
+def write_extras(folder: Path, tensors: Tensors) -> None:
+    """Write what is neither a LoRA nor a mixer, if there is such: what is merged into the base, and the anchor."""
+    named = {str(key): value.contiguous() for key, value in tensors.items() if key.slot in (MERGED, ANCHOR)}
+    if named:
+        write_bytes(folder / EXTRA_FILE, save(named, metadata={"format": "pt"}))
+
+
 def read_folder(folder: Path, slots: Sequence[str], mixed: bool) -> dict[Key, Tensor]:
-    """Read the LoRA folders of some slots, and the mixer.
+    """Read the LoRA folders of some slots, the mixer, and what else there is.
 
     Raises:
         UserError: A file is missing or damaged.
@@ -91,6 +100,8 @@ def read_folder(folder: Path, slots: Sequence[str], mixed: bool) -> dict[Key, Te
     if mixed:
         for name, value in _load(folder / MIXER_FILE).items():
             tensors[Key(name.removeprefix(_PREFIX).removesuffix(_MIXER), MIXER, G)] = value
+    if (folder / EXTRA_FILE).is_file():
+        tensors |= {Key.parse(name): value for name, value in _load(folder / EXTRA_FILE).items()}
     return tensors
 
 

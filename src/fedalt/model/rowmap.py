@@ -47,6 +47,7 @@ class RowMap:
         keys: One dropout seed per client; empty means no dropout.
         packed: Whether the rows stand one after another as one long row, instead of padded to one length.
         wanted: Positions, the same in every row of the input, whose final states are asked for; all when not given.
+        weights: Weights of the slots, row by row, for placements that mix by instance.
     """
 
     sizes: tuple[int, ...]
@@ -54,6 +55,16 @@ class RowMap:
     keys: tuple[int, ...] = ()
     packed: bool = False
     wanted: Int[Tensor, " s"] | None = None
+    weights: Float[Tensor, "rows m"] | None = None
+
+    def token_weights(self, tokens: int) -> Float[Tensor, "tokens m"] | None:
+        """The weights of every token's row; beams of a row have the weights of that row."""
+        if self.weights is None:
+            return None
+        each = (
+            torch.tensor(self.lengths) if self.packed else torch.full((len(self.weights),), tokens // len(self.weights))
+        )
+        return self.weights.repeat_interleave(each.to(self.weights.device), 0)
 
     def counts(self, tokens: int) -> tuple[int, ...]:
         """Tokens of every client in a layer's input of so many tokens, padding and beams included."""

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from fedalt.files import write_bytes
-from fedalt.names import MIXER, A, B, G, Key, Tensors
+from fedalt.names import MERGED, MIXER, A, B, G, Key, Tensors, W
 from fedalt.seeding import rng
 
 
@@ -40,19 +40,24 @@ class ClientState:
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Rank and mixer of the adapters of one run.
+    """The adapters of a client of one run.
 
     Attributes:
-        slots: Slot names in the order of the mixer's rows.
+        ranks: Rank of every slot, in the order of the mixer's rows.
         mixed: Whether each layer has a softmax mixer G ``[m, d_in]``.
-        r: Rank of every slot.
         layers: Module path → (d_in, d_out).
+        merged: Whether each layer has a dense W ``[d_out, d_in]`` for what is merged into the base.
     """
 
-    slots: tuple[str, ...]
+    ranks: Mapping[str, int]
     mixed: bool
-    r: int
     layers: Mapping[str, tuple[int, int]]
+    merged: bool = False
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Slot names."""
+        return tuple(self.ranks)
 
     def size(self, keys: Sequence[Key] | None = None) -> int:
         """Number of parameters behind some keys, or behind all."""
@@ -63,11 +68,13 @@ class AdapterShape:
         """Every key of a client and its shape."""
         shapes: dict[Key, tuple[int, int]] = {}
         for path, (d_in, d_out) in self.layers.items():
-            for slot in self.slots:
-                shapes[Key(path, slot, A)] = (self.r, d_in)
-                shapes[Key(path, slot, B)] = (d_out, self.r)
+            for slot, rank in self.ranks.items():
+                shapes[Key(path, slot, A)] = (rank, d_in)
+                shapes[Key(path, slot, B)] = (d_out, rank)
             if self.mixed:
-                shapes[Key(path, MIXER, G)] = (len(self.slots), d_in)
+                shapes[Key(path, MIXER, G)] = (len(self.ranks), d_in)
+            if self.merged:
+                shapes[Key(path, MERGED, W)] = (d_out, d_in)
         return shapes
 
 
@@ -78,20 +85,24 @@ def initial_state(
     init: Literal["shared", "code_like", "per_client"],
     mixer_init: Literal["kaiming", "zeros"],
     frozen: Sequence[str] = (),
+    rank: int | None = None,
 ) -> ClientState:
     """Start values: A and G kaiming-uniform, that is U(−1/√d_in, 1/√d_in), and B zero, as in PEFT and the paper's code.
 
     ``shared`` gives every client the same A and G; ``code_like`` is what the official code does by a side effect of
     its seeding (client 0 differs, all others are equal); ``per_client`` gives everybody its own, which makes factor
-    means nearly orthogonal to every client's A. Frozen slots (the row) start at zero: nobody has uploaded yet.
+    means nearly orthogonal to every client's A. Frozen slots (the row) start at zero: nobody has uploaded yet. A client
+    of a lower ``rank`` than its slots have has zeros beyond it, which never get a gradient.
     """
     group = {"shared": 0, "code_like": min(client, 1), "per_client": client}[init]
     tensors = {}
     for key, (rows, columns) in shape.shapes().items():
-        zero = key.factor == B or key.slot in frozen or (key.slot == MIXER and mixer_init == "zeros")
+        zero = key.factor in (B, W) or key.slot in frozen or (key.slot == MIXER and mixer_init == "zeros")
         place = shape.slots.index(key.slot) if key.slot in shape.slots else MIXER  # not its name: methods start alike
         draw = torch.rand(rows, columns, generator=rng(seed, "init", group, key.module, place, key.factor))
         tensors[key] = torch.zeros(rows, columns) if zero else (2 * draw - 1) / columns**0.5
+        if key.factor == A and rank is not None:
+            tensors[key][rank:] = 0
     return ClientState(client, 0, tensors)
 
 

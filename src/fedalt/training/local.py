@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -14,6 +15,7 @@ from fedalt.model.rowmap import MixerProbe
 from fedalt.training.loss import client_losses
 from fedalt.training.mixing import MixerWeights
 from fedalt.training.optimizer import StackedAdamW
+from fedalt.training.rules import PLAIN, Rule
 
 OnStep = Callable[[int, int], None]
 """Called after every step of a cohort with (steps done, steps in all)."""
@@ -35,29 +37,33 @@ class TrainingStats:
     tokens: int
     alpha: tuple[float, ...] = ()
 
+    def following(self, earlier: TrainingStats) -> TrainingStats:
+        """This phase's loss and mixer weights, and the steps and tokens of both."""
+        return replace(self, steps=self.steps + earlier.steps, tokens=self.tokens + earlier.tokens)
+
 
 def train(
     model: AdaptedModel,
     plans: Sequence[Plan],
     config: TrainingConfig,
     on_step: OnStep = lambda done, total: None,
+    rule: Rule = PLAIN,
 ) -> list[TrainingStats]:
     """Train every client on the model for the steps of its plan; clients with fewer steps stop earlier, untouched.
 
     The learning rate of a client falls linearly from ``lr`` to 0 over its own steps, as with the Hugging Face
     Trainer that the official code starts anew every round.
     """
-    optimizer = StackedAdamW(list(model.trainable.values()), config.weight_decay, config.max_grad_norm)
+    moved = [parameter for key, parameter in model.trainable.items() if rule.by_optimizer(key)]
+    optimizer = StackedAdamW(moved, config.weight_decay, config.max_grad_norm)
     lengths = torch.tensor([len(plan.steps) for plan in plans], device=model.device)
     totals = torch.zeros(len(plans), device=model.device)
     steps, alphas = int(lengths.max()), dict[int, tuple[float, ...]]()
     model.train()
     for step, batch in enumerate(cohort_steps(plans)):
         probe = MixerProbe() if any(len(plan.steps) == step + 1 for plan in plans) else None
-        losses = client_losses(model, batch.to(model.device), probe)
-        losses.sum().backward()
-        totals += losses.detach()
-        optimizer.step(learning_rates(config, step, lengths), active=step < lengths)
+        losses = partial(client_losses, model, batch.to(model.device), probe)
+        totals += rule(losses, model.trainable, optimizer, learning_rates(config, step, lengths), step < lengths)
         if probe and probe.weights:
             weights = MixerWeights.of(probe, batch.rows).means(0, len(plans))
             alphas |= {k: tuple(weights[k]) for k, plan in enumerate(plans) if len(plan.steps) == step + 1}

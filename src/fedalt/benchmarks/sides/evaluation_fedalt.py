@@ -19,7 +19,7 @@ def prepare(spec: Spec) -> Job:
     model = AdaptedModel(work.base)
     model.train(False)
     world = workload.federation(spec, model.layer_sizes)
-    placement = Placement(world.shape.slots, world.shape.mixed, SCALE, spec.dropout)
+    placement = Placement(*world.method.inference, SCALE, spec.dropout)
     states, prompts = world.installed(), work.prompts()
 
     def play() -> Outcome:

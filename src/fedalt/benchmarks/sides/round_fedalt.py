@@ -9,13 +9,12 @@ from statistics import mean
 from fedalt.allocator import keep_freed_memory
 from fedalt.benchmarks import workload
 from fedalt.benchmarks.task import Job, Outcome, Spec
-from fedalt.benchmarks.workload import ROUND, SCALE, Federation
+from fedalt.benchmarks.workload import ROUND, Federation
 from fedalt.data.batches import Plan
 from fedalt.federation.client import ClientResult, RoundSettings
 from fedalt.federation.cohort import fitting_cohort
 from fedalt.federation.executor import run_clients
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.layer import Placement
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,14 @@ class Round:
         by_client = {plan.client: plan for plan in plans}
         return list(
             run_clients(
-                self.model, tuple(states), states, world.messages, by_client.__getitem__, self.settings, ROUND, cohort
+                self.model,
+                tuple(states),
+                states,
+                world.messages,
+                lambda client: [by_client[client]],
+                self.settings,
+                ROUND,
+                cohort,
             )
         )
 
@@ -55,8 +61,8 @@ def build(spec: Spec, work: workload.Workload) -> Round:
     """Wrap the base and set the clients up."""
     model = AdaptedModel(work.base)
     world = workload.federation(spec, model.layer_sizes)
-    placement = Placement(world.shape.slots, world.shape.mixed, SCALE, spec.dropout)
-    settings = RoundSettings(world.method, placement, workload.training(spec))
+    lora = workload.LORA.model_copy(update={"dropout": spec.dropout})
+    settings = RoundSettings(world.method, lora, workload.training(spec))
     return Round(spec, model, world, settings)
 
 

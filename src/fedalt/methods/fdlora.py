@@ -1,0 +1,122 @@
+"""FDLoRA: a personal and a shared LoRA, an optimiser on the server, and a fusion found without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedalt.config import RunConfig
+from fedalt.data.batches import collate
+from fedalt.data.encode import Example
+from fedalt.methods.base import BOTH, NONE, Gathered, Message, Method, Phase, Slot, copied
+from fedalt.methods.mean import mean_of
+from fedalt.methods.search import best_pairs
+from fedalt.model.adapted import AdaptedModel
+from fedalt.model.layer import Placement
+from fedalt.model.mixing import SUM, Mixing
+from fedalt.model.state import ClientState
+from fedalt.names import FUSED, GLOBAL, PERSONAL, Key, Tensors
+from fedalt.seeding import rng
+from fedalt.training.loss import client_losses
+
+VELOCITY = "velocity"
+
+
+class FDLoRA(Method):
+    """Qi et al., arXiv 2406.07925.
+
+    Stage 1 is the first round: each client trains its personal LoRA θ_p, whose mean is the first shared LoRA θ_s.
+    Stage 2 is every further round: a client trains a copy θ_s^k of θ_s, and every ``sync_every`` rounds keeps it as its
+    θ_p. The server takes a step of Nesterov's method on the mean change, as in DiLoCo:
+
+        Δ = mean_k(θ_s − θ_s^k),   v ← μ v + Δ,   θ_s ← θ_s − η (Δ + μ v)
+
+    Stage 3, whenever a model is to answer: scalars w for each client, with Â = w1 A_p + w2 A_s, B̂ = w1 B_p + w2 B_s,
+    that minimise the loss on a few of its own training rows + penalty · (|w1| + |w2|)/2 over [−1.5, 1.5]².
+
+    The source's constants and where it takes its few rows from could not be checked (FedALT's authors say: from the
+    server); here they are the client's own, and the search is a grid and then a pattern search with a budget that is
+    the same for all. A client that joins after the first round has no trained θ_p until the next sync.
+    """
+
+    name = "fdlora"
+    title = "FDLoRA"
+    source = "arXiv 2406.07925"
+    weighting = "uniform"
+    stateful = True
+    slots = (Slot(PERSONAL, share=NONE), Slot(GLOBAL))
+
+    def __init__(self, clients: int, config: RunConfig | None = None) -> None:
+        super().__init__(clients, config)
+        self.options = self.config.fdlora
+
+    def phases(self, round_: int) -> tuple[Phase, ...]:
+        """Personal in the first round, shared in all others."""
+        slot = PERSONAL if round_ == 1 else GLOBAL
+        return (Phase((slot,), {slot: BOTH}),)
+
+    def after(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
+        """The first round's personal LoRA is what is shared; later the shared one becomes personal now and then."""
+        if round_ == 1:
+            return copied(state, PERSONAL, GLOBAL)
+        return copied(state, GLOBAL, PERSONAL) if (round_ - 1) % self.options.sync_every == 0 else state
+
+    def serve(self, gathered: Gathered) -> Tensors:
+        """The outer step."""
+        mean = mean_of(gathered.uploads, gathered.weights)
+        if not gathered.memory:
+            return {**mean, **{key._replace(slot=VELOCITY): torch.zeros_like(value) for key, value in mean.items()}}
+        memory: dict[Key, Tensor] = {}
+        eta, mu = self.options.outer_lr, self.options.outer_momentum
+        for key, value in mean.items():
+            old, speed = gathered.memory[key], key._replace(slot=VELOCITY)
+            delta = old - value
+            memory[speed] = mu * gathered.memory[speed] + delta
+            memory[key] = old - eta * (delta + mu * memory[speed])
+        return memory
+
+    def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
+        """θ_s for everybody."""
+        message = Message({key: value for key, value in gathered.memory.items() if key.slot == GLOBAL})
+        return lambda client, last: message
+
+    @property
+    def inference(self) -> tuple[tuple[str, ...], Mixing]:
+        """The fused LoRA alone."""
+        return (FUSED,), SUM
+
+    def personalise(
+        self,
+        model: AdaptedModel,
+        states: Sequence[ClientState],
+        rows: Mapping[int, Sequence[Example]],
+        placement: Placement,
+    ) -> list[ClientState]:
+        """AdaFusion."""
+        few = []
+        for state in states:
+            mine = rows[state.client]
+            draw = torch.randperm(len(mine), generator=rng(self.config.seed, "few_shot", state.client))
+            few.append([mine[i] for i in draw[: self.options.few_shot].tolist()])
+        batch = collate(few).to(model.device)
+
+        @torch.no_grad()
+        def cost(w: Tensor) -> Tensor:
+            model.load([fused(state, pair) for state, pair in zip(states, w.tolist(), strict=True)], placement)
+            losses = client_losses(model, batch).double().cpu()
+            return losses + self.options.penalty * w.abs().sum(1) / 2
+
+        found = best_pairs(cost, len(states), self.options.budget).tolist()
+        return [fused(state, pair) for state, pair in zip(states, found, strict=True)]
+
+
+def fused(state: ClientState, w: Sequence[float]) -> ClientState:
+    """The state with Â = w1 A_p + w2 A_s and B̂ alike."""
+    personal = {key: value for key, value in state.tensors.items() if key.slot == PERSONAL}
+    changes = {
+        key._replace(slot=FUSED): w[0] * value + w[1] * state.tensors[key._replace(slot=GLOBAL)]
+        for key, value in personal.items()
+    }
+    return state.with_tensors(changes)

@@ -1,0 +1,118 @@
+"""FedDPA: a global and a local LoRA, weighed for every prompt by its likeness to the client's own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from fedalt.config import RunConfig
+from fedalt.data.encode import Example
+from fedalt.evaluation.likeness import anchors
+from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot, copied
+from fedalt.model.adapted import AdaptedModel
+from fedalt.model.layer import Placement
+from fedalt.model.mixing import Mixing
+from fedalt.model.state import ClientState
+from fedalt.names import ANCHOR, GLOBAL, LOCAL, E, Key
+from fedalt.seeding import rng
+
+
+class FedDPA(Method):
+    """Dual personalising adapters, Yang et al., NeurIPS 2024, arXiv 2403.19211.
+
+    A prompt q of client k is answered with one weight for all of its tokens and layers,
+
+        y = W0 x + s · [c(q) B_l A_l x + (1 − c(q)) B_g A_g x],   c(q) = clamp(λ/S Σ_j cos(e(q), e(x_j)), 0, 1)
+
+    with x_j some of the client's training rows, drawn once from the run's seed, and e the last hidden state of a
+    prompt's last token under the local LoRA. With unit vectors the sum is one inner product with their mean, which is
+    all that is kept (``anchor``). The official code draws rows anew for every prompt, gives c to the global LoRA
+    (``feddpa.weight_target``), and on its batched path sets the weights only after it has generated.
+    """
+
+    source = "NeurIPS 2024, arXiv 2403.19211"
+    weighting = "uniform"
+    slots = (Slot(LOCAL, share=NONE), Slot(GLOBAL))
+
+    def __init__(self, clients: int, config: RunConfig | None = None) -> None:
+        super().__init__(clients, config)
+        self.options = self.config.feddpa
+        embed = {"local": (LOCAL,), "global": (GLOBAL,), "base": ()}[self.options.embed_with]
+        self.mixing = Mixing("instance", most=self.options.most, target=self.options.weight_target, embed=embed)
+
+    def personalise(
+        self,
+        model: AdaptedModel,
+        states: Sequence[ClientState],
+        rows: Mapping[int, Sequence[Example]],
+        placement: Placement,
+    ) -> list[ClientState]:
+        """Add what prompts are compared with."""
+        chosen = []
+        for state in states:
+            mine = rows[state.client]
+            draw = torch.randperm(len(mine), generator=rng(self.config.seed, "anchor", state.client))
+            chosen.append([mine[i].prompt for i in draw[: self.options.samples].tolist()])
+        found = anchors(model, states, chosen, placement)
+        return [state.with_tensors({Key("", ANCHOR, E): anchor}) for state, anchor in zip(states, found, strict=True)]
+
+
+class FedDPAT(FedDPA):
+    """FedDPA-T: from the second round on, each client first trains its local LoRA beside the frozen global one.
+
+        y = W0 x + s · [a B_l A_l x̃ + (1 − a) sg(B_g A_g x̃)],   a = ``feddpa.local_weight``
+
+    (sg: no gradient passes). Then it trains the global LoRA on its own, as in FedIT, and sends that. Both phases go
+    through the rows ``local_epochs`` times. An absent client keeps its local LoRA (the official code starts it anew).
+    """
+
+    name = "feddpa_t"
+    title = "FedDPA-T"
+
+    def phases(self, round_: int) -> tuple[Phase, ...]:
+        """Global alone in the first round, then local and global."""
+        alone = Phase((GLOBAL,), {GLOBAL: BOTH})
+        if round_ == 1:
+            return (alone,)
+        a = self.options.local_weight
+        local = Phase((LOCAL, GLOBAL), {LOCAL: BOTH}, Mixing("fixed", (a, 1 - a)), detached=(GLOBAL,))
+        return local, alone
+
+
+class FedDPAF(FedDPA):
+    """FedDPA-F: FedIT on the global LoRA; in the last round, each client makes it its local one and trains that alone.
+
+    The private phase takes the place of a round, so that all methods go through their rows equally often. Until then
+    both LoRAs are the same.
+    """
+
+    name = "feddpa_f"
+    title = "FedDPA-F"
+    foresees = True
+
+    def _last(self, round_: int) -> bool:
+        return round_ == self.config.federation.rounds
+
+    def phases(self, round_: int) -> tuple[Phase, ...]:
+        """Global alone; in the end, local alone."""
+        slot = LOCAL if self._last(round_) else GLOBAL
+        return (Phase((slot,), {slot: BOTH}),)
+
+    def before(self, state: ClientState, round_: int) -> ClientState:
+        """The local LoRA starts as the global one."""
+        return copied(state, GLOBAL, LOCAL) if self._last(round_) else state
+
+    def after(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
+        """Until the end there is one LoRA."""
+        return state if self._last(round_) else copied(state, GLOBAL, LOCAL)
+
+    def sent(self, state: ClientState) -> ClientState:
+        """Nothing is sent after the private phase."""
+        return replace(state, sent=None) if self._last(state.round) else super().sent(state)
+
+    def install(self, state: ClientState, message: Message) -> ClientState:
+        """The mean becomes the global LoRA, and the local one, too, before the private phase."""
+        installed = super().install(state, message)
+        return installed if self._last(state.round) else copied(installed, GLOBAL, LOCAL)

@@ -1,0 +1,19 @@
+"""FedSA-LoRA: A shared, B private."""
+
+from __future__ import annotations
+
+from fedalt.methods.base import Method, Slot
+from fedalt.names import GLOBAL, A
+
+
+class FedSALoRA(Method):
+    """A and B are trained, A alone is sent and averaged, B stays with its client: y = W0 x + s B_k Ā x̃.
+
+    Guo et al., ICLR 2025, arXiv 2410.01463. After aggregation Ā meets a B_k that was trained with A_k; scores after
+    aggregation are those of that pair, scores before it those of (A_k, B_k).
+    """
+
+    name = "fedsa_lora"
+    title = "FedSA-LoRA"
+    source = "ICLR 2025, arXiv 2410.01463"
+    slots = (Slot(GLOBAL, share=frozenset(A)),)

@@ -1,0 +1,73 @@
+"""LoRA-FAIR: FedIT with B corrected on the server so that the product of means is closer to the mean of products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedalt.config import RunConfig
+from fedalt.methods.base import Gathered, Message, Method
+from fedalt.methods.options import LoRAFairConfig
+from fedalt.methods.products import Factors, Weighted, factor_means, fit_b, norm, stacked
+from fedalt.names import GLOBAL, A, B, Key
+
+
+class LoRAFair(Method):
+    """Bian et al., ICCV 2025: everybody starts from Ā and B̄ + ΔB, found on the server layer by layer.
+
+        ΔB = argmin of 1 − cos⟨Σ p_k B_k A_k, (B̄ + ΔB) Ā⟩ + λ ‖ΔB‖
+
+    by gradient descent from zero. The cosine does not see the size of the product; ``lora_fair.solver=ridge`` fits
+    in least squares instead (``products.fit_b``). Steps and step size could not be checked against the paper.
+    """
+
+    name = "lora_fair"
+    title = "LoRA-FAIR"
+    source = "ICCV 2025"
+    individually = True
+
+    def __init__(self, clients: int, config: RunConfig | None = None) -> None:
+        super().__init__(clients, config)
+        self.options = self.config.lora_fair
+
+    def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
+        """The corrected mean, for everybody."""
+        shares = gathered.shares()
+        uploads = {client: gathered.uploads[client] for client in shares}
+        tensors: dict[Key, Tensor] = {}
+        for key in next(iter(uploads.values())):
+            if key.factor == A:
+                other = key._replace(factor=B)
+                parts = [(uploads[c][key], uploads[c][other], share) for c, share in shares.items()]
+                ridge = self.options.solver == "ridge"
+                a, b = fit_b(parts, self.options.weight) if ridge else descend(parts, self.options)
+                tensors |= {Key(key.module, GLOBAL, A): a.float(), Key(key.module, GLOBAL, B): b.float()}
+        message = Message(tensors)
+        return lambda client, last: message
+
+
+def descend(parts: list[Weighted], options: LoRAFairConfig) -> Factors:
+    """Gradient descent on the cosine, from r × r products alone.
+
+    The norm, which has no slope at zero, takes its part as a proximal step: ΔB ← ΔB max(0, 1 − ηλ/‖ΔB‖).
+    With T = P Āᵀ, M = Ā Āᵀ and C = B̄ + ΔB: ⟨P, C Ā⟩ = ⟨T, C⟩ and ‖C Ā‖² = ⟨C M, C⟩.
+    """
+    a, mean = factor_means(parts)
+    gram: Float[Tensor, "r r"] = a @ a.T
+    target = torch.stack([q * (b_m.double() @ (a_m.double() @ a.T)) for a_m, b_m, q in parts]).sum(0)
+    length = norm(*stacked(parts))
+    if length == 0 or not (mean @ gram * mean).sum() > 0:
+        return a, mean
+    delta = torch.zeros_like(mean)
+    for _ in range(options.steps):
+        c = mean + delta
+        reach = c @ gram
+        own = (reach * c).sum().clamp(min=torch.finfo(c.dtype).tiny).sqrt()
+        cosine = (target * c).sum() / (length * own)
+        slope = -(target / length - cosine * reach / own) / own
+        delta = delta - options.lr * slope
+        delta = delta * (1 - options.lr * options.weight / delta.norm().clamp(min=options.lr * options.weight))
+    return a, mean + delta
