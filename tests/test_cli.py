@@ -553,6 +553,16 @@ def test_ablations_are_a_list_of_names(tmp_path: Path) -> None:
     assert tuple(both.json["methods"]) == ("local", *ABLATIONS)
 
 
+def test_a_comparison_of_equal_budgets(tmp_path: Path) -> None:
+    flags = ("--methods", "local,hetlora,zero_shot", "--match-budget", "parameters", "--json")
+    done = call("compare", config_file(tmp_path), *flags)
+    assert done.code == 0, done.err
+    assert done.json["budget"] == "parameters"
+    assert done.json["below"] == ["zero_shot"]
+    assert done.json["methods"]["zero_shot"]["harmed"] is None
+    assert done.json["methods"]["zero_shot"]["bytes_up"] == 0
+
+
 def test_a_name_given_twice_runs_once(tmp_path: Path) -> None:
     done = call("compare", config_file(tmp_path), "--methods", "local,local", "--seeds", "1,1", "--json")
     assert done.code == 0, done.err
