@@ -82,11 +82,12 @@ def _show(out: Path, comparison: Mapping[str, Any], as_json: bool) -> None:
         return
     methods = comparison["methods"]
     show.out.print(compare_table(comparison))
-    for name, path in {"report": report, **{name: block["runs"][0] for name, block in methods.items()}}.items():
-        say(f"{name:<8} {path}")
-    last = list(methods.values())[-1]["runs"][0]
+    paths = {"report": report, **{name: block["runs"][0] for name, block in methods.items()}}
+    for name, path in paths.items():
+        say(f"{name:<{max(map(len, paths))}}  {path}")
+    run = methods[comparison["reference"]]["runs"][0]
     client = "3" if "3" in comparison["tasks"] else next(iter(comparison["tasks"]))
-    say(f"talk to client {client}: fedalt generate {last} --client {client}")
+    say(f"talk to client {client}: fedalt generate {run} --client {client}")
 
 
 def _show_sweep(out: Path, result: Mapping[str, Any], as_json: bool) -> None:
