@@ -16,7 +16,7 @@ import pytest
 
 from fedalt.config import RunConfig
 from fedalt.evaluation.metrics import METRICS
-from fedalt.methods.registry import METHODS, VARIANTS
+from fedalt.methods.registry import ABLATIONS, METHODS, VARIANTS
 from micro import (
     CLIENTS,
     ENVIRONMENT,
@@ -406,7 +406,8 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def test_compare_runs_every_method_with_every_seed(comparison: Any) -> None:
     out = comparison[0] / "out"
     runs = [f"{method}-seed{seed}" for seed in (0, 1) for method in ("local", "fedit", "fedalt")]
-    assert sorted(p.name for p in out.iterdir()) == sorted([*runs, "comparison.json", "report.html"])
+    files = ["comparison.csv", "comparison.json", "comparison.md", "report.html"]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*runs, *files])
     for name in runs:
         assert (out / name / "report.html").is_file()
         assert (out / name / "results" / "final_scores.json").is_file()
@@ -484,6 +485,20 @@ def test_compare_is_resumed_and_not_mixed_up(comparison: Any) -> None:
         (["--methods", ""], ["--methods"]),
         (["--seeds", "1,x"], ["--seeds 1,x", "0,1,2"]),
         (["--seeds", "-1"], ["seed", "-1"]),
+        (["--sweep", "lora.r"], ["--sweep lora.r:", "--sweep lora.r=4,6,8"]),
+        (["--sweep", "lora.rnk=4"], ['unknown key "lora.rnk"', 'did you mean "ranks"?']),
+        (["--sweep", "lora.r=4,four"], ["--sweep lora.r=four", '"lora.r"']),
+        (["--sweep", "seed=1,2"], ["use --seeds"]),
+        (["--sweep", "lora.r=4", "--sweep", "lora.r=8"], ["--sweep lora.r: given twice"]),
+        (["--sweep", "lora.r=4", "--methods", "fedal"], ['did you mean "fedalt"?']),
+        (["--sweep", "data.clients=3,4"], ["4 clients asked for", "multiple of 3", "3 or 6"]),
+        (["--heterogeneity", "1,4"], ["data.tasks_per_client: 4", "only 3 clients"]),
+        (["--heterogeneity", "1,x"], ["--heterogeneity 1,x", "numbers"]),
+        (["--heterogeneity", "0"], ["--heterogeneity 0", "from 1"]),
+        (["--heterogeneity", ""], ["--heterogeneity"]),
+        (["--match-budget", "byte"], ['--match-budget: "byte" is unknown', 'did you mean "bytes"?']),
+        (["--set", "data.clients=7"], ["7 clients asked for", "6 or 9"]),
+        (["--set", "data.tasks_per_client=4"], ["data.tasks_per_client: 4 asked for"]),
     ],
 )
 def test_compare_checks_its_lists_before_the_first_run(tmp_path: Path, arguments: list[str], pieces: list[str]) -> None:
@@ -491,6 +506,59 @@ def test_compare_checks_its_lists_before_the_first_run(tmp_path: Path, arguments
     assert done.code == 2, (done.code, done.out, done.err)
     assert all(piece in done.error for piece in pieces)
     assert not (tmp_path / "run").exists()
+
+
+def test_jobs_are_counted_from_one(tmp_path: Path) -> None:
+    done = call("compare", config_file(tmp_path), "--jobs", 0)
+    assert done.code == 2
+    assert "--jobs" in done.err
+
+
+def test_a_sweep_prints_methods_by_values_and_where_everything_is(tmp_path: Path) -> None:
+    done = call(
+        "compare", config_file(tmp_path), "--methods", "local,fedalt", "--sweep", "lora.r=2,4", "--heterogeneity", "1,3"
+    )
+    assert done.code == 0, done.err
+    out = tmp_path / "run"
+    names = [f"lora.r={r},data.tasks_per_client={m}" for r in (2, 4) for m in (1, 3)]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*names, "sweep.csv", "sweep.json", "sweep.md"])
+    for name in names:
+        assert (out / name / "report.html").is_file()
+        assert str(out / name / "report.html") in done.out
+        assert name in done.err
+    for word in ("Local", "FedALT", "2, 1", "4, 3", "sweep.md"):
+        assert word in done.out
+    again = call("compare", config_file(tmp_path), "--methods", "local,fedalt", "--sweep", "lora.r=2,4", "--resume")
+    assert again.code == 0, "other points than before"
+    assert "holds a run already" in refused(
+        "compare", config_file(tmp_path), "--methods", "local", "--sweep", "lora.r=6,4"
+    )
+
+
+def test_a_sweep_as_json(tmp_path: Path) -> None:
+    done = call("compare", config_file(tmp_path), "--methods", "local", "--sweep", "lora.r=2,4", "--json")
+    assert done.code == 0, done.err
+    assert [point["settings"] for point in done.json["points"]] == [{"lora.r": 2}, {"lora.r": 4}]
+    assert len(done.json["reports"]) == 2
+
+
+def test_ablations_are_a_list_of_names(tmp_path: Path) -> None:
+    done = call("compare", config_file(tmp_path), "--ablations", "--json")
+    assert done.code == 0, done.err
+    assert tuple(done.json["methods"]) == ABLATIONS
+    both = call("compare", config_file(tmp_path), "--methods", "local", "--ablations", "--json", "--overwrite")
+    assert both.code == 0, both.err
+    assert tuple(both.json["methods"]) == ("local", *ABLATIONS)
+
+
+def test_a_comparison_of_equal_budgets(tmp_path: Path) -> None:
+    flags = ("--methods", "local,hetlora,zero_shot", "--match-budget", "parameters", "--json")
+    done = call("compare", config_file(tmp_path), *flags)
+    assert done.code == 0, done.err
+    assert done.json["budget"] == "parameters"
+    assert done.json["below"] == ["zero_shot"]
+    assert done.json["methods"]["zero_shot"]["harmed"] is None
+    assert done.json["methods"]["zero_shot"]["bytes_up"] == 0
 
 
 def test_a_name_given_twice_runs_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,6 +11,8 @@ import yaml
 
 from fedalt.config import RunConfig, load_config, parse_config, parse_override
 from fedalt.errors import UserError
+from fedalt.experiment.compare import plan
+from fedalt.experiment.sweep import parse_axis, points
 from micro import refused
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +93,34 @@ def test_every_shipped_yaml_parses(path: Path) -> None:
 
 def test_recipes_are_found() -> None:
     assert {"demo", "fedalt_llama2", "fedalt_bloom560m"} <= {path.stem for path in RECIPES}
+
+
+COMPARED = [path for path in RECIPES if path.read_text(encoding="utf-8").startswith("# fedalt compare ")]
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
+def test_a_recipes_first_line_is_a_command_that_is_accepted(path: Path) -> None:
+    """Its options exist, its methods and settings are known: all that is checked before rows and base are read."""
+    import typer
+
+    from fedalt.cli.app import app
+
+    _, name, *arguments = shlex.split(path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    values = command.make_context(name, list(arguments)).params
+    assert ROOT / values["config_file"] == path
+    assert values["out"].startswith("runs/")
+    config = load_config(path)
+    assert plan(config, (values["methods"] or "fedalt").split(","), [0], Path("nowhere"), "ask")
+    axes = [parse_axis(text) for text in values["sweep"] or ()]
+    if values["heterogeneity"]:
+        axes.append(parse_axis(f"data.tasks_per_client={values['heterogeneity']}"))
+    assert not axes or len(points(config, axes)) > 1
+
+
+def test_recipes_of_the_papers_tables_are_found() -> None:
+    names = {path.stem for path in COMPARED}
+    assert {"table1_tinyworld", "table1_flan8", "table2_ablations", "figure4_clients", "figure4_rank"} <= names
 
 
 @pytest.mark.parametrize("name", ["fedalt_llama2", "fedalt_bloom560m"])

@@ -44,7 +44,16 @@ class DataConfig(Section):
 
     source: str = Field("tinyworld", description="tinyworld, or a folder with train/local_training_{i}.json")
     clients: int | None = Field(
-        None, ge=1, description="use the first N clients; all when not given. tinyworld makes as many as asked for"
+        None,
+        ge=1,
+        description="use the first N clients; all when not given. tinyworld makes as many as asked for; a multiple "
+        "of a folder's clients splits the rows of each over several",
+    )
+    split_rows: bool = Field(
+        False, description="tinyworld splits its eight clients' rows over more, as a folder does, and makes no new ones"
+    )
+    tasks_per_client: int = Field(
+        1, ge=1, description="clients whose rows each client holds equal shares of: its own and its neighbours'"
     )
     template: str = Field("alpaca_short", description="alpaca_short (paper code), alpaca, chat, or a file")
     cutoff: int = Field(512, ge=8, description="longest row in tokens (paper code: 512)")
@@ -192,12 +201,12 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
         raise UserError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
 
 
-def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """The same configuration with some dotted keys set, validated."""
+def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "settings") -> RunConfig:
+    """The same configuration with some dotted keys set, validated; errors start with ``where``."""
     values = config.model_dump()
     for key, value in settings.items():
         _assign(values, key, value)
-    return parse_config(values, "settings")
+    return parse_config(values, where)
 
 
 def parse_override(text: str) -> tuple[str, Any]:

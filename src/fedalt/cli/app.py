@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,9 @@ import typer
 
 from fedalt.cli import show
 from fedalt.cli.bench import bench
+from fedalt.cli.compare import compare
 from fedalt.cli.options import INSIGHT_ROWS, InsightCommand, settings
+from fedalt.cli.show import print_json, say
 from fedalt.config import RunConfig, load_config
 from fedalt.errors import UserError
 from fedalt.experiment.folder import IfExists
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 
 app.command()(bench)
+app.command()(compare)
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
@@ -55,50 +57,11 @@ def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
     look(folder, config.report.insight, experiment.resident, experiment.federation)
     write_report(folder)
     if as_json:
-        _print_json({"run": str(folder.path), "report": str(folder.report), **scores})
+        print_json({"run": str(folder.path), "report": str(folder.report), **scores})
         return
     title = experiment.method.title
     show.out.print(show.run_table({"title": title, **scores}, _tasks(experiment.federation)))
     _paths(report=folder.report, run=folder.path)
-
-
-@app.command()
-@settings("method", "seed")
-def compare(
-    config: RunConfig,
-    if_exists: IfExists,
-    methods: Annotated[
-        str, typer.Option(help="names, separated by commas (default: local,fedit,fedalt)", show_default=False)
-    ] = "local,fedit,fedalt",
-    seeds: Annotated[
-        str | None, typer.Option(help="numbers, separated by commas (default: the settings' seed)")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Train several methods on the same rows with one base in memory, and put them side by side."""
-    from fedalt.experiment.compare import compare as train
-    from fedalt.experiment.prepare import load_resident
-    from fedalt.report.html import write_comparison_report, write_report
-    from fedalt.report.insights import look
-    from fedalt.report.trackers import check_trackers, tracked
-
-    check_trackers(config.report.trackers)
-    out = Path(config.out or "runs/comparison")
-    with show.live(config.federation.rounds) as progress, tracked(config.report.trackers, out, progress) as sink:
-        comparison = train(config, _names(methods), _numbers(seeds) or [config.seed], out, if_exists, sink)
-    resident = load_resident(config) if config.report.insight else None
-    for folder in (Path(path) for block in comparison["methods"].values() for path in block["runs"]):
-        look(_folder(folder), config.report.insight, resident)
-        write_report(_folder(folder))
-    report = write_comparison_report(out, comparison)
-    if as_json:
-        _print_json({"out": str(out), "report": str(report), **comparison})
-        return
-    show.out.print(show.compare_table(comparison))
-    _paths(report=report, **{name: Path(block["runs"][0]) for name, block in comparison["methods"].items()})
-    last = list(comparison["methods"].values())[-1]["runs"][0]
-    client = "3" if "3" in comparison["tasks"] else next(iter(comparison["tasks"]))
-    _say(f"talk to client {client}: fedalt generate {last} --client {client}")
 
 
 @app.command()
@@ -116,7 +79,7 @@ def evaluate(
     scored = rescore(run, client, data)
     scores = {str(c): evaluation.scores for c, evaluation in scored.items()}
     if as_json:
-        _print_json({"run": str(run), "clients": scores})
+        print_json({"run": str(run), "clients": scores})
         return
     own = final_scores(_folder(run))
     last = {"round": own["last"]["round"], "clients": scores}
@@ -161,10 +124,10 @@ def export(
 
     if not static:
         export_folders(run, client, to)
-        _say(f"wrote {to}")
+        say(f"wrote {to}")
         return
     cost = export_static(run, client, to)
-    _say(f"wrote {to}")
+    say(f"wrote {to}")
     show.out.print(
         f"client {client}, own test rows: personal {cost.personal:.1f}, static {cost.static:.1f} "
         f"({cost.static - cost.personal:+.1f})"
@@ -192,7 +155,7 @@ def report(
 
     if insight is not None:
         look(finished_run(run)[0], insight)
-    _say(f"wrote {write_report(_folder(run))}")
+    say(f"wrote {write_report(_folder(run))}")
 
 
 @app.command()
@@ -209,11 +172,11 @@ def validate(
     experiment = prepare(config)
     rows, cost = row_table(experiment), estimate(experiment)
     if as_json:
-        _print_json({"config": str(config_file), "clients": rows, "notes": experiment.notes, "estimate": asdict(cost)})
+        print_json({"config": str(config_file), "clients": rows, "notes": experiment.notes, "estimate": asdict(cost)})
         return
     show.out.print(show.row_table(rows))
     for note in experiment.notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     show.out.print(show.estimate_lines(cost, experiment.config.federation.rounds), highlight=False, soft_wrap=True)
 
 
@@ -239,26 +202,6 @@ def _ask(client: int) -> Any:
         yield line
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _numbers(text: str | None) -> list[int]:
-    try:
-        return [int(part) for part in _names(text or "")]
-    except ValueError:
-        raise UserError(f"--seeds {text}: numbers separated by commas, for example 0,1,2") from None
-
-
 def _paths(**paths: Path) -> None:
     for name, path in paths.items():
-        _say(f"{name:<8} {path}")
-
-
-def _say(line: str) -> None:
-    """Print a line as it is: never wrapped, square brackets are no colours."""
-    show.out.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+        say(f"{name:<8} {path}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedalt.evaluation.metrics import METRICS
+from fedalt.experiment.tables import LABELS
 from fedalt.report.shown import MOST, groups
 
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
@@ -19,7 +23,15 @@ if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
 out = Console()
 err = Console(stderr=True)
 
-_LABELS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "exact_match": "exact match"}
+
+def say(line: str) -> None:
+    """Print a line as it is: never wrapped, square brackets are no colours."""
+    out.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def print_json(value: Any) -> None:
+    """Print nothing but JSON on stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def complain(message: str) -> None:
@@ -29,15 +41,21 @@ def complain(message: str) -> None:
 
 
 class Live:
-    """Turns events into a progress bar on stderr."""
+    """Turns the events of one run after another into a progress bar on stderr.
 
-    def __init__(self, progress: Progress, rounds: int) -> None:
+    Args:
+        progress: Where the bar goes.
+        rounds: Rounds of a run, until it says so itself.
+        notes: What has been printed already; shared by the jobs of a comparison.
+    """
+
+    def __init__(self, progress: Progress, rounds: int, notes: set[str]) -> None:
         self.progress = progress
         self.rounds = rounds
+        self.notes = notes
         self.label = ""
         self.loss = ""
         self.task: TaskID | None = None
-        self.notes: set[str] = set()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Show one event."""
@@ -45,13 +63,16 @@ class Live:
         if handler:
             handler(event)
 
+    def _on_point(self, event: Mapping[str, Any]) -> None:
+        self.progress.console.print(f"[bold]{_plain(event['name'])}[/]", soft_wrap=True, highlight=False)
+
     def _on_member(self, event: Mapping[str, Any]) -> None:
         self.label = f"{event['method']} seed {event['seed']}"
 
     def _on_run_started(self, event: Mapping[str, Any]) -> None:
         if self.task is not None:
             self.progress.update(self.task, completed=self.rounds)
-        self.loss = ""
+        self.loss, self.rounds = "", event["rounds"]
         label = self.label or event["method"]
         self.task = self.progress.add_task(label, total=self.rounds, completed=event["round"], state="")
 
@@ -87,8 +108,8 @@ class Live:
 
 
 @contextmanager
-def live(rounds: int) -> Iterator[Live]:
-    """A progress bar for the enclosed run or runs."""
+def live(rounds: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A progress bar for each of the enclosed runs, whichever job of a comparison they come from."""
     columns = (
         TextColumn("{task.description:<16}"),
         BarColumn(bar_width=30),
@@ -96,8 +117,10 @@ def live(rounds: int) -> Iterator[Live]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[state]}"),
     )
+    notes = set[str]()
     with Progress(*columns, console=err) as progress:
-        yield Live(progress, rounds)
+        jobs = defaultdict[int, Live](lambda: Live(progress, rounds, notes))
+        yield lambda event: jobs[event.get("job", 0)](event)
 
 
 def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
@@ -107,8 +130,8 @@ def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
     table.add_column("client")
     table.add_column("task")
     for name in METRICS:
-        table.add_column(_LABELS[name], justify="right")
-    for client in _grouped(table, {c: values[scores["metric"]] for c, values in last["clients"].items()}):
+        table.add_column(LABELS[name], justify="right")
+    for client in grouped(table, {c: values[scores["metric"]] for c, values in last["clients"].items()}):
         values = last["clients"][client]
         table.add_row(client, _plain(tasks.get(client, "")), *(f"{values[name]:.1f}" for name in METRICS))
     table.add_section()
@@ -117,39 +140,8 @@ def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
     table.add_row("mean", f"of {count} clients" if count > MOST else "", *(f"{v:.1f}" for v in means), style="bold")
     if best and best["round"] != last["round"]:
         table.caption = (
-            f"best round on validation rows: {best['round']}, mean {_LABELS[scores['metric']]} {best['mean']:.1f}"
+            f"best round on validation rows: {best['round']}, mean {LABELS[scores['metric']]} {best['mean']:.1f}"
         )
-    return table
-
-
-def compare_table(comparison: Mapping[str, Any]) -> Table:
-    """Client × method, with mean, worst client and gain over Local."""
-    from fedalt.methods.registry import title_of
-
-    methods = comparison["methods"]
-    seeds = comparison["seeds"]
-    count = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
-    table = Table(
-        title=f"{_LABELS[comparison['metric']]} on each client's own test rows, {count}", title_justify="left"
-    )
-    table.add_column("client")
-    table.add_column("task")
-    for name in methods:
-        table.add_column(title_of(name), justify="right")
-    clients = {c: [block["per_client"][c] for block in methods.values()] for c in comparison["tasks"]}
-    for client in _grouped(table, {c: sum(values) for c, values in clients.items()}):
-        table.add_row(client, _plain(comparison["tasks"][client]), *_mark_best(clients[client]))
-    table.add_section()
-    spread = [f" ± {b['sd']:.1f}" if b["sd"] is not None else "" for b in methods.values()]
-    table.add_row(
-        "mean", "", *(f"{b['mean']:.1f}{s}" for b, s in zip(methods.values(), spread, strict=True)), style="bold"
-    )
-    table.add_row("worst client", "", *(f"{b['worst']:.1f}" for b in methods.values()))
-    if "local" in methods:
-        table.add_row("gain over Local", "", *(f"{b['gain_over_local']:+.1f}" for b in methods.values()))
-    table.add_section()
-    table.add_row("sent, MB", "", *(f"{(b['bytes_up'] + b['bytes_down']) / 1e6:.1f}" for b in methods.values()))
-    table.add_row("training, s", "", *(f"{b['seconds']:.0f}" for b in methods.values()))
     return table
 
 
@@ -188,18 +180,13 @@ def alpha_line(alpha: list[tuple[str, float]], slot: str) -> str:
     return "".join(parts) + f"\n[dim]mean weight of the {slot} LoRA: {mean:.2f}, of the others' {1 - mean:.2f}[/]"
 
 
-def _grouped(table: Table, scores: Mapping[str, float]) -> Iterator[str]:
+def grouped(table: Table, scores: Mapping[str, float]) -> Iterator[str]:
     """The clients to show, with a line above each group of them."""
     for title, clients in groups(scores).items():
         if title:
             table.add_section()
             table.add_row(f"[dim]{title}[/]")
         yield from clients
-
-
-def _mark_best(values: list[float]) -> list[str]:
-    best = max(values)
-    return [f"[green]{value:.1f}[/]" if value == best else f"{value:.1f}" for value in values]
 
 
 def _plain(text: str) -> str:

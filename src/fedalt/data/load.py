@@ -9,6 +9,7 @@ import torch
 
 from fedalt.config import DataConfig
 from fedalt.data.folder import read_folder
+from fedalt.data.regroup import mix_tasks, split_rows
 from fedalt.data.rows import ClientData, Federation
 from fedalt.errors import UserError
 from fedalt.seeding import rng
@@ -17,16 +18,18 @@ TINYWORLD = "tinyworld"
 
 
 def load_federation(config: DataConfig, seed: int) -> Federation:
-    """Read or generate the rows of every client, hold out validation rows, apply limits.
+    """Read or generate the rows of every client, split them over more, hold out validation rows, apply limits, mix.
 
     Raises:
-        UserError: The source is missing or broken, has fewer clients than asked for, or too few rows to hold out.
+        UserError: The source is missing or broken, cannot be split into as many clients as asked for, has too few rows
+            to hold out, or too few clients to mix.
     """
     federation = _read(config)
+    if config.clients and config.clients > len(federation.clients):
+        federation = split_rows(federation, config.clients)
     clients = dict(list(federation.clients.items())[: config.clients])
-    if config.clients and len(clients) < config.clients:
-        raise UserError(f"data.clients: {config.clients} clients asked for, {config.source} has {len(clients)}")
-    return replace(federation, clients={c: _limit(_hold_out(c, d, config, seed), config) for c, d in clients.items()})
+    limited = {c: _limit(_hold_out(c, d, config, seed), config) for c, d in clients.items()}
+    return mix_tasks(replace(federation, clients=limited), config.tasks_per_client)
 
 
 def _read(config: DataConfig) -> Federation:
@@ -36,10 +39,11 @@ def _read(config: DataConfig) -> Federation:
 
 
 def _tinyworld(config: DataConfig) -> Federation:
-    """Eight clients of the usual size; where there are more, only as many rows as are going to be used."""
+    """Eight clients of the usual size; where more are made, only as many rows as are going to be used."""
     from fedalt.data.tinyworld import CLIENTS, SIZES, generate
 
-    clients, limits, sizes = max(config.clients or 0, CLIENTS), _limits(config), SIZES
+    clients = CLIENTS if config.split_rows else max(config.clients or 0, CLIENTS)
+    limits, sizes = _limits(config), SIZES
     if clients > CLIENTS:
         sizes = {split: min(size, limits[split] or size) for split, size in SIZES.items()}
     return generate(config.tinyworld.seed, config.tinyworld.clash, **sizes, clients=clients)

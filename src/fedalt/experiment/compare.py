@@ -2,75 +2,104 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
-from fedalt.experiment.engine import run
 from fedalt.experiment.events import Sink, read_events
-from fedalt.experiment.folder import IfExists, RunFolder, check_folder, claim_folder, final_scores
-from fedalt.experiment.prepare import Resident, load_resident, prepare
-from fedalt.files import write_json
-from fedalt.methods.registry import METHODS, configured, get_method
+from fedalt.experiment.folder import IfExists, check_folder, final_scores
+from fedalt.experiment.jobs import train_in_jobs
+from fedalt.experiment.members import Bases, Budget, Member, train
+from fedalt.experiment.statistics import against, half_width
+from fedalt.experiment.tables import write_comparison
+from fedalt.methods.registry import METHODS, configured, title_of
 
-REFERENCE = "local"
+LOCAL = "local"
 """The method that gains are measured against."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One run of a comparison."""
-
-    method: str
-    seed: int
-    folder: RunFolder
+REFERENCE = "fedalt"
+"""The method that others are tested against; the first one where it is not among them."""
+REFERENCE_ROWS = ("centralized", "zero_shot")
+"""What frames the others in tables: not federated, so nobody is harmed by it."""
 
 
 def compare(
-    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path, if_exists: IfExists, sink: Sink
+    config: RunConfig,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    if_exists: IfExists,
+    sink: Sink,
+    jobs: int = 1,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
-    """Run every method with every seed into ``out/<method>-seed<seed>`` and write ``comparison.json``.
+    """Run every method with every seed into ``out/<method>-seed<seed>`` and write ``comparison.json``, .csv and .md.
 
     Args:
         config: Settings of all runs; its method and seed are replaced.
-        methods: Names in the registry.
+        methods: Names of methods and variants in the registry.
         seeds: Seeds of start values, row order, dropout and participation; tinyworld's rows have their own seed.
         out: Folder of the comparison.
         if_exists: What to do with runs that are there already.
         sink: Called with every event of every run.
+        jobs: Processes to share the runs; more than one hold a base each.
+        budget: Choose every method's rank so that it has the parameters, or sends the bytes, of the configured rank.
 
     Raises:
         UserError: As for a single run; checked for all methods before the first one starts.
     """
+    return finish(plan(config, methods, seeds, out, if_exists, budget), config, out, if_exists, sink, jobs, Bases())
+
+
+def plan(
+    config: RunConfig,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    if_exists: IfExists,
+    budget: Budget | None = None,
+) -> list[Member]:
+    """The runs of a comparison, with every check that needs neither rows nor base.
+
+    Raises:
+        UserError: No such method, a negative seed, settings that a variant does not allow, a folder that is taken.
+    """
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
     _check_lists(methods, seeds)
-    members = [Member(m, s, check_folder(out / f"{m}-seed{s}", if_exists)) for s in seeds for m in methods]
-    resident: Resident | None = None
-    for member in members:
-        mine = configured(config, member.method)
-        mine = mine.model_copy(update={"seed": member.seed, "out": str(member.folder.path)})
-        resident = resident or load_resident(mine)
-        experiment = prepare(mine, resident)
-        claim_folder(member.folder.path, if_exists)
-        sink({"event": "member", "method": member.method, "seed": member.seed})
-        started = time.perf_counter()
-        scores = run(experiment, member.folder, sink)
-        sink({"event": "member_finished", "scores": scores, "seconds": time.perf_counter() - started})
+    configs = {name: configured(config, name) for name in methods}
+    members = []
+    for seed in seeds:
+        for name, mine in configs.items():
+            folder = check_folder(out / f"{name}-seed{seed}", if_exists)
+            settings = mine.model_copy(update={"seed": seed, "out": str(folder.path)})
+            members.append(Member(name, settings, folder, budget))
+    return members
+
+
+def finish(
+    members: Sequence[Member],
+    config: RunConfig,
+    out: Path,
+    if_exists: IfExists,
+    sink: Sink,
+    jobs: int,
+    bases: Bases,
+) -> dict[str, Any]:
+    """Train the runs of a comparison and put them side by side."""
+    if jobs > 1:
+        train_in_jobs(members, jobs, if_exists, sink)
+    else:
+        train(members, if_exists, sink, bases)
     comparison = collect(members, config)
-    write_json(out / "comparison.json", comparison)
+    write_comparison(out, comparison)
     return comparison
 
 
 def _check_lists(methods: Sequence[str], seeds: Sequence[int]) -> None:
     if not methods:
         raise UserError(f"--methods: name at least one of {', '.join(METHODS)}")
-    for name in methods:
-        get_method(name)
     negative = [seed for seed in seeds if seed < 0]
     if negative:
         raise UserError(f"--seeds {negative[0]}: a seed is 0 or more")
@@ -80,31 +109,79 @@ def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:
     """Put the final scores of finished runs side by side."""
     metric = config.evaluation.metric
     start = next(read_events(members[0].folder.events))
-    methods: dict[str, Any] = {}
-    for name in dict.fromkeys(member.method for member in members):
-        methods[name] = _method([member for member in members if member.method == name], metric)
-    for block in methods.values():
-        reference = methods.get(REFERENCE)
-        block["gain_over_local"] = block["mean"] - reference["mean"] if reference else None
-    seeds = list(dict.fromkeys(member.seed for member in members))
-    return {"metric": metric, "source": start["source"], "tasks": start["tasks"], "seeds": seeds, "methods": methods}
-
-
-def _method(members: Sequence[Member], metric: str) -> dict[str, Any]:
-    runs = [final_scores(member.folder)["last"] for member in members]
-    rounds = [[e for e in read_events(member.folder.events) if e["event"] == "round"] for member in members]
-    means = [one["mean"] for one in runs]
+    methods = {
+        name: _method(name, [member for member in members if member.name == name], metric)
+        for name in dict.fromkeys(member.name for member in members)
+    }
+    reference = next((name for name in (REFERENCE, *methods) if name in methods and name not in REFERENCE_ROWS), None)
+    reference = reference or next(iter(methods))
+    scores = {name: _by_pair(block) for name, block in methods.items()}
+    tests = against(scores[reference], {name: mine for name, mine in scores.items() if name != reference})
+    for name, block in methods.items():
+        block.update(_gains(block, methods.get(LOCAL), name not in REFERENCE_ROWS), against=tests.get(name))
     return {
+        "metric": metric,
+        "source": start["source"],
+        "tasks": start["tasks"],
+        "seeds": list(dict.fromkeys(member.config.seed for member in members)),
+        "reference": reference,
+        "below": [name for name in methods if name in REFERENCE_ROWS],
+        "budget": members[0].budget,
+        "methods": methods,
+    }
+
+
+def _by_pair(block: dict[str, Any]) -> dict[tuple[str, str], float]:
+    return {(client, seed): score for seed, mine in block["per_seed"].items() for client, score in mine.items()}
+
+
+def _gains(block: dict[str, Any], local: dict[str, Any] | None, federated: bool) -> dict[str, Any]:
+    """Gain over Local, and which clients would rather have trained alone."""
+    if local is None:
+        return dict.fromkeys(("gain_over_local", "gain_per_client", "harmed", "harmed_clients"))
+    gains = {client: score - local["per_client"][client] for client, score in block["per_client"].items()}
+    harmed = [client for client, gain in gains.items() if round(gain, 9) < 0]
+    return {
+        "gain_over_local": block["mean"] - local["mean"],
+        "gain_per_client": gains,
+        "harmed": len(harmed) if federated else None,
+        "harmed_clients": harmed if federated else None,
+    }
+
+
+def _method(name: str, members: Sequence[Member], metric: str) -> dict[str, Any]:
+    runs = [final_scores(member.folder)["last"] for member in members]
+    means = [one["mean"] for one in runs]
+    clients = {c: mean(one["clients"][c][metric] for one in runs) for c in runs[0]["clients"]}
+    return {
+        "title": title_of(name),
         "mean": mean(means),
         "sd": stdev(means) if len(means) > 1 else None,
+        "ci95": half_width(means),
         "worst": mean(one["worst"] for one in runs),
-        "per_client": {c: mean(one["clients"][c][metric] for one in runs) for c in runs[0]["clients"]},
+        "worst_client": min(clients, key=clients.__getitem__),
+        "per_client": clients,
         "per_seed": {
-            str(m.seed): {c: v[metric] for c, v in r["clients"].items()} for m, r in zip(members, runs, strict=True)
+            str(m.config.seed): {c: v[metric] for c, v in r["clients"].items()}
+            for m, r in zip(members, runs, strict=True)
         },
-        "bytes_up": mean(sum(e["bytes_up"] for e in mine) for mine in rounds),
-        "bytes_down": mean(sum(e["bytes_down"] for e in mine) for mine in rounds),
-        "seconds": mean(sum(e["seconds"] for e in mine) for mine in rounds),
-        "peak_memory": max(mine[-1]["peak_memory"]["process"] for mine in rounds),
+        **_cost([list(read_events(member.folder.events)) for member in members]),
         "runs": [str(member.folder.path) for member in members],
+    }
+
+
+def _cost(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """Bytes, seconds and peak memory: means over seeds, but the highest peak. A method may have no rounds at all."""
+
+    def total(kind: str, key: str) -> float:
+        return float(mean(sum(event[key] for event in events if event["event"] == kind) for events in runs))
+
+    peaks = [event["peak_memory"] for events in runs for event in events if "peak_memory" in event]
+    return {
+        "bytes_up": total("round", "bytes_up"),
+        "bytes_down": total("round", "bytes_down"),
+        "seconds": total("round", "seconds"),
+        "scoring_seconds": total("evaluated", "seconds"),
+        "peak_memory": max((peak["process"] for peak in peaks), default=0),
+        "peak_memory_gpu": max((peak["gpu"] for peak in peaks if "gpu" in peak), default=None),
     }

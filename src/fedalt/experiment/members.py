@@ -1,0 +1,87 @@
+"""The runs of a comparison: what each is, and one after another on one base in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedalt.config import RunConfig, parse_config
+from fedalt.data.load import load_federation
+from fedalt.experiment.engine import run
+from fedalt.experiment.events import Sink
+from fedalt.experiment.folder import IfExists, RunFolder, claim_folder
+from fedalt.experiment.machine import forget_peak_memory
+from fedalt.experiment.prepare import Resident, load_resident, prepare
+
+Budget = Literal["parameters", "bytes"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a comparison.
+
+    Attributes:
+        name: Method or variant, as it was asked for.
+        config: Settings of this run.
+        folder: Where it goes.
+        budget: What its rank is chosen to keep equal, if anything.
+    """
+
+    name: str
+    config: RunConfig
+    folder: RunFolder
+    budget: Budget | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For another process."""
+        return {"name": self.name, "config": self.config.model_dump(mode="json"), "budget": self.budget}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Member:
+        """In the other process."""
+        config = parse_config(value["config"], value["name"])
+        return Member(value["name"], config, RunFolder(config.folder), value["budget"])
+
+
+class Bases:
+    """The base model in memory, loaded anew only for settings that ask for another."""
+
+    def __init__(self) -> None:
+        self._wanted: Any = None
+        self._resident: Resident | None = None
+
+    def of(self, config: RunConfig) -> Resident:
+        """The base of a run, wrapped for its targets."""
+        wanted = (config.model, config.lora.targets)
+        if self._resident is None or wanted != self._wanted:
+            self._resident = None  # two bases at a time may not fit
+            self._resident, self._wanted = load_resident(config), wanted
+        return self._resident
+
+
+def train(members: Iterable[Member], if_exists: IfExists, sink: Sink, bases: Bases) -> None:
+    """Train members one after another.
+
+    Raises:
+        UserError: As for a single run.
+    """
+    for member in members:
+        forget_peak_memory()
+        resident = bases.of(member.config)
+        experiment = prepare(_matched(member, resident), resident)
+        claim_folder(member.folder.path, if_exists)
+        sink({"event": "member", "method": member.name, "seed": member.config.seed})
+        started = time.perf_counter()
+        scores = run(experiment, member.folder, sink)
+        sink({"event": "member_finished", "scores": scores, "seconds": time.perf_counter() - started})
+
+
+def _matched(member: Member, resident: Resident) -> RunConfig:
+    if member.budget is None:
+        return member.config
+    from fedalt.methods.budget import matched
+
+    clients = len(load_federation(member.config.data, member.config.seed).clients)
+    return matched(member.config, member.name, resident.model.layer_sizes, clients, member.budget)

@@ -1,0 +1,230 @@
+"""Comparisons as tables of plain cells, in CSV and in Markdown; what is shown, in one place for files and terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedalt.files import write_json, write_text
+
+LABELS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "exact_match": "exact match"}
+INTERVAL = "± is half of the 95 % interval over seeds (Student's t)"
+NOTHING = "–"
+MOST = 20
+"""Columns of tasks that a table can have."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A cell that competes with the others of its column.
+
+    Attributes:
+        value: Points as shown; the highest wins, or several.
+        text: What is shown.
+    """
+
+    value: float
+    text: str
+
+
+Cell = str | Score
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of cells.
+
+    Attributes:
+        title: Its heading.
+        head: Names of columns.
+        rows: The methods.
+        below: Rows under a line, which do not compete.
+        notes: Lines under the table.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    below: Sequence[Sequence[Cell]] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def best(self) -> list[float | None]:
+        """The highest score of every column; nothing where no two compete."""
+        columns = [
+            [cell.value for cell in column if isinstance(cell, Score)] for column in zip(*self.rows, strict=True)
+        ]
+        return [max(column) if len(column) > 1 else None for column in columns]
+
+
+def columns(comparison: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Title → clients of a column: one per client, or one per task where several clients share tasks.
+
+    Nothing where there are too many for a table.
+    """
+    tasks = comparison["tasks"]
+    groups: dict[str, list[str]] = {}
+    for client, task in tasks.items():
+        groups.setdefault(task or client, []).append(client)
+    if len(groups) == 1 < len(tasks):
+        groups = {client: [client] for client in tasks}
+    titled = {name if len(mine) == 1 else f"{name} ({len(mine)} clients)": mine for name, mine in groups.items()}
+    return titled if len(titled) <= MOST else {}
+
+
+def score_grid(comparison: Mapping[str, Any], most: int = MOST) -> Grid:
+    """Methods × tasks, and the average over clients, as in the paper's Table 1."""
+    groups = columns(comparison)
+    groups = groups if len(groups) <= most else {}
+
+    def row(block: Mapping[str, Any]) -> list[Cell]:
+        means = [sum(block["per_client"][c] for c in mine) / len(mine) for mine in groups.values()]
+        return [block["title"], *(Score(round(m, 1), f"{m:.1f}") for m in means), average(block)]
+
+    rows, below = _parted(comparison, row)
+    title = f"{LABELS[comparison['metric']]} on each client's own test rows, {seeds(comparison)}"
+    notes = [INTERVAL] if len(comparison["seeds"]) > 1 else []
+    if comparison["budget"]:
+        notes.append(f"ranks are chosen for equal {comparison['budget']}")
+    if not groups:
+        notes.append("scores of every client: comparison.csv")
+    return Grid(title, ["method", *groups, "average"], rows, below, notes)
+
+
+def verdict_grid(comparison: Mapping[str, Any]) -> Grid:
+    """Methods against the reference and against Local, and what they cost."""
+    reference = comparison["methods"][comparison["reference"]]["title"]
+    gpu = any(block["peak_memory_gpu"] is not None for block in comparison["methods"].values())
+    count = len(comparison["tasks"])
+
+    def row(block: Mapping[str, Any]) -> list[Cell]:
+        test, memory = block["against"], [block["peak_memory"], *([block["peak_memory_gpu"]] if gpu else [])]
+        return [
+            block["title"],
+            *difference(test),
+            gain(block),
+            harmed(block, count),
+            f"{block['worst']:.1f}",
+            f"{block['bytes_up'] / 1e6:.1f}",
+            f"{block['bytes_down'] / 1e6:.1f}",
+            f"{block['seconds']:.0f}",
+            f"{block['scoring_seconds']:.0f}",
+            *(NOTHING if peak is None else f"{peak / 1e9:.2f}" for peak in memory),
+        ]
+
+    head = ["method", f"vs {reference}", "p", "verdict", "gain over Local", "clients harmed", "worst client"]
+    head += ["MB up", "MB down", "training, s", "scoring, s", "memory, GB", *(["GPU, GB"] if gpu else [])]
+    rows, below = _parted(comparison, row)
+    pairs = max((b["against"]["pairs"] for b in comparison["methods"].values() if b["against"]), default=0)
+    notes = [
+        f"vs {reference}: mean difference of {pairs} (client, seed) pairs and half of its 95 % interval; "
+        "p: signed ranks, Holm",
+        "better or worse: p < .05 and the interval excludes zero; harmed: mean over seeds below Local's",
+    ]
+    return Grid(f"Against {reference} and Local", head, rows, below, notes)
+
+
+def average(block: Mapping[str, Any]) -> Score:
+    """Mean over clients and seeds, with its interval where there is one."""
+    spread = "" if block["ci95"] is None else f" ± {block['ci95']:.1f}"
+    return Score(round(block["mean"], 1), f"{block['mean']:.1f}{spread}")
+
+
+def difference(test: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    """Difference to the reference with its interval, adjusted p, verdict."""
+    if test is None:
+        return (NOTHING, NOTHING, "reference")
+    spread = "" if test["ci95"] is None else f" ± {test['ci95']:.1f}"
+    p = test["p_adjusted"]
+    return (
+        f"{test['difference']:+.1f}{spread}",
+        NOTHING if p is None else "<.001" if p < 0.001 else f"{p:.3f}".replace("0.", "."),
+        test["verdict"],
+    )
+
+
+def gain(block: Mapping[str, Any]) -> str:
+    """Gain over Local in points."""
+    return NOTHING if block["gain_over_local"] is None else f"{block['gain_over_local']:+.1f}"
+
+
+def harmed(block: Mapping[str, Any], clients: int) -> str:
+    """How many clients would rather have trained alone."""
+    return NOTHING if block["harmed"] is None else f"{block['harmed']} of {clients}"
+
+
+def seeds(comparison: Mapping[str, Any]) -> str:
+    """How many seeds, or which one."""
+    known = comparison["seeds"]
+    return f"mean of {len(known)} seeds" if len(known) > 1 else f"seed {known[0]}"
+
+
+def _parted(comparison: Mapping[str, Any], row: Any) -> tuple[list[list[Cell]], list[list[Cell]]]:
+    methods, under = comparison["methods"], comparison["below"]
+    rows = [row(block) for name, block in methods.items() if name not in under]
+    below = [row(methods[name]) for name in under]
+    return (rows, below) if rows else (below, [])
+
+
+def write_comparison(out: Path, comparison: Mapping[str, Any]) -> None:
+    """Write ``comparison.json``, ``comparison.csv`` (a line per method, seed and client) and ``comparison.md``."""
+    write_json(out / "comparison.json", comparison)
+    write_csv(out / "comparison.csv", _client_lines(comparison))
+    text = "\n".join(markdown(grid) for grid in (score_grid(comparison), verdict_grid(comparison)))
+    write_text(out / "comparison.md", f"# Comparison on {comparison['source']}\n\n{text}")
+
+
+def _client_lines(comparison: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    methods = comparison["methods"]
+    local = methods.get("local")
+    for name, block in methods.items():
+        for seed, scores in block["per_seed"].items():
+            for client, score in scores.items():
+                yield {
+                    "method": name,
+                    "title": block["title"],
+                    "seed": seed,
+                    "client": client,
+                    "task": comparison["tasks"][client],
+                    "metric": comparison["metric"],
+                    "score": score,
+                    "gain_over_local": score - local["per_seed"][seed][client] if local else None,
+                }
+
+
+def write_csv(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write mappings with equal keys as CSV with a header; None is an empty field."""
+    values = list(lines)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(values[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(values)
+    write_text(path, file.getvalue())
+
+
+def markdown(grid: Grid) -> str:
+    """A heading, a table with the best of every column in bold, and the notes."""
+    best = grid.best
+
+    def shown(cell: Cell, top: float | None) -> str:
+        if isinstance(cell, str):
+            return _escaped(cell)
+        return f"**{cell.text}**" if cell.value == top else cell.text
+
+    lines = [" | ".join(map(_escaped, grid.head)), " | ".join(["---", *["---:"] * (len(grid.head) - 1)])]
+    lines += [" | ".join(shown(cell, top) for cell, top in zip(row, best, strict=True)) for row in grid.rows]
+    if grid.below:
+        lines.append(" | ".join(["*for reference*", *[""] * (len(grid.head) - 1)]))
+    lines += [" | ".join(shown(cell, None) for cell in row) for row in grid.below]
+    table = "".join(f"| {line} |\n" for line in lines)
+    notes = "".join(f"\n{note}  " for note in grid.notes).rstrip(" ")
+    return f"## {grid.title}\n\n{table}{notes}\n"
+
+
+def _escaped(text: str) -> str:
+    """Text from rows stays in its cell."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
