@@ -11,8 +11,6 @@ from fedalt.methods.base import Method
 from fedalt.methods.registry import configured, get_method
 from fedalt.model.state import AdapterShape
 
-REFERENCE = "local"
-"""The method whose budget the others meet: one LoRA of the configured rank (by bytes: FedALT's upload of as much)."""
 _ROUNDS = 3
 """Rounds after which no method does anything new, but for the last one."""
 
