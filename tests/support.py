@@ -210,11 +210,15 @@ def run_rounds(
     rounds: int = 2,
     dropout: float = 0.0,
     federation: FederationConfig | None = None,
+    states: Sequence[ClientState] = (),
     **executor: Any,
 ) -> tuple[list[list[ClientResult]], Server]:
-    """A whole federation in memory, without files: every round's results, and the server after the last round."""
+    """A whole federation in memory, without files: every round's results, and the server after the last round.
+
+    Clients start from ``states``, or as in a run.
+    """
     shape = method.shape(RANK, model.layer_sizes)
-    states = start_states(method, shape, list(rows))
+    states = states or start_states(method, shape, list(rows))
     shared = {key: size for key, size in shape.shapes().items() if method.shares(key)}
     server = Server(method, federation or FederationConfig(), {c: len(mine) for c, mine in rows.items()}, shared)
     settings, history = round_settings(method, shape, config, dropout), []

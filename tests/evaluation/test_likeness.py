@@ -74,7 +74,9 @@ def test_weights_are_the_clamped_mean_cosine(target: str) -> None:
     method, placement = method_and_placement(samples=99, most=0.8, weight_target=target)
     states = random_states(method.shape(RANK, model().layer_sizes))
     chosen = method.personalise(model(), states, ROWS, placement)
-    for state, weights, prompts in zip(chosen, instance_weights(model(), chosen, PROMPTS, placement), PROMPTS, strict=True):
+    for state, weights, prompts in zip(
+        chosen, instance_weights(model(), chosen, PROMPTS, placement), PROMPTS, strict=True
+    ):
         mine = [literal_embedding(state.tensors, LOCAL, row.prompt) for row in ROWS[state.client]]
         for i in (0, len(prompts) - 1):
             likeness = [float(literal_embedding(state.tensors, LOCAL, prompts[i]) @ unit) for unit in mine]

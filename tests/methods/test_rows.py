@@ -149,7 +149,9 @@ def test_factor_means_one_by_one(weights: dict[int, float], seed: int) -> None:
     row = rows("factor_mean", sent, weights)
     for client in weights:
         for module, (a, b) in row(client).items():
-            for got, expected in zip((a, b), means(shares(weights, client), *others(sent, client, module)), strict=True):
+            for got, expected in zip(
+                (a, b), means(shares(weights, client), *others(sent, client, module)), strict=True
+            ):
                 np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -176,9 +178,7 @@ def literal_krum(sent: Mapping[int, Tensors], client: int, faulty: int) -> int:
     """Blanchard et al.: the score of a vector is the sum of squared distances to its n − f − 2 closest ones."""
     flat = {c: np.concatenate([v.double().numpy().ravel() for v in t.values()]) for c, t in sent.items() if c != client}
     near = max(1, len(flat) - faulty - 2)
-    scores = {
-        c: sum(sorted(((x - y) ** 2).sum() for o, y in flat.items() if o != c)[:near]) for c, x in flat.items()
-    }
+    scores = {c: sum(sorted(((x - y) ** 2).sum() for o, y in flat.items() if o != c)[:near]) for c, x in flat.items()}
     return min(scores, key=scores.__getitem__)
 
 

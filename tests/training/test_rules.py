@@ -1,4 +1,4 @@
-"""Ways to take a step: two levels against autograd and finite differences, and HetLoRA's penalty against its formula."""
+"""Ways to take a step: two levels against autograd and finite differences, HetLoRA's penalty against its formula."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def take(
 ) -> tuple[Tensor, list[Tensor]]:
     """A step's losses, and the gradients that its optimiser sees."""
     recorder = Recorder([trainable[key] for key in X], 0.0, 1.0)
-    losses = rule(
-        lambda: f([trainable[k] for k in X], [trainable[k] for k in Y]), trainable, recorder, lr, active
-    )  # type: ignore[arg-type]
+    losses = rule(lambda: f([trainable[k] for k in X], [trainable[k] for k in Y]), trainable, recorder, lr, active)  # type: ignore[arg-type]
     return losses, recorder.grads
 
 
@@ -180,13 +178,13 @@ def test_two_levels_on_a_model(unrolled: bool) -> None:
     fixed = None if unrolled else {k: start[k] - 0.1 * g for k, g in _slopes(f, lower).items()}
     recorder = Recorder(list(upper.values()), 0.0, 1.0)
     put(start)
-    Bilevel(PRIVATE, None, unrolled)(
-        f, model.trainable, recorder, rates, torch.ones(CLIENTS, dtype=torch.bool)
-    )
+    Bilevel(PRIVATE, None, unrolled)(f, model.trainable, recorder, rates, torch.ones(CLIENTS, dtype=torch.bool))
     grads = dict(zip(upper, recorder.grads, strict=True))
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        direction = {k: torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in start.items() if k in upper}
+        direction = {
+            k: torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in start.items() if k in upper
+        }
         slope = (phi(direction, 3e-4, fixed) - phi(direction, -3e-4, fixed)) / 6e-4
         got = sum((grads[key] * value).flatten(1).sum(1) for key, value in direction.items())
         torch.testing.assert_close(got, slope, rtol=1e-2, atol=1e-2)  # type: ignore[arg-type]
@@ -228,7 +226,8 @@ def test_hetloras_penalty_is_the_size_of_every_clients_own_tail(tail: float, sta
     got, _ = penalised(tail, 0.3, tensors)
     for k, start in enumerate(starts):
         tails = [
-            np.linalg.norm(tensors[Key(m, GLOBAL, B)][k, :, start:]) * np.linalg.norm(tensors[Key(m, GLOBAL, A)][k, start:])
+            np.linalg.norm(tensors[Key(m, GLOBAL, B)][k, :, start:])
+            * np.linalg.norm(tensors[Key(m, GLOBAL, A)][k, start:])
             for m in ("m", "n")
         ]
         assert got[k].item() == pytest.approx(0.3 * sum(tails), rel=1e-5, abs=1e-12)
