@@ -84,7 +84,8 @@ class HetLoRA(Unequal):
                 b = trainable[key._replace(factor=B)]
                 present = a.detach().abs().sum(2) > 0
                 ranks = (present * torch.arange(1, a.shape[1] + 1, device=a.device)).amax(1)
-                tail = torch.arange(a.shape[1], device=a.device) >= (self.options.tail * ranks.double()).floor()[:, None]
+                start = (self.options.tail * ranks.double()).floor()  # in fp64, as ``after`` counts
+                tail = torch.arange(a.shape[1], device=a.device) >= start[:, None]
                 total = total + _norm(b * tail[:, None]) * _norm(a * tail[:, :, None])
         return self.options.decay * total
 
