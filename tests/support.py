@@ -210,25 +210,31 @@ def run_rounds(
     rounds: int = 2,
     dropout: float = 0.0,
     federation: FederationConfig | None = None,
+    states: Sequence[ClientState] = (),
+    chosen: Sequence[Sequence[int]] = (),
     **executor: Any,
 ) -> tuple[list[list[ClientResult]], Server]:
-    """A whole federation in memory, without files: every round's results, and the server after the last round."""
+    """A whole federation in memory, without files: every round's results, and the server after the last round.
+
+    Clients start from ``states``, or as in a run; ``chosen`` are those of each round, or all take part in all.
+    """
     shape = method.shape(RANK, model.layer_sizes)
-    states = start_states(method, shape, list(rows))
+    now = {state.client: state for state in states or start_states(method, shape, list(rows))}
     shared = {key: size for key, size in shape.shapes().items() if method.shares(key)}
     server = Server(method, federation or FederationConfig(), {c: len(mine) for c, mine in rows.items()}, shared)
     settings, history = round_settings(method, shape, config, dropout), []
     uploads: dict[int, Tensors] = {}
     for round_ in range(1, rounds + 1):
-        messages = server.messages(tuple(rows))
-        told = [messages.get(client) for client in rows]
-        phases = [plans_of(rows, config, round_, phase=phase) for phase, _ in enumerate(method.phases(round_))]
-        plans = list(zip(*phases, strict=True)) or [()] * len(rows)
-        results = run_all(model, states, told, plans, settings, round_, **executor)
+        here = {client: rows[client] for client in (chosen[round_ - 1] if chosen else rows)}
+        messages = server.messages(tuple(here))
+        told = [messages.get(client) for client in here]
+        phases = [plans_of(here, config, round_, phase=phase) for phase, _ in enumerate(method.phases(round_))]
+        plans = list(zip(*phases, strict=True)) or [()] * len(here)
+        results = run_all(model, [now[client] for client in here], told, plans, settings, round_, **executor)
         arrived = {r.state.client: r.upload for r in results if r.upload}
         uploads |= arrived
         server.receive(arrived, uploads.__getitem__, round_)
-        states = [result.state for result in results]
+        now |= {result.state.client: result.state for result in results}
         history.append(results)
     return history, server
 

@@ -61,13 +61,14 @@ def descend(parts: list[Weighted], options: LoRAFairConfig) -> Factors:
     length = norm(*stacked(parts))
     if length == 0 or not (mean @ gram * mean).sum() > 0:
         return a, mean
-    delta = torch.zeros_like(mean)
+    delta, tiny = torch.zeros_like(mean), torch.finfo(mean.dtype).tiny
+    pull = options.lr * options.weight
     for _ in range(options.steps):
         c = mean + delta
         reach = c @ gram
-        own = (reach * c).sum().clamp(min=torch.finfo(c.dtype).tiny).sqrt()
+        own = (reach * c).sum().clamp(min=tiny).sqrt()
         cosine = (target * c).sum() / (length * own)
         slope = -(target / length - cosine * reach / own) / own
         delta = delta - options.lr * slope
-        delta = delta * (1 - options.lr * options.weight / delta.norm().clamp(min=options.lr * options.weight))
+        delta = delta * (1 - pull / delta.norm().clamp(min=max(pull, tiny)))
     return a, mean + delta

@@ -33,6 +33,14 @@ class Unequal(Method):
         own = super().rank_of(client)
         return self.config.lora.r if own is None else own
 
+    def install(self, state: ClientState, message: Message) -> ClientState:
+        """Directions that the mean does not have keep their A: with A and B both zero they would never train."""
+        changes = padded(message.tensors, state.tensors)
+        for key, value in changes.items():
+            if key.factor == A:
+                changes[key] = torch.where(value.abs().sum(1, keepdim=True) > 0, value, state.tensors[key])
+        return state.with_tensors(changes)
+
     def full(self, gathered: Gathered) -> dict[int, Tensors]:
         """All uploads, padded with zeros to the largest rank."""
         most = self.ranks(self.config.lora.r)[GLOBAL]
@@ -84,7 +92,8 @@ class HetLoRA(Unequal):
                 b = trainable[key._replace(factor=B)]
                 present = a.detach().abs().sum(2) > 0
                 ranks = (present * torch.arange(1, a.shape[1] + 1, device=a.device)).amax(1)
-                tail = torch.arange(a.shape[1], device=a.device) >= (self.options.tail * ranks).floor()[:, None]
+                start = (self.options.tail * ranks.double()).floor()  # in fp64, as ``after`` counts
+                tail = torch.arange(a.shape[1], device=a.device) >= start[:, None]
                 total = total + _norm(b * tail[:, None]) * _norm(a * tail[:, :, None])
         return self.options.decay * total
 
@@ -110,7 +119,7 @@ class HetLoRA(Unequal):
     def install(self, state: ClientState, message: Message) -> ClientState:
         """As much of the mean as the client holds."""
         rank = min(rank_in(state.tensors), self.rank_of(state.client))
-        return state.with_tensors(padded(cut(message.tensors, rank), state.tensors))
+        return super().install(state, Message(cut(message.tensors, rank)))
 
     def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
         """The mean weighed by size, cut to the rank a client last sent."""
@@ -147,14 +156,6 @@ class FlexLoRA(Unequal):
             return Message(tensors)
 
         return answer
-
-    def install(self, state: ClientState, message: Message) -> ClientState:
-        """Directions that the mean does not have keep their A: with A and B both zero they would never train."""
-        changes = padded(message.tensors, state.tensors)
-        for key, value in changes.items():
-            if key.factor == A:
-                changes[key] = torch.where(value.abs().sum(1, keepdim=True) > 0, value, state.tensors[key])
-        return state.with_tensors(changes)
 
 
 class FLoRA(Unequal):

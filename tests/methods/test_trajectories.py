@@ -1,0 +1,82 @@
+"""Two rounds of every method and variant against numbers that were recorded once, in ``trajectories.json``.
+
+A change of any number means that runs are no longer comparable with older ones. Where that is meant, record anew with
+``python tests/methods/test_trajectories.py`` (``PYTHONPATH=src:tests``) and say so in the change log.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedalt.methods.registry import METHODS, VARIANTS
+from fedalt.model.adapted import AdaptedModel
+from fedalt.names import Tensors
+from support import RANK, examples, llama, method_of, run_rounds, start_states, training
+
+RECORD = Path(__file__).with_name("trajectories.json")
+ROWS = {client: examples(count, seed=30 + client) for client, count in enumerate((10, 6, 4, 8))}
+CONFIG = training(local_epochs=1, batch_size=2, max_grad_norm=0.5, weight_decay=0.05)
+"""Five, three, two and four steps a round."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pf2lora": {"pf2lora__hypergrad": "unrolled", "pf2lora__private_lr": 0.05},
+    "fdlora": {"fdlora__sync_every": 1},
+    "hetlora": {"hetlora__tail": 0.5, "hetlora__decay": 0.5},
+    "lora_fair": {"lora_fair__steps": 20, "lora_fair__lr": 0.1},
+    "feddpa_f": {"federation__rounds": 2},
+}
+
+
+def moved(tensors: Tensors, start: Tensors) -> float:
+    """How far some tensors are from where they started."""
+    return float(torch.stack([(v - start[key]).double().square().sum() for key, v in tensors.items()]).sum().sqrt())
+
+
+def trajectory(name: str) -> dict[str, list[float]]:
+    """Losses of both rounds, and how far the first upload and the next round's start have moved, client by client."""
+    method, model = method_of(name, len(ROWS), **SETTINGS.get(name, {})), AdaptedModel(llama())
+    starts = [state.tensors for state in start_states(method, method.shape(RANK, model.layer_sizes), list(ROWS))]
+    history, server = run_rounds(model, method, ROWS, CONFIG, 2, dropout=0.2)
+    messages = server.messages(tuple(ROWS))
+    states = [
+        method.install(r.state, messages[r.state.client]) if r.state.client in messages else r.state
+        for r in history[-1]
+    ]
+    numbers = {
+        "loss": [result.stats.loss for results in history for result in results],
+        "upload": [moved(r.upload, start) for r, start in zip(history[0], starts, strict=True) if r.upload],
+        "state": [moved(state.tensors, start) for state, start in zip(states, starts, strict=True)],
+    }
+    return {kind: [float(f"{value:.4g}") for value in values] for kind, values in numbers.items()}
+
+
+@pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
+def test_two_rounds_are_what_they_were(name: str) -> None:
+    recorded = json.loads(RECORD.read_text())[name]
+    now = trajectory(name)
+    assert now.keys() == recorded.keys()
+    for kind, values in now.items():
+        assert values == pytest.approx(recorded[kind], rel=1e-3), kind
+
+
+def test_the_record_tells_methods_apart() -> None:
+    """Except for those that are the same here: no value of three is trimmed, and one server averages like another."""
+    recorded = json.loads(RECORD.read_text())
+    assert recorded.keys() == {*METHODS, *VARIANTS}
+    lines: dict[str, list[str]] = {}
+    for name, numbers in recorded.items():
+        lines.setdefault(json.dumps(numbers), []).append(name)
+    assert sorted(names for names in lines.values() if len(names) > 1) == TWINS
+
+
+TWINS = [["fedalt", "fedalt_trimmed_mean"], ["fedit", "zero_pad", "centralized"]]
+
+
+if __name__ == "__main__":
+    record = {name: trajectory(name) for name in (*METHODS, *VARIANTS)}
+    lines = [f'"{name}": {json.dumps(numbers)}' for name, numbers in record.items()]
+    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
