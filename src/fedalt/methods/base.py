@@ -267,10 +267,16 @@ def cut(tensors: Tensors, rank: int) -> dict[Key, Tensor]:
 
 
 def padded(tensors: Tensors, like: Tensors) -> dict[Key, Tensor]:
-    """Factors padded with zeros to the ranks of others."""
+    """Factors padded with zeros to the ranks of others.
+
+    Raises:
+        ValueError: A factor is larger than what it is padded to.
+    """
     result = dict(tensors)
     for key, value in tensors.items():
         rows, columns = (want - have for want, have in zip(like[key].shape, value.shape, strict=True))
+        if rows < 0 or columns < 0:
+            raise ValueError(f"{key} is {tuple(value.shape)}, larger than {tuple(like[key].shape)}")
         if rows or columns:
             result[key] = torch.nn.functional.pad(value, (0, columns, 0, rows))
     return result

@@ -34,13 +34,18 @@ class FedDPA(Method):
 
     source = "NeurIPS 2024, arXiv 2403.19211"
     weighting = "uniform"
-    slots = (Slot(LOCAL, share=NONE), Slot(GLOBAL))
+    slots = (Slot(GLOBAL), Slot(LOCAL, share=NONE))  # in this order the global LoRA starts as FedIT's
 
     def __init__(self, clients: int, config: RunConfig | None = None) -> None:
         super().__init__(clients, config)
         self.options = self.config.feddpa
         embed = {"local": (LOCAL,), "global": (GLOBAL,), "base": ()}[self.options.embed_with]
         self.mixing = Mixing("instance", most=self.options.most, target=self.options.weight_target, embed=embed)
+
+    @property
+    def inference(self) -> tuple[tuple[str, ...], Mixing]:
+        """Local and global, weighed by prompt."""
+        return (LOCAL, GLOBAL), self.mixing
 
     def personalise(
         self,

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fedalt.methods.base import Gathered
-from fedalt.methods.mean import mean_of
 from fedalt.methods.options import FedALTConfig
 from fedalt.methods.products import Factors, fit_b, stacked, truncated
 from fedalt.names import INDIVIDUAL, ROW, A, B, Key, Tensors
@@ -131,18 +130,7 @@ def krum(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
     return row
 
 
-def factor_mean(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
-    """The paper's rows, answered one by one."""
-
-    def row(client: int) -> dict[Key, Tensor]:
-        others = {c: weight for c, weight in gathered.weights.items() if c != client}
-        return {key._replace(slot=ROW): value for key, value in mean_of(gathered.uploads, others).items()}
-
-    return row
-
-
 AGGREGATORS: dict[str, Builder] = {
-    "factor_mean": factor_mean,
     "stack": stack,
     "svd": svd,
     "fair": fair,

@@ -7,7 +7,8 @@ beyond its own, which never get a gradient; what it sends and receives has its o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -173,10 +174,9 @@ class FLoRA(Unequal):
     source = "NeurIPS 2024, arXiv 2409.05976"
     stateful = True
 
-    def shape(self, r: int, layers: object) -> AdapterShape:
+    def shape(self, r: int, layers: Mapping[str, tuple[int, int]]) -> AdapterShape:
         """With room for what is merged."""
-        plain = super().shape(r, layers)  # type: ignore[arg-type]
-        return AdapterShape(plain.ranks, False, plain.layers, merged=True)
+        return replace(super().shape(r, layers), merged=True)
 
     def serve(self, gathered: Gathered) -> Tensors:
         """Remember this round's stack."""
