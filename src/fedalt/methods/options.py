@@ -63,7 +63,11 @@ class PF2LoRAConfig(Section):
     """PF2LoRA."""
 
     private_rank: int | None = Field(None, ge=1, description="rank of the private LoRA; lora.r / 4 when not given")
-    private_lr: float | None = Field(None, gt=0, description="SGD step of the private LoRA; training.lr if not given")
+    private_lr: float | None = Field(
+        None,
+        gt=0,
+        description="SGD step of the private LoRA; 100 times training.lr if not given: AdamW's steps are not SGD's",
+    )
     hypergrad: Literal["first_order", "unrolled"] = Field(
         "first_order", description="whether the common LoRA's gradient looks through the private LoRA's step"
     )

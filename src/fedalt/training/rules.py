@@ -78,15 +78,17 @@ class Bilevel:
 
     Attributes:
         lower: Slot of y.
-        lr: β, or nothing for the learning rate of x at that step.
+        lr: β, or nothing for ``factor`` times the learning rate of x at that step.
         unrolled: Whether the second term is there: four backward passes in place of two.
         reach: Length of εv.
+        factor: See ``lr``.
     """
 
     lower: str
     lr: float | None = None
     unrolled: bool = False
     reach: float = 1e-2
+    factor: float = 1.0
 
     def by_optimizer(self, key: Key) -> bool:
         """The upper tensors."""
@@ -98,7 +100,7 @@ class Bilevel:
         """Two or four backward passes on the same rows."""
         x = [value for key, value in trainable.items() if key.slot != self.lower]
         y = [value for key, value in trainable.items() if key.slot == self.lower]
-        beta = (lr if self.lr is None else torch.full_like(lr, self.lr)) * active
+        beta = (self.factor * lr if self.lr is None else torch.full_like(lr, self.lr)) * active
         values = losses()
         slopes = torch.autograd.grad(values.sum(), y)
         before = [value.detach().clone() for value in y]
