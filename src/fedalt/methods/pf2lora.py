@@ -8,7 +8,6 @@ from fedalt.model.mixing import SUM, Mixing
 from fedalt.names import GLOBAL, PRIVATE
 from fedalt.training.rules import Bilevel
 
-
 _SGD = 100
 """A step of SGD in steps of AdamW, whose size does not depend on the gradient's. Measured once, on tinyworld."""
 
