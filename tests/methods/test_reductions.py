@@ -360,3 +360,10 @@ def test_fixed_weights_have_no_mixer(name: str, weights: tuple[float, float]) ->
     method = method_of(name)
     assert method.mixing.weights == pytest.approx(weights)
     assert not any(key.factor == G for key in method.shape(RANK, {"m": (4, 3)}).shapes())
+
+
+def test_a_full_start_gives_the_individual_lora_fedits_scale() -> None:
+    lora = method_of("fedalt").config.lora
+    assert method_of("fedalt", fedalt__full_start=True).scale(lora) == 2 * lora.alpha / lora.r
+    assert method_of("fedalt", fedalt__full_start=True, fedalt__clusters=2).scale(lora) == 3 * lora.alpha / lora.r
+    assert method_of("fedalt", 1, fedalt__full_start=True).scale(lora) == lora.alpha / lora.r

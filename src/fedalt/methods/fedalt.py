@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fedalt.config import RunConfig
+from fedalt.config import LoraConfig, RunConfig
 from fedalt.errors import UserError
 from fedalt.methods.base import BOTH, NONE, Gathered, Message, Method, Phase, Slot
 from fedalt.methods.clusters import cluster_rows
@@ -94,6 +94,10 @@ class FedALT(Method):
             ranks = [self.rank_of(client) or r for client in range(self.clients)]
             row = sum(ranks) - min(ranks)
         return {INDIVIDUAL: self.widest(r), **dict.fromkeys(self.rows, row)}
+
+    def scale(self, lora: LoraConfig) -> float:
+        """The usual alpha/r; with ``full_start``, times the number of LoRAs, which the mixer's even start divides by."""
+        return super().scale(lora) * (len(self.slots) if self.options.full_start else 1)
 
     @property
     def frozen(self) -> tuple[str, ...]:

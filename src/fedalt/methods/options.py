@@ -33,6 +33,9 @@ class FedALTConfig(Section):
     mixing: Literal["mixer", "half", "one_over_k"] = Field(
         "mixer", description="per-token mixer (paper), or fixed weight of the individual LoRA: 1/2 or 1/K (ablations)"
     )
+    full_start: bool = Field(
+        False, description="scale times the number of LoRAs, so that even weights leave the individual one at alpha/r"
+    )
     mixer_average: bool = Field(False, description="average mixers over clients in every round (ablation)")
 
 

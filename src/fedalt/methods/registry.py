@@ -78,6 +78,7 @@ VARIANTS: dict[str, Variant] = {
     "fedalt_median": _fedalt("FedALT, median rows", row_aggregator="median"),
     "fedalt_trimmed_mean": _fedalt("FedALT, trimmed rows", row_aggregator="trimmed_mean"),
     "fedalt_krum": _fedalt("FedALT, Krum rows", row_aggregator="krum"),
+    "fedalt_full_start": _fedalt("FedALT, full start", full_start=True),
     "fedalt_clusters": _fedalt("FedALT, 2 clusters", clusters=2),
 }
 ABLATIONS = (
