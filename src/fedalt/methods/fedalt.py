@@ -96,7 +96,7 @@ class FedALT(Method):
         return {INDIVIDUAL: self.widest(r), **dict.fromkeys(self.rows, row)}
 
     def scale(self, lora: LoraConfig) -> float:
-        """The usual alpha/r; with ``full_start``, times the number of LoRAs, which the mixer's even start divides by."""
+        """The usual alpha/r; with ``full_start``, times the number of LoRAs, by which an even start divides."""
         return super().scale(lora) * (len(self.slots) if self.options.full_start else 1)
 
     @property
