@@ -12,11 +12,13 @@ from torch import Tensor
 from fedalt.config import LoraConfig, RunConfig
 from fedalt.data.encode import Example
 from fedalt.errors import UserError
+from fedalt.methods.products import Factors
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.mixing import SUM, Mixing
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, RANK_AXIS, A, B, Key, Tensors
+from fedalt.seeding import rng
 from fedalt.training.rules import PLAIN, Rule
 
 BOTH = frozenset((A, B))
@@ -98,6 +100,12 @@ class Gathered:
         others = {client: weight for client, weight in self.weights.items() if client != without}
         total = sum(others.values())
         return {client: weight / total for client, weight in others.items()}
+
+    def factors(self, slot: str) -> dict[str, dict[int, Factors]]:
+        """Module → client → (A, B) of a slot; every upload is read once."""
+        uploads = {client: self.uploads[client] for client in self.weights}
+        modules = dict.fromkeys(key.module for key in next(iter(uploads.values())))
+        return {m: {c: (t[Key(m, slot, A)], t[Key(m, slot, B)]) for c, t in uploads.items()} for m in modules}
 
 
 class Method:
@@ -181,10 +189,14 @@ class Method:
         """What a client trains in a round, one after the other."""
         return (Phase(self.slot_names, {slot.name: BOTH for slot in self.slots}, self.mixing),)
 
+    @property
+    def all_phases(self) -> list[Phase]:
+        """Phases of the first, the second and the last round; no other round has another."""
+        return [phase for round_ in (1, 2, self.config.federation.rounds) for phase in self.phases(round_)]
+
     def trains(self, key: Key) -> bool:
-        """Whether a client trains this tensor in the first, the second or the last round."""
-        rounds = (1, 2, self.config.federation.rounds)
-        return any(phase.trains(key) for round_ in rounds for phase in self.phases(round_))
+        """Whether a client ever trains this tensor."""
+        return any(phase.trains(key) for phase in self.all_phases)
 
     @property
     def slot_names(self) -> tuple[str, ...]:
@@ -254,6 +266,12 @@ class Method:
             placement: How adapters sit on the model for answering.
         """
         return list(states)
+
+
+def drawn(rows: Sequence[Example], count: int, seed: int, *purpose: str | int) -> list[Example]:
+    """Some of a client's rows, from the seed and the purpose alone."""
+    order = torch.randperm(len(rows), generator=rng(seed, *purpose)).tolist()
+    return [rows[i] for i in order[:count]]
 
 
 def copied(state: ClientState, source: str, to: str) -> ClientState:

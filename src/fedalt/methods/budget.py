@@ -11,15 +11,11 @@ from fedalt.methods.base import Method
 from fedalt.methods.registry import configured, get_method
 from fedalt.model.state import AdapterShape
 
-_ROUNDS = 3
-"""Rounds after which no method does anything new, but for the last one."""
-
 
 def trainable(method: Method, shape: AdapterShape) -> int:
     """Most parameters that a client trains at once, in any phase of any round."""
-    rounds = method.config.federation.rounds
-    phases = [phase for round_ in {*range(1, _ROUNDS + 1), rounds} for phase in method.phases(round_)]
-    return max((shape.size([key for key in shape.shapes() if phase.trains(key)]) for phase in phases), default=0)
+    sizes = (shape.size([key for key in shape.shapes() if phase.trains(key)]) for phase in method.all_phases)
+    return max(sizes, default=0)
 
 
 def sent(method: Method, shape: AdapterShape) -> int:

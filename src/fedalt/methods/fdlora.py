@@ -10,7 +10,7 @@ from torch import Tensor
 from fedalt.config import RunConfig
 from fedalt.data.batches import collate
 from fedalt.data.encode import Example
-from fedalt.methods.base import BOTH, NONE, Gathered, Message, Method, Phase, Slot, copied
+from fedalt.methods.base import BOTH, NONE, Gathered, Message, Method, Phase, Slot, copied, drawn
 from fedalt.methods.mean import mean_of
 from fedalt.methods.search import best_pairs
 from fedalt.model.adapted import AdaptedModel
@@ -18,7 +18,6 @@ from fedalt.model.layer import Placement
 from fedalt.model.mixing import SUM, Mixing
 from fedalt.model.state import ClientState
 from fedalt.names import FUSED, GLOBAL, PERSONAL, Key, Tensors
-from fedalt.seeding import rng
 from fedalt.training.loss import client_losses
 
 VELOCITY = "velocity"
@@ -95,11 +94,8 @@ class FDLoRA(Method):
         placement: Placement,
     ) -> list[ClientState]:
         """AdaFusion."""
-        few = []
-        for state in states:
-            mine = rows[state.client]
-            draw = torch.randperm(len(mine), generator=rng(self.config.seed, "few_shot", state.client))
-            few.append([mine[i] for i in draw[: self.options.few_shot].tolist()])
+        count, seed = self.options.few_shot, self.config.seed
+        few = [drawn(rows[state.client], count, seed, "few_shot", state.client) for state in states]
         batch = collate(few).to(model.device)
 
         @torch.no_grad()

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
 from fedalt.config import RunConfig
 from fedalt.data.encode import Example
 from fedalt.evaluation.likeness import anchors
-from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot, copied
+from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot, copied, drawn
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.mixing import Mixing
 from fedalt.model.state import ClientState
 from fedalt.names import ANCHOR, GLOBAL, LOCAL, E, Key
-from fedalt.seeding import rng
 
 
 class FedDPA(Method):
@@ -55,12 +52,10 @@ class FedDPA(Method):
         placement: Placement,
     ) -> list[ClientState]:
         """Add what prompts are compared with."""
-        chosen = []
-        for state in states:
-            mine = rows[state.client]
-            draw = torch.randperm(len(mine), generator=rng(self.config.seed, "anchor", state.client))
-            chosen.append([mine[i].prompt for i in draw[: self.options.samples].tolist()])
-        found = anchors(model, states, chosen, placement)
+        count, seed = self.options.samples, self.config.seed
+        chosen = [drawn(rows[state.client], count, seed, "anchor", state.client) for state in states]
+        prompts = [[example.prompt for example in mine] for mine in chosen]
+        found = anchors(model, states, prompts, placement)
         return [state.with_tensors({Key("", ANCHOR, E): anchor}) for state, anchor in zip(states, found, strict=True)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedalt.config import RunConfig
 from fedalt.methods.base import Gathered, Message, Method
 from fedalt.methods.options import LoRAFairConfig
-from fedalt.methods.products import Factors, Weighted, factor_means, fit_b, norm, stacked
+from fedalt.methods.products import Factors, Weighted, factor_means, fit_b, norm, onto, stacked
 from fedalt.names import GLOBAL, A, B, Key
 
 
@@ -36,15 +36,12 @@ class LoRAFair(Method):
     def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
         """The corrected mean, for everybody."""
         shares = gathered.shares()
-        uploads = {client: gathered.uploads[client] for client in shares}
+        ridge = self.options.solver == "ridge"
         tensors: dict[Key, Tensor] = {}
-        for key in next(iter(uploads.values())):
-            if key.factor == A:
-                other = key._replace(factor=B)
-                parts = [(uploads[c][key], uploads[c][other], share) for c, share in shares.items()]
-                ridge = self.options.solver == "ridge"
-                a, b = fit_b(parts, self.options.weight) if ridge else descend(parts, self.options)
-                tensors |= {Key(key.module, GLOBAL, A): a.float(), Key(key.module, GLOBAL, B): b.float()}
+        for module, mine in gathered.factors(GLOBAL).items():
+            parts = [(*mine[client], share) for client, share in shares.items()]
+            a, b = fit_b(parts, self.options.weight) if ridge else descend(parts, self.options)
+            tensors |= {Key(module, GLOBAL, A): a.float(), Key(module, GLOBAL, B): b.float()}
         message = Message(tensors)
         return lambda client, last: message
 
@@ -57,7 +54,7 @@ def descend(parts: list[Weighted], options: LoRAFairConfig) -> Factors:
     """
     a, mean = factor_means(parts)
     gram: Float[Tensor, "r r"] = a @ a.T
-    target = torch.stack([q * (b_m.double() @ (a_m.double() @ a.T)) for a_m, b_m, q in parts]).sum(0)
+    target = onto(parts, a)
     length = norm(*stacked(parts))
     if length == 0 or not (mean @ gram * mean).sum() > 0:
         return a, mean

@@ -52,6 +52,12 @@ def factor_means(parts: Sequence[Weighted]) -> Factors:
     return sum(q * a.double() for a, _, q in parts), sum(q * b.double() for _, b, q in parts)  # type: ignore[return-value]
 
 
+def onto(parts: Sequence[Weighted], a: Float[Tensor, "s d"]) -> Float[Tensor, "o s"]:
+    """(Σ q_m B_m A_m) aᵀ in fp64, with the sum never formed."""
+    target: Tensor = sum(q * (b_m.double() @ (a_m.double() @ a.T)) for a_m, b_m, q in parts)  # type: ignore[assignment]
+    return target
+
+
 def fit_b(parts: Sequence[Weighted], ridge: float) -> Factors:
     """Factor means with B moved towards the mean of products P = Σ q_m B_m A_m.
 
@@ -61,9 +67,8 @@ def fit_b(parts: Sequence[Weighted], ridge: float) -> Factors:
     """
     a, b = factor_means(parts)
     gram = a @ a.T
-    target: Tensor = sum(q * (b_m.double() @ (a_m.double() @ a.T)) for a_m, b_m, q in parts)  # type: ignore[assignment]
     inverse = torch.linalg.pinv(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), hermitian=True)
-    return a, b + (target - b @ gram) @ inverse
+    return a, b + (onto(parts, a) - b @ gram) @ inverse
 
 
 def norm(a: Float[Tensor, "r d"], b: Float[Tensor, "o r"]) -> float:

@@ -20,24 +20,10 @@ from torch import Tensor
 from fedalt.methods.base import Gathered
 from fedalt.methods.options import FedALTConfig
 from fedalt.methods.products import Factors, fit_b, stacked, truncated
-from fedalt.names import INDIVIDUAL, ROW, A, B, Key, Tensors
+from fedalt.names import INDIVIDUAL, ROW, A, B, Key
 
 Rows = Callable[[int], dict[Key, Tensor]]
 Builder = Callable[[Gathered, int, FedALTConfig], Rows]
-
-
-def _modules(tensors: Tensors) -> list[str]:
-    return list(dict.fromkeys(key.module for key in tensors))
-
-
-def _layers(gathered: Gathered) -> dict[str, dict[int, Factors]]:
-    """Module → client → (A, B)."""
-    uploads = {client: gathered.uploads[client] for client in gathered.weights}
-    modules = _modules(next(iter(uploads.values())))
-    return {
-        module: {c: (t[Key(module, INDIVIDUAL, A)], t[Key(module, INDIVIDUAL, B)]) for c, t in uploads.items()}
-        for module in modules
-    }
 
 
 def _row(factors: Mapping[str, Factors]) -> dict[Key, Tensor]:
@@ -49,7 +35,7 @@ def _row(factors: Mapping[str, Factors]) -> dict[Key, Tensor]:
 
 def stack(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
     """The exact mean of products, of as many times the rank as there are others."""
-    layers = _layers(gathered)
+    layers = gathered.factors(INDIVIDUAL)
 
     def row(client: int) -> dict[Key, Tensor]:
         shares = gathered.shares(client)
@@ -60,7 +46,7 @@ def stack(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
 
 def svd(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
     """The exact mean's best approximation of the row's rank."""
-    layers = _layers(gathered)
+    layers = gathered.factors(INDIVIDUAL)
     bases = {module: truncated(mine) for module, mine in layers.items()}
 
     def row(client: int) -> dict[Key, Tensor]:
@@ -72,7 +58,7 @@ def svd(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
 
 def fair(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
     """The factor mean with B fitted to the mean of products, as LoRA-FAIR does by least squares."""
-    layers = _layers(gathered)
+    layers = gathered.factors(INDIVIDUAL)
 
     def row(client: int) -> dict[Key, Tensor]:
         shares = gathered.shares(client)

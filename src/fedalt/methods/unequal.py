@@ -16,7 +16,7 @@ from torch import Tensor
 from fedalt.config import RunConfig
 from fedalt.methods.base import Gathered, Message, Method, Phase, cut, padded
 from fedalt.methods.mean import mean_of
-from fedalt.methods.products import Factors, norm, stacked, truncated
+from fedalt.methods.products import norm, stacked, truncated
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, MERGED, A, B, Key, Tensors, W
 from fedalt.seeding import rng
@@ -143,7 +143,7 @@ class FlexLoRA(Unequal):
 
     def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
         """The best approximation of the client's rank."""
-        layers = _factors(gathered)
+        layers = gathered.factors(GLOBAL)
         bests = {module: truncated(parts) for module, parts in layers.items()}
         shares = gathered.shares()
 
@@ -181,7 +181,7 @@ class FLoRA(Unequal):
     def serve(self, gathered: Gathered) -> Tensors:
         """Remember this round's stack."""
         shares, memory = gathered.shares(), dict(gathered.memory)
-        for module, parts in _factors(gathered).items():
+        for module, parts in gathered.factors(GLOBAL).items():
             a, b = stacked([(*parts[c], share) for c, share in shares.items()])
             memory[Key(module, f"round{gathered.round}", A)] = a
             memory[Key(module, f"round{gathered.round}", B)] = b
@@ -227,16 +227,6 @@ def size(tensors: Tensors) -> float:
     """‖B A‖_F over all layers together."""
     norms = [norm(value, tensors[key._replace(factor=B)]) for key, value in tensors.items() if key.factor == A]
     return float(sum(value**2 for value in norms) ** 0.5)
-
-
-def _factors(gathered: Gathered) -> dict[str, dict[int, Factors]]:
-    """Module → client → (A, B)."""
-    uploads = {client: gathered.uploads[client] for client in gathered.weights}
-    modules = dict.fromkeys(key.module for key in next(iter(uploads.values())))
-    return {
-        module: {c: (t[Key(module, GLOBAL, A)], t[Key(module, GLOBAL, B)]) for c, t in uploads.items()}
-        for module in modules
-    }
 
 
 def _widened(tensors: Tensors, rank: int) -> Tensors:
