@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 FIELDS = ("instruction", "output", "task", "category")
 
 
+class Picture(Protocol):
+    """An image that is read when it is needed."""
+
+    def open(self) -> Any:
+        """The image, as a ``PIL.Image.Image``.
+
+        Raises:
+            UserError: It is no image any more.
+        """
+
+    def digest(self) -> str:
+        """Identifies the image by its content."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One instruction and its reference answer.
+    """One instruction and its reference answer, or one text or image and its label.
 
     Attributes:
-        instruction: What the model is asked, before the prompt template.
-        output: The reference answer.
+        instruction: What the model is asked, before the prompt template; the text to classify; the name of an image.
+        output: The reference answer; the label.
         task: Name of the task the row belongs to, for example ``snli``.
         category: Kind of task, for example ``natural language inference``; scores are grouped by it.
     """
@@ -22,6 +37,7 @@ class Row:
     output: str
     task: str = ""
     category: str = ""
+    image: Picture | None = None
 
 
 @dataclass(frozen=True, slots=True)
