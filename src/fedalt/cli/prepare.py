@@ -1,0 +1,81 @@
+"""``fedalt prepare``: makes federations of public data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from fedalt.cli import show
+from fedalt.cli.show import print_json, say
+from fedalt.data.flan.tasks import SIZES, TASKS
+
+if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
+    from fedalt.data.flan.build import Prepared
+
+prepare = typer.Typer(help="Make a federation of public data sets.", no_args_is_help=True)
+
+
+@prepare.callback()
+def _group() -> None:
+    """Make a federation of public data sets."""
+
+
+@prepare.command()
+def flan(
+    out: Annotated[Path, typer.Option("--out", help="new folder, for --data")],
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME,…", help=f"client i has the i-th of them (default: {', '.join(TASKS)})"),
+    ] = None,
+    train: Annotated[int, typer.Option(min=1, help="training rows per task")] = SIZES["train"],
+    test: Annotated[int, typer.Option(min=1, help="test rows per task")] = SIZES["test"],
+    validation: Annotated[int, typer.Option(min=0, help="validation rows per task")] = SIZES["validation"],
+    seed: Annotated[int, typer.Option(help="decides which rows, their order and their wording")] = 42,
+    local: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="DIR",
+            help="take copies from DIR/<task> (save_to_disk, Parquet, CSV, JSON) instead of the hub",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
+) -> None:
+    """The paper's eight tasks, a client each, from Hugging Face data sets; one that cannot be had is left out."""
+    from fedalt.data.flan.build import build
+
+    names = list(TASKS) if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    sizes = {"train": train, "test": test, "validation": validation}
+    done = build(names, out, sizes, seed, local, _tell)
+    if as_json:
+        print_json({"out": str(out), "tasks": [asdict(one) for one in done]})
+        return
+    show.out.print(_table(done))
+    say(f"rows     {out}")
+
+
+def _tell(done: Prepared) -> None:
+    """Say on stderr what is less than was asked for."""
+    lines = (
+        [f"skipped {done.task}: {done.problem}"] if done.problem else [f"note: {done.task}: {n}" for n in done.notes]
+    )
+    for line in lines:
+        show.err.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _table(done: Sequence[Prepared]) -> Table:
+    table = Table(title="clients", title_justify="left")
+    splits = [name for name in SIZES if any(one.rows.get(name) for one in done)]
+    for name in ("client", "task", "category"):
+        table.add_column(name)
+    for name in splits:
+        table.add_column(name, justify="right")
+    for one in done:
+        client = "skipped" if one.client is None else str(one.client)
+        table.add_row(client, one.task, one.category, *(str(one.rows.get(name, "")) for name in splits))
+    return table
