@@ -89,9 +89,13 @@ def _written(letter: str, draw: random.Random) -> Any:
     width = round(inked.width * height / inked.height * draw.uniform(0.75, 1.15))
     fitted = inked.resize((min(max(width, 6), _DOTS), height), Image.Resampling.BILINEAR)
     page = Image.new("L", (_DOTS, _DOTS))
-    spare = (_DOTS - fitted.width, _DOTS - fitted.height)
-    page.paste(fitted, tuple(min(max(room // 2 + draw.randint(-2, 2), 0), room) for room in spare))
+    left, top = (_near_middle(_DOTS - side, draw) for side in fitted.size)
+    page.paste(fitted, (left, top))
     return page
+
+
+def _near_middle(room: int, draw: random.Random) -> int:
+    return min(max(room // 2 + draw.randint(-2, 2), 0), room)
 
 
 def _blocks(page: Any) -> UInt8[np.ndarray, "8 8"]:
