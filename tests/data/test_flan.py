@@ -15,6 +15,7 @@ from fedalt.data.flan.tasks import TASKS
 from fedalt.data.flan.wording import WORDINGS, instruction
 from fedalt.data.folder import read_folder
 from fedalt.data.rows import Federation, Row
+from fedalt.evaluation.options import options_of
 from micro import call, refused, tree
 
 datasets = pytest.importorskip("datasets")
@@ -109,7 +110,7 @@ def test_rows_are_records_in_words(federation: Federation) -> None:
                 assert row.instruction in known
                 assert (row.instruction, row.output) in answers
         if task.name != "common_gen":
-            assert all(f"\n- {row.output}" in row.instruction.split("OPTIONS:")[1] for row in data.test)
+            assert all(row.output in options_of(row.instruction) for row in (*data.train, *data.test))
         openings = {row.instruction[:3] for row in data.train}
         assert len(openings) > 1, "one wording for all"
 
@@ -189,7 +190,31 @@ def test_wrong_commands_are_refused_in_one_line(copies: Path, tmp_path: Path) ->
     assert not (tmp_path / "x").exists()
 
 
+def test_the_hub_is_asked_for_every_data_set_where_there_are_no_copies(
+    copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, tuple[str | None, str | None]] = {}
+
+    def load_dataset(hub: str, config: str | None, revision: str | None) -> Any:
+        asked[hub] = (config, revision)
+        (name,) = [task.name for task in TASKS.values() if task.hub == hub]
+        if name == "snli":
+            raise ConnectionError("no network\nat all")
+        return datasets.load_from_disk(copies / name)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    done = build(list(TASKS), tmp_path / "out", SIZES, 42)
+    assert asked == {task.hub: (task.config, task.revision) for task in TASKS.values()}
+    assert [one.client for one in done] == [0, None, 1, 2, 3, 4, 5, 6]
+    assert done[1].problem == (
+        "stanfordnlp/snli cannot be opened (no network); a local copy in DIR/snli can be given with --from DIR"
+    )
+    assert [data.train[0].task for data in read_folder(tmp_path / "out").clients.values()] == [
+        name for name in TASKS if name != "snli"
+    ]
+
+
 def test_without_datasets_the_extra_is_named(copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     done = call("prepare", "flan", "--from", copies, "--out", tmp_path / "x", "--tasks", "snli")
-    assert done.code == 2 and "pip install 'fedalt[datasets]'" in done.err
+    assert done.code == 2 and "pip install 'fedalt[datasets]'" in done.error

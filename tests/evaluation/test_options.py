@@ -82,6 +82,17 @@ def test_clients_read_the_same_rows_differently_and_batches_change_nothing() -> 
             assert a == pytest.approx(b, abs=1e-4)
 
 
+def test_padded_rows_have_the_same_scores() -> None:
+    model, states = with_clients("llama", "fedalt")
+    padded = AdaptedModel(llama(), packing=False)
+    padded.load(states, placement(method_of("fedalt").shape(RANK, model.layer_sizes)))
+    assert model.packs and not padded.packs
+    both = [option_scores(one, tokenizer(), ROWS, config()) for one in (model, padded)]
+    for mine, theirs in zip(*both, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert a == pytest.approx(b, abs=1e-4)
+
+
 def test_few_logits_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = with_clients("bloom", "local")
     whole = option_scores(model, tokenizer(), ROWS, config())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fedalt.data.flan.source import Splits, open_splits
+from fedalt.data.flan.source import Splits, check_installed, open_splits
 from fedalt.data.flan.tasks import TASKS, Sample, Task
 from fedalt.data.flan.wording import WORDINGS, instruction
 from fedalt.data.rows import FIELDS, Row
@@ -64,8 +64,10 @@ def build(
         tell: Called after every task.
 
     Raises:
-        UserError: An unknown task or one given twice, a folder that holds something, or no task could be prepared.
+        UserError: An unknown task or one given twice, a folder that holds something, ``datasets`` is not installed, or
+            no task could be prepared.
     """
+    check_installed()
     tasks = _known(names)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: is there already; choose another --out")

@@ -17,6 +17,12 @@ Splits = Mapping[str, Any]
 """Name of a split → ``datasets.Dataset``."""
 
 
+def check_installed() -> None:
+    """Refuse to begin without the library that reads data sets."""
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError("prepare flan needs datasets; install it with: pip install 'fedalt[datasets]'")
+
+
 def open_splits(task: Task, local: Path | None) -> Splits:
     """All splits of a task that have the columns it needs under the names it knows.
 
@@ -25,10 +31,8 @@ def open_splits(task: Task, local: Path | None) -> Splits:
         local: Folder with a copy of every data set under its task's name; the hub and its cache when not given.
 
     Raises:
-        UserError: ``datasets`` is not installed, the data set is not there or cannot be read, or has other columns.
+        UserError: The data set is not there or cannot be read, or has other columns.
     """
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError("preparing FLAN tasks needs datasets; install it with: pip install 'fedalt[datasets]'")
     place = task.hub if local is None else local / task.name
     if isinstance(place, Path) and not place.is_dir():
         raise UserError(f"{place} is no folder; --from looks for a copy of every data set under its task's name")
