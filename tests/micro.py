@@ -44,6 +44,7 @@ from fedalt.experiment.engine import run as run_engine
 from fedalt.experiment.folder import RunFolder, claim_folder
 from fedalt.experiment.prepare import prepare
 
+METRICS = ("rouge1", "rouge2", "rougeL", "exact_match")
 VOCAB = 300
 CLIENTS = 3
 TRAIN, TEST = 12, 4

@@ -74,7 +74,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a run's saved adapters again."""
-    from fedalt.evaluation.metrics import METRICS
+    from fedalt.evaluation.metrics import metrics_in
     from fedalt.experiment.folder import final_scores
     from fedalt.experiment.rescore import rescore
 
@@ -88,7 +88,7 @@ def evaluate(
     block = {"title": str(run), "metric": own["metric"], "last": last, "best_validation": None}
     show.out.print(show.run_table(block, {c: ", ".join(s["categories"]) for c, s in scores.items()}))
     if data is None:
-        same = all(own["last"]["clients"][c][name] == s[name] for c, s in scores.items() for name in METRICS)
+        same = all(own["last"]["clients"][c] == metrics_in(s) for c, s in scores.items())
         show.out.print("equal to the run's own scores" if same else "[red]not equal to the run's own scores[/]")
 
 
@@ -107,8 +107,10 @@ def generate(
         raise UserError(f"{run}: --show-alpha needs a mixer, and this method has none")
     for instruction in [prompt] if prompt is not None else _ask(client):
         answer = chat.ask(instruction)
-        show.out.print(answer.text, markup=False, highlight=False, soft_wrap=True)
-        if show_alpha:
+        chances = ", ".join(f"{name} {chance:.3f}" for name, chance in list(answer.chances.items())[:5])
+        text = f"{answer.text} ({chances})" if chances else answer.text
+        show.out.print(text, markup=False, highlight=False, soft_wrap=True)
+        if show_alpha and answer.alpha:
             show.out.print(show.alpha_line(answer.alpha, answer.slots[0]), soft_wrap=True)
 
 

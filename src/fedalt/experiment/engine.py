@@ -51,9 +51,7 @@ def _start(experiment: Experiment, folder: RunFolder, sink: Sink) -> Loop:
     cohort = config.federation.cohort or (checkpoint.cohort if checkpoint else experiment.fitting_cohort)
     experiment = experiment.with_cohort(cohort)
     samples = {client: len(mine.train) for client, mine in experiment.examples.items()}
-    method, all_shapes = experiment.method, experiment.shape.shapes()
-    shapes = {key: shape for key, shape in all_shapes.items() if method.shares(key)}
-    server = Server(method, config.federation, samples, shapes)
+    server = Server(experiment.method, config.federation, samples, experiment.upload_shapes)
     if checkpoint:
         server.uploads, server.read, server.round = checkpoint.uploads, checkpoint.upload, checkpoint.round
         server.seen, server.memory = checkpoint.seen, checkpoint.memory
@@ -84,11 +82,11 @@ def _write_start(loop: Loop, resumed: bool) -> None:
         tasks={str(c): d.train[0].task for c, d in experiment.federation.clients.items()},
         rounds=experiment.config.federation.rounds,
         source=experiment.federation.source,
-        metric=experiment.config.evaluation.metric,
+        metric=experiment.config.metric,
         base=experiment.resident.base.sha256,
         run=loop.run,
-        shared_parameters=experiment.shape.size(list(loop.server.shapes)),
-        trainable_parameters=trainable(experiment.method, experiment.shape),
+        shared_parameters=experiment.sent,
+        trainable_parameters=trainable(experiment.method, experiment.shape) + experiment.head_size,
         versions=about,
     )
     for note in () if resumed else experiment.notes:

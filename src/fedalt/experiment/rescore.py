@@ -36,7 +36,7 @@ def rescore(path: Path, client: int | None = None, data: str | None = None) -> d
         raise UserError(
             f"{federation.source}: no rows for client {missing[0]}; it has clients [{listed(federation.ids)}]"
         )
-    examples = encode_federation(federation, resident.base.tokenizer, config.data)
+    examples = encode_federation(federation, resident.encoder(config), config.data)
     scored: dict[int, Evaluation] = {}
     for cohort in cohorts(clients, cohort_size(config.federation, len(clients))):
         personal = [read_client(folder, c, resident.base) for c in cohort]

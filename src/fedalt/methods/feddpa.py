@@ -54,7 +54,7 @@ class FedDPA(Method):
         """Add what prompts are compared with."""
         count, seed = self.options.samples, self.config.seed
         chosen = [drawn(rows[state.client], count, seed, "anchor", state.client) for state in states]
-        prompts = [[example.prompt for example in mine] for mine in chosen]
+        prompts = [[example.input for example in mine] for mine in chosen]
         found = anchors(model, states, prompts, placement)
         return [state.with_tensors({Key("", ANCHOR, E): anchor}) for state, anchor in zip(states, found, strict=True)]
 
