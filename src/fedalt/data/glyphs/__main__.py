@@ -127,6 +127,7 @@ def make(out: Path, recipe: Recipe) -> float:
     found = accuracy(model, *held_out)
     model.save_pretrained(out)
     new_processor().save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
     print(f"{100 * found:.1f} % of {recipe.held_out} held-out letters, {time.monotonic() - begun:.0f} s; wrote {out}")
     return found
 
