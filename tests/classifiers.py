@@ -54,7 +54,7 @@ def build(kind: str) -> Any:
     model = builders[kind]()
     with torch.no_grad():  # biases and norms start at 0 and 1, where a mistake may not show
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model.float().eval()
 
 

@@ -11,6 +11,7 @@ import typer
 from fedalt.cli import show
 from fedalt.cli.bench import bench
 from fedalt.cli.compare import compare
+from fedalt.cli.onboard import onboard
 from fedalt.cli.options import INSIGHT_ROWS, InsightCommand, settings
 from fedalt.cli.prepare import prepare as prepare_group
 from fedalt.cli.show import print_json, say
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(bench)
 app.command()(compare)
 app.add_typer(prepare_group, name="prepare")
+app.command()(onboard)
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
@@ -71,6 +73,9 @@ def evaluate(
     run: RunPath,
     client: Annotated[int | None, typer.Option("--client", help="only this client")] = None,
     data: Annotated[str | None, typer.Option("--data", help="other rows than the run's own")] = None,
+    central: Annotated[
+        bool, typer.Option("--central", help="every client's model on the test rows of all clients together")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Score a run's saved adapters again."""
@@ -78,7 +83,7 @@ def evaluate(
     from fedalt.experiment.folder import final_scores
     from fedalt.experiment.rescore import rescore
 
-    scored = rescore(run, client, data)
+    scored = rescore(run, client, data, central)
     scores = {str(c): evaluation.scores for c, evaluation in scored.items()}
     if as_json:
         print_json({"run": str(run), "clients": scores})
@@ -87,7 +92,7 @@ def evaluate(
     last = {"round": own["last"]["round"], "clients": scores}
     block = {"title": str(run), "metric": own["metric"], "last": last, "best_validation": None}
     show.out.print(show.run_table(block, {c: ", ".join(s["categories"]) for c, s in scores.items()}))
-    if data is None:
+    if data is None and not central:
         same = all(own["last"]["clients"][c] == metrics_in(s) for c, s in scores.items())
         show.out.print("equal to the run's own scores" if same else "[red]not equal to the run's own scores[/]")
 

@@ -53,8 +53,7 @@ def _start(experiment: Experiment, folder: RunFolder, sink: Sink) -> Loop:
     samples = {client: len(mine.train) for client, mine in experiment.examples.items()}
     server = Server(experiment.method, config.federation, samples, experiment.upload_shapes)
     if checkpoint:
-        server.uploads, server.read, server.round = checkpoint.uploads, checkpoint.upload, checkpoint.round
-        server.seen, server.memory = checkpoint.seen, checkpoint.memory
+        checkpoint.restore(server)
     last = replace(checkpoint or Checkpoint(folder.checkpoints / "round_0000", 0), cohort=cohort)
     loop = Loop(experiment, folder, EventLog(folder.events, sink), server, last, run_)
     _write_start(loop, resumed=checkpoint is not None)

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedalt.config import RunConfig
 from fedalt.data.batches import Plan, plan_round
+from fedalt.data.encode import Example
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import group_mean, metrics_in, percentile
 from fedalt.experiment.checkpoint import Checkpoint, next_checkpoint, prune
@@ -234,8 +236,10 @@ class Loop:
 
 def plans_of(experiment: Experiment, client: int, number: int) -> list[Plan]:
     """What a client does in every phase of a round."""
-    config, rows = experiment.config, experiment.training_rows(client)
-    return [
-        plan_round(rows, client, config.training, config.seed, number, phase)
-        for phase, _ in enumerate(experiment.method.phases(number))
-    ]
+    rows = experiment.training_rows(client)
+    return plan_phases(rows, client, experiment.config, number, len(experiment.method.phases(number)))
+
+
+def plan_phases(rows: Sequence[Example], client: int, config: RunConfig, number: int, phases: int) -> list[Plan]:
+    """A plan for each of so many phases of a round."""
+    return [plan_round(rows, client, config.training, config.seed, number, phase) for phase in range(phases)]

@@ -165,13 +165,19 @@ def with_labels(config: RunConfig, federation: Federation) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"labels": labels_of(federation)})})
 
 
-def prepare(config: RunConfig, resident: Resident | None = None, federation: Federation | None = None) -> Experiment:
+def prepare(
+    config: RunConfig,
+    resident: Resident | None = None,
+    federation: Federation | None = None,
+    clients: int | None = None,
+) -> Experiment:
     """Check the method, read the rows, load the base, tokenise.
 
     Args:
         config: The settings.
         resident: The base, where it is in memory.
         federation: The rows, where they are in memory.
+        clients: Clients that the method counts, if not those with rows.
 
     Raises:
         UserError: Anything that is wrong with the settings, the rows or the model.
@@ -182,7 +188,7 @@ def prepare(config: RunConfig, resident: Resident | None = None, federation: Fed
     resident = resident or load_resident(config)
     config, shortened = _fit_positions(config, resident)
     examples = encode_federation(federation, resident.encoder(config), config.data)
-    method = get_method(config.method)(len(federation.clients), config)
+    method = get_method(config.method)(clients or len(federation.clients), config)
     method.rank_of(0)  # refuses ranks where there is no rule for them
     shape = method.shape(config.lora.r, resident.model.layer_sizes)
     settings = RoundSettings(method, config.lora, config.training, method.pooled or config.federation.heads == "shared")

@@ -84,8 +84,22 @@ def client_round(
         method.before(installed(method, state, message), round_)
         for state, message in zip(states, messages, strict=True)
     ]
-    began = now
-    phases, stats = method.phases(round_), [TrainingStats(0.0, 0, 0) for _ in states]
+    trained, stats = train_phases(model, now, method.phases(round_), plans, settings, on_step)
+    after = [replace(method.after(*both, round_), round=round_) for both in zip(trained, now, strict=True)]
+    down = [message.bytes if message else 0 for message in messages]
+    return [_result(settings, *client) for client in zip(states, after, stats, down, strict=True)]
+
+
+def train_phases(
+    model: AdaptedModel,
+    states: Sequence[ClientState],
+    phases: Sequence[Phase],
+    plans: Sequence[Sequence[Plan]],
+    settings: RoundSettings,
+    on_step: OnStep = lambda done, total: None,
+) -> tuple[list[ClientState], list[TrainingStats]]:
+    """Train a cohort on its own rows, phase by phase; arguments as in ``client_round``."""
+    now, stats = list(states), [TrainingStats(0.0, 0, 0) for _ in states]
     for number, phase in enumerate(phases):
         trainable = [key for key in now[0].tensors if phase.trains(key)] + list(now[0].heads)
         model.load(now, settings.placement(phase), trainable)
@@ -93,9 +107,7 @@ def client_round(
         done = train(model, mine, settings.training, partial(_step, on_step, number, len(phases)), phase.rule)
         now = [state.with_tensors(*parted(tensors)) for state, tensors in zip(now, model.unstack(), strict=True)]
         stats = [new.following(old) for new, old in zip(done, stats, strict=True)]
-    after = [replace(method.after(*both, round_), round=round_) for both in zip(now, began, strict=True)]
-    down = [message.bytes if message else 0 for message in messages]
-    return [_result(settings, *client) for client in zip(states, after, stats, down, strict=True)]
+    return now, stats
 
 
 def installed(method: Method, state: ClientState, message: Message | None) -> ClientState:

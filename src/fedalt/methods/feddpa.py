@@ -80,6 +80,11 @@ class FedDPAT(FedDPA):
         local = Phase((LOCAL, GLOBAL), {LOCAL: BOTH}, Mixing("fixed", (a, 1 - a)), detached=(GLOBAL,))
         return local, alone
 
+    @property
+    def arrival_phases(self) -> tuple[Phase, ...]:
+        """The local LoRA beside the global one."""
+        return self.phases(2)[:1]
+
 
 class FedDPAF(FedDPA):
     """FedDPA-F: FedIT on the global LoRA; in the last round, each client makes it its local one and trains that alone.
@@ -94,6 +99,11 @@ class FedDPAF(FedDPA):
 
     def _last(self, round_: int) -> bool:
         return round_ == self.config.federation.rounds
+
+    @property
+    def arrival_phases(self) -> tuple[Phase, ...]:
+        """The private phase."""
+        return self.phases(self.config.federation.rounds)
 
     def phases(self, round_: int) -> tuple[Phase, ...]:
         """Global alone; in the end, local alone."""
