@@ -22,7 +22,7 @@ from fedalt.methods.options import (
 from fedalt.section import Section
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
-Metric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "accuracy", "macro_f1"]
+Metric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "option_accuracy", "accuracy", "macro_f1"]
 
 
 class ModelConfig(Section):
@@ -145,6 +145,10 @@ class EvaluationConfig(Section):
     num_beams: int = Field(1, ge=1, description="1 is greedy (paper code: 4)")
     batch_size: int = Field(32, ge=1, description="prompts per client and generation batch")
     stemmer: bool = Field(True, description="Porter stemmer in ROUGE (paper code: true); changes the scores")
+    options: Literal["sum", "mean"] | None = Field(
+        None,
+        description="also score rows whose instruction lists OPTIONS by the likelihood of each: sum or mean over tokens",
+    )
     metric: Metric | None = Field(
         None,
         description="the score in tables, and the one that picks the best round on validation rows; rouge1 or accuracy "
@@ -196,8 +200,10 @@ class RunConfig(Section):
     def _metric_of_task(self) -> RunConfig:
         metric, classes = self.evaluation.metric, self.classifies
         if metric is not None and (metric in ("accuracy", "macro_f1")) != classes:
-            allowed = "accuracy or macro_f1" if classes else "rouge1, rouge2, rougeL or exact_match"
+            allowed = "accuracy or macro_f1" if classes else "rouge1, rouge2, rougeL, exact_match or option_accuracy"
             raise ValueError(f"evaluation.metric: {metric} does not suit the task {self.model.task}; use {allowed}")
+        if metric == "option_accuracy" and self.evaluation.options is None:
+            raise ValueError("evaluation.metric: option_accuracy needs evaluation.options=sum or mean")
         return self
 
     @property

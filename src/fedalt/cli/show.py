@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedalt.evaluation.metrics import LABELS, as_text, metrics_in, percentile
+from fedalt.evaluation.metrics import LABELS, as_text, percentile
 from fedalt.report.shown import MOST, groups
 
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
@@ -128,15 +128,15 @@ def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
     table = Table(title=f"{_plain(scores['title'])}: scores after round {last['round']}", title_justify="left")
     table.add_column("client")
     table.add_column("task")
-    names = list(metrics_in(next(iter(last["clients"].values()))))
+    names = [name for name in LABELS if any(name in values for values in last["clients"].values())]
     for name in names:
         table.add_column(LABELS[name], justify="right")
     for client in grouped(table, {c: values[scores["metric"]] for c, values in last["clients"].items()}):
         values = last["clients"][client]
-        table.add_row(client, _plain(tasks.get(client, "")), *(as_text(name, values[name]) for name in names))
+        table.add_row(client, _plain(tasks.get(client, "")), *(as_text(name, values.get(name)) for name in names))
     table.add_section()
     count = len(last["clients"])
-    columns = {name: [values[name] for values in last["clients"].values()] for name in names}
+    columns = {name: [v[name] for v in last["clients"].values() if name in v] for name in names}
     means = (as_text(name, sum(values) / count) for name, values in columns.items())
     table.add_row("mean", f"of {count} clients" if count > MOST else "", *means, style="bold")
     for title, percent in (("worst", 0), ("10th percentile", 10)):

@@ -11,7 +11,8 @@ from fedalt.data.encode import Example
 from fedalt.evaluation.classify import classify
 from fedalt.evaluation.generate import answer_all
 from fedalt.evaluation.likeness import load_to_answer
-from fedalt.evaluation.metrics import Judged, class_scores, mean_scores, score_answer, summarise
+from fedalt.evaluation.metrics import Judged, Scores, class_scores, mean_scores, score_answer, summarise
+from fedalt.evaluation.options import choose
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
@@ -24,7 +25,7 @@ class Evaluation:
     Attributes:
         client: Client id.
         lines: One mapping per row: ``text, answer, reference, category, client_id``; for classes, ``probability``
-            of the reference, too.
+            of the reference, too; for rows with options, the most likely ``option``.
         scores: Means over rows, and by category.
     """
 
@@ -50,15 +51,29 @@ def evaluate(
         judged = classify(model, mine, config, weights)
         return [_judged(s.client, part, found) for s, part, found in zip(states, mine, judged, strict=True)]
     answers = answer_all(model, tokenizer, [[example.prompt for example in part] for part in mine], config, weights)
-    return [_score(s.client, part, found, config) for s, part, found in zip(states, mine, answers, strict=True)]
+    chosen: list[list[str | None]] = [[None] * len(part) for part in mine]
+    if config.options:
+        chosen = choose(model, tokenizer, mine, config, weights, normalise=config.options == "mean")
+    found = zip(mine, answers, chosen, strict=True)
+    return [_score(state.client, *one, config) for state, one in zip(states, found, strict=True)]
 
 
-def _score(client: int, rows: Sequence[Example], answers: Sequence[str], config: EvaluationConfig) -> Evaluation:
-    lines = [_line(client, example, answer) for example, answer in zip(rows, answers, strict=True)]
-    scored = [
-        (example.row.category, score_answer(answer, example.row.output, config.stemmer))
-        for example, answer in zip(rows, answers, strict=True)
-    ]
+def _score(
+    client: int,
+    rows: Sequence[Example],
+    answers: Sequence[str],
+    chosen: Sequence[str | None],
+    config: EvaluationConfig,
+) -> Evaluation:
+    lines: list[dict[str, Any]] = []
+    scored: list[tuple[str, Scores]] = []
+    for example, answer, option in zip(rows, answers, chosen, strict=True):
+        line, scores = _line(client, example, answer), score_answer(answer, example.row.output, config.stemmer)
+        if option is not None:
+            line["option"] = option
+            scores["option_accuracy"] = 100.0 * (option.strip() == example.row.output.strip())
+        lines.append(line)
+        scored.append((example.row.category, scores))
     return Evaluation(client, lines, {"client_id": client, "stemmer": config.stemmer, **summarise(scored, mean_scores)})
 
 

@@ -92,8 +92,10 @@ def metrics_in(scores: Mapping[str, Any]) -> dict[str, float]:
     return {name: scores[name] for name in LABELS if name in scores}
 
 
-def as_text(name: str, value: float) -> str:
-    """A score as tables show it."""
+def as_text(name: str, value: float | None) -> str:
+    """A score as tables show it; a dash for none."""
+    if value is None:
+        return "–"
     return f"{value:.3f}" if name == "log_loss" else f"{value:.1f}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from statistics import mean
@@ -26,6 +26,7 @@ from fedalt.data.encode import (
 from fedalt.data.load import load_federation
 from fedalt.data.rows import Federation, Row
 from fedalt.errors import UserError
+from fedalt.evaluation.options import options_of
 from fedalt.federation.client import RoundSettings
 from fedalt.federation.cohort import fitting_cohort
 from fedalt.methods.base import Method
@@ -188,12 +189,22 @@ def prepare(
     resident = resident or load_resident(config)
     config, shortened = _fit_positions(config, resident)
     examples = encode_federation(federation, resident.encoder(config), config.data)
+    if config.metric == "option_accuracy":
+        _check_options(examples)
     method = get_method(config.method)(clients or len(federation.clients), config)
     method.rank_of(0)  # refuses ranks where there is no rule for them
     shape = method.shape(config.lora.r, resident.model.layer_sizes)
     settings = RoundSettings(method, config.lora, config.training, method.pooled or config.federation.heads == "shared")
     notes = (*shortened, *_notes(config, federation, examples, method))
     return Experiment(config, federation, examples, resident, method, shape, settings, notes)
+
+
+def _check_options(examples: Mapping[int, ClientExamples]) -> None:
+    for client, mine in examples.items():
+        if not any(options_of(example.row.instruction) for example in mine.test):
+            raise UserError(
+                f"evaluation.metric: option_accuracy asked for, but no test row of client {client} lists OPTIONS"
+            )
 
 
 def _fit_positions(config: RunConfig, resident: Resident) -> tuple[RunConfig, tuple[str, ...]]:

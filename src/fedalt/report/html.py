@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.errors import UserError
-from fedalt.evaluation.metrics import LABELS, as_text, metrics_in
+from fedalt.evaluation.metrics import LABELS, as_text, group_mean
 from fedalt.experiment.events import Event, read_events
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.insight import read_insight
@@ -95,9 +95,9 @@ def _curves(events: Sequence[Event], tasks: Mapping[str, str], metric: str, scor
 def _scores_table(latest: Mapping[str, Event], tasks: Mapping[str, str]) -> str:
     if not latest:
         return paragraph("Not scored yet.")
-    names = list(metrics_in(next(iter(latest.values()))))
-    rows = [[c, tasks[c], *(as_text(name, latest[c][name]) for name in names)] for c in tasks if c in latest]
-    means = {name: sum(e[name] for e in latest.values()) / len(latest) for name in names}
+    names = [name for name in LABELS if any(name in event for event in latest.values())]
+    rows = [[c, tasks[c], *(as_text(name, latest[c].get(name)) for name in names)] for c in tasks if c in latest]
+    means = {name: group_mean(e[name] for e in latest.values() if name in e) for name in names}
     number = max(e["round"] for e in latest.values())
     head = paragraph(f"Test scores after round {number} on each client's own rows")
     rows.append(["mean", "", *(as_text(name, mean) for name, mean in means.items())])
