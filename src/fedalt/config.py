@@ -147,7 +147,7 @@ class EvaluationConfig(Section):
     stemmer: bool = Field(True, description="Porter stemmer in ROUGE (paper code: true); changes the scores")
     options: Literal["sum", "mean"] | None = Field(
         None,
-        description="also score rows whose instruction lists OPTIONS by the likelihood of each: sum or mean over tokens",
+        description="also score rows whose instruction lists OPTIONS by each one's likelihood: sum or mean over tokens",
     )
     metric: Metric | None = Field(
         None,
