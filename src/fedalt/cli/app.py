@@ -12,6 +12,7 @@ from fedalt.cli import show
 from fedalt.cli.bench import bench
 from fedalt.cli.compare import compare
 from fedalt.cli.options import INSIGHT_ROWS, InsightCommand, settings
+from fedalt.cli.partition import partition
 from fedalt.cli.show import print_json, say
 from fedalt.config import RunConfig, load_config
 from fedalt.errors import UserError
@@ -28,6 +29,7 @@ app = typer.Typer(
 
 app.command()(bench)
 app.command()(compare)
+app.command()(partition)
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]

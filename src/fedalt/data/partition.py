@@ -15,8 +15,8 @@ from fedalt.errors import UserError
 from fedalt.extras import needs
 from fedalt.seeding import derive_seed
 
-_DRAWS = 100
-"""Draws after which a client that is still without enough rows means that the settings do not fit the rows."""
+_DRAWS, _TRIES = 20, 10
+"""Draws, and Dirichlet's own tries of each, after which too few rows mean that the settings do not fit the rows."""
 ALPHA = {"dirichlet": 0.5, "quantity": 0.5, "gl_dir": 0.3, "sc_dir": 3.0}
 """Concentration of the partitioners that have one."""
 
@@ -59,44 +59,51 @@ def deal(deck: Deck, fewest: int, seed: int) -> Parts:
     """Deal rows until every client has enough; every row goes to exactly one client.
 
     Raises:
-        UserError: More clients than rows, settings that the kinds of rows do not allow, or no draw of a hundred that
-            leaves every client ``fewest`` rows.
+        UserError: More clients than rows, settings that the kinds of rows do not allow, or no draw that leaves every
+            client ``fewest`` rows.
     """
     if deck.clients > len(deck.kinds):
         raise UserError(
             f"data.clients: {deck.clients} clients asked for, but {deck.source} has {len(deck.kinds)} training rows"
         )
-    partitioner, most = _PARTITIONERS[deck.by], 0
+    partitioner = _PARTITIONERS[deck.by]
     for draw in range(1 if deck.by in _FIXED else _DRAWS):
-        parts = partitioner(deck, derive_seed(seed, "partition", draw))
-        if (least := min(map(len, parts), default=0)) >= fewest:
+        parts = partitioner(deck, fewest, derive_seed(seed, "partition", draw))
+        if parts and min(map(len, parts)) >= fewest:
             return parts
-        most = max(most, least)
     raise UserError(
-        f"data.partition: {deck.by} leaves a client of {deck.clients} with {most} rows of {deck.source}, {fewest} are "
-        "needed for data.partition.min_rows and what is held out; ask for fewer clients"
+        f"data.partition: {deck.by} leaves one of {deck.clients} clients with fewer than {fewest} rows of "
+        f"{deck.source} (data.partition.min_rows, and what is held out); ask for fewer clients"
         + (", a larger data.partition.alpha" if deck.by in ALPHA else "")
         + " or a smaller min_rows"
     )
 
 
-def _iid(deck: Deck, seed: int) -> Parts:
+def _iid(deck: Deck, fewest: int, seed: int) -> Parts:
     return _dealt(_flower().IidPartitioner(deck.clients), deck.kinds, seed)
 
 
-def _dirichlet(deck: Deck, seed: int) -> Parts:
+def _dirichlet(deck: Deck, fewest: int, seed: int) -> Parts:
     """For each kind, the clients' shares are drawn from Dir(alpha): Flower's, which is also GL-Dir of HiLoRA."""
-    return _dirichlet_of(deck.kinds, deck.clients, deck.alpha, seed)
+    return _dirichlet_of(deck.kinds, deck.clients, deck.alpha, fewest, seed)
 
 
-def _dirichlet_of(kinds: Sequence[str], clients: int, alpha: float, seed: int) -> Parts:
+def _dirichlet_of(kinds: Sequence[str], clients: int, alpha: float, fewest: int, seed: int) -> Parts:
     partitioner = _flower().DirichletPartitioner(
-        num_partitions=clients, partition_by="kind", alpha=alpha, min_partition_size=0, self_balancing=False, seed=seed
+        num_partitions=clients,
+        partition_by="kind",
+        alpha=alpha,
+        min_partition_size=fewest,
+        self_balancing=False,
+        seed=seed,
     )
-    return _dealt(partitioner, kinds, seed)
+    try:
+        return _dealt(partitioner, kinds, seed)
+    except ValueError:  # none of its tries gave everybody enough
+        return []
 
 
-def _pathological(deck: Deck, seed: int) -> Parts:
+def _pathological(deck: Deck, fewest: int, seed: int) -> Parts:
     """A few labels each. Flower's leaves labels out where clients are fewer, so there our own assignment is used."""
     each, places = deck.options.classes_per_client, grouped(deck.kinds)
     if each > len(places):
@@ -116,27 +123,27 @@ def _pathological(deck: Deck, seed: int) -> Parts:
     try:
         return _dealt(partitioner, deck.kinds, seed)
     except ValueError:  # a label is drawn for more clients than it has rows: draw again
-        return [[]]
+        return []
 
 
-def _column(deck: Deck, seed: int) -> Parts:
+def _column(deck: Deck, fewest: int, seed: int) -> Parts:
     return _dealt(_flower().NaturalIdPartitioner("kind"), deck.kinds, seed)
 
 
-def _quantity(deck: Deck, seed: int) -> Parts:
+def _quantity(deck: Deck, fewest: int, seed: int) -> Parts:
     """Sizes are drawn from Dir(alpha), as in NIID-Bench; which rows, evenly."""
     import numpy as np
 
-    shares = np.random.default_rng(seed).dirichlet([deck.alpha] * deck.clients)
-    ends = np.round(np.cumsum(shares) * len(deck.kinds)).astype(int)
-    ends[-1] = len(deck.kinds)
-    sizes = np.diff(ends, prepend=0).tolist()
-    if min(sizes) < 1:
-        return [[]]
+    draws = np.random.default_rng(seed).dirichlet([deck.alpha] * deck.clients, _TRIES)
+    ends = np.round(np.cumsum(draws, axis=1) * len(deck.kinds)).astype(int)
+    ends[:, -1] = len(deck.kinds)
+    sizes = next((row for row in np.diff(ends, prepend=0).tolist() if min(row) >= fewest), None)
+    if sizes is None:
+        return []
     return _dealt(_flower().SizePartitioner(sizes), deck.kinds, seed)
 
 
-def _sc_dir(deck: Deck, seed: int) -> Parts:
+def _sc_dir(deck: Deck, fewest: int, seed: int) -> Parts:
     """Superclasses are handed out, and the rows of each shared by Dir(alpha) among the clients that hold it."""
     import numpy as np
 
@@ -156,16 +163,16 @@ def _sc_dir(deck: Deck, seed: int) -> Parts:
     for place, (superclass, rows) in enumerate(places.items()):
         holders = [client for client, mine in enumerate(held) if superclass in mine]
         if not 0 < len(holders) <= len(rows):
-            return [[]]
+            return []
         within = deck.options.dir_level == "class_in_superclass"
         kinds = [deck.kinds[i] if within else superclass for i in rows]
-        shares = _dirichlet_of(kinds, len(holders), deck.alpha, derive_seed(seed, "superclass", place))
+        shares = _dirichlet_of(kinds, len(holders), deck.alpha, 0, derive_seed(seed, "superclass", place))
         for client, share in zip(holders, shares, strict=True):
             parts[client] += [rows[i] for i in share]
     return [[part[i] for i in shuffled(len(part), seed, "order", k)] for k, part in enumerate(parts)]
 
 
-_PARTITIONERS: dict[str, Callable[[Deck, int], Parts]] = {
+_PARTITIONERS: dict[str, Callable[[Deck, int, int], Parts]] = {
     "iid": _iid,
     "dirichlet": _dirichlet,
     "pathological": _pathological,

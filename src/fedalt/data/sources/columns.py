@@ -66,7 +66,7 @@ class Columns:
         return f"{'text: ' + ', '.join(self.text) if self.text else 'images'}; label: {self.label}"
 
 
-def to_pool(config: DataConfig, splits: Mapping[str, Sequence[Record]], source: str, kind: str) -> Pool:
+def to_pool(config: DataConfig, splits: Mapping[str, Sequence[Record]], source: str, kind: str, hint: str = "") -> Pool:
     """Rows of every split from the columns that the settings name.
 
     Args:
@@ -74,6 +74,7 @@ def to_pool(config: DataConfig, splits: Mapping[str, Sequence[Record]], source: 
         splits: Records by split.
         source: What the pool is called; rows without a task have the last part of it.
         kind: What was recognised, for a note.
+        hint: What else may be the matter where a column is not found.
 
     Raises:
         UserError: No training rows, a column that is not there, an empty text or label, a name for a label that no row
@@ -83,7 +84,7 @@ def to_pool(config: DataConfig, splits: Mapping[str, Sequence[Record]], source: 
         if not splits[split]:
             raise UserError(f"{source}: no {split} rows")
     first = splits["train"][0]
-    columns = _choose(config, list(first.values), first.picture is not None, source)
+    columns = _choose(config, list(first.values), first.picture is not None, source, hint)
     task = source.rstrip("/").rpartition("/")[2].partition(".")[0]
     rows = {s: tuple(_row(record, columns, config, task) for record in splits.get(s, ())) for s in SPLITS}
     _check_names(config, {_cell(r, columns.label) for records in splits.values() for r in records}, source)
@@ -93,11 +94,11 @@ def to_pool(config: DataConfig, splits: Mapping[str, Sequence[Record]], source: 
     return Pool(**rows, source=source, notes=(note,), column=kept)
 
 
-def label_column(config: DataConfig, known: Sequence[str], source: str) -> str:
+def label_column(config: DataConfig, known: Sequence[str], source: str, hint: str = "") -> str:
     """The label's column: the one that the settings name, or the first that is usual."""
     label = config.label_column or next((name for name in _LABELS if name in known), None)
     if label is None:
-        raise UserError(f"data.label_column: say which column is the label; {_columns(config, known, source)}")
+        raise UserError(f"data.label_column: say which column is the label; {_columns(known, source)}{hint}")
     return label
 
 
@@ -109,8 +110,8 @@ def has_header(config: DataConfig, source: str) -> None:
         )
 
 
-def _choose(config: DataConfig, known: Sequence[str], pictures: bool, source: str) -> Columns:
-    where, extra = _columns(config, known, source), needs_column(config.partition.column)
+def _choose(config: DataConfig, known: Sequence[str], pictures: bool, source: str, hint: str) -> Columns:
+    where, extra = _columns(known, source) + hint, needs_column(config.partition.column)
     if pictures and config.text_columns:
         raise UserError(f"data.text_columns: the rows of {source} are images, which have no text")
     for key, names in (
@@ -121,7 +122,7 @@ def _choose(config: DataConfig, known: Sequence[str], pictures: bool, source: st
         for name in names:
             if name not in known:
                 raise UserError(f'data.{key}: no column "{name}"{did_you_mean(name, known)}; {where}')
-    label = label_column(config, known, source)
+    label = label_column(config, known, source, hint)
     text = config.text_columns or next((group for group in _TEXTS if set(group) <= set(known)), ())
     if not text and not pictures:
         raise UserError(f"data.text_columns: say which columns are the text; {where}")
@@ -129,9 +130,8 @@ def _choose(config: DataConfig, known: Sequence[str], pictures: bool, source: st
     return Columns(() if pictures else text, label, category, extra)
 
 
-def _columns(config: DataConfig, known: Sequence[str], source: str) -> str:
-    unnamed = "" if config.columns else " (data.columns names them where a file has no header line)"
-    return f"{source} has the columns {listed(known)}{unnamed}"
+def _columns(known: Sequence[str], source: str) -> str:
+    return f"{source} has the columns {listed([name if len(name) <= 30 else f'{name[:29]}…' for name in known])}"
 
 
 def _row(record: Record, columns: Columns, config: DataConfig, task: str) -> Row:

@@ -24,15 +24,19 @@ def read_table(path: Path, config: DataConfig) -> Pool:
         UserError: Two files for a split, a broken line, and what ``to_pool`` refuses.
     """
     if path.is_file():
-        return to_pool(config, {"train": _records(path, config)}, str(path), "a table")
+        return to_pool(config, {"train": _records(path, config)}, str(path), "a table", _hint(config))
     files = {split: _file(path, split) for split in NAMES}
     records = {split: _records(file, config) for split, file in files.items() if file}
-    return to_pool(config, records, str(path), "a folder of tables")
+    return to_pool(config, records, str(path), "a folder of tables", _hint(config))
 
 
 def is_table_folder(folder: Path) -> bool:
     """Whether there is a file of training rows."""
     return any((folder / f"train{ending}").is_file() for ending in ENDINGS)
+
+
+def _hint(config: DataConfig) -> str:
+    return "" if config.columns else "; where a CSV or TSV file has no header line, data.columns names them"
 
 
 def _file(folder: Path, split: str) -> Path | None:
