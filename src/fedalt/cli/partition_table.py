@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from fedalt.data.record import in_order
 from fedalt.report.shown import MOST
 from fedalt.report.theme import COLOURS, short
 
@@ -31,7 +32,7 @@ def partition_table(written: Mapping[str, Any]) -> Table:
         totals.update(mine["train"])
     ranked = [label for label, _ in sorted(totals.items(), key=lambda item: (-item[1], item[0]))]
     named = ranked if len(ranked) <= len(COLOURS) else ranked[:_LABELS]
-    columns = [*sorted(named), *([OTHERS] if len(named) < len(ranked) else [])]
+    columns = [*in_order(named), *([OTHERS] if len(named) < len(ranked) else [])]
     most = max(sum(mine["train"].values()) for mine in counts.values())
     table = Table(title=f"training rows by {written['counted_by']}", title_justify="left")
     table.add_column("client")

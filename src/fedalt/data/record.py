@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,19 @@ def label_counts(*federations: Federation) -> tuple[str, Counts]:
         return row.output if kind == "label" else row.task
 
     return kind, {
-        str(client): {split: dict(sorted(Counter(map(of, getattr(data, split))).items())) for split in SPLITS}
+        str(client): {split: _counted(map(of, getattr(data, split))) for split in SPLITS}
         for client, data in clients.items()
     }
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Numbers by size, then words by the alphabet."""
+    return sorted(labels, key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label))
+
+
+def _counted(labels: Iterable[str]) -> dict[str, int]:
+    counts = Counter(labels)
+    return {label: counts[label] for label in in_order(counts)}
 
 
 def reproduce(file: Path, pool: Pool) -> Federation:

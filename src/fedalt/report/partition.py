@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedalt.data.options import PartitionConfig
+from fedalt.data.record import in_order
 from fedalt.files import write_text
 from fedalt.report.insights import partition_bars
 from fedalt.report.page import Section, page, table
@@ -28,16 +30,18 @@ def write_page(path: Path, written: Mapping[str, Any]) -> Path:
         Section("splits", "Rows by split", [replace(bars, note=f"By {kind} and split.")]),
         Section("sizes", "Rows", [_sizes(shown, names, splits)]),
     ]
-    settings = written["settings"]["partition"]
-    about = f"{len(written['counts'])} clients, seed {settings['seed'] or written['settings']['seed']}"
-    options = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None and name != "seed")
+    bars.plot.update_yaxes(type="category")  # 0, 1 and "2 held out" are all names
+    settings, usual = written["settings"]["partition"], PartitionConfig().model_dump()
+    seed = written["settings"]["seed"] if settings["seed"] is None else settings["seed"]
+    about = f"{len(written['counts'])} clients, seed {seed}"
+    options = ", ".join(f"{name}: {value}" for name, value in settings.items() if value not in (None, usual[name]))
     few = f"the first {_MOST} of them are shown" if len(written["counts"]) > _MOST else ""
     write_text(path, page(f"Partition of {written['source']}", [about, options, few], sections))
     return path
 
 
 def _map(counts: Mapping[str, Mapping[str, Mapping[str, int]]], names: Mapping[str, str], kind: str) -> Drawing:
-    labels = sorted({label for mine in counts.values() for label in mine["train"]})
+    labels = in_order({label for mine in counts.values() for label in mine["train"]})
     values = [[mine["train"].get(label, 0) for label in labels] for mine in counts.values()]
     figure = cells(
         values,
