@@ -183,8 +183,19 @@ def test_validation_rows_stand_in_for_unlabelled_test_rows(tmp_path: Path) -> No
     datasets.DatasetDict({**splits, "extra": hub_rows(1)}).save_to_disk(tmp_path / "glue")
     pool = read(tmp_path / "glue")
     assert list(map(len, (pool.train, pool.validation, pool.test))) == [4, 0, 3]
-    assert any("test rows have no labels; validation rows take their place" in note for note in pool.notes)
+    assert any("the test rows have no labels and are not used" in note for note in pool.notes)
+    assert any("validation rows take the place of test rows" in note for note in pool.notes)
     assert any("splits not used: extra" in note for note in pool.notes)
+
+
+def test_test_rows_without_a_column_of_labels_are_unlabelled_rows(tmp_path: Path) -> None:
+    splits = {"train": hub_rows(4), "test": hub_rows(2).remove_columns("label")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    assert (len(read(tmp_path / "set").train), read(tmp_path / "set").test) == (4, ())
+    splits["train"] = splits["train"].rename_column("label", "mood")
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "other")
+    assert "data.label_column: say which column is the label" in refusal(tmp_path / "other")
+    assert read(tmp_path / "other", label_column="mood").train[1].output == "positive"
 
 
 def test_a_folder_that_load_dataset_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

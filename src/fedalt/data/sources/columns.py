@@ -94,12 +94,9 @@ def to_pool(config: DataConfig, splits: Mapping[str, Sequence[Record]], source: 
     return Pool(**rows, source=source, notes=(note,), column=kept)
 
 
-def label_column(config: DataConfig, known: Sequence[str], source: str, hint: str = "") -> str:
-    """The label's column: the one that the settings name, or the first that is usual."""
-    label = config.label_column or next((name for name in _LABELS if name in known), None)
-    if label is None:
-        raise UserError(f"data.label_column: say which column is the label; {_columns(known, source)}{hint}")
-    return label
+def find_label(config: DataConfig, known: Sequence[str]) -> str | None:
+    """The label's column: the one that the settings name, or the first that is usual; nothing where it is not there."""
+    return next((name for name in ((config.label_column,) if config.label_column else _LABELS) if name in known), None)
 
 
 def has_header(config: DataConfig, source: str) -> None:
@@ -122,7 +119,9 @@ def _choose(config: DataConfig, known: Sequence[str], pictures: bool, source: st
         for name in names:
             if name not in known:
                 raise UserError(f'data.{key}: no column "{name}"{did_you_mean(name, known)}; {where}')
-    label = label_column(config, known, source, hint)
+    label = find_label(config, known)
+    if label is None:
+        raise UserError(f"data.label_column: say which column is the label; {where}")
     text = config.text_columns or next((group for group in _TEXTS if set(group) <= set(known)), ())
     if not text and not pictures:
         raise UserError(f"data.text_columns: say which columns are the text; {where}")

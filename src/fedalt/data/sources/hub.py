@@ -9,7 +9,7 @@ from typing import Any
 from fedalt.config import DataConfig
 from fedalt.data.pictures import HubPicture
 from fedalt.data.pool import Pool
-from fedalt.data.sources.columns import Record, has_header, label_column, to_pool
+from fedalt.data.sources.columns import Record, find_label, has_header, to_pool
 from fedalt.data.sources.digits import DIGITS
 from fedalt.data.sources.table import NAMES
 from fedalt.errors import UserError, did_you_mean, listed
@@ -48,12 +48,18 @@ def read_hub(name: str, config: DataConfig) -> Pool:
     source = f"{name}/{config.config}" if config.config else name
     found, notes = _named(_load(name, config.config), source)
     records = {split: _records(rows, f"{source}: {split}", config) for split, rows in found.items()}
+    for split in records.keys() - {"train"}:
+        if find_label(config, found[split].column_names) is None:
+            records[split] = None
     labelled = {split: mine for split, mine in records.items() if mine is not None}
     if "train" not in labelled:
         raise UserError(f"{source}: the training rows have no labels")
+    notes += tuple(
+        f"{source}: the {split} rows have no labels and are not used" for split in sorted(records.keys() - labelled)
+    )
     if "test" in records and "test" not in labelled and "validation" in labelled:
         labelled["test"] = labelled.pop("validation")
-        notes += (f"{source}: the test rows have no labels; validation rows take their place",)
+        notes += (f"{source}: validation rows take the place of test rows",)
     pool = to_pool(config, labelled, source, "a Hugging Face data set")
     return Pool(pool.train, pool.validation, pool.test, pool.source, (*pool.notes, *notes), pool.column)
 
@@ -105,8 +111,8 @@ def _records(rows: Any, where: str, config: DataConfig) -> list[Record] | None:
     if column:
         rows = rows.cast_column(column, datasets.Image(decode=False))
     values = list(rows.remove_columns(images))
-    label = label_column(config, list(values[0]), where) if values else ""
-    if values and all(value[label] in (None, _UNLABELLED) for value in values):
+    label = find_label(config, rows.column_names)
+    if label and values and all(value[label] in (None, _UNLABELLED) for value in values):
         return None
     names = [f"{where} row {i}" for i in range(len(values))]
     pictures = [HubPicture(rows, column, i, name) if column else None for i, name in enumerate(names)]
