@@ -19,7 +19,7 @@ from fedalt.data.mirror import held_out, largest_remainder, mirrored
 from fedalt.data.options import PartitionConfig
 from fedalt.data.partition import cover
 from fedalt.data.pool import SPLITS, Pool, pooled
-from fedalt.data.record import label_counts, record, row_digest
+from fedalt.data.record import in_order, label_counts, record, reproduce, row_digest
 from fedalt.data.rows import ClientData, Federation, Row
 from fedalt.errors import UserError
 from micro import shared_data
@@ -246,6 +246,21 @@ def test_a_file_gives_the_same_clients_again(tmp_path: Path, test: str) -> None:
     fewer = again.model_copy(update={"tasks": None, "source": str(shared_data(clients=2))})
     with pytest.raises(UserError, match=r"data.partition.file: \d+ rows of .*partition.json are not in .*data-2-0"):
         load_federation(fewer, 0)
+
+
+def test_rows_of_equal_text_are_all_used(tmp_path: Path) -> None:
+    twins = tuple(Row("same", "x", category=name) for name in "ab")
+    path = tmp_path / "partition.json"
+    digest = row_digest(twins[0])
+    wanted = {"train": [digest, digest], "validation": [], "test": []}
+    path.write_text(json.dumps({"clients": {"0": wanted}}))
+    assert reproduce(path, Pool(twins, (), (), "here")).clients[0].train == twins
+    with pytest.raises(UserError, match="1 rows of"):
+        reproduce(path, Pool(twins[:1], (), (), "here"))
+
+
+def test_labels_that_are_numbers_come_by_size() -> None:
+    assert in_order({"10", "b", "2", "a"}) == ["2", "10", "a", "b"]
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"clients": {"x": {}}}', '{"clients": {}}', "{"])
