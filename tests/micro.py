@@ -29,6 +29,9 @@ import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
@@ -36,6 +39,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    ViTModel,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -44,6 +51,7 @@ from fedalt.experiment.engine import run as run_engine
 from fedalt.experiment.folder import RunFolder, claim_folder
 from fedalt.experiment.prepare import prepare
 
+METRICS = ("rouge1", "rouge2", "rougeL", "exact_match")
 VOCAB = 300
 CLIENTS = 3
 TRAIN, TEST = 12, 4
@@ -164,6 +172,56 @@ def model_folder(folder: Path, kind: str = "llama", seed: int = 0, **special: An
     """Save a micro model and its tokenizer where no other test looks."""
     micro_model(kind, seed).save_pretrained(folder)
     tokenizer(**special).save_pretrained(folder)
+    return folder
+
+
+def classifier_folder(folder: Path, kind: str = "bert", labels: int | None = None, seed: int = 0) -> Path:
+    """A micro encoder, decoder or ViT without a head, or with one of so many classes."""
+    torch.manual_seed(seed)
+    small: dict[str, Any] = {
+        "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    if kind == "vit":
+        config = ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=labels or 2, **small)
+        model = ViTForImageClassification(config) if labels else ViTModel(config, add_pooling_layer=False)
+        ViTImageProcessorPil(
+            size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False
+        ).save_pretrained(folder)
+    else:
+        config = BertConfig(
+            vocab_size=VOCAB, max_position_embeddings=64, pad_token_id=0, num_labels=labels or 2, **small
+        )
+        model = BertForSequenceClassification(config) if labels else BertModel(config)
+        tokenizer().save_pretrained(folder)
+    model.eval().save_pretrained(folder)
+    return folder
+
+
+@cache
+def shared_classifier(kind: str = "bert") -> Path:
+    """A model folder without a head that no test changes."""
+    return classifier_folder(_SCRATCH / f"classifier-{kind}", kind)
+
+
+def label_rows(client: int, count: int, start: int = 0) -> list[dict[str, str]]:
+    """Numbers to be called small, middling or large; client 1 calls the small ones large."""
+    names = ("large", "middling", "small") if client == 1 else ("small", "middling", "large")
+    made = []
+    for i in range(start, start + count):
+        number = (7 * i + client) % 30
+        label = names[number // 10]
+        made.append({"instruction": f"{number} ({client}.{i})", "output": label, "task": f"task{client}"})
+    return made
+
+
+@cache
+def labelled_data(clients: int = CLIENTS) -> Path:
+    """A federation with labels that no test changes."""
+    folder = _SCRATCH / f"labelled-{clients}"
+    for client in range(clients):
+        write_rows(folder / f"train/local_training_{client}.json", label_rows(client, 15), False)
+        write_rows(folder / f"test/local_testing_{client}.jsonl", label_rows(client, 6, 100), True)
     return folder
 
 

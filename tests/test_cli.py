@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from fedalt.config import RunConfig
-from fedalt.evaluation.metrics import METRICS
 from fedalt.methods.registry import ABLATIONS, METHODS, VARIANTS
 from micro import (
     CLIENTS,
     ENVIRONMENT,
+    METRICS,
     TEST,
     answers,
     call,

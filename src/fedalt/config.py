@@ -22,6 +22,9 @@ from fedalt.methods.options import (
 )
 from fedalt.section import Section
 
+Task = Literal["causal_lm", "sequence_classification", "image_classification"]
+Metric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "accuracy", "macro_f1"]
+
 
 def _text_keys(value: Any) -> Any:
     """YAML reads ``0: negative`` as a number."""
@@ -29,9 +32,18 @@ def _text_keys(value: Any) -> Any:
 
 
 class ModelConfig(Section):
-    """The frozen base model."""
+    """The frozen base model, and what is asked of it."""
 
-    name: str = Field("tiny-base", description="Local folder or hub name of a causal LM; tiny-base ships with fedalt")
+    name: str = Field(
+        "tiny-base",
+        description="Local folder or hub name; tiny-base ships with fedalt, minilm with the extra fedalt[minilm]",
+    )
+    task: Task = Field(
+        "causal_lm", description="generate answers, or classify texts or images: a row's output is its label"
+    )
+    labels: tuple[str, ...] | None = Field(
+        None, description="classes, in the order of the head's outputs; all outputs of training rows when not given"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen base")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     load_in: Literal["8bit", "4bit"] | None = Field(None, description="bitsandbytes quantisation (paper: 8bit)")
@@ -140,6 +152,9 @@ class FederationConfig(Section):
     row_delivery: Literal["broadcast", "unicast"] = Field(
         "broadcast", description="one mean for all with subtraction at the client, or each client's own row"
     )
+    heads: Literal["private", "shared"] = Field(
+        "private", description="classification heads: each client keeps its own, or they are averaged like a LoRA"
+    )
     executor: Literal["stacked", "loop"] = Field(
         "stacked", description="a cohort of clients in one forward and backward, or one after another"
     )
@@ -159,8 +174,10 @@ class EvaluationConfig(Section):
     num_beams: int = Field(1, ge=1, description="1 is greedy (paper code: 4)")
     batch_size: int = Field(32, ge=1, description="prompts per client and generation batch")
     stemmer: bool = Field(True, description="Porter stemmer in ROUGE (paper code: true); changes the scores")
-    metric: Literal["rouge1", "rouge2", "rougeL", "exact_match"] = Field(
-        "rouge1", description="the score in tables, and the one that picks the best round on validation rows"
+    metric: Metric | None = Field(
+        None,
+        description="the score in tables, and the one that picks the best round on validation rows; rouge1 or accuracy "
+        "by task when not given",
     )
 
     @model_validator(mode="after")
@@ -203,6 +220,24 @@ class RunConfig(Section):
     fdlora: FDLoRAConfig = FDLoRAConfig()
     hetlora: HetLoRAConfig = HetLoRAConfig()
     lora_fair: LoRAFairConfig = LoRAFairConfig()
+
+    @model_validator(mode="after")
+    def _metric_of_task(self) -> RunConfig:
+        metric, classes = self.evaluation.metric, self.classifies
+        if metric is not None and (metric in ("accuracy", "macro_f1")) != classes:
+            allowed = "accuracy or macro_f1" if classes else "rouge1, rouge2, rougeL or exact_match"
+            raise ValueError(f"evaluation.metric: {metric} does not suit the task {self.model.task}; use {allowed}")
+        return self
+
+    @property
+    def classifies(self) -> bool:
+        """Whether rows have labels, and not answers to be written."""
+        return self.model.task != "causal_lm"
+
+    @property
+    def metric(self) -> Metric:
+        """The score in tables."""
+        return self.evaluation.metric or ("accuracy" if self.classifies else "rouge1")
 
     @property
     def folder(self) -> Path:

@@ -27,6 +27,8 @@ MERGED = "merged"
 """Pseudo-slot of what has been merged into the base, whose only factor is W ``[d_out, d_in]`` (FLoRA)."""
 ANCHOR = "anchor"
 """Pseudo-slot, of no module, of what a client's prompts are compared with; its only factor is E ``[1, d]`` (FedDPA)."""
+HEAD = "head"
+"""Pseudo-slot of a classification head; its factors are the names of the head's parameters."""
 
 A, B, G, W, E = "A", "B", "G", "W", "E"
 RANK_AXIS = {A: 0, B: 1}
@@ -52,3 +54,9 @@ class Key(NamedTuple):
 
 Tensors = Mapping[Key, Tensor]
 """One client's tensors, or a mean of several clients' tensors."""
+
+
+def parted(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Adapters, and heads."""
+    adapters = {key: value for key, value in tensors.items() if key.slot != HEAD}
+    return adapters, {key: value for key, value in tensors.items() if key.slot == HEAD}

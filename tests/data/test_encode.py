@@ -9,7 +9,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from fedalt.config import DataConfig
-from fedalt.data.encode import Encoder, encode_federation
+from fedalt.data.encode import AnswerEncoder, encode_federation
 from fedalt.data.rows import ClientData, Federation, Row
 from fedalt.data.templates import get_template
 from fedalt.errors import UserError
@@ -38,6 +38,10 @@ CHAT = (
 
 def one_client(*train: Row, test: tuple[Row, ...] = ()) -> Federation:
     return Federation({5: ClientData(train, (), test)}, "here")
+
+
+def by(config: DataConfig) -> tuple[AnswerEncoder, DataConfig]:
+    return AnswerEncoder(tokenizer(), config.template, config.cutoff), config
 
 
 def with_special_tokens(template: str) -> Any:
@@ -105,7 +109,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 
 def test_prompt_and_answer_ids() -> None:
     own = tokenizer()
-    example = Encoder(own, "alpaca_short", 64).example(Row("Say 1 2.", "1 2"))
+    example = AnswerEncoder(own, "alpaca_short", 64).example(Row("Say 1 2.", "1 2"))
     assert example is not None
     prompt = "### Instruction:\nSay 1 2.\n\n### Response:\n"
     assert list(example.prompt) == own(prompt)["input_ids"]
@@ -117,24 +121,24 @@ def test_prompt_and_answer_ids() -> None:
 def test_the_answer_is_cut_at_the_cutoff_and_ends_only_where_there_is_room() -> None:
     own = tokenizer()
     row = Row("Say 1 2.", "1 2 3 4 5 6")
-    whole = Encoder(own, "alpaca_short", 512).example(row)
+    whole = AnswerEncoder(own, "alpaca_short", 512).example(row)
     assert whole is not None
     room = len(whole) - len(whole.prompt)
     for missing in range(room):
-        cut = Encoder(own, "alpaca_short", len(whole) - missing).example(row)
+        cut = AnswerEncoder(own, "alpaca_short", len(whole) - missing).example(row)
         assert cut is not None
         assert cut.prompt == whole.prompt
         assert cut.answer == whole.answer[: room - missing]
         assert (EOS_ID in cut.answer) == (missing == 0)
-    assert Encoder(own, "alpaca_short", len(whole.prompt)).example(row) is None
-    assert Encoder(own, "alpaca_short", len(whole.prompt) - 1).example(row) is None
+    assert AnswerEncoder(own, "alpaca_short", len(whole.prompt)).example(row) is None
+    assert AnswerEncoder(own, "alpaca_short", len(whole.prompt) - 1).example(row) is None
 
 
 @pytest.mark.parametrize("special", ["</s> $A", "$A </s>", "<pad> $A </s>"])
 def test_a_tokenizers_special_tokens_frame_the_prompt_but_never_end_it(special: str) -> None:
     own = with_special_tokens(special)
     plain = tokenizer()("### Instruction:\nSay 1.\n\n### Response:\n")["input_ids"]
-    example = Encoder(own, "alpaca_short", 64).example(Row("Say 1.", "1"))
+    example = AnswerEncoder(own, "alpaca_short", 64).example(Row("Say 1.", "1"))
     assert example is not None
     before = {"</s> $A": [1], "$A </s>": [], "<pad> $A </s>": [0]}[special]
     assert list(example.prompt) == [*before, *plain]
@@ -144,7 +148,7 @@ def test_a_tokenizers_special_tokens_frame_the_prompt_but_never_end_it(special: 
 def test_a_chat_template_writes_its_own_special_tokens() -> None:
     own = with_special_tokens("</s> $A")
     own.chat_template = CHAT
-    example = Encoder(own, "chat", 64).example(Row("Say 1.", "1"))
+    example = AnswerEncoder(own, "chat", 64).example(Row("Say 1.", "1"))
     assert example is not None
     assert EOS_ID not in example.prompt
     assert own.decode(example.prompt) == "<user>Say 1.\n<assistant>"
@@ -155,7 +159,7 @@ def test_the_training_prompt_is_the_prompt_of_generation(template: str) -> None:
     """The first answer token may not merge into the prompt: "7 4" after a newline is tokenised on its own."""
     own = with_special_tokens("</s> $A")
     own.chat_template = CHAT
-    encoder = Encoder(own, template, 512)
+    encoder = AnswerEncoder(own, template, 512)
     for row in rows(0, 20):
         example = encoder.example(Row(**row))
         assert example is not None
@@ -168,7 +172,7 @@ def test_the_training_prompt_is_the_prompt_of_generation(template: str) -> None:
 def test_rows_whose_prompt_fills_the_cutoff_are_skipped_and_counted() -> None:
     short, long = Row("Say 1.", "1"), Row("Say " + "1 " * 200, "1")
     federation = one_client(short, long, short, test=(long, short))
-    (mine,) = encode_federation(federation, tokenizer(), DataConfig(cutoff=64)).values()
+    (mine,) = encode_federation(federation, *by(DataConfig(cutoff=64))).values()
     assert [example.row for example in mine.train] == [short, short]
     assert [example.row for example in mine.test] == [short]
     assert mine.skipped == {"train": 1, "validation": 0, "test": 1}
@@ -177,7 +181,7 @@ def test_rows_whose_prompt_fills_the_cutoff_are_skipped_and_counted() -> None:
 def test_a_client_with_nothing_left_to_learn_is_named() -> None:
     long = Row("Say " + "1 " * 200, "1")
     with pytest.raises(UserError, match=r"^client 5: all 2 train rows have a prompt of 64 tokens or more"):
-        encode_federation(one_client(long, long), tokenizer(), DataConfig(cutoff=64))
+        encode_federation(one_client(long, long), *by(DataConfig(cutoff=64)))
 
 
 def test_skipped_rows_are_reported_as_notes(tmp_path: Path) -> None:

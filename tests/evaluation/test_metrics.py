@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedalt.evaluation.metrics import METRICS, group_mean, mean_scores, score_answer, summarise
+from fedalt.evaluation.metrics import group_mean, mean_scores, score_answer, summarise
+from micro import METRICS
 
 
 def test_rouge_by_hand() -> None:
@@ -51,7 +52,7 @@ def test_summary_is_a_mean_over_rows_not_over_categories() -> None:
     def row(value: float) -> dict[str, float]:
         return dict.fromkeys(METRICS, value)
 
-    summary = summarise([("news", row(90.0)), ("news", row(60.0)), ("fiction", row(0.0))])
+    summary = summarise([("news", row(90.0)), ("news", row(60.0)), ("fiction", row(0.0))], mean_scores)
     assert (summary["rows"], summary["rouge1"]) == (3, 50)
     assert list(summary["categories"]) == ["fiction", "news"]
     assert summary["categories"]["news"] == {"rows": 2, **row(75.0)}
@@ -60,6 +61,6 @@ def test_summary_is_a_mean_over_rows_not_over_categories() -> None:
 
 def test_means_of_nothing() -> None:
     assert mean_scores([]) == {}
-    assert summarise([]) == {"rows": 0, "categories": {}}
+    assert summarise([], mean_scores) == {"rows": 0, "categories": {}}
     assert group_mean([]) is None
     assert group_mean(iter([1.0, 2.0])) == 1.5

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from fedalt.config import load_config, parse_config
 from fedalt.evaluation.evaluate import evaluate
-from fedalt.evaluation.metrics import METRICS
 from fedalt.experiment.events import EventLog, read_events
 from fedalt.experiment.prepare import prepare
 from fedalt.model.state import load_state
 from micro import (
     CLIENTS,
+    METRICS,
     TEST,
     TRAIN,
     adapters,

@@ -263,7 +263,6 @@ def test_reading_a_client_gives_back_its_tensors(kind: str) -> None:
     assert (personal.state.client, personal.state.round) == (1, 3)
     assert (personal.placement.slots, personal.placement.mixed) == (("individual", "row"), True)
     assert (personal.placement.scale, personal.placement.dropout) == (4.0, 0.0)
-    assert personal.template == "alpaca_short"
     expected = {
         Key(module, slot, factor)
         for module in MODULES[kind]

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedalt.evaluation.metrics import METRICS
 from fedalt.report.trackers import tracked
-from micro import CLIENTS, call, events, refused, settings, write_yaml
+from micro import CLIENTS, METRICS, call, events, refused, settings, write_yaml
 
 QUICK = {"federation__rounds": 2, "training__local_epochs": 1}
 STAND_INS = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedalt.benchmarks.task import Spec
 from fedalt.config import DataConfig
-from fedalt.data.encode import Encoder, Example
+from fedalt.data.encode import AnswerEncoder, Example, encode_client
 from fedalt.data.load import load_federation
 
 _PIECES = re.compile(r"\w{1,6}|[^\w\s]|\n")
@@ -21,7 +21,7 @@ class HashTokenizer:
     """Pieces of up to six letters, punctuation and line ends, hashed into a vocabulary.
 
     Lengths resemble those of a BPE (about four characters a token); ids mean nothing, which random weights do not mind.
-    It has what ``Encoder`` and ``answer_all`` ask of a Hugging Face tokenizer.
+    It has what ``AnswerEncoder`` and ``answer_all`` ask of a Hugging Face tokenizer.
     """
 
     pad_token_id = 0
@@ -54,9 +54,9 @@ def client_examples(
         UserError: Something is wrong with the data.
     """
     data = DataConfig(source=spec.data)
-    encoder = Encoder(tokenizer, data.template, cutoff)
+    encoder = AnswerEncoder(tokenizer, data.template, cutoff)
     federation = load_federation(data, spec.seed)
-    encoded = [encoder.client(mine) for mine in list(federation.clients.values())[: spec.clients]]
+    encoded = [encode_client(encoder, mine) for mine in list(federation.clients.values())[: spec.clients]]
     turns = [(encoded[k % len(encoded)], k // len(encoded)) for k in range(spec.clients)]
     train = [_window(mine.train, turn, spec.rows) for mine, turn in turns]
     test = [_window(mine.test, turn, spec.rows) for mine, turn in turns]

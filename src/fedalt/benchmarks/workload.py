@@ -12,8 +12,8 @@ from fedalt.benchmarks import shapes
 from fedalt.benchmarks.rows import client_examples
 from fedalt.benchmarks.task import Spec
 from fedalt.config import FederationConfig, LoraConfig, TrainingConfig
-from fedalt.data.batches import Plan, Prompt, plan_round
-from fedalt.data.encode import Example
+from fedalt.data.batches import Plan, plan_round
+from fedalt.data.encode import Example, Prompt
 from fedalt.federation.server import Server
 from fedalt.methods.base import Message, Method
 from fedalt.methods.registry import get_method

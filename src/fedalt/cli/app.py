@@ -11,6 +11,7 @@ import typer
 from fedalt.cli import show
 from fedalt.cli.bench import bench
 from fedalt.cli.compare import compare
+from fedalt.cli.onboard import onboard
 from fedalt.cli.options import INSIGHT_ROWS, InsightCommand, settings
 from fedalt.cli.partition import partition
 from fedalt.cli.show import print_json, say
@@ -29,6 +30,7 @@ app = typer.Typer(
 
 app.command()(bench)
 app.command()(compare)
+app.command()(onboard)
 app.command()(partition)
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
@@ -71,14 +73,17 @@ def evaluate(
     run: RunPath,
     client: Annotated[int | None, typer.Option("--client", help="only this client")] = None,
     data: Annotated[str | None, typer.Option("--data", help="other rows than the run's own")] = None,
+    central: Annotated[
+        bool, typer.Option("--central", help="every client's model on the test rows of all clients together")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Score a run's saved adapters again."""
-    from fedalt.evaluation.metrics import METRICS
+    from fedalt.evaluation.metrics import metrics_in
     from fedalt.experiment.folder import final_scores
     from fedalt.experiment.rescore import rescore
 
-    scored = rescore(run, client, data)
+    scored = rescore(run, client, data, central)
     scores = {str(c): evaluation.scores for c, evaluation in scored.items()}
     if as_json:
         print_json({"run": str(run), "clients": scores})
@@ -87,8 +92,8 @@ def evaluate(
     last = {"round": own["last"]["round"], "clients": scores}
     block = {"title": str(run), "metric": own["metric"], "last": last, "best_validation": None}
     show.out.print(show.run_table(block, {c: ", ".join(s["categories"]) for c, s in scores.items()}))
-    if data is None:
-        same = all(own["last"]["clients"][c][name] == s[name] for c, s in scores.items() for name in METRICS)
+    if data is None and not central:
+        same = all(own["last"]["clients"][c] == metrics_in(s) for c, s in scores.items())
         show.out.print("equal to the run's own scores" if same else "[red]not equal to the run's own scores[/]")
 
 
@@ -107,8 +112,10 @@ def generate(
         raise UserError(f"{run}: --show-alpha needs a mixer, and this method has none")
     for instruction in [prompt] if prompt is not None else _ask(client):
         answer = chat.ask(instruction)
-        show.out.print(answer.text, markup=False, highlight=False, soft_wrap=True)
-        if show_alpha:
+        chances = ", ".join(f"{name} {chance:.3f}" for name, chance in list(answer.chances.items())[:5])
+        text = f"{answer.text} ({chances})" if chances else answer.text
+        show.out.print(text, markup=False, highlight=False, soft_wrap=True)
+        if show_alpha and answer.alpha:
             show.out.print(show.alpha_line(answer.alpha, answer.slots[0]), soft_wrap=True)
 
 

@@ -114,14 +114,14 @@ def _show_sweep(out: Path, result: Mapping[str, Any], config: RunConfig, as_json
 
 def _write_reports(out: Path, comparison: Mapping[str, Any], config: RunConfig) -> Path:
     from fedalt.experiment.folder import open_run
-    from fedalt.experiment.prepare import load_resident
+    from fedalt.experiment.members import Bases
     from fedalt.report.html import write_comparison_report, write_report
     from fedalt.report.insights import look
 
-    resident = load_resident(config) if config.report.insight else None
+    bases = Bases()
     for path in (path for block in comparison["methods"].values() for path in block["runs"]):
-        folder = open_run(Path(path))[0]
-        look(folder, config.report.insight, resident)
+        folder, mine = open_run(Path(path))
+        look(folder, config.report.insight, bases.of(mine) if config.report.insight else None)
         write_report(folder)
     return write_comparison_report(out, comparison)
 

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedalt.cli.show import grouped
+from fedalt.evaluation.metrics import LABELS
 from fedalt.experiment.tables import (
     INTERVAL,
-    LABELS,
     Cell,
     Grid,
     average,

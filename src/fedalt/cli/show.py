@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedalt.evaluation.metrics import METRICS
-from fedalt.experiment.tables import LABELS
+from fedalt.evaluation.metrics import LABELS, as_text, metrics_in, percentile
 from fedalt.report.shown import MOST, groups
 
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
@@ -129,15 +128,20 @@ def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
     table = Table(title=f"{_plain(scores['title'])}: scores after round {last['round']}", title_justify="left")
     table.add_column("client")
     table.add_column("task")
-    for name in METRICS:
+    names = list(metrics_in(next(iter(last["clients"].values()))))
+    for name in names:
         table.add_column(LABELS[name], justify="right")
     for client in grouped(table, {c: values[scores["metric"]] for c, values in last["clients"].items()}):
         values = last["clients"][client]
-        table.add_row(client, _plain(tasks.get(client, "")), *(f"{values[name]:.1f}" for name in METRICS))
+        table.add_row(client, _plain(tasks.get(client, "")), *(as_text(name, values[name]) for name in names))
     table.add_section()
     count = len(last["clients"])
-    means = [sum(v[name] for v in last["clients"].values()) / count for name in METRICS]
-    table.add_row("mean", f"of {count} clients" if count > MOST else "", *(f"{v:.1f}" for v in means), style="bold")
+    columns = {name: [values[name] for values in last["clients"].values()] for name in names}
+    means = (as_text(name, sum(values) / count) for name, values in columns.items())
+    table.add_row("mean", f"of {count} clients" if count > MOST else "", *means, style="bold")
+    for title, percent in (("worst", 0), ("10th percentile", 10)):
+        low = (as_text(n, percentile(v, 100 - percent if n == "log_loss" else percent)) for n, v in columns.items())
+        table.add_row(title, "", *low)
     if best and best["round"] != last["round"]:
         table.caption = (
             f"best round on validation rows: {best['round']}, mean {LABELS[scores['metric']]} {best['mean']:.1f}"

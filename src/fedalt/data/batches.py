@@ -6,19 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedalt.config import TrainingConfig
-from fedalt.data.encode import Example
+from fedalt.data.encode import Example, Prompt, laid_out
 from fedalt.model.rowmap import RowMap
 from fedalt.seeding import derive_seed, rng
 
 _WINDOW = 16
 """Batches whose rows are sorted by length together, with the order ``bucketed``."""
-
-Prompt = tuple[int, ...]
-"""Token ids that an answer follows."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +69,14 @@ class Batch:
     """The rows of one step of a cohort, client by client, one after another with nothing between them.
 
     Attributes:
-        input_ids: Tokens of all rows.
+        inputs: Tokens of all rows; or images.
         rows: Whose they are and how long each is.
-        place: Position in ``input_ids`` whose logits predict ``target``.
-        target: Token to predict.
+        place: Position in ``inputs`` whose logits predict ``target``: a token before an answer's, or a row.
+        target: Token, or class, to predict.
         owner: Stack index of the client of every target.
     """
 
-    input_ids: Int[Tensor, " t"]
+    inputs: Int[Tensor, " t"] | Float[Tensor, "n c h w"]
     rows: RowMap
     place: Int[Tensor, " s"]
     target: Int[Tensor, " s"]
@@ -92,17 +89,21 @@ class Batch:
 
 
 def collate(groups: Sequence[Sequence[Example]], keys: Sequence[int] = ()) -> Batch:
-    """Lay the rows of a cohort end to end; only answer tokens are supervised."""
-    ids: list[int] = []
+    """Lay the rows of a cohort end to end; supervised are answer tokens only, or the rows' classes."""
+    examples = [(owner, example) for owner, group in enumerate(groups) for example in group]
+    rows = RowMap(tuple(map(len, groups)), tuple(len(example) for _, example in examples), tuple(keys))
     supervised: list[tuple[int, int, int]] = []
-    for owner, group in enumerate(groups):
-        for example in group:
-            start = len(ids) + len(example.prompt) - 1
-            supervised += [(start + i, token, owner) for i, token in enumerate(example.answer)]
-            ids += example.prompt + example.answer
-    lengths = tuple(len(example) for group in groups for example in group)
+    start = 0
+    for row, (owner, example) in enumerate(examples):
+        if example.answer:
+            first = start + len(example.prompt) - 1
+            supervised += [(first + i, token, owner) for i, token in enumerate(example.answer)]
+        else:
+            supervised.append((row, example.label, owner))
+        start += len(example)
     place, target, owner_ = torch.tensor(supervised).unbind(1)
-    return Batch(torch.tensor(ids), RowMap(tuple(map(len, groups)), lengths, tuple(keys)), place, target, owner_)
+    inputs = laid_out([value for _, e in examples for value in ((e.image,) if e.image else (e.prompt, e.answer))])
+    return Batch(inputs, rows, place, target, owner_)
 
 
 def cohort_steps(plans: Sequence[Plan]) -> Iterator[Batch]:

@@ -1,38 +1,88 @@
-"""From rows to token ids. Prompt and answer are tokenised apart, so training sees exactly the prompt of generation."""
+"""From rows to what a model reads: tokens or pixels, and an answer or a label.
+
+Prompt and answer are tokenised apart, so training sees exactly the prompt of generation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from fedalt.config import DataConfig
 from fedalt.data.rows import ClientData, Federation, Row
 from fedalt.data.templates import CHAT, Template, get_template
-from fedalt.errors import UserError
+from fedalt.errors import UserError, did_you_mean, listed
+
+Prompt = tuple[int, ...]
+"""Token ids that an answer or a label follows."""
+_KEPT = 1 << 30
+"""Bytes of pixels that are kept once they have been read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that is read, and brought to the model's size, when it is needed.
+
+    Attributes:
+        row: Whose image it is.
+        tokens: Tokens that the model makes of it.
+        read: Reads the pixels.
+    """
+
+    row: Row
+    tokens: int
+    read: Callable[[Row], Float[Tensor, "c h w"]]
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    @property
+    def pixels(self) -> Float[Tensor, "c h w"]:
+        """The image as the model sees it."""
+        return self.read(self.row)
+
+
+Input = Prompt | Image
+"""What a model reads of a row before it answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row in tokens.
+    """One row as the model reads it.
 
     Attributes:
-        prompt: Ids of the rendered template.
-        answer: Ids of the reference answer, with the end-of-sequence token where the cut-off leaves room.
+        prompt: Ids of the rendered template, or of the text to classify; none for an image.
+        answer: Ids of the reference answer, with the end-of-sequence token where the cut-off leaves room; none where
+            there is a label.
         row: Where it came from.
+        label: Index of the reference class, where rows are classified.
+        image: The image, where there is one.
     """
 
-    prompt: tuple[int, ...]
+    prompt: Prompt
     answer: tuple[int, ...]
     row: Row
+    label: int = -1
+    image: Image | None = None
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
+        return len(self.input) + len(self.answer)
+
+    @property
+    def input(self) -> Input:
+        """What the model reads before it answers."""
+        return self.image or self.prompt
 
 
 @dataclass(frozen=True, slots=True)
 class ClientExamples:
-    """One client's rows in tokens, and how many were skipped because their prompt fills the cut-off."""
+    """One client's examples, and how many rows were skipped because their prompt fills the cut-off."""
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
@@ -40,8 +90,19 @@ class ClientExamples:
     skipped: dict[str, int]
 
 
-class Encoder:
-    """Renders the template and tokenises.
+class Encoder(Protocol):
+    """Makes examples of rows."""
+
+    def example(self, row: Row) -> Example | None:
+        """The row as the model reads it, or nothing when it does not fit.
+
+        Raises:
+            UserError: The row is not of the kind that the task asks for.
+        """
+
+
+class AnswerEncoder:
+    """Renders the template and tokenises, for models that write answers.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -55,7 +116,7 @@ class Encoder:
         self.cutoff = cutoff
         self._special = template != CHAT  # a chat template writes its own special tokens
 
-    def prompt(self, instruction: str) -> tuple[int, ...]:
+    def prompt(self, instruction: str) -> Prompt:
         """Token ids of the prompt, without an end-of-sequence token."""
         ids = self.tokenizer(self.template(instruction), add_special_tokens=self._special)["input_ids"]
         return tuple(ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids)
@@ -68,23 +129,118 @@ class Encoder:
         answer = self.tokenizer(row.output, add_special_tokens=False)["input_ids"]
         return Example(prompt, tuple([*answer, self.tokenizer.eos_token_id][: self.cutoff - len(prompt)]), row)
 
-    def client(self, data: ClientData) -> ClientExamples:
-        """All rows of one client."""
-        splits = {name: getattr(data, name) for name in ("train", "validation", "test")}
-        encoded = {name: _present([self.example(row) for row in rows]) for name, rows in splits.items()}
-        skipped = {name: len(rows) - len(encoded[name]) for name, rows in splits.items()}
-        return ClientExamples(**encoded, skipped=skipped)
+
+class Classes:
+    """The labels of a run.
+
+    Args:
+        labels: Their names, in the order of the head's outputs.
+    """
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self._index = {label: i for i, label in enumerate(labels)}
+
+    def index(self, row: Row) -> int:
+        """The class of a row.
+
+        Raises:
+            UserError: Its label is none of the run's.
+        """
+        if row.output not in self._index:
+            known = listed(list(self._index))
+            raise UserError(
+                f'label "{row.output}" is on no training row and not in model.labels'
+                f"{did_you_mean(row.output, self._index)}; labels: {known}"
+            )
+        return self._index[row.output]
 
 
-def encode_federation(federation: Federation, tokenizer: Any, config: DataConfig) -> dict[int, ClientExamples]:
-    """Tokenise everybody's rows.
+class TextEncoder:
+    """Tokenises texts to be classified, as the tokenizer does by default: with its special tokens, cut at the end.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        labels: Names of the classes.
+        cutoff: Longest text in tokens.
+    """
+
+    def __init__(self, tokenizer: Any, labels: Sequence[str], cutoff: int) -> None:
+        self.tokenizer = tokenizer
+        self.classes = Classes(labels)
+        self.cutoff = cutoff
+
+    def prompt(self, instruction: str) -> Prompt:
+        """Token ids of a text."""
+        return tuple(self.tokenizer(instruction, truncation=True, max_length=self.cutoff)["input_ids"])
+
+    def example(self, row: Row) -> Example:
+        """The row in tokens and its class."""
+        if row.image is not None:
+            raise UserError("rows with images are for model.task=image_classification")
+        return Example(self.prompt(row.instruction), (), row, self.classes.index(row))
+
+
+class ImageEncoder:
+    """Brings images to the model's size and range, when they are needed.
+
+    Args:
+        processor: A Hugging Face image processor.
+        labels: Names of the classes.
+        channels: Of the model: 3, or 1 for grey images.
+        tokens: Tokens that the model makes of an image.
+    """
+
+    def __init__(self, processor: Any, labels: Sequence[str], channels: int, tokens: int) -> None:
+        self.processor = processor
+        self.classes = Classes(labels)
+        self.mode = "L" if channels == 1 else "RGB"
+        self.tokens = tokens
+        self._read: Callable[[Row], Tensor] | None = None
+
+    def picture(self, picture: Any) -> Float[Tensor, "c h w"]:
+        """The pixels of a ``PIL.Image.Image``."""
+        values: Tensor = self.processor(picture.convert(self.mode), return_tensors="pt")["pixel_values"][0]
+        return values
+
+    def image(self, row: Row) -> Image:
+        """The row's image, to be read later."""
+        if row.image is None:
+            raise UserError("rows without images are for model.task=sequence_classification or causal_lm")
+        if self._read is None:
+            first = self.pixels(row)
+            self._read = lru_cache(max(1, _KEPT // (first.numel() * first.element_size())))(self.pixels)
+        return Image(row, self.tokens, self._read)
+
+    def pixels(self, row: Row) -> Float[Tensor, "c h w"]:
+        """Read a row's image now."""
+        assert row.image is not None
+        return self.picture(row.image.open())
+
+    def example(self, row: Row) -> Example:
+        """The row's image and its class."""
+        return Example((), (), row, self.classes.index(row), self.image(row))
+
+
+def encode_client(encoder: Encoder, data: ClientData) -> ClientExamples:
+    """All rows of one client."""
+    splits = {name: getattr(data, name) for name in ("train", "validation", "test")}
+    encoded = {name: _present([encoder.example(row) for row in rows]) for name, rows in splits.items()}
+    skipped = {name: len(rows) - len(encoded[name]) for name, rows in splits.items()}
+    return ClientExamples(**encoded, skipped=skipped)
+
+
+def encode_federation(federation: Federation, encoder: Encoder, config: DataConfig) -> dict[int, ClientExamples]:
+    """Everybody's rows.
 
     Raises:
-        UserError: A client has no row left to train on, or none to be scored on.
+        UserError: A client has no row left to train on, or none to be scored on, or one that does not suit the task.
     """
-    encoder = Encoder(tokenizer, config.template, config.cutoff)
-    clients = {client: encoder.client(data) for client, data in federation.clients.items()}
-    for client, examples in clients.items():
+    clients: dict[int, ClientExamples] = {}
+    for client, data in federation.clients.items():
+        try:
+            examples = clients[client] = encode_client(encoder, data)
+        except UserError as error:
+            raise UserError(f"client {client}: {error}") from None
         for split in ("train", "test"):
             if not getattr(examples, split):
                 raise UserError(
@@ -92,6 +248,32 @@ def encode_federation(federation: Federation, tokenizer: Any, config: DataConfig
                     "tokens or more (data.cutoff), so all labels are masked and no answer is left"
                 )
     return clients
+
+
+def labels_of(federation: Federation) -> tuple[str, ...]:
+    """The outputs of all training rows, sorted.
+
+    Raises:
+        UserError: There is one only, or so many that they are no labels.
+    """
+    outputs = [row.output for data in federation.clients.values() for row in data.train]
+    labels = tuple(sorted(set(outputs)))
+    if len(labels) < 2:
+        raise UserError(f'{federation.source}: all training rows have the label "{labels[0]}"; nothing to classify')
+    if len(labels) > max(20, len(outputs) // 2):
+        raise UserError(
+            f"{federation.source}: {len(labels)} different outputs in {len(outputs)} training rows are no labels; "
+            "for answers in free text use model.task=causal_lm"
+        )
+    return labels
+
+
+def laid_out(inputs: Sequence[Input]) -> Tensor:
+    """Token ids one after another, or images in a stack."""
+    images = [value.pixels for value in inputs if isinstance(value, Image)]
+    if images:
+        return torch.stack(images)
+    return torch.tensor([token for value in inputs if not isinstance(value, Image) for token in value])
 
 
 def _present(examples: Sequence[Example | None]) -> tuple[Example, ...]:

@@ -22,15 +22,16 @@ _MOST_LABELS = 1000
 _SETTINGS = ("source", "config", "tasks", "clients", "held_out", "test_share", "validation_rows", "partition")
 
 
-def record(config: DataConfig, seed: int, federation: Federation, held_out: Federation) -> dict[str, Any]:
+def record(config: DataConfig, seed: int, federation: Federation, held_out: Federation | None = None) -> dict[str, Any]:
     """The content of partition.json.
 
     Args:
         config: How rows were dealt.
         seed: The run's.
         federation: Clients of the run.
-        held_out: Clients that take no part.
+        held_out: Clients that take no part, if there are any.
     """
+    held_out = held_out or Federation({}, federation.source)
     kind, counts = label_counts(federation, held_out)
     return {
         "source": federation.source,

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedalt.config import EvaluationConfig
-from fedalt.data.batches import Prompt, pad_prompts
+from fedalt.data.batches import pad_prompts
+from fedalt.data.encode import Input, Prompt
 from fedalt.evaluation.decode import Search, Unsupported
 from fedalt.evaluation.likeness import Weights
 from fedalt.model.adapted import AdaptedModel
@@ -46,7 +47,7 @@ def answer_all(
     return answers
 
 
-def chunks(prompts: Sequence[Sequence[Prompt]], size: int) -> Iterator[list[tuple[int, int]]]:
+def chunks(prompts: Sequence[Sequence[Input]], size: int) -> Iterator[list[tuple[int, int]]]:
     """(Client, prompt) of every row of a batch: up to ``size`` of every client, each client's longest first.
 
     The first batch is the largest, so memory that suffices for it suffices for all.

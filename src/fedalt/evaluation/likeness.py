@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedalt.data.batches import Prompt
+from fedalt.data.encode import Input, laid_out
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.mixing import SUM
@@ -26,7 +26,7 @@ Weights = Sequence[Float[Tensor, "n 2"]] | None
 
 
 def load_to_answer(
-    model: AdaptedModel, states: Sequence[ClientState], prompts: Sequence[Sequence[Prompt]], placement: Placement
+    model: AdaptedModel, states: Sequence[ClientState], prompts: Sequence[Sequence[Input]], placement: Placement
 ) -> Weights:
     """Put the clients' adapters on the model, ready to answer some prompts, and find the weights these prompts need."""
     weights = instance_weights(model, states, prompts, placement) if placement.mixing.kind == "instance" else None
@@ -36,9 +36,11 @@ def load_to_answer(
 
 @torch.no_grad()
 def embeddings(
-    model: AdaptedModel, states: Sequence[ClientState], prompts: Sequence[Sequence[Prompt]], placement: Placement
+    model: AdaptedModel, states: Sequence[ClientState], prompts: Sequence[Sequence[Input]], placement: Placement
 ) -> list[Float[Tensor, "n d"]]:
     """Unit vectors of every client's prompts: the final state of the last token, under ``placement.mixing.embed``.
+
+    Encoders, of text or images, sum a row up in its first token.
 
     A state of length zero, of which there is no direction, stays zero. Leaves the model without adapters.
     """
@@ -51,10 +53,9 @@ def embeddings(
     for start in range(0, max(map(len, prompts)), _ROWS):
         part = [mine[start : start + _ROWS] for mine in prompts]
         rows = [prompt for mine in part for prompt in mine]
-        lengths = tuple(map(len, rows))
-        ids = torch.tensor([token for row in rows for token in row], device=model.device)
-        last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
-        out = model.hidden(ids, RowMap(tuple(map(len, part)), lengths), last).last_hidden_state.float().cpu()
+        owned = RowMap(tuple(map(len, part)), tuple(map(len, rows)))
+        wanted = owned.summaries(model.summary).to(model.device)
+        out = model.hidden(laid_out(rows).to(model.device), owned, wanted).last_hidden_state.float().cpu()
         size = out.norm(dim=1, keepdim=True)
         unit = torch.where(size > 0, out / size, 0)
         for mine, values in zip(found, unit.split([len(mine) for mine in part]), strict=True):
@@ -64,14 +65,14 @@ def embeddings(
 
 
 def anchors(
-    model: AdaptedModel, states: Sequence[ClientState], prompts: Sequence[Sequence[Prompt]], placement: Placement
+    model: AdaptedModel, states: Sequence[ClientState], prompts: Sequence[Sequence[Input]], placement: Placement
 ) -> list[Float[Tensor, "1 d"]]:
     """The mean of each client's unit vectors."""
     return [units.mean(0, keepdim=True) for units in embeddings(model, states, prompts, placement)]
 
 
 def instance_weights(
-    model: AdaptedModel, states: Sequence[ClientState], prompts: Sequence[Sequence[Prompt]], placement: Placement
+    model: AdaptedModel, states: Sequence[ClientState], prompts: Sequence[Sequence[Input]], placement: Placement
 ) -> list[Float[Tensor, "n 2"]]:
     """Weights of the two slots for every prompt: c = clamp(λ · ⟨e(q), anchor⟩, 0, 1) for the target, else 1 − c."""
     target = placement.slots.index(placement.mixing.target)

@@ -1,4 +1,4 @@
-"""Talking to one client's model."""
+"""Talking to one client's model: an instruction and its answer, or a text or image and its class."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
-from fedalt.data.encode import Encoder
+from fedalt.data.encode import AnswerEncoder, ImageEncoder, Input, Prompt, TextEncoder
+from fedalt.data.rows import Row
 from fedalt.errors import UserError
+from fedalt.evaluation.classify import probabilities
 from fedalt.evaluation.generate import answer
 from fedalt.evaluation.likeness import load_to_answer
 from fedalt.experiment.clients import read_client
@@ -23,14 +25,17 @@ class Answer:
     """An answer, and where the mixer looked.
 
     Attributes:
-        text: The answer.
-        alpha: (token, mean weight of the first slot over layers) for prompt and answer; empty without a mixer.
+        text: The answer; the most probable class.
+        alpha: (token, mean weight of the first slot over layers) for prompt and answer; empty without a mixer, and for
+            images.
         slots: Names of the slots in mixer order.
+        chances: Class → probability, highest first; empty for an answer in free text.
     """
 
     text: str
     alpha: list[tuple[str, float]]
     slots: tuple[str, ...]
+    chances: dict[str, float]
 
 
 class Chat:
@@ -49,31 +54,50 @@ class Chat:
         self.resident = load_resident(self.config)
         personal = read_client(folder, client, self.resident.base)
         self.placement = personal.placement
-        self.encoder = Encoder(self.resident.base.tokenizer, personal.template, self.config.data.cutoff)
+        self.encoder = self.resident.encoder(self.config)
         self.state = personal.state
 
     def ask(self, instruction: str) -> Answer:
-        """Answer one instruction.
+        """Answer one instruction, or classify one text, or the image in one file.
 
         Raises:
-            UserError: Prompt and answer do not fit the model's positions.
+            UserError: Prompt and answer do not fit the model's positions; no such image.
         """
-        model, tokenizer = self.resident.model, self.resident.base.tokenizer
+        read = self._read(instruction)
+        model = self.resident.model
+        weights = load_to_answer(model, [self.state], [[read]], self.placement)
+        if self.config.classifies:
+            ((chances,),) = probabilities(model, [[read]], 1, weights)
+            named = dict(zip(self.config.model.labels or (), chances.tolist(), strict=True))
+            ordered = dict(sorted(named.items(), key=lambda one: -one[1]))
+            return Answer(next(iter(ordered)), self._alpha(read, ""), self.placement.slots, ordered)
+        assert isinstance(read, tuple)
+        mine = None if weights is None else weights[0]
+        (text,) = answer(model, self.resident.base.tokenizer, [read], [0], self.config.evaluation, mine)
+        return Answer(text, self._alpha(read, text), self.placement.slots, {})
+
+    def _read(self, instruction: str) -> Input:
+        if isinstance(self.encoder, ImageEncoder):
+            from fedalt.data.pictures import FilePicture
+
+            return self.encoder.image(Row(instruction, "", image=FilePicture(Path(instruction))))
+        assert isinstance(self.encoder, AnswerEncoder | TextEncoder)
         prompt = self.encoder.prompt(instruction)
-        limit, longest = positions(model.base), self.config.evaluation.max_new_tokens
+        return prompt if self.config.classifies else self._fitting(prompt)
+
+    def _fitting(self, prompt: Prompt) -> Prompt:
+        limit, longest = positions(self.resident.base.model), self.config.evaluation.max_new_tokens
         if limit and len(prompt) + longest > limit:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens; with {longest} new ones it exceeds the model's {limit} positions"
             )
-        weights = load_to_answer(model, [self.state], [[prompt]], self.placement)
-        (text,) = answer(
-            model, tokenizer, [prompt], [0], self.config.evaluation, None if weights is None else weights[0]
-        )
-        return Answer(text, self._alpha(prompt, text) if self.placement.mixed else [], self.placement.slots)
+        return prompt
 
-    def _alpha(self, prompt: tuple[int, ...], text: str) -> list[tuple[str, float]]:
+    def _alpha(self, read: Input, text: str) -> list[tuple[str, float]]:
+        if not self.placement.mixed or not isinstance(read, tuple):
+            return []
         tokenizer = self.resident.base.tokenizer
-        ids = (*prompt, *tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = (*read, *tokenizer(text, add_special_tokens=False)["input_ids"])
         weights = mixer_weights(self.resident.model, [[ids]])
         mean = torch.stack([alpha[:, 0] for alpha in weights.layers.values()]).mean(0).tolist()
         return [(tokenizer.decode([token]), value) for token, value in zip(ids, mean, strict=True)]

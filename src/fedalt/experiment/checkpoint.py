@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 
 from fedalt.errors import UserError
 from fedalt.federation.client import ClientResult
-from fedalt.federation.server import Upload
+from fedalt.federation.server import Server, Upload
 from fedalt.files import link, new_folder, write_bytes, write_json
 from fedalt.model.state import ClientState, load_state, save_state
 from fedalt.names import Key, Tensors
@@ -63,6 +63,11 @@ class Checkpoint:
     def upload(self, client: int) -> Tensors:
         """A client's upload, as the server received it."""
         return _tensors(self._file(UPLOADS, client))
+
+    def restore(self, server: Server) -> None:
+        """Put the server back to where it was."""
+        server.uploads, server.read, server.round = self.uploads, self.upload, self.round
+        server.seen, server.memory = self.seen, self.memory
 
     def put(self, result: ClientResult) -> None:
         """Write what a client's round led to."""
@@ -118,8 +123,12 @@ def prune(folder: Path, best: Mapping[str, Any] | None) -> None:
             shutil.rmtree(path)
 
 
-def load_checkpoint(folder: Path, run: str) -> Checkpoint | None:
+def load_checkpoint(folder: Path, run: str | None = None) -> Checkpoint | None:
     """The newest checkpoint, or nothing when no round has finished.
+
+    Args:
+        folder: Where checkpoints are.
+        run: The run that it must be of, if that matters.
 
     Raises:
         UserError: The checkpoint is of another run, or damaged.
@@ -144,7 +153,7 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint | None:
         raise UserError(
             f"{path}: damaged checkpoint ({error}); remove this folder to resume one round earlier"
         ) from None
-    if manifest["run"] != run:
+    if run is not None and manifest["run"] != run:
         raise UserError(
             f"{path}: checkpoint of another run (other settings, base weights or rows); nothing was changed"
         )

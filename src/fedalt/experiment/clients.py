@@ -16,6 +16,7 @@ from fedalt.model.layer import Placement
 from fedalt.model.mixing import Mixing
 from fedalt.model.peft_files import LoraFolder, read_folder, write_extras, write_lora, write_mixer
 from fedalt.model.state import ClientState
+from fedalt.names import parted
 
 CONFIG = "fedalt_config.json"
 
@@ -25,7 +26,7 @@ def write_client(path: Path, state: ClientState, experiment: Experiment, round_:
     placement = experiment.settings.answering
     with new_folder(path) as folder:
         for slot in placement.slots:
-            write_lora(folder / slot, state.tensors, slot, lora_folder(experiment, slot))
+            write_lora(folder / slot, {**state.tensors, **state.heads}, slot, lora_folder(experiment, slot))
         if placement.mixed:
             write_mixer(folder, state.tensors)
         write_extras(folder, state.tensors)
@@ -39,14 +40,21 @@ def lora_folder(experiment: Experiment, slot: str) -> LoraFolder:
     rank = ranks.get(slot) or max(ranks.values())  # a fused slot has the rank of what it is made of
     conv = any(type(layer.base_layer).__name__ == "Conv1D" for layer in resident.model.layers.values())
     alpha = experiment.settings.answering.scale * rank
-    return LoraFolder(resident.base.source, rank, alpha, lora.dropout, conv)
+    return LoraFolder(resident.base.source, rank, alpha, lora.dropout, conv, experiment.config.model.task)
 
 
 def client_config(experiment: Experiment, state: ClientState, round_: int) -> dict[str, Any]:
     """What somebody without fedalt needs to know to use the folder."""
     config, base, placement = experiment.config, experiment.resident.base, experiment.settings.answering
+    answers = {
+        "template": config.data.template,
+        "prompt": template_text(config.data.template),
+        "max_new_tokens": config.evaluation.max_new_tokens,
+        "num_beams": config.evaluation.num_beams,
+    }
     return {
         "method": config.method,
+        "task": config.model.task,
         "client_id": state.client,
         "round": round_,
         "scale": placement.scale,
@@ -55,10 +63,7 @@ def client_config(experiment: Experiment, state: ClientState, round_: int) -> di
         "mixing": asdict(placement.mixing),
         "r": config.lora.r,
         "alpha": config.lora.alpha,
-        "template": config.data.template,
-        "prompt": template_text(config.data.template),
-        "max_new_tokens": config.evaluation.max_new_tokens,
-        "num_beams": config.evaluation.num_beams,
+        **({"labels": list(config.model.labels or ())} if config.classifies else answers),
         "base": {"name": config.model.name, "source": base.source, "sha256": base.sha256, "dtype": config.model.dtype},
     }
 
@@ -69,7 +74,6 @@ class PersonalModel:
 
     state: ClientState
     placement: Placement
-    template: str
 
 
 def read_client(run: RunFolder, client: int, base: Base) -> PersonalModel:
@@ -83,8 +87,8 @@ def read_client(run: RunFolder, client: int, base: Base) -> PersonalModel:
     if about["base"]["sha256"] != base.sha256:
         raise UserError(f"{path}: made for another base model ({about['base']['source']}); the weights differ")
     placement = Placement(tuple(about["slots"]), Mixing.parse(about["mixing"]), about["scale"], 0.0)
-    state = ClientState(about["client_id"], about["round"], read_folder(path, placement.slots, placement.mixed))
-    return PersonalModel(state, placement, about["template"])
+    tensors, heads = parted(read_folder(path, placement.slots, placement.mixed))
+    return PersonalModel(ClientState(about["client_id"], about["round"], tensors, heads=heads), placement)
 
 
 def client_folder(run: RunFolder, client: int) -> Path:

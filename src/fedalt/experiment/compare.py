@@ -107,7 +107,7 @@ def _check_lists(methods: Sequence[str], seeds: Sequence[int]) -> None:
 
 def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:
     """Put the final scores of finished runs side by side."""
-    metric = config.evaluation.metric
+    metric = config.metric
     start = next(read_events(members[0].folder.events))
     methods = {
         name: _method(name, [member for member in members if member.name == name], metric)

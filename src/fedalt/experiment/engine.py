@@ -53,12 +53,9 @@ def _start(experiment: Experiment, folder: RunFolder, sink: Sink) -> Loop:
     cohort = config.federation.cohort or (checkpoint.cohort if checkpoint else experiment.fitting_cohort)
     experiment = experiment.with_cohort(cohort)
     samples = {client: len(mine.train) for client, mine in experiment.examples.items()}
-    method, all_shapes = experiment.method, experiment.shape.shapes()
-    shapes = {key: shape for key, shape in all_shapes.items() if method.shares(key)}
-    server = Server(method, config.federation, samples, shapes)
+    server = Server(experiment.method, config.federation, samples, experiment.upload_shapes)
     if checkpoint:
-        server.uploads, server.read, server.round = checkpoint.uploads, checkpoint.upload, checkpoint.round
-        server.seen, server.memory = checkpoint.seen, checkpoint.memory
+        checkpoint.restore(server)
     last = replace(checkpoint or Checkpoint(folder.checkpoints / "round_0000", 0), cohort=cohort)
     loop = Loop(experiment, folder, EventLog(folder.events, sink), server, last, run_)
     _write_start(loop, resumed=checkpoint is not None)
@@ -86,11 +83,11 @@ def _write_start(loop: Loop, resumed: bool) -> None:
         tasks={str(c): d.train[0].task for c, d in experiment.federation.clients.items()},
         rounds=experiment.config.federation.rounds,
         source=experiment.federation.source,
-        metric=experiment.config.evaluation.metric,
+        metric=experiment.config.metric,
         base=experiment.resident.base.sha256,
         run=loop.run,
-        shared_parameters=experiment.shape.size(list(loop.server.shapes)),
-        trainable_parameters=trainable(experiment.method, experiment.shape),
+        shared_parameters=experiment.sent,
+        trainable_parameters=trainable(experiment.method, experiment.shape) + experiment.head_size,
         versions=about,
     )
     for note in () if resumed else experiment.notes:
@@ -98,7 +95,6 @@ def _write_start(loop: Loop, resumed: bool) -> None:
 
 
 def _partition(experiment: Experiment) -> dict[str, Any]:
-    config, federation = experiment.config, experiment.federation
-    nobody = replace(federation, clients={})
-    held_out = load_held_out(config.data, config.seed) if config.data.held_out else nobody
-    return record(config.data, config.seed, federation, held_out)
+    config = experiment.config
+    held_out = load_held_out(config.data, config.seed) if config.data.held_out else None
+    return record(config.data, config.seed, experiment.federation, held_out)

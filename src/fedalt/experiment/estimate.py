@@ -8,11 +8,8 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
-import torch
-
 from fedalt.data.batches import Plan
-from fedalt.evaluation.generate import answer, chunks
-from fedalt.evaluation.likeness import load_to_answer
+from fedalt.evaluation.evaluate import evaluate
 from fedalt.experiment.loop import plans_of
 from fedalt.experiment.machine import peak_memory
 from fedalt.experiment.prepare import Experiment
@@ -69,8 +66,7 @@ def estimate(experiment: Experiment) -> Estimate:
         steps += longest
     seconds = _seconds_per_token(experiment, largest, first) * tokens if tokens else 0.0
     scoring = _scoring_seconds(experiment)
-    shared = [key for key in experiment.shape.shapes() if experiment.method.shares(key)]
-    size = 4 * experiment.shape.size(shared) * max(int(federation.fraction * len(experiment.examples)), 1)
+    size = 4 * experiment.sent * max(int(federation.fraction * len(experiment.examples)), 1)
     cohort = cohort_size(experiment.config.federation, len(experiment.examples))
     return Estimate(steps, seconds / max(steps, 1), seconds, scoring, cohort, peak_memory(), size)
 
@@ -118,21 +114,20 @@ def _train(experiment: Experiment, plans: Sequence[Plan]) -> int:
 
 
 def _scoring_seconds(experiment: Experiment) -> float:
-    """Answer the first batch of the first cohort, and take it for all."""
+    """Answer the first batch of the first cohort, its longest rows, and take it for all."""
     config, resident = experiment.config, experiment.resident
     clients = experiment.federation.ids[: cohort_size(config.federation, len(experiment.examples))]
-    prompts = [[row.prompt for row in experiment.examples[c].test] for c in clients]
-    batch = next(chunks(prompts, config.evaluation.batch_size))
+    rows = {
+        c: sorted(experiment.examples[c].test, key=len, reverse=True)[: config.evaluation.batch_size] for c in clients
+    }
     started = time.perf_counter()
     states = experiment.personalised([experiment.initial_state(c) for c in clients])
-    weights = load_to_answer(resident.model, states, prompts, experiment.settings.answering)
-    mine = None if weights is None else torch.stack([weights[k][i] for k, i in batch])
-    owners = [k for k, _ in batch]
-    answer(resident.model, resident.base.tokenizer, [prompts[k][i] for k, i in batch], owners, config.evaluation, mine)
-    each = (time.perf_counter() - started) / len(batch)
+    placement = experiment.settings.answering
+    evaluate(resident.model, resident.base.tokenizer, states, rows, placement, config.evaluation)
+    each = (time.perf_counter() - started) / sum(map(len, rows.values()))
     points = len(config.evaluation.points) if experiment.method.upload(experiment.initial_state(clients[0])) else 1
-    rows = sum(points * len(mine.test) + len(mine.validation) for mine in experiment.examples.values())
-    return each * rows * -(-config.federation.rounds // config.evaluation.every)
+    scored = sum(points * len(mine.test) + len(mine.validation) for mine in experiment.examples.values())
+    return each * scored * -(-config.federation.rounds // config.evaluation.every)
 
 
 def row_table(experiment: Experiment) -> list[dict[str, Any]]:

@@ -79,7 +79,8 @@ def export_static(run: Path, client: int, to: Path) -> StaticExport:
     scale = personal.placement.scale
     conv = any(type(layer.base_layer).__name__ == "Conv1D" for layer in resident.model.layers.values())
     with disk_errors(to):
-        write_lora(to, static.tensors, STATIC, LoraFolder(resident.base.source, rank, scale * rank, 0.0, conv))
+        lora = LoraFolder(resident.base.source, rank, scale * rank, 0.0, conv, config.model.task)
+        write_lora(to, {**static.tensors, **static.heads}, STATIC, lora)
     scores = [
         _score(config, resident, examples, replace(personal, state=state, placement=placement))
         for state, placement in (
@@ -108,7 +109,7 @@ def _mean_weights(personal: PersonalModel, resident: Resident, examples: ClientE
         return {}
     if mixing.kind == "fixed":
         return {path: list(mixing.weights) for path in paths}
-    prompts = [example.prompt for example in examples.train[:_PROMPTS]]
+    prompts = [example.input for example in examples.train[:_PROMPTS]]
     chosen = load_to_answer(resident.model, [personal.state], [prompts], personal.placement)
     if chosen is not None:
         mean = chosen[0].mean(0).tolist()
@@ -123,7 +124,7 @@ def _examples(config: RunConfig, resident: Resident, client: int) -> ClientExamp
     if client not in federation.clients:
         raise UserError(f"{federation.source}: no rows for client {client}")
     mine = replace(federation, clients={client: federation.clients[client]})
-    return encode_federation(mine, resident.base.tokenizer, config.data)[client]
+    return encode_federation(mine, resident.encoder(config), config.data)[client]
 
 
 def _score(config: RunConfig, resident: Resident, examples: ClientExamples, personal: PersonalModel) -> float:
@@ -135,7 +136,7 @@ def _score(config: RunConfig, resident: Resident, examples: ClientExamples, pers
         personal.placement,
         config.evaluation,
     )
-    return float(scored.scores[config.evaluation.metric])
+    return float(scored.scores[config.metric])
 
 
 def _check_free(to: Path) -> None:

@@ -80,7 +80,7 @@ def write_insight(
         "round": final_scores(folder)["last"]["round"],
         "rows": rows,
         "clients": [str(client) for client in clients],
-        "partition": {str(client): _counts(federation.clients[client]) for client in clients},
+        "partition": {str(client): _counts(federation.clients[client], config.classifies) for client in clients},
         "similarity": {"slot": alike[0], "values": alike[1]} if alike else None,
     }
     if rows:
@@ -88,9 +88,13 @@ def write_insight(
     write_json(insight_file(folder), insight)
 
 
-def _counts(data: ClientData) -> dict[str, dict[str, int]]:
-    """Rows by split and category, or task where rows have no category."""
-    counts = {split: Counter(row.category or row.task for row in getattr(data, split)) for split in _SPLITS}
+def _counts(data: ClientData, by_label: bool) -> dict[str, dict[str, int]]:
+    """Rows by split and label; or category, or task where rows have no category."""
+
+    def kind(row: Row) -> str:
+        return row.output if by_label else row.category or row.task
+
+    counts = {split: Counter(map(kind, getattr(data, split))) for split in _SPLITS}
     return {split: dict(sorted(count.items())) for split, count in counts.items() if count}
 
 
@@ -102,7 +106,7 @@ def _with_model(
     rows: int,
     resident: Resident,
 ) -> dict[str, Any]:
-    encoder = Encoder(resident.base.tokenizer, config.data.template, config.data.cutoff)
+    encoder = resident.encoder(config)
     chosen = {client: _spread(encoder, federation.clients[client].test, rows) for client in clients}
     matrix: list[list[float]] = []
     alpha: dict[str, Any] = {}
@@ -111,13 +115,13 @@ def _with_model(
         models = [read_client(folder, client, resident.base) for client in cohort]
         scored = {owner: _answers(resident, models, chosen[owner], config) for owner in clients}
         for k, personal in enumerate(models):
-            matrix.append([scored[owner][k].scores[config.evaluation.metric] for owner in clients])
+            matrix.append([scored[owner][k].scores[config.metric] for owner in clients])
             if personal.placement.mixed:
                 client, slot = personal.state.client, personal.placement.slots[0]
                 own = [line["answer"] for line in scored[client][k].lines]
                 alpha[str(client)] = _mixer_at_work(resident, personal, chosen[client], own)
     mixer = {"slot": slot, "clients": alpha} if alpha else None
-    return {"metric": config.evaluation.metric, "matrix": matrix, "alpha": mixer}
+    return {"metric": config.metric, "matrix": matrix, "alpha": mixer}
 
 
 def _spread(encoder: Encoder, rows: Sequence[Row], count: int) -> list[Example]:
@@ -150,21 +154,22 @@ def _mixer_at_work(
         ``histogram``: tokens × layers by weight, ``BINS`` counts; ``rows``: of the first rows every token's text and
         its mean weight over layers, and how many of them are prompt.
     """
-    tokenizer = resident.base.tokenizer
-    ids = [
-        (*row.prompt, *tokenizer(text, add_special_tokens=False)["input_ids"])
+    read = resident.base.tokenizer
+    inputs = [
+        row.input if row.label >= 0 else (*row.prompt, *read(text, add_special_tokens=False)["input_ids"])
         for row, text in zip(rows, answers, strict=True)
     ]
     resident.model.load([personal.state], personal.placement)
-    layers = mixer_weights(resident.model, [ids]).layers.values()
+    layers = mixer_weights(resident.model, [inputs]).layers.values()
     weights = torch.stack([alpha[:, 0] for alpha in layers])  # [layers, tokens]
-    means = weights.mean(0).split([len(one) for one in ids])
+    means = weights.mean(0).split([len(one) for one in inputs])
     shaded = [
         {
             "prompt": len(row.prompt),
-            "tokens": [[text, round(a, 3)] for text, a in zip(pieces(tokenizer, one), mine.tolist(), strict=True)],
+            "tokens": [[text, round(a, 3)] for text, a in zip(pieces(read, one), mine.tolist(), strict=True)],
         }
-        for row, one, mine in list(zip(rows, ids, means, strict=True))[:_SHADED]
+        for row, one, mine in list(zip(rows, inputs, means, strict=True))[:_SHADED]
+        if isinstance(one, tuple)
     ]
     return {"histogram": torch.histc(weights, BINS, 0, 1).int().tolist(), "rows": shaded}
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedalt.config import RunConfig
 from fedalt.data.batches import Plan, plan_round
+from fedalt.data.encode import Example
 from fedalt.errors import UserError
-from fedalt.evaluation.metrics import METRICS, group_mean
+from fedalt.evaluation.metrics import group_mean, metrics_in, percentile
 from fedalt.experiment.checkpoint import Checkpoint, next_checkpoint, prune
 from fedalt.experiment.clients import write_client
 from fedalt.experiment.events import EventLog
@@ -17,7 +19,7 @@ from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.machine import peak_memory
 from fedalt.experiment.prepare import Experiment
 from fedalt.experiment.scoring import Scoring
-from fedalt.federation.client import ClientResult
+from fedalt.federation.client import ClientResult, installed
 from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.federation.diagnostics import row_drift, row_gap
 from fedalt.federation.executor import run_clients
@@ -99,7 +101,7 @@ class Loop:
         last, best = self._final(number), self.checkpoint.best
         scores = {
             "method": self.experiment.method.name,
-            "metric": self.experiment.config.evaluation.metric,
+            "metric": self.experiment.config.metric,
             "last": last,
             "best_validation": self._final(best["round"]) if best else None,
         }
@@ -160,8 +162,7 @@ class Loop:
         return PerClient(states, lambda client: self._install(states[client], messages))
 
     def _install(self, state: ClientState, messages: Mapping[int, Message]) -> ClientState:
-        message = messages.get(state.client)
-        return self.experiment.method.install(state, message) if message else state
+        return installed(self.experiment.method, state, messages.get(state.client))
 
     def _log_round(
         self,
@@ -191,7 +192,7 @@ class Loop:
             round=number,
             seconds=seconds,
             loss=group_mean(outcome.stats.loss for outcome in trained),
-            row_gap=row_gap(PerClient(self.server.uploads, self.server.read).values()),
+            row_gap=row_gap(self.server.adapters.values()),
             row_drift=group_mean(drift for drift in drifts.values() if drift is not None),
             bytes_up=sum(outcome.bytes_up for outcome in outcomes),
             bytes_down=sum(outcome.bytes_down for outcome in outcomes),
@@ -223,19 +224,22 @@ class Loop:
             checkpoint.best = {"round": checkpoint.round, "score": validation}
 
     def _final(self, number: int) -> dict[str, Any]:
-        metric = self.experiment.config.evaluation.metric
+        metric = self.experiment.config.metric
         clients = {}
         for client in self.experiment.federation.ids:
             scores = read_json(self.folder.scores(client, number))
-            clients[str(client)] = {name: scores[name] for name in METRICS}
+            clients[str(client)] = metrics_in(scores)
         main = [scores[metric] for scores in clients.values()]
-        return {"round": number, "mean": group_mean(main), "worst": min(main), "clients": clients}
+        spread = {"worst": min(main), "p10": percentile(main, 10)}
+        return {"round": number, "mean": group_mean(main), **spread, "clients": clients}
 
 
 def plans_of(experiment: Experiment, client: int, number: int) -> list[Plan]:
     """What a client does in every phase of a round."""
-    config, rows = experiment.config, experiment.training_rows(client)
-    return [
-        plan_round(rows, client, config.training, config.seed, number, phase)
-        for phase, _ in enumerate(experiment.method.phases(number))
-    ]
+    rows = experiment.training_rows(client)
+    return plan_phases(rows, client, experiment.config, number, len(experiment.method.phases(number)))
+
+
+def plan_phases(rows: Sequence[Example], client: int, config: RunConfig, number: int, phases: int) -> list[Plan]:
+    """A plan for each of so many phases of a round."""
+    return [plan_round(rows, client, config.training, config.seed, number, phase) for phase in range(phases)]

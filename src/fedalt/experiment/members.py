@@ -13,7 +13,7 @@ from fedalt.experiment.engine import run
 from fedalt.experiment.events import Sink
 from fedalt.experiment.folder import IfExists, RunFolder, claim_folder
 from fedalt.experiment.machine import forget_peak_memory
-from fedalt.experiment.prepare import Resident, load_resident, prepare
+from fedalt.experiment.prepare import Resident, load_resident, prepare, with_labels
 
 Budget = Literal["parameters", "bytes"]
 
@@ -69,8 +69,10 @@ def train(members: Iterable[Member], if_exists: IfExists, sink: Sink, bases: Bas
     """
     for member in members:
         forget_peak_memory()
-        resident = bases.of(member.config)
-        experiment = prepare(_matched(member, resident), resident)
+        federation = load_federation(member.config.data, member.config.seed)
+        config = with_labels(member.config, federation)
+        resident = bases.of(config)
+        experiment = prepare(_matched(config, member, resident, len(federation.clients)), resident, federation)
         claim_folder(member.folder.path, if_exists)
         sink({"event": "member", "method": member.name, "seed": member.config.seed})
         started = time.perf_counter()
@@ -78,10 +80,9 @@ def train(members: Iterable[Member], if_exists: IfExists, sink: Sink, bases: Bas
         sink({"event": "member_finished", "scores": scores, "seconds": time.perf_counter() - started})
 
 
-def _matched(member: Member, resident: Resident) -> RunConfig:
+def _matched(config: RunConfig, member: Member, resident: Resident, clients: int) -> RunConfig:
     if member.budget is None:
-        return member.config
+        return config
     from fedalt.methods.budget import matched
 
-    clients = len(load_federation(member.config.data, member.config.seed).clients)
-    return matched(member.config, member.name, resident.model.layer_sizes, clients, member.budget)
+    return matched(config, member.name, resident.model.layer_sizes, clients, member.budget)

@@ -6,10 +6,22 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from statistics import mean
 
+from torch import Tensor
+
 from fedalt.config import RunConfig
-from fedalt.data.encode import ClientExamples, Example, encode_federation
+from fedalt.data.encode import (
+    AnswerEncoder,
+    ClientExamples,
+    Encoder,
+    Example,
+    ImageEncoder,
+    TextEncoder,
+    encode_federation,
+    labels_of,
+)
 from fedalt.data.load import load_federation
 from fedalt.data.record import digests
 from fedalt.data.rows import Federation
@@ -20,7 +32,10 @@ from fedalt.methods.base import Method
 from fedalt.methods.registry import configured, get_method
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.base import Base, load_base, positions
-from fedalt.model.state import AdapterShape, ClientState, initial_state
+from fedalt.model.heads import drawn_heads
+from fedalt.model.state import AdapterShape, ClientState, initial_state, start_group
+from fedalt.names import Key
+from fedalt.seeding import rng
 
 _MOST_NOTES = 20
 """Clients whose skipped rows get a note of their own."""
@@ -32,6 +47,22 @@ class Resident:
 
     base: Base
     model: AdaptedModel
+
+    def encoder(self, config: RunConfig) -> Encoder:
+        """What makes examples of rows, by the task."""
+        read, data, labels = self.base.tokenizer, config.data, config.model.labels or ()
+        if config.model.task == "image_classification":
+            channels = getattr(self.base.model.config, "num_channels", 3)
+            return ImageEncoder(read, labels, channels, self.model.image_tokens)
+        return TextEncoder(read, labels, data.cutoff) if labels else AnswerEncoder(read, data.template, data.cutoff)
+
+    def heads(self, seed: int, client: int) -> dict[Key, Tensor]:
+        """What a client's heads start from: the checkpoint's, or drawn where it has none."""
+        std = float(getattr(self.base.model.config, "initializer_range", 0.02))
+        start = self.model.head_start
+        stems = tuple(f"{path}." for path in self.base.new)
+        new = {key: value for key, value in start.items() if f"{key.module}.".startswith(stems)}
+        return start | drawn_heads(new, std, lambda key: rng(seed, "head", client, str(key)))
 
 
 @dataclass(frozen=True)
@@ -78,7 +109,26 @@ class Experiment:
         """What a client starts from, made from the seed."""
         lora, seed = self.config.lora, self.config.seed
         rank = self.method.rank_of(client)
-        return initial_state(self.shape, client, seed, lora.init, lora.mixer_init, self.method.frozen, rank)
+        state = initial_state(self.shape, client, seed, lora.init, lora.mixer_init, self.method.frozen, rank)
+        return replace(state, heads=self.resident.heads(seed, start_group(lora.init, client)))
+
+    @property
+    def upload_shapes(self) -> dict[Key, tuple[int, ...]]:
+        """Shape of every tensor that a client may send; the largest where ranks are unequal."""
+        shapes: dict[Key, tuple[int, ...]] = {k: v for k, v in self.shape.shapes().items() if self.method.shares(k)}
+        if shapes and self.settings.shares_heads:
+            shapes |= {key: tuple(value.shape) for key, value in self.resident.model.head_start.items()}
+        return shapes
+
+    @property
+    def sent(self) -> int:
+        """Parameters that a client sends per round."""
+        return sum(map(prod, self.upload_shapes.values()))
+
+    @property
+    def head_size(self) -> int:
+        """Parameters of a client's heads."""
+        return sum(value.numel() for value in self.resident.model.head_start.values())
 
     def personalised(self, states: Sequence[ClientState]) -> list[ClientState]:
         """A cohort's models that answer, made from what clients keep."""
@@ -104,31 +154,54 @@ def load_resident(config: RunConfig) -> Resident:
         UserError: See ``load_base`` and ``find_targets``.
     """
     base = load_base(config.model)
-    return Resident(base, AdaptedModel(base.model, config.lora.targets, config.model.gradient_checkpointing))
+    checkpointing = config.model.gradient_checkpointing
+    return Resident(base, AdaptedModel(base.model, config.lora.targets, checkpointing, heads=base.heads))
 
 
-def prepare(config: RunConfig, resident: Resident | None = None) -> Experiment:
+def with_labels(config: RunConfig, federation: Federation) -> RunConfig:
+    """The settings with the classes that the training rows have, where rows are classified and none are given."""
+    if not config.classifies or config.model.labels is not None:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"labels": labels_of(federation)})})
+
+
+def prepare(
+    config: RunConfig,
+    resident: Resident | None = None,
+    federation: Federation | None = None,
+    clients: int | None = None,
+) -> Experiment:
     """Check the method, read the rows, load the base, tokenise.
+
+    Args:
+        config: The settings.
+        resident: The base, where it is in memory.
+        federation: The rows, where they are in memory.
+        clients: Clients that the method counts, if not those with rows.
 
     Raises:
         UserError: Anything that is wrong with the settings, the rows or the model.
     """
     config = configured(config, config.method)
-    federation = load_federation(config.data, config.seed)
+    federation = federation or load_federation(config.data, config.seed)
+    config = with_labels(config, federation)
     resident = resident or load_resident(config)
     config, shortened = _fit_positions(config, resident)
-    examples = encode_federation(federation, resident.base.tokenizer, config.data)
-    method = get_method(config.method)(len(federation.clients), config)
+    examples = encode_federation(federation, resident.encoder(config), config.data)
+    method = get_method(config.method)(clients or len(federation.clients), config)
     method.rank_of(0)  # refuses ranks where there is no rule for them
     shape = method.shape(config.lora.r, resident.model.layer_sizes)
-    settings = RoundSettings(method, config.lora, config.training)
+    settings = RoundSettings(method, config.lora, config.training, method.pooled or config.federation.heads == "shared")
     notes = (*shortened, *_notes(config, federation, examples, method))
     return Experiment(config, federation, examples, resident, method, shape, settings, notes)
 
 
 def _fit_positions(config: RunConfig, resident: Resident) -> tuple[RunConfig, tuple[str, ...]]:
     """Lower the cut-off so that a prompt of that length and its answer fit the model's positions."""
-    limit, longest = positions(resident.base.model), config.evaluation.max_new_tokens
+    if config.model.task == "image_classification":
+        return config, ()
+    limit = positions(resident.base.model, resident.base.tokenizer if config.classifies else None)
+    longest = 0 if config.classifies else config.evaluation.max_new_tokens
     if limit is None or config.data.cutoff + longest <= limit:
         return config, ()
     cutoff = limit - longest

@@ -14,13 +14,16 @@ from fedalt.experiment.prepare import load_resident
 from fedalt.federation.cohort import cohort_size, cohorts
 
 
-def rescore(path: Path, client: int | None = None, data: str | None = None) -> dict[int, Evaluation]:
+def rescore(
+    path: Path, client: int | None = None, data: str | None = None, central: bool = False
+) -> dict[int, Evaluation]:
     """Score the clients of a run from their folders.
 
     Args:
         path: Run folder.
         client: Only this client; all when not given.
         data: Other rows in place of the run's own.
+        central: Score every model on the test rows of all clients together.
 
     Raises:
         UserError: No finished run, no such client, rows or base missing.
@@ -31,12 +34,13 @@ def rescore(path: Path, client: int | None = None, data: str | None = None) -> d
     clients = client_ids(folder) if client is None else [client]
     federation = load_federation(config.data, config.seed)
     resident = load_resident(config)
-    missing = [c for c in clients if c not in federation.clients]
+    missing = [c for c in clients if c not in federation.clients and not central]
     if missing:
         raise UserError(
             f"{federation.source}: no rows for client {missing[0]}; it has clients [{listed(federation.ids)}]"
         )
-    examples = encode_federation(federation, resident.base.tokenizer, config.data)
+    examples = encode_federation(federation, resident.encoder(config), config.data)
+    everything = [example for mine in examples.values() for example in mine.test] if central else []
     scored: dict[int, Evaluation] = {}
     for cohort in cohorts(clients, cohort_size(config.federation, len(clients))):
         personal = [read_client(folder, c, resident.base) for c in cohort]
@@ -44,7 +48,7 @@ def rescore(path: Path, client: int | None = None, data: str | None = None) -> d
             resident.model,
             resident.base.tokenizer,
             [p.state for p in personal],
-            {c: examples[c].test for c in cohort},
+            {c: everything if central else examples[c].test for c in cohort},
             personal[0].placement,
             config.evaluation,
         )

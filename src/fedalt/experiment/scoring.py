@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedalt.evaluation.evaluate import Evaluation, evaluate
-from fedalt.evaluation.metrics import METRICS, group_mean
+from fedalt.evaluation.metrics import group_mean, metrics_in
 from fedalt.experiment.events import EventLog
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.prepare import Experiment
@@ -63,9 +63,8 @@ class Scoring:
             self._write(number, scored, points)
         for point, clients_ in points.items():
             for client, scores in clients_.items():
-                values = {name: scores[name] for name in METRICS}
-                self.log.emit("scores", round=number, client=client, point=point, **values)
-        return group_mean(scores[config.evaluation.metric] for scores in points["validation"].values())
+                self.log.emit("scores", round=number, client=client, point=point, **metrics_in(scores))
+        return group_mean(scores[config.metric] for scores in points["validation"].values())
 
     def _evaluate(self, states: Sequence[ClientState], split: str) -> list[Evaluation]:
         experiment = self.experiment

@@ -15,11 +15,12 @@ import yaml
 from fedalt.config import RunConfig, with_settings
 from fedalt.data.load import load_federation
 from fedalt.errors import UserError
+from fedalt.evaluation.metrics import LABELS
 from fedalt.experiment.compare import finish, plan
 from fedalt.experiment.events import Sink
 from fedalt.experiment.folder import IfExists
 from fedalt.experiment.members import Bases, Budget
-from fedalt.experiment.tables import LABELS, Cell, Grid, average, markdown, seeds, write_csv
+from fedalt.experiment.tables import Cell, Grid, average, markdown, seeds, write_csv
 from fedalt.files import write_json, write_text
 
 Axis = tuple[str, list[Any]]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedalt.evaluation.metrics import LABELS
 from fedalt.files import write_json, write_text
 
-LABELS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "exact_match": "exact match"}
 INTERVAL = "± is half of the 95 % interval over seeds (Student's t)"
 NOTHING = "–"
 MOST = 20

@@ -13,7 +13,7 @@ from fedalt.methods.base import Message, Method, Phase
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
-from fedalt.names import Tensors
+from fedalt.names import Tensors, parted
 from fedalt.training.local import OnStep, TrainingStats, train
 
 
@@ -38,11 +38,12 @@ class ClientResult:
 
 @dataclass(frozen=True)
 class RoundSettings:
-    """What is the same for all clients and rounds of a run."""
+    """What is the same for all clients and rounds of a run; heads go along with an upload, if there is one."""
 
     method: Method
     lora: LoraConfig
     training: TrainingConfig
+    shares_heads: bool = False
 
     def placement(self, phase: Phase) -> Placement:
         """How adapters sit on the model in a phase."""
@@ -80,21 +81,41 @@ def client_round(
     """
     method = settings.method
     now = [
-        method.before(method.install(state, message) if message else state, round_)
+        method.before(installed(method, state, message), round_)
         for state, message in zip(states, messages, strict=True)
     ]
-    began = now
-    phases, stats = method.phases(round_), [TrainingStats(0.0, 0, 0) for _ in states]
+    trained, stats = train_phases(model, now, method.phases(round_), plans, settings, on_step)
+    after = [replace(method.after(*both, round_), round=round_) for both in zip(trained, now, strict=True)]
+    down = [message.bytes if message else 0 for message in messages]
+    return [_result(settings, *client) for client in zip(states, after, stats, down, strict=True)]
+
+
+def train_phases(
+    model: AdaptedModel,
+    states: Sequence[ClientState],
+    phases: Sequence[Phase],
+    plans: Sequence[Sequence[Plan]],
+    settings: RoundSettings,
+    on_step: OnStep = lambda done, total: None,
+) -> tuple[list[ClientState], list[TrainingStats]]:
+    """Train a cohort on its own rows, phase by phase; arguments as in ``client_round``."""
+    now, stats = list(states), [TrainingStats(0.0, 0, 0) for _ in states]
     for number, phase in enumerate(phases):
-        trainable = [key for key in now[0].tensors if phase.trains(key)]
+        trainable = [key for key in now[0].tensors if phase.trains(key)] + list(now[0].heads)
         model.load(now, settings.placement(phase), trainable)
         mine = [plan[number] for plan in plans]
         done = train(model, mine, settings.training, partial(_step, on_step, number, len(phases)), phase.rule)
-        now = [state.with_tensors(tensors) for state, tensors in zip(now, model.unstack(), strict=True)]
+        now = [state.with_tensors(*parted(tensors)) for state, tensors in zip(now, model.unstack(), strict=True)]
         stats = [new.following(old) for new, old in zip(done, stats, strict=True)]
-    after = [replace(method.after(*both, round_), round=round_) for both in zip(now, began, strict=True)]
-    down = [message.bytes if message else 0 for message in messages]
-    return [_result(method, *client) for client in zip(states, after, stats, down, strict=True)]
+    return now, stats
+
+
+def installed(method: Method, state: ClientState, message: Message | None) -> ClientState:
+    """The state with what the server tells the client: heads overwrite its own, the rest is the method's matter."""
+    if message is None:
+        return state
+    tensors, heads = parted(message.tensors)
+    return method.install(state, replace(message, tensors=tensors)).with_tensors({}, heads)
 
 
 def _step(on_step: OnStep, phase: int, phases: int, done: int, total: int) -> None:
@@ -102,12 +123,18 @@ def _step(on_step: OnStep, phase: int, phases: int, done: int, total: int) -> No
     on_step(phase * total + done, phases * total)
 
 
-def _result(method: Method, old: ClientState, new: ClientState, stats: TrainingStats, bytes_down: int) -> ClientResult:
+def _result(
+    settings: RoundSettings, old: ClientState, new: ClientState, stats: TrainingStats, bytes_down: int
+) -> ClientResult:
     failure = None if math.isfinite(stats.loss) else f"loss is {stats.loss}"
-    bad = next((key for key, value in new.tensors.items() if not value.isfinite().all()), None)
+    everything = {**new.tensors, **new.heads}
+    bad = next((key for key, value in everything.items() if not value.isfinite().all()), None)
     if failure is None and bad is not None:
         failure = f"{bad} is not finite after training"
     if failure:
         return ClientResult(old, {}, stats, bytes_down, failure)
-    sent = method.sent(new)
-    return ClientResult(sent, sent.sent or {}, stats, bytes_down)
+    sent = settings.method.sent(new)
+    upload = sent.sent or {}
+    return ClientResult(
+        sent, {**upload, **sent.heads} if upload and settings.shares_heads else upload, stats, bytes_down
+    )

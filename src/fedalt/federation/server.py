@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -14,7 +14,7 @@ from fedalt.errors import UserError
 from fedalt.federation.per_client import PerClient
 from fedalt.methods.base import Gathered, Message, Method
 from fedalt.methods.mean import mean_of
-from fedalt.names import RANK_AXIS, Key, Tensors
+from fedalt.names import HEAD, RANK_AXIS, Key, Tensors, parted
 
 DOMINANT = 0.5
 """Share of a mean beyond which a client gets its row from the server: subtraction multiplies rounding by 1/(1 − p)."""
@@ -49,7 +49,8 @@ class Server:
         method: Decides the weights, what is made of uploads, and whether absent clients' last ones still count.
         config: Participation and delivery settings.
         samples: Training rows per client.
-        shapes: Shape of every tensor a client may upload; rows and columns are the most where ranks are unequal.
+        shapes: Shape of every tensor a client may upload, heads included if they are shared; rows and columns are the
+            most where ranks are unequal.
         uploads: Latest upload per client that counts.
         read: Gives the tensors of such an upload, exactly as received.
         round: Last aggregated round, counted from 1.
@@ -60,7 +61,7 @@ class Server:
     method: Method
     config: FederationConfig
     samples: Mapping[int, int]
-    shapes: Mapping[Key, tuple[int, int]]
+    shapes: Mapping[Key, tuple[int, ...]]
     uploads: Mapping[int, Upload] = field(default_factory=dict)
     read: Callable[[int], Tensors] = nothing
     round: int = 0
@@ -86,7 +87,8 @@ class Server:
         kept = self.uploads if self.remembers or not arrived else {}
         self.uploads = {**kept, **{client: Upload(self._weight(client), round_) for client in sorted(arrived)}}
         self.read, self.round = read, round_
-        self.__dict__.pop("_answer", None)
+        for found in ("_answer", "_heads"):
+            self.__dict__.pop(found, None)
         if arrived:
             self.seen = {**self.seen, **dict.fromkeys(arrived, round_)}
             if self.method.stateful:
@@ -117,7 +119,7 @@ class Server:
         if not told:
             return {}
         if self.method.individually or self.method.stateful:
-            return PerClient(told, lambda client: self._answer(client, self.seen.get(client, 0)))
+            return PerClient(told, self._answered)
         mean, total = self.mean(), sum(weights.values())
 
         def message(client: int) -> Message:
@@ -125,18 +127,36 @@ class Server:
             if not self._unicast(share):
                 return Message(mean, share)
             rest = self.mean_without(client)
-            return Message({key: (rest if self.method.left_out(key) else mean)[key] for key in mean})
+            return Message(
+                {key: (rest if key.slot != HEAD and self.method.left_out(key) else mean)[key] for key in mean}
+            )
 
         return PerClient(told, message)
+
+    def _answered(self, client: int) -> Message:
+        """The method's answer, with the mean of the heads, where they are shared."""
+        message = self._answer(client, self.seen.get(client, 0))
+        return replace(message, tensors={**message.tensors, **self._heads}) if self._heads else message
+
+    @cached_property
+    def _heads(self) -> Tensors:
+        """The mean of this round's heads."""
+        if not any(key.slot == HEAD for key in self.shapes):
+            return {}
+        return mean_of(PerClient(self.uploads, lambda client: parted(self.read(client))[1]), self.weights())
 
     @cached_property
     def _answer(self) -> Callable[[int, int], Message]:
         """What the method makes of this round's uploads; found once a round."""
         return self.method.answers(self._gathered())
 
+    @property
+    def adapters(self) -> PerClient[Tensors]:
+        """Every upload that counts, without heads."""
+        return PerClient(self.uploads, lambda client: parted(self.read(client))[0])
+
     def _gathered(self) -> Gathered:
-        uploads = PerClient(self.uploads, self.read)
-        return Gathered(uploads, self.weights(), self.memory, self.round)
+        return Gathered(self.adapters, self.weights(), self.memory, self.round)
 
     def _unicast(self, share: float) -> bool:
         return self.method.leave_one_out and (self.config.row_delivery == "unicast" or share > DOMINANT)
@@ -168,7 +188,7 @@ class Server:
 
     def _fits(self, key: Key, shape: tuple[int, ...]) -> bool:
         most = self.shapes[key]
-        if self.method.client_ranks is None:
+        if self.method.client_ranks is None or key.slot == HEAD:
             return shape == most
         inner = RANK_AXIS[key.factor]
         return len(shape) == 2 and shape[1 - inner] == most[1 - inner] and 1 <= shape[inner] <= most[inner]

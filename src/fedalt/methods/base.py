@@ -233,6 +233,19 @@ class Method:
         """Whether a client's own part is taken out of this tensor's mean, where ``leave_one_out`` holds."""
         return True
 
+    # ------------------------------------------------------------------------------------ what somebody new starts with
+
+    @property
+    def arrival(self) -> tuple[tuple[str, ...], Mixing]:
+        """Slots that answer for a client that has trained nothing, with the server's answer installed, and how."""
+        shared = tuple(slot.name for slot in self.slots if slot.share)
+        return (shared, SUM) if shared and shared != self.slot_names else self.inference
+
+    @property
+    def arrival_phases(self) -> tuple[Phase, ...]:
+        """What a client that joins a finished run trains, once; it sends nothing."""
+        return self.phases(2)
+
     # -------------------------------------------------------------------------------------------- what the server does
 
     def serve(self, gathered: Gathered) -> Tensors:

@@ -56,6 +56,16 @@ class FDLoRA(Method):
         slot = PERSONAL if round_ == 1 else GLOBAL
         return (Phase((slot,), {slot: BOTH}),)
 
+    @property
+    def arrival_phases(self) -> tuple[Phase, ...]:
+        """The personal LoRA; it is fused with the shared one."""
+        return self.phases(1)
+
+    @property
+    def arrival(self) -> tuple[tuple[str, ...], Mixing]:
+        """The shared LoRA."""
+        return (GLOBAL,), SUM
+
     def after(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
         """The first round's personal LoRA is what is shared; later the shared one becomes personal now and then."""
         if round_ == 1:

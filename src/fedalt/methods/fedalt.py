@@ -55,6 +55,14 @@ class FedALT(Method):
         self.leave_one_out = self.options.row_from == "others"
         self.heterogeneous = self.options.row_aggregator in ("stack", "svd")
 
+    @property
+    def arrival(self) -> tuple[tuple[str, ...], Mixing]:
+        """The rows alone, evenly weighed and past the mixer, which knows nothing yet."""
+        if not self.rows:
+            return self.inference
+        full = len(self.slots) if self.options.full_start else 1
+        return self.rows, Mixing("fixed", (1 / (full * len(self.rows)),) * len(self.rows))
+
     def _check(self) -> None:
         options = self.options
         plain = options.row_aggregator == "factor_mean" and options.clusters == 1

@@ -54,7 +54,7 @@ class FedDPA(Method):
         """Add what prompts are compared with."""
         count, seed = self.options.samples, self.config.seed
         chosen = [drawn(rows[state.client], count, seed, "anchor", state.client) for state in states]
-        prompts = [[example.prompt for example in mine] for mine in chosen]
+        prompts = [[example.input for example in mine] for mine in chosen]
         found = anchors(model, states, prompts, placement)
         return [state.with_tensors({Key("", ANCHOR, E): anchor}) for state, anchor in zip(states, found, strict=True)]
 
@@ -80,6 +80,11 @@ class FedDPAT(FedDPA):
         local = Phase((LOCAL, GLOBAL), {LOCAL: BOTH}, Mixing("fixed", (a, 1 - a)), detached=(GLOBAL,))
         return local, alone
 
+    @property
+    def arrival_phases(self) -> tuple[Phase, ...]:
+        """The local LoRA beside the global one."""
+        return self.phases(2)[:1]
+
 
 class FedDPAF(FedDPA):
     """FedDPA-F: FedIT on the global LoRA; in the last round, each client makes it its local one and trains that alone.
@@ -94,6 +99,11 @@ class FedDPAF(FedDPA):
 
     def _last(self, round_: int) -> bool:
         return round_ == self.config.federation.rounds
+
+    @property
+    def arrival_phases(self) -> tuple[Phase, ...]:
+        """The private phase."""
+        return self.phases(self.config.federation.rounds)
 
     def phases(self, round_: int) -> tuple[Phase, ...]:
         """Global alone; in the end, local alone."""

@@ -9,11 +9,13 @@ from inspect import signature
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from fedalt.model.classify import class_logits, pooler_path, summary_of
 from fedalt.model.frozen import pack_weights
+from fedalt.model.heads import take_heads
 from fedalt.model.layer import AdaptedLinear, Placement, features
 from fedalt.model.packing import enable_packing
 from fedalt.model.rowmap import MixerProbe, RowContext, RowMap
@@ -24,16 +26,22 @@ from fedalt.names import Key
 
 
 class AdaptedModel:
-    """A frozen causal LM whose target layers hold K clients' adapters, stacked ``[K, …]``.
+    """A frozen model whose target layers hold K clients' adapters, stacked ``[K, …]``.
 
     Args:
-        base: Any Hugging Face causal LM. It is changed in place: its targets are wrapped, its parameters frozen.
+        base: Any Hugging Face causal LM, or a text or image classifier. It is changed in place: its targets are
+            wrapped, its parameters frozen, its heads replaced.
         targets: Names of the linear layers to adapt; by architecture when not given.
         gradient_checkpointing: Recompute activations in the backward pass, with the row map of their forward.
         packing: Whether rows may be packed instead of padded, where that is exact for this model.
+        heads: Paths of the modules that every client has its own of; a classifier has at least one.
 
     Attributes:
         packs: Whether rows are packed.
+        heads: Path → the head of whichever clients are on the model.
+        summary: Which token's state stands for a row: the last one's, or for encoders the first one's.
+        sees: Whether it looks at images.
+        image_tokens: Tokens that an image becomes.
         clients: How many clients are on it.
         trainable: What trains, stacked over clients.
 
@@ -47,18 +55,27 @@ class AdaptedModel:
         targets: Sequence[str] | None = None,
         gradient_checkpointing: bool = False,
         packing: bool = True,
+        heads: Sequence[str] = (),
     ) -> None:
         self.base = base
         self.base.requires_grad_(False)
         self.context = RowContext()
+        self.sees = base.main_input_name == "pixel_values"
+        self.summary, self.image_tokens = summary_of(base) if heads else ("last", 0)
+        self.heads = take_heads(base, heads, self.context)
+        self.pooler = self.heads.get(pooler_path(base))
+        if self.pooler is not None:
+            base.get_decoder().pooler = None
         self.layers = {path: self._wrap(path, index) for index, path in enumerate(find_targets(base, targets))}
         self.clients = 1
         self.trainable: dict[Key, nn.Parameter] = {}
-        self._accepted = frozenset(signature(base.get_decoder().forward).parameters)
+        self.backbone = base.get_decoder()
+        self._accepted = frozenset(signature(self.backbone.forward).parameters)
         pack_weights(base)
+        packing = packing and not self.sees
         if packing:
             self.context.attention = enable_packing(base, self.context)
-            enable_trimming(base.get_decoder(), self.context, self.layers.values())
+            enable_trimming(self.backbone, self.context, self.layers.values())
         if gradient_checkpointing:
             options = {"use_reentrant": False, "context_fn": self.context.checkpoint_contexts}
             self.base.activation_checkpointing_enable(options)
@@ -66,6 +83,11 @@ class AdaptedModel:
                 if getattr(module, "gradient_checkpointing", False):
                     _silence(module)
         self.packs = packing and self._packs_exactly()
+
+    @property
+    def head_start(self) -> dict[Key, Tensor]:
+        """The heads' own parameters, as they came with the base."""
+        return {key: value for head in self.heads.values() for key, value in head.start.items()}
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +113,7 @@ class AdaptedModel:
     @property
     def bytes_per_token(self) -> int:
         """About what a training step keeps of every token: three times what all linear layers put out."""
-        linear = [features(module)[1] for module in self.base.get_decoder().modules() if is_linear(module)]
+        linear = [features(module)[1] for module in self.backbone.modules() if is_linear(module)]
         return 3 * sum(linear) * int(self.base.dtype.itemsize)
 
     @property
@@ -111,6 +133,11 @@ class AdaptedModel:
             mine = [key for key in keys if key in trainable]
             layer.place(placement, stacked, mine)
             self.trainable |= {key: layer.get_parameter(f"{key.slot}_{key.factor}") for key in mine}
+        for head in self.heads.values():
+            stacked = {key: torch.stack([state.heads[key] for state in states]).to(self.device) for key in head.start}
+            mine = [key for key in head.start if key in trainable]
+            head.place(stacked, mine)
+            self.trainable |= {key: head.parameter(key) for key in mine}
 
     def unstack(self) -> list[dict[Key, Tensor]]:
         """The trainable tensors of every client on the base, back on the CPU."""
@@ -123,6 +150,8 @@ class AdaptedModel:
         self.trainable = {}
         for layer in self.layers.values():
             layer.clear()
+        for head in self.heads.values():
+            head.clear()
 
     def train(self, mode: bool = True) -> None:
         """Switch adapter dropout and checkpointing on or off. The frozen base always runs in eval mode.
@@ -141,7 +170,7 @@ class AdaptedModel:
 
     def hidden(
         self,
-        ids: Int[Tensor, " t"],
+        inputs: Int[Tensor, " t"] | Float[Tensor, "n c h w"],
         rows: RowMap,
         wanted: Int[Tensor, " s"] | None = None,
         probe: MixerProbe | None = None,
@@ -150,23 +179,40 @@ class AdaptedModel:
         """Read rows without generating: the backbone's own output, with final hidden states ``[s, d]``.
 
         Args:
-            ids: Tokens of all rows, one after another.
+            inputs: Tokens of all rows, one after another; or images.
             rows: Whose they are and how long each is.
-            wanted: Positions in ``ids`` of the states; all when not given.
+            wanted: Positions, among the tokens of all rows, of the states; all when not given.
             probe: Collects mixer weights ``[t, m]``.
             packed: Pack or pad; what is exact for this model when not given.
         """
         packed = self.packs if packed is None else packed
         rows = replace(rows, packed=packed, wanted=wanted if packed else None)
-        inputs = _packed(ids, rows) if packed else _padded(ids, rows)
-        backbone = self.base.get_decoder()
+        named = {"pixel_values": inputs} if self.sees else (_packed if packed else _padded)(inputs, rows)
+        options = {} if self.sees else {"use_cache": False}
         with self.rows(rows, probe):
-            out = backbone(**{name: value for name, value in inputs.items() if name in self._accepted}, use_cache=False)
-        places = rows.places(inputs["input_ids"].numel()).to(ids.device)
+            out = self.backbone(**{name: value for name, value in named.items() if name in self._accepted}, **options)
+        places = rows.places(out.last_hidden_state.shape[:2].numel()).to(inputs.device)
         if probe:
             probe.weights = {path: alpha[places] for path, alpha in probe.weights.items()}
         out.last_hidden_state = out.last_hidden_state.flatten(0, 1)[places if wanted is None else places[wanted]]
         return out
+
+    def class_scores(
+        self,
+        inputs: Int[Tensor, " t"] | Float[Tensor, "n c h w"],
+        rows: RowMap,
+        probe: MixerProbe | None = None,
+    ) -> Float[Tensor, "n classes"]:
+        """What each row's client makes of it, before the softmax.
+
+        Args:
+            inputs: Tokens of all rows, one after another; or images.
+            rows: Whose they are and how long each is.
+            probe: Collects mixer weights ``[t, m]``.
+        """
+        out = self.hidden(inputs, rows, rows.summaries(self.summary).to(inputs.device), probe)
+        with self.rows(RowMap(rows.sizes)):
+            return class_logits(self.base, out, out.last_hidden_state, self.pooler)
 
     def _wrap(self, path: str, index: int) -> AdaptedLinear:
         layer = AdaptedLinear(self.base.get_submodule(path), path, index, self.context)

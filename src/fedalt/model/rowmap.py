@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,6 +96,11 @@ class RowMap:
             return torch.arange(tokens)
         width = tokens // len(self.lengths)
         return torch.cat([torch.arange(length) + row * width for row, length in enumerate(self.lengths)])
+
+    def summaries(self, which: Literal["first", "last"]) -> Int[Tensor, " rows"]:
+        """Where each row's first or last token stands among the tokens of all rows."""
+        ends = torch.tensor(self.lengths).cumsum(0)
+        return ends - 1 if which == "last" else ends - torch.tensor(self.lengths)
 
     def dropout(self, x: Float[Tensor, "n d"], p: float, layer: int) -> Dropout:
         """Which inputs of a layer are kept.

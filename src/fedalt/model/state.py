@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,16 +26,18 @@ class ClientState:
         round: Last round in which the client took part, counted from 1; 0 before the first.
         tensors: Its adapters and mixer, fp32 on the CPU.
         sent: Exactly what the server last received from it, or nothing yet; what it subtracts from a mean.
+        heads: Its classification head, fp32 on the CPU; empty for a language model.
     """
 
     client: int
     round: int
     tensors: Tensors
     sent: Tensors | None = None
+    heads: Tensors = field(default_factory=dict)
 
-    def with_tensors(self, changes: Tensors) -> ClientState:
-        """The same state with some tensors replaced."""
-        return replace(self, tensors={**self.tensors, **changes})
+    def with_tensors(self, changes: Tensors, heads: Tensors | None = None) -> ClientState:
+        """The same state with some adapter tensors, and some of the head's, replaced."""
+        return replace(self, tensors={**self.tensors, **changes}, heads={**self.heads, **(heads or {})})
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class AdapterShape:
         return shapes
 
 
+def start_group(init: Literal["shared", "code_like", "per_client"], client: int) -> int:
+    """Clients of a group start alike."""
+    return {"shared": 0, "code_like": min(client, 1), "per_client": client}[init]
+
+
 def initial_state(
     shape: AdapterShape,
     client: int,
@@ -94,7 +101,7 @@ def initial_state(
     means nearly orthogonal to every client's A. Frozen slots (the row) start at zero: nobody has uploaded yet. A client
     of a lower ``rank`` than its slots have has zeros beyond it, which never get a gradient.
     """
-    group = {"shared": 0, "code_like": min(client, 1), "per_client": client}[init]
+    group = start_group(init, client)
     tensors = {}
     for key, (rows, columns) in shape.shapes().items():
         zero = key.factor in (B, W) or key.slot in frozen or (key.slot == MIXER and mixer_init == "zeros")
@@ -110,6 +117,7 @@ def save_state(state: ClientState, path: Path) -> None:
     """Write a state as one safetensors file, atomically."""
     tensors = {f"own.{key}": value.contiguous() for key, value in state.tensors.items()}
     tensors |= {f"sent.{key}": value.clone() for key, value in (state.sent or {}).items()}
+    tensors |= {f"head.{key}": value.contiguous() for key, value in state.heads.items()}
     header = {"client": state.client, "round": state.round, "has_sent": state.sent is not None}
     write_bytes(path, save(tensors, metadata={"fedalt": json.dumps(header)}))
 
@@ -118,8 +126,9 @@ def load_state(path: Path) -> ClientState:
     """Map what ``save_state`` wrote into memory; numbers are read when they are used."""
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["fedalt"])
-        parts: dict[str, dict[Key, torch.Tensor]] = {"own": {}, "sent": {}}
+        parts: dict[str, dict[Key, torch.Tensor]] = {"own": {}, "sent": {}, "head": {}}
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
             part, key = name.split(".", 1)
             parts[part][Key.parse(key)] = file.get_tensor(name)
-    return ClientState(header["client"], header["round"], parts["own"], parts["sent"] if header["has_sent"] else None)
+    sent = parts["sent"] if header["has_sent"] else None
+    return ClientState(header["client"], header["round"], parts["own"], sent, parts["head"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.errors import UserError
-from fedalt.evaluation.metrics import METRICS
+from fedalt.evaluation.metrics import LABELS, as_text, metrics_in
 from fedalt.experiment.events import Event, read_events
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.insight import read_insight
@@ -95,12 +95,13 @@ def _curves(events: Sequence[Event], tasks: Mapping[str, str], metric: str, scor
 def _scores_table(latest: Mapping[str, Event], tasks: Mapping[str, str]) -> str:
     if not latest:
         return paragraph("Not scored yet.")
-    rows = [[c, tasks[c], *(f"{latest[c][name]:.1f}" for name in METRICS)] for c in tasks if c in latest]
-    means = [sum(e[name] for e in latest.values()) / len(latest) for name in METRICS]
+    names = list(metrics_in(next(iter(latest.values()))))
+    rows = [[c, tasks[c], *(as_text(name, latest[c][name]) for name in names)] for c in tasks if c in latest]
+    means = {name: sum(e[name] for e in latest.values()) / len(latest) for name in names}
     number = max(e["round"] for e in latest.values())
-    head = paragraph(f"Test scores after round {number}, 0 to 100, on each client's own rows")
-    rows.append(["mean", "", *(f"{m:.1f}" for m in means)])
-    return head + table(["client", "task", *METRICS], rows, bold=len(rows) - 1)
+    head = paragraph(f"Test scores after round {number} on each client's own rows")
+    rows.append(["mean", "", *(as_text(name, mean) for name, mean in means.items())])
+    return head + table(["client", "task", *(LABELS[name] for name in names)], rows, bold=len(rows) - 1)
 
 
 def _cost_table(events: Sequence[Event]) -> str:

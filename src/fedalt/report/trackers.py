@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.errors import UserError
-from fedalt.evaluation.metrics import METRICS, group_mean
+from fedalt.evaluation.metrics import group_mean, metrics_in
 from fedalt.experiment.events import Event, Sink
 
 PROJECT = "fedalt"
@@ -105,11 +105,11 @@ class Trackers:
 
     def _on_scores(self, event: Event) -> None:
         if event["point"] == "after":
-            self.scores[str(event["client"])] = {name: event[name] for name in METRICS}
+            self.scores[str(event["client"])] = metrics_in(event)
 
     def _on_evaluated(self, event: Event) -> None:
-        values = {f"{name}/{c}": scores[name] for c, scores in self.scores.items() for name in METRICS}
-        for name in METRICS:
+        values = {f"{name}/{c}": score for c, scores in self.scores.items() for name, score in scores.items()}
+        for name in dict.fromkeys(name for scores in self.scores.values() for name in scores):
             mean = group_mean(scores[name] for scores in self.scores.values())
             values |= {} if mean is None else {f"{name}/mean": mean}
         self._log(values, event["round"])

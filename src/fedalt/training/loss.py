@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -19,18 +20,31 @@ _LOGITS = 1 << 24
 
 
 def client_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None = None) -> Float[Tensor, " k"]:
-    """Mean cross-entropy of each client's answer tokens; 0 for a client without rows in the batch.
+    """Mean cross-entropy of each client's answer tokens, or rows' classes; 0 for a client without rows in the batch.
 
     The sum over clients is what is differentiated, so each client gets exactly the gradient of training alone.
     (The loss built into Hugging Face models averages over all tokens of a batch and would let long rows of one
     client shrink the steps of another.)
     """
-    out = model.hidden(batch.input_ids, batch.rows, batch.place, probe)
-    chunk = max(1, _LOGITS // model.base.config.get_text_config().vocab_size)
-    losses = TokenLosses.apply(out.last_hidden_state, batch.target, lambda h: logits(model.base, out, h), chunk)  # type: ignore[no-untyped-call]
+    losses = _class_losses(model, batch, probe) if model.heads else token_losses(model, batch, probe)
     clients = len(batch.rows.sizes)
     counts = torch.bincount(batch.owner, minlength=clients).clamp(min=1)
     return torch.zeros(clients, device=losses.device, dtype=losses.dtype).index_add(0, batch.owner, losses) / counts
+
+
+def _class_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None) -> Float[Tensor, " s"]:
+    """Cross-entropy of every row's class."""
+    scores = model.class_scores(batch.inputs, batch.rows, probe)
+    return torch.nn.functional.cross_entropy(scores, batch.target, reduction="none")
+
+
+def token_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None = None) -> Float[Tensor, " s"]:
+    """Cross-entropy of every answer token."""
+    out = model.hidden(batch.inputs, batch.rows, batch.place, probe)
+    chunk = max(1, _LOGITS // model.base.config.get_text_config().vocab_size)
+    head = partial(logits, model.base, out)
+    losses: Tensor = TokenLosses.apply(out.last_hidden_state, batch.target, head, chunk)  # type: ignore[no-untyped-call]
+    return losses
 
 
 def logits(base: Any, out: Any, hidden: Float[Tensor, "s d"]) -> Float[Tensor, "s vocab"]:

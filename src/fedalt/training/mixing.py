@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedalt.data.batches import Prompt
+from fedalt.data.encode import Input, laid_out
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.rowmap import MixerProbe, RowMap
 
@@ -43,11 +43,10 @@ class MixerWeights:
 
 
 @torch.no_grad()
-def mixer_weights(model: AdaptedModel, prompts: Sequence[Sequence[Prompt]]) -> MixerWeights:
-    """Read the mixers of the clients on the model while they look at some prompts of each."""
-    lengths = tuple(len(prompt) for mine in prompts for prompt in mine)
-    rows = RowMap(tuple(map(len, prompts)), lengths)
-    ids = torch.tensor([token for mine in prompts for prompt in mine for token in prompt], device=model.device)
+def mixer_weights(model: AdaptedModel, inputs: Sequence[Sequence[Input]]) -> MixerWeights:
+    """Read the mixers of the clients on the model while they look at some texts or images of each."""
+    flat = [value for mine in inputs for value in mine]
+    rows = RowMap(tuple(map(len, inputs)), tuple(map(len, flat)))
     probe = MixerProbe()
-    model.hidden(ids, rows, probe=probe)
+    model.hidden(laid_out(flat).to(model.device), rows, probe=probe)
     return MixerWeights.of(probe, rows)

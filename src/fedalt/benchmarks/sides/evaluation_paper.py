@@ -16,7 +16,8 @@ from fedalt.benchmarks.sides.paper_layer import PaperModel
 from fedalt.benchmarks.task import Job, Outcome, Spec
 from fedalt.benchmarks.workload import LORA, SCALE, Workload
 from fedalt.config import EvaluationConfig
-from fedalt.data.batches import Prompt, pad_prompts
+from fedalt.data.batches import pad_prompts
+from fedalt.data.encode import Prompt
 
 _TOGETHER = 2
 """``EVAL_BATCH_SIZE`` of the official code."""

@@ -1,0 +1,105 @@
+"""Class scores by a Hugging Face classifier's own forward, from states that its backbone has made already."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fedalt.errors import UserError
+
+Summary = Literal["first", "last"]
+"""Which token's state a head looks at: the first (encoders, ViT) or the last (decoders)."""
+
+
+def class_logits(
+    base: Any, out: Any, states: Float[Tensor, "n d"], pooler: nn.Module | None = None
+) -> Float[Tensor, "n c"]:
+    """What a classifier makes of the state of one token of every row: pooler, head and all, by its own forward.
+
+    Args:
+        base: The classifier.
+        out: An output of its backbone.
+        states: The states to put in its place.
+        pooler: Stands in for the backbone's own.
+    """
+    backbone = base.get_decoder()
+    one = states[:, None]
+    pooler = pooler or getattr(backbone, "pooler", None)
+    pooled = {} if pooler is None else {"pooler_output": pooler(one)}
+    replaced = type(out)(last_hidden_state=one, **pooled)
+    token = 1 if getattr(base.config.get_text_config(), "pad_token_id", None) == 0 else 0  # any but padding
+    ids = torch.full((len(states), 1), token, dtype=torch.long, device=states.device)
+    inputs = {base.main_input_name: ids}
+    with patch.object(backbone, "forward", lambda *args, **kwargs: replaced):
+        scores: Tensor = base(**inputs).logits
+    return scores
+
+
+@torch.no_grad()
+def summary_of(base: Any) -> tuple[Summary, int]:
+    """Which token's state the model's own head looks at, found by trying; and how many tokens the tried rows had.
+
+    Args:
+        base: The classifier, untouched.
+
+    Raises:
+        UserError: Neither the first nor the last, or the model cannot be tried.
+    """
+    outs: list[Any] = []
+    inputs, last = _trial(base)
+    hook = base.get_decoder().register_forward_hook(lambda module, args, out: outs.append(out))
+    wanted = base(**inputs).logits.float()
+    hook.remove()
+    states = outs[0].last_hidden_state
+    last = torch.full_like(last, states.shape[1] - 1) if states.dim() == 3 and "pixel_values" in inputs else last
+    for name, index in (("last", last), ("first", torch.zeros_like(last))):
+        try:
+            found = class_logits(base, outs[0], states[torch.arange(len(last)), index]).float()
+        except (RuntimeError, ValueError, IndexError):  # a head that wants something else than one token's state
+            continue
+        if torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
+            return name, states.shape[1]  # type: ignore[return-value]
+    raise UserError(
+        f"model.task: {type(base).__name__} looks at neither the first nor the last token's state; "
+        "use a model of another family"
+    )
+
+
+def _trial(base: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Two rows that a classifier can read, and where the last token of each is."""
+    device, generator = next(base.parameters()).device, torch.Generator().manual_seed(0)
+    if base.main_input_name == "pixel_values":
+        size = getattr(base.config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.rand(2, getattr(base.config, "num_channels", 3), height, width, generator=generator)
+        return {"pixel_values": pixels.to(device, base.dtype)}, torch.zeros(2, dtype=torch.long, device=device)
+    pad = getattr(base.config.get_text_config(), "pad_token_id", None) or 0
+    ids = torch.randint(base.get_input_embeddings().num_embeddings - 1, (2, 7), generator=generator)
+    ids += ids >= pad  # any but padding
+    mask = torch.ones_like(ids)
+    ids[0, 4:], mask[0, 4:] = pad, 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, torch.tensor([3, 6], device=device)
+
+
+def pooler_path(base: Any) -> str:
+    """Where an encoder's pooler is, if it has one."""
+    return f"{base.base_model_prefix}.pooler"
+
+
+def head_paths(base: Any, missing: Collection[str]) -> tuple[str, ...]:
+    """What every client trains for itself: all that stands beside the backbone, and a pooler that has no weights yet.
+
+    Args:
+        base: The classifier.
+        missing: Names of parameters that its checkpoint does not hold.
+    """
+    prefix, pooler = base.base_model_prefix, pooler_path(base)
+    beside = [
+        name for name, module in base.named_children() if name != prefix and any(True for _ in module.parameters())
+    ]
+    return (*([pooler] if any(name.startswith(f"{pooler}.") for name in missing) else []), *beside)
