@@ -28,7 +28,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 f"{path}: disk full ({error.strerror}); finished rounds are safe, free some space and use --resume"
             ) from None
-        if isinstance(error, PermissionError | NotADirectoryError) or error.errno == errno.EROFS:
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or error.errno == errno.EROFS:
             raise UserError(f"{path}: cannot write here ({error.strerror})") from None
         raise
 

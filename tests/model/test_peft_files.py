@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedalt.config import ModelConfig
+from fedalt.data.record import row_digest
 from fedalt.data.rows import Row
 from fedalt.errors import UserError
 from fedalt.experiment.clients import client_ids, read_client
 from fedalt.experiment.export import export_static
 from fedalt.experiment.folder import RunFolder
-from fedalt.experiment.prepare import row_digest
 from fedalt.model.base import fingerprint, load_base
 from fedalt.model.peft_files import LoraFolder, read_folder, write_lora
 from fedalt.names import INDIVIDUAL, MIXER, ROW, A, B, G, Key

@@ -13,6 +13,7 @@ from fedalt.cli.bench import bench
 from fedalt.cli.compare import compare
 from fedalt.cli.onboard import onboard
 from fedalt.cli.options import INSIGHT_ROWS, InsightCommand, settings
+from fedalt.cli.partition import partition
 from fedalt.cli.prepare import prepare as prepare_group
 from fedalt.cli.show import print_json, say
 from fedalt.config import RunConfig, load_config
@@ -32,6 +33,7 @@ app.command()(bench)
 app.command()(compare)
 app.add_typer(prepare_group, name="prepare")
 app.command()(onboard)
+app.command()(partition)
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]

@@ -53,29 +53,36 @@ class InsightCommand(TyperCommand):
         return super().parse_args(ctx, full)
 
 
-def settings(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of ``run``, except some; it is called with ``config`` and ``if_exists``."""
+def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of ``run``, except some; it is called with ``config`` and ``if_exists``.
+
+    Args:
+        without: Parameters that the command does not have.
+        starts: Whether it starts runs; one that does not has no ``--resume`` and ``--overwrite``, and no ``if_exists``.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         names = [name for name in _OPTIONS if name not in without]
-        given = inspect.signature(command, eval_str=True).parameters
-        own = [_parameter(n, p.annotation, p.default) for n, p in given.items() if n not in _GIVEN]
+        parameters = inspect.signature(command, eval_str=True).parameters
+        own = [_parameter(n, p.annotation, p.default) for n, p in parameters.items() if n not in _GIVEN]
 
         @functools.wraps(command)
         def wrapper(**values: Any) -> None:
             path, sets = values.pop("config_file"), values.pop("sets")
-            exists = _if_exists(values.pop("resume"), values.pop("overwrite"))
+            exists = _if_exists(values.pop("resume", False), values.pop("overwrite", False))
             flags = [(_OPTIONS[name][0], values.pop(name)) for name in names]
             overrides = [(key, value) for key, value in flags if value is not None]
             overrides += [parse_override(text) for text in sets or ()]
+            given = {"if_exists": exists} if starts else {}
             try:
-                command(config=_config(path, overrides, exists), if_exists=exists, **values)
+                command(config=_config(path, overrides, exists), **given, **values)
             except KeyboardInterrupt:
                 complain("stopped; finished rounds are safe, --resume goes on from there")
                 raise typer.Exit(1) from None
 
         shared = [_parameter("config_file", _CONFIG), *(_parameter(name, _option(name)) for name in names)]
-        shared += [_parameter("resume", _RESUME, False), _parameter("overwrite", _OVERWRITE, False)]
+        if starts:
+            shared += [_parameter("resume", _RESUME, False), _parameter("overwrite", _OVERWRITE, False)]
         shared += [_parameter("sets", _SET)]
         wrapper.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
         wrapper.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}

@@ -25,11 +25,9 @@ def read_folder(folder: Path) -> Federation:
     """Read every client's rows.
 
     Raises:
-        UserError: No such folder, no training files, a client index twice or missing, a client without a test file,
+        UserError: No training files, a client index twice or missing, a client without a test file,
             an empty file, broken JSON, or a row that is not a mapping of strings with ``instruction`` and ``output``.
     """
-    if not folder.is_dir():
-        raise UserError(f"data.source: {folder} is no folder; give a folder of client files, or tinyworld")
     inside = folder / "train"
     train = _by_client(inside if inside.is_dir() else folder, "local_training")
     if not train:
@@ -57,16 +55,27 @@ def read_folder(folder: Path) -> Federation:
 
 def read_rows(path: Path) -> tuple[Row, ...]:
     """Read one file of rows."""
+    rows = tuple(_row(value, where) for where, value in json_values(read_text(path), path))
+    if not rows:
+        raise UserError(f"{path}: no rows; every client needs at least one")
+    return rows
+
+
+def is_client_folder(folder: Path) -> bool:
+    """Whether there is any client file in it."""
+    return any(
+        True for inside in (folder, folder / "train", folder / "test") for _ in inside.glob("local_*ing_*.json*")
+    )
+
+
+def read_text(path: Path) -> str:
+    """Read a text file; one that is none is a ``UserError``."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    rows = tuple(_row(value, where) for where, value in _values(text, path))
-    if not rows:
-        raise UserError(f"{path}: no rows; every client needs at least one")
-    return rows
 
 
 def _by_client(folder: Path, stem: str) -> dict[int, Path]:
@@ -91,7 +100,8 @@ def _check_indices(files: dict[int, Path], folder: Path) -> None:
         )
 
 
-def _values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+def json_values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """Every value of a JSON list or of JSON lines, after where it stands."""
     if text.lstrip().startswith("["):
         try:
             values = json.loads(text)
@@ -119,9 +129,13 @@ def _row(value: Any, where: str) -> Row:
         if not isinstance(value.get(name, ""), str):
             raise UserError(f'{where}: "{name}" is {type(value[name]).__name__}, expected text')
     for name in FIELDS:
-        if any("\ud800" <= letter <= "\udfff" for letter in value.get(name, "")):
-            raise UserError(f'{where}: "{name}" holds half a character (a lone surrogate), which is no text')
-    for name in _REQUIRED:
-        if not value[name].strip():
-            raise UserError(f'{where}: "{name}" is empty')
+        check_text(value.get(name, ""), name, where, name in _REQUIRED)
     return Row(**{name: value.get(name, "") for name in FIELDS})
+
+
+def check_text(text: str, name: str, where: str, required: bool = True) -> None:
+    """Refuse half characters, and nothing but blanks where there must be something."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f'{where}: "{name}" holds half a character (a lone surrogate), which is no text')
+    if required and not text.strip():
+        raise UserError(f'{where}: "{name}" is empty')

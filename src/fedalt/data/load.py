@@ -8,41 +8,88 @@ from pathlib import Path
 import torch
 
 from fedalt.config import DataConfig
-from fedalt.data.folder import read_folder
-from fedalt.data.regroup import mix_tasks, split_rows
+from fedalt.data.clients import to_clients
+from fedalt.data.pool import Pool, pooled
+from fedalt.data.record import reproduce
+from fedalt.data.regroup import keep_tasks, mix_tasks, split_rows
 from fedalt.data.rows import ClientData, Federation
+from fedalt.data.sources.hub import TINYWORLD
+from fedalt.data.sources.recognise import read_source
 from fedalt.errors import UserError
 from fedalt.seeding import rng
 
-TINYWORLD = "tinyworld"
-
 
 def load_federation(config: DataConfig, seed: int) -> Federation:
-    """Read or generate the rows of every client, split them over more, hold out validation rows, apply limits, mix.
+    """Read or generate the rows of every client that takes part, dealt, split, held out, limited and mixed as set.
 
     Raises:
-        UserError: The source is missing or broken, cannot be split into as many clients as asked for, has too few rows
-            to hold out, or too few clients to mix.
+        UserError: The source is missing or broken, cannot be split into or dealt to as many clients as asked for, has
+            too few rows to hold out, or too few clients to mix or to leave out.
     """
-    federation = _read(config)
-    if config.clients and config.clients > len(federation.clients):
-        federation = split_rows(federation, config.clients)
+    return load_both(config, seed)[0]
+
+
+def load_held_out(config: DataConfig, seed: int) -> Federation:
+    """The last ``data.held_out`` clients, which take no part in the run, with their ids."""
+    return load_both(config, seed)[1]
+
+
+def load_both(config: DataConfig, seed: int) -> tuple[Federation, Federation]:
+    """The clients that take part, and those that do not."""
+    everybody = _everybody(config, seed)
+    ids, count = everybody.ids, len(everybody.clients) - config.held_out
+    if count < 1:
+        raise UserError(f"data.held_out: {config.held_out} clients asked for, but there are only {len(ids)}")
+    taken, out = ({c: everybody.clients[c] for c in part} for part in (ids[:count], ids[count:]))
+    return replace(everybody, clients=taken), replace(everybody, clients=out)
+
+
+def _everybody(config: DataConfig, seed: int) -> Federation:
+    source, options = _read(config), config.partition
+    pool = pooled(source) if isinstance(source, Federation) else source
+    if options.file:
+        return _as_in_file(Path(options.file).expanduser(), pool, config)
+    if isinstance(source, Federation):
+        federation = keep_tasks(source, config.tasks) if config.tasks else source
+        if options.by:
+            again = pooled(federation)
+            federation = to_clients(again, config, _seed(config, seed), len(federation.clients), "task")
+        elif config.clients and config.clients > len(federation.clients):
+            federation = split_rows(federation, config.clients)
+    elif config.tasks:
+        raise UserError(
+            f"data.tasks: {source.source} has no clients with tasks; this is for tinyworld and client files"
+        )
+    else:
+        federation = to_clients(source, config, _seed(config, seed), None)
     clients = dict(list(federation.clients.items())[: config.clients])
     limited = {c: _limit(_hold_out(c, d, config, seed), config) for c, d in clients.items()}
     return mix_tasks(replace(federation, clients=limited), config.tasks_per_client)
 
 
-def _read(config: DataConfig) -> Federation:
+def _as_in_file(file: Path, pool: Pool, config: DataConfig) -> Federation:
+    federation = reproduce(file, pool)
+    if config.clients not in (None, len(federation.clients)):
+        raise UserError(f"data.clients: {config.clients} asked for, but {file} has {len(federation.clients)} clients")
+    return federation
+
+
+def _seed(config: DataConfig, seed: int) -> int:
+    return seed if config.partition.seed is None else config.partition.seed
+
+
+def _read(config: DataConfig) -> Federation | Pool:
     if config.source == TINYWORLD and not Path(TINYWORLD).is_dir():
         return _tinyworld(config)
-    return read_folder(Path(config.source).expanduser())
+    return read_source(config)
 
 
 def _tinyworld(config: DataConfig) -> Federation:
     """Eight clients of the usual size; where more are made, only as many rows as are going to be used."""
     from fedalt.data.tinyworld import CLIENTS, SIZES, generate
 
-    clients = CLIENTS if config.split_rows else max(config.clients or 0, CLIENTS)
+    eight = config.split_rows or config.partition.by or config.tasks
+    clients = CLIENTS if eight else max(config.clients or 0, CLIENTS)
     limits, sizes = _limits(config), SIZES
     if clients > CLIENTS:
         sizes = {split: min(size, limits[split] or size) for split, size in SIZES.items()}

@@ -1,14 +1,30 @@
-"""The same rows among other clients: a client's rows split over several, or several clients' rows mixed."""
+"""The same rows among other clients: some clients only, rows split over several clients, or mixed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from fedalt.data.pool import SPLITS
 from fedalt.data.rows import ClientData, Federation, Row
-from fedalt.errors import UserError
+from fedalt.errors import UserError, did_you_mean, listed
 
-SPLITS = ("train", "validation", "test")
+
+def keep_tasks(federation: Federation, tasks: Sequence[str]) -> Federation:
+    """Only the clients whose task is in the list, counted anew from 0 in their order.
+
+    Raises:
+        UserError: A task that no client has.
+    """
+    known = dict.fromkeys(data.train[0].task for data in federation.clients.values())
+    for task in tasks:
+        if task not in known:
+            raise UserError(
+                f'data.tasks: no client of {federation.source} has "{task}"{did_you_mean(task, known)}; '
+                f"tasks: {listed(list(known))}"
+            )
+    kept = [data for data in federation.clients.values() if data.train[0].task in tasks]
+    return replace(federation, clients=dict(enumerate(kept)))
 
 
 def split_rows(federation: Federation, clients: int) -> Federation:

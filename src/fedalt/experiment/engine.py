@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fedalt.data.load import load_held_out
+from fedalt.data.record import record
 from fedalt.errors import UserError
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, prune, run_id
 from fedalt.experiment.events import EventLog, Sink
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.loop import Loop
 from fedalt.experiment.machine import commit, versions
-from fedalt.experiment.prepare import Experiment, partition
+from fedalt.experiment.prepare import Experiment
 from fedalt.federation.server import Server
 from fedalt.files import write_json
 from fedalt.methods.budget import trainable
@@ -71,7 +73,7 @@ def _write_start(loop: Loop, resumed: bool) -> None:
             folder.final_scores.unlink(missing_ok=True)  # until it has finished again
     else:
         folder.events.unlink(missing_ok=True)
-        write_json(folder.partition, partition(experiment.federation))
+        write_json(folder.partition, _partition(experiment))
     folder.write_config(experiment.config, [f"{name}: {value}" for name, value in about.items() if value])
     loop.log.emit(
         "run_resumed" if resumed else "run_started",
@@ -90,3 +92,9 @@ def _write_start(loop: Loop, resumed: bool) -> None:
     )
     for note in () if resumed else experiment.notes:
         loop.log.emit("note", round=done, text=note)
+
+
+def _partition(experiment: Experiment) -> dict[str, Any]:
+    config = experiment.config
+    held_out = load_held_out(config.data, config.seed) if config.data.held_out else None
+    return record(config.data, config.seed, experiment.federation, held_out)

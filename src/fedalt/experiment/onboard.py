@@ -9,6 +9,7 @@ from typing import Any
 
 from fedalt.config import RunConfig
 from fedalt.data.load import load_federation, load_held_out
+from fedalt.data.record import record
 from fedalt.data.rows import Federation
 from fedalt.errors import UserError
 from fedalt.evaluation.evaluate import Evaluation, evaluate
@@ -17,7 +18,7 @@ from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint
 from fedalt.experiment.clients import client_ids, read_client, write_client
 from fedalt.experiment.folder import IfExists, RunFolder, claim_folder, finished_run
 from fedalt.experiment.loop import plan_phases
-from fedalt.experiment.prepare import Experiment, load_resident, partition, prepare
+from fedalt.experiment.prepare import Experiment, load_resident, prepare
 from fedalt.federation.client import installed, train_phases
 from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.federation.server import Server
@@ -67,7 +68,7 @@ def onboard(
     experiment = prepare(_settings(config, epochs), resident, newcomers, clients=len(members) + 1)
     experiment = experiment.with_cohort(config.federation.cohort or experiment.fitting_cohort)
     target = claim_folder(out or path / FOLDER, if_exists)
-    write_json(target.partition, partition(newcomers))
+    write_json(target.partition, record(config.data, config.seed, newcomers))
     target.write_config(config, [f"clients that joined {path}"])
     before, after = _join(experiment, checkpoint, target, train=epochs > 0)
     clients: dict[str, dict[str, Any]] = {

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from statistics import mean
-from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +23,8 @@ from fedalt.data.encode import (
     labels_of,
 )
 from fedalt.data.load import load_federation
-from fedalt.data.rows import Federation, Row
+from fedalt.data.record import digests
+from fedalt.data.rows import Federation
 from fedalt.errors import UserError
 from fedalt.evaluation.options import options_of
 from fedalt.federation.client import RoundSettings
@@ -93,7 +93,7 @@ class Experiment:
     @property
     def rows_digest(self) -> str:
         """Fingerprint of all rows and of who has them."""
-        return hashlib.sha256(json.dumps(partition(self.federation)["clients"]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(digests(self.federation)).encode()).hexdigest()
 
     @property
     def fitting_cohort(self) -> int:
@@ -220,21 +220,6 @@ def _fit_positions(config: RunConfig, resident: Resident) -> tuple[RunConfig, tu
         raise UserError(f"evaluation.max_new_tokens: {longest} fills the model's {limit} positions, no prompt fits")
     note = f"data.cutoff lowered from {config.data.cutoff} to {cutoff}: the model has {limit} positions"
     return config.model_copy(update={"data": config.data.model_copy(update={"cutoff": cutoff})}), (note,)
-
-
-def partition(federation: Federation) -> dict[str, Any]:
-    """Which row went to which client: a digest of every row, by client and split, in order."""
-    splits = ("train", "validation", "test")
-    clients = {
-        str(client): {split: [row_digest(row) for row in getattr(data, split)] for split in splits}
-        for client, data in federation.clients.items()
-    }
-    return {"source": federation.source, "digest": "sha256(instruction, NUL, output)[:12]", "clients": clients}
-
-
-def row_digest(row: Row) -> str:
-    """Twelve hexadecimal digits that identify a row by its content."""
-    return hashlib.sha256(f"{row.instruction}\0{row.output}".encode()).hexdigest()[:12]
 
 
 def _notes(

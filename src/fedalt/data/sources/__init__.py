@@ -1,0 +1,1 @@
+"""Where rows without clients come from: tables, Hugging Face data sets, image folders, digits."""

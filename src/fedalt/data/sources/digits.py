@@ -1,0 +1,25 @@
+"""The 1,797 grey pictures of digits that come with scikit-learn: 8 × 8 pixels, no download."""
+
+from __future__ import annotations
+
+from fedalt.config import DataConfig
+from fedalt.data.pictures import ArrayPicture
+from fedalt.data.pool import Pool
+from fedalt.data.sources.columns import Record, has_header, to_pool
+from fedalt.extras import needs
+
+DIGITS = "digits"
+
+
+def read_digits(config: DataConfig) -> Pool:
+    """All digits as training rows, in scikit-learn's order; their 17 shades of grey become 0 to 255."""
+    has_header(config, DIGITS)
+    with needs("vision", "the digits"):
+        from sklearn.datasets import load_digits
+    found = load_digits()
+    shades = (found.images * 255 / 16).round().astype("uint8")
+    records = [
+        Record({"label": str(label)}, f"digits: row {i}", f"digit {i}", ArrayPicture(image.tobytes(), (8, 8)))
+        for i, (image, label) in enumerate(zip(shades, found.target, strict=True))
+    ]
+    return to_pool(config, {"train": records}, DIGITS, "scikit-learn's 8 × 8 pictures of digits")
