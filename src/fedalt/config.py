@@ -44,6 +44,9 @@ class ModelConfig(Section):
     labels: tuple[str, ...] | None = Field(
         None, description="classes, in the order of the head's outputs; all outputs of training rows when not given"
     )
+    pooling: Literal["own", "mean"] = Field(
+        "own", description="what a head sees of a row: what the model's own does, or the mean of all tokens' states"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen base")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     load_in: Literal["8bit", "4bit"] | None = Field(None, description="bitsandbytes quantisation (paper: 8bit)")

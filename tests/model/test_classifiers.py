@@ -130,3 +130,28 @@ def test_a_vit_of_another_size(capsys: Any) -> None:
     )  # fmt: skip
     model = hf.ViTForImageClassification(config).eval()
     assert AdaptedModel(model, heads=head_paths(model, ())).image_tokens == 17
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "vit"])
+def test_mean_pooling_is_the_head_on_the_mean_of_all_states(kind: str) -> None:
+    rows = examples(kind, 4, 0)
+    plain = build(kind)
+    head = plain.get_submodule(head_paths(plain, ())[0])
+    with torch.no_grad():
+        wanted = []
+        for row in rows:
+            inputs = inputs_of([row])
+            states = plain.get_decoder()(**inputs).last_hidden_state[0]
+            wanted.append(head(states.mean(0)))
+        model = adapted(kind, pooling="mean")
+        (state,) = states_of_base(model)
+        model.load([state], PLACEMENT)
+        batch = collate([rows])
+        assert relative(model.class_scores(batch.inputs, batch.rows), torch.stack(wanted)) < 1e-4
+
+
+def states_of_base(model: AdaptedModel) -> list[Any]:
+    """A client whose adapters change nothing, with the model's own head."""
+    (state,) = states(model, (0,))
+    zero = {key: torch.zeros_like(value) for key, value in state.tensors.items()}
+    return [state.with_tensors(zero, model.head_start)]

@@ -40,7 +40,7 @@ def embeddings(
 ) -> list[Float[Tensor, "n d"]]:
     """Unit vectors of every client's prompts: the final state of the last token, under ``placement.mixing.embed``.
 
-    Encoders, of text or images, sum a row up in its first token.
+    Classifiers sum a row up as their heads see it.
 
     A state of length zero, of which there is no direction, stays zero. Leaves the model without adapters.
     """
@@ -54,8 +54,7 @@ def embeddings(
         part = [mine[start : start + _ROWS] for mine in prompts]
         rows = [prompt for mine in part for prompt in mine]
         owned = RowMap(tuple(map(len, part)), tuple(map(len, rows)))
-        wanted = owned.summaries(model.summary).to(model.device)
-        out = model.hidden(laid_out(rows).to(model.device), owned, wanted).last_hidden_state.float().cpu()
+        out = model.summaries(laid_out(rows).to(model.device), owned).last_hidden_state.float().cpu()
         size = out.norm(dim=1, keepdim=True)
         unit = torch.where(size > 0, out / size, 0)
         for mine, values in zip(found, unit.split([len(mine) for mine in part]), strict=True):

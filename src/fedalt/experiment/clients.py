@@ -63,7 +63,11 @@ def client_config(experiment: Experiment, state: ClientState, round_: int) -> di
         "mixing": asdict(placement.mixing),
         "r": config.lora.r,
         "alpha": config.lora.alpha,
-        **({"labels": list(config.model.labels or ())} if config.classifies else answers),
+        **(
+            {"labels": list(config.model.labels or ()), "pooling": config.model.pooling}
+            if config.classifies
+            else answers
+        ),
         "base": {"name": config.model.name, "source": base.source, "sha256": base.sha256, "dtype": config.model.dtype},
     }
 

@@ -156,7 +156,9 @@ def load_resident(config: RunConfig) -> Resident:
     """
     base = load_base(config.model)
     checkpointing = config.model.gradient_checkpointing
-    return Resident(base, AdaptedModel(base.model, config.lora.targets, checkpointing, heads=base.heads))
+    pooling = config.model.pooling
+    model = AdaptedModel(base.model, config.lora.targets, checkpointing, heads=base.heads, pooling=pooling)
+    return Resident(base, model)
 
 
 def with_labels(config: RunConfig, federation: Federation) -> RunConfig:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fedalt.model.classify import class_logits, pooler_path, summary_of
+from fedalt.model.classify import Summary, class_logits, first_token, pooler_path, summary_of
 from fedalt.model.frozen import pack_weights
 from fedalt.model.heads import take_heads
 from fedalt.model.layer import AdaptedLinear, Placement, features
@@ -35,11 +35,12 @@ class AdaptedModel:
         gradient_checkpointing: Recompute activations in the backward pass, with the row map of their forward.
         packing: Whether rows may be packed instead of padded, where that is exact for this model.
         heads: Paths of the modules that every client has its own of; a classifier has at least one.
+        pooling: Whether heads see what the model's own do, or the mean of all tokens' states, past any pooler.
 
     Attributes:
         packs: Whether rows are packed.
         heads: Path → the head of whichever clients are on the model.
-        summary: Which token's state stands for a row: the last one's, or for encoders the first one's.
+        summary: Which token's state stands for a row: the last one's, for encoders the first one's, or the mean of all.
         sees: Whether it looks at images.
         image_tokens: Tokens that an image becomes.
         clients: How many clients are on it.
@@ -56,12 +57,18 @@ class AdaptedModel:
         gradient_checkpointing: bool = False,
         packing: bool = True,
         heads: Sequence[str] = (),
+        pooling: Literal["own", "mean"] = "own",
     ) -> None:
         self.base = base
         self.base.requires_grad_(False)
         self.context = RowContext()
         self.sees = base.main_input_name == "pixel_values"
-        self.summary, self.image_tokens = summary_of(base) if heads else ("last", 0)
+        self.summary: Summary | Literal["mean"] = "last"
+        self.image_tokens = 0
+        if heads:
+            self.summary, self.image_tokens = summary_of(base)
+        if pooling == "mean":
+            self.summary = "mean"
         self.heads = take_heads(base, heads, self.context)
         self.pooler = self.heads.get(pooler_path(base))
         if self.pooler is not None:
@@ -210,9 +217,27 @@ class AdaptedModel:
             rows: Whose they are and how long each is.
             probe: Collects mixer weights ``[t, m]``.
         """
-        out = self.hidden(inputs, rows, rows.summaries(self.summary).to(inputs.device), probe)
+        out = self.summaries(inputs, rows, probe)
+        pooler = first_token if self.summary == "mean" else self.pooler
         with self.rows(RowMap(rows.sizes)):
-            return class_logits(self.base, out, out.last_hidden_state, self.pooler)
+            return class_logits(self.base, out, out.last_hidden_state, pooler)
+
+    def summaries(
+        self,
+        inputs: Int[Tensor, " t"] | Float[Tensor, "n c h w"],
+        rows: RowMap,
+        probe: MixerProbe | None = None,
+    ) -> Any:
+        """As ``hidden``, with the one state ``[n, d]`` that stands for each row."""
+        if self.summary != "mean":
+            return self.hidden(inputs, rows, rows.summaries(self.summary).to(inputs.device), probe)
+        out = self.hidden(inputs, rows, probe=probe)
+        lengths = torch.tensor(rows.lengths, device=inputs.device)
+        row = torch.arange(len(lengths), device=inputs.device).repeat_interleave(lengths)  # [t]
+        states = out.last_hidden_state
+        total = states.new_zeros(len(lengths), states.shape[1]).index_add(0, row, states)
+        out.last_hidden_state = total / lengths[:, None]
+        return out
 
     def _wrap(self, path: str, index: int) -> AdaptedLinear:
         layer = AdaptedLinear(self.base.get_submodule(path), path, index, self.context)

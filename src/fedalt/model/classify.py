@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import fields
 from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedalt.errors import UserError
 
@@ -17,7 +18,7 @@ Summary = Literal["first", "last"]
 
 
 def class_logits(
-    base: Any, out: Any, states: Float[Tensor, "n d"], pooler: nn.Module | None = None
+    base: Any, out: Any, states: Float[Tensor, "n d"], pooler: Callable[[Tensor], Tensor] | None = None
 ) -> Float[Tensor, "n c"]:
     """What a classifier makes of the state of one token of every row: pooler, head and all, by its own forward.
 
@@ -30,7 +31,8 @@ def class_logits(
     backbone = base.get_decoder()
     one = states[:, None]
     pooler = pooler or getattr(backbone, "pooler", None)
-    pooled = {} if pooler is None else {"pooler_output": pooler(one)}
+    pools = pooler is not None and "pooler_output" in {field.name for field in fields(type(out))}
+    pooled = {"pooler_output": pooler(one)} if pools and pooler else {}
     replaced = type(out)(last_hidden_state=one, **pooled)
     token = 1 if getattr(base.config.get_text_config(), "pad_token_id", None) == 0 else 0  # any but padding
     ids = torch.full((len(states), 1), token, dtype=torch.long, device=states.device)
@@ -84,6 +86,11 @@ def _trial(base: Any) -> tuple[dict[str, Tensor], Tensor]:
     mask = torch.ones_like(ids)
     ids[0, 4:], mask[0, 4:] = pad, 0
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, torch.tensor([3, 6], device=device)
+
+
+def first_token(states: Float[Tensor, "n t d"]) -> Float[Tensor, "n d"]:
+    """A pooler that changes nothing."""
+    return states[:, 0]
 
 
 def pooler_path(base: Any) -> str:
