@@ -104,6 +104,9 @@ class DataConfig(Section):
     validation_rows: int = Field(
         0, ge=0, description="rows per client held out of training where the source has no validation rows"
     )
+    shuffle: bool = Field(
+        False, description="shuffle each client's rows before limits, for files that are sorted; seeded as the deal is"
+    )
     train_limit: int | None = Field(None, ge=1, description="use only the first N training rows of each client")
     test_limit: int | None = Field(None, ge=1, description="use only the first N test rows of each client")
     tinyworld: TinyworldConfig = TinyworldConfig()

@@ -11,8 +11,8 @@ from fedalt.config import DataConfig
 from fedalt.data.clients import to_clients
 from fedalt.data.pool import Pool, pooled
 from fedalt.data.record import reproduce
-from fedalt.data.regroup import keep_tasks, mix_tasks, split_rows
-from fedalt.data.rows import ClientData, Federation
+from fedalt.data.regroup import SPLITS, keep_tasks, mix_tasks, split_rows
+from fedalt.data.rows import ClientData, Federation, Row
 from fedalt.data.sources.hub import TINYWORLD
 from fedalt.data.sources.recognise import read_source
 from fedalt.errors import UserError
@@ -68,7 +68,8 @@ def _everybody(config: DataConfig, seed: int) -> Federation:
     else:
         federation = to_clients(source, config, _seed(config, seed), None)
     clients = dict(list(federation.clients.items())[: config.clients])
-    limited = {c: _limit(_hold_out(c, d, config, seed), config) for c, d in clients.items()}
+    mixed = {c: _shuffled(c, d, _seed(config, seed)) if config.shuffle else d for c, d in clients.items()}
+    limited = {c: _limit(_hold_out(c, d, config, seed), config) for c, d in mixed.items()}
     return mix_tasks(replace(federation, clients=limited), config.tasks_per_client)
 
 
@@ -116,6 +117,14 @@ def _hold_out(client: int, data: ClientData, config: DataConfig, seed: int) -> C
         train=tuple(row for i, row in enumerate(data.train) if i not in held),
         validation=tuple(data.train[i] for i in sorted(held)),
     )
+
+
+def _shuffled(client: int, data: ClientData, seed: int) -> ClientData:
+    def shuffled(split: str) -> tuple[Row, ...]:
+        rows = getattr(data, split)
+        return tuple(rows[i] for i in torch.randperm(len(rows), generator=rng(seed, "shuffle", client, split)).tolist())
+
+    return ClientData(**{split: shuffled(split) for split in SPLITS})
 
 
 def _limit(data: ClientData, config: DataConfig) -> ClientData:
