@@ -169,10 +169,20 @@ def sweep_grid(result: Mapping[str, Any]) -> Grid:
     notes = [f"mean over clients ± half of the 95 % interval over seeds; {seeds(result)}"]
     notes.append(f"↑ ↓ better or worse than {first[result['reference']]['title']} at the same value, see comparison.md")
     title = f"{LABELS[result['metric']]} by {', '.join(result['keys'])}"
-    heads = [", ".join(_text(value) for value in point["settings"].values()) for point in result["points"]]
+    heads = [values_of(point) for point in result["points"]]
     return Grid(
         title, [" \\ ".join(["method", ", ".join(result["keys"])]), *heads], rows or below, below if rows else [], notes
     )
+
+
+def values_of(point: Mapping[str, Any]) -> str:
+    """The values of a point of ``sweep.json``, without their keys."""
+    return ", ".join(_text(value) for value in point["settings"].values())
+
+
+def sent_up(point: Mapping[str, Any], method: str) -> float:
+    """Megabytes that a client of a point sent over the whole run, on average over clients and seeds."""
+    return float(point["methods"][method]["bytes_up"]) / point["clients"] / 1e6
 
 
 def _lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -184,6 +194,7 @@ def _lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             lines.append(
                 {
                     **{key: _text(value) for key, value in point["settings"].items()},
+                    "clients": point["clients"],
                     "method": name,
                     **{key: block[key] for key in _KEPT if key != "against"},
                     **{key: test.get(key) for key in ("difference", "p_adjusted", "verdict")},
