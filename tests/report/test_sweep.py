@@ -66,9 +66,11 @@ def test_score_by_value_with_intervals(swept: Path, tmp_path: Path) -> None:
     traces = made(tmp_path, result).figures["by-value"]
     assert [trace["name"] for trace in traces] == METHODS
     for name, trace in zip(("local", "ffa_lora", "fedalt"), traces, strict=True):
-        assert trace["x"] == ["2", "4"]
+        assert [round(x) for x in trace["x"]] == [0, 1]
+        assert trace["text"] == ["2", "4"]
         assert trace["y"] == [point["methods"][name]["mean"] for point in result["points"]]
         assert "error_y" not in trace, "one seed"
+    assert len({x for trace in traces for x in trace["x"]}) == 6, "beside each other"
     for point in result["points"]:
         point["methods"]["fedalt"]["ci95"] = 0.5
     traces = made(tmp_path, result).figures["by-value"]

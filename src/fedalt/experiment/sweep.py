@@ -20,7 +20,7 @@ from fedalt.experiment.compare import finish, plan
 from fedalt.experiment.events import Sink
 from fedalt.experiment.folder import IfExists
 from fedalt.experiment.members import Bases, Budget
-from fedalt.experiment.tables import Cell, Grid, average, markdown, seeds, write_csv
+from fedalt.experiment.tables import Cell, Grid, Score, average, markdown, seeds, write_csv
 from fedalt.files import write_json, write_text
 
 Axis = tuple[str, list[Any]]
@@ -162,7 +162,7 @@ def sweep_grid(result: Mapping[str, Any]) -> Grid:
         cells = [point["methods"][name] for point in result["points"]]
         scores = [average(cell) for cell in cells]
         marked = [marks.get(cell["against"]["verdict"], "") if cell["against"] else "" for cell in cells]
-        return [first[name]["title"], *(f"{s.text}{m}" for s, m in zip(scores, marked, strict=True))]
+        return [first[name]["title"], *(Score(s.value, f"{s.text}{m}") for s, m in zip(scores, marked, strict=True))]
 
     rows = [row(name) for name in first if name not in result["below"]]
     below = [row(name) for name in result["below"]]

@@ -75,7 +75,9 @@ def cost_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
 
 def links(out: Path, comparison: Comparison) -> str:
     """The reports of the runs."""
-    return linked([str(Path(run).relative_to(out)) for block in comparison["methods"].values() for run in block["runs"]])
+    return linked(
+        [str(Path(run).relative_to(out)) for block in comparison["methods"].values() for run in block["runs"]]
+    )
 
 
 def gain_map(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:

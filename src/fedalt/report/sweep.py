@@ -17,6 +17,10 @@ from fedalt.report.page import Section, linked, page, paragraph, table
 from fedalt.report.theme import DASHES, SYMBOLS, Drawing, again, colour, interval, score_range, styled
 
 Sweep = Mapping[str, Any]
+_BESIDE = 0.02
+"""How far methods stand apart, where values are 1 apart."""
+_LABELS = ("top center", "bottom center")
+"""Where methods have their values by turns."""
 _TICKS = 7
 """Numbers that fit below an axis on a phone."""
 
@@ -55,22 +59,27 @@ def grid_table(grid: Grid) -> str:
 
 
 def value_plot(result: Sweep) -> Drawing:
-    """Mean score of every method at each value of the one setting, in the order of the command."""
+    """Mean score of every method at each value of the one setting, in the order of the command.
+
+    Methods stand a little beside each other, so that their intervals can be told apart.
+    """
     figure, ends = go.Figure(), []
-    for place, name in enumerate(_methods(result)):
+    methods, values = _methods(result), [values_of(point) for point in result["points"]]
+    for place, name in enumerate(methods):
         blocks = _blocks(result, name)
         halves = [block["ci95"] for block in blocks]
         ends += [block["mean"] + sign * (block["ci95"] or 0) for block in blocks for sign in (-1, 1)]
         figure.add_scatter(
-            x=[values_of(point) for point in result["points"]],
+            x=[i + _BESIDE * (place - (len(methods) - 1) / 2) for i in range(len(values))],
             y=[block["mean"] for block in blocks],
+            text=values,
             error_y=interval(halves),
-            hovertemplate="%{x}: %{y:.1f}",
+            hovertemplate="%{text}: %{y:.1f}",
             **_look(result, place, name, "lines+markers"),
         )
     (key,) = result["keys"]
     styled(figure, key, f"mean {LABELS[result['metric']]}")
-    figure.update_xaxes(type="category")
+    figure.update_xaxes(tickvals=list(range(len(values))), ticktext=values, range=[-0.3, len(values) - 0.7])
     figure.update_yaxes(range=score_range(ends))
     note = "Bars: 95 % confidence over seeds." if len(result["seeds"]) > 1 else f"{seeds(result)}, so no intervals."
     return Drawing("by-value", f"Score by {key}", note, figure)
@@ -93,7 +102,7 @@ def sent_plot(result: Sweep) -> Drawing:
             x=[value or nothing for value in values],
             y=[block["mean"] for block in blocks],
             text=[values_of(point) for point in result["points"]],
-            textposition="top center",
+            textposition=_LABELS[place % 2] if any(values) else "middle right",
             textfont={"color": colour(place), "size": 11},
             customdata=[megabytes(value) for value in values],
             cliponaxis=False,
