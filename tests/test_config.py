@@ -61,7 +61,7 @@ PAPER = {
     "evaluation.every": 5,
     "evaluation.max_new_tokens": 80,
     "evaluation.stemmer": True,
-    "evaluation.metric": "rouge1",
+    "metric": "rouge1",
     "seed": 42,
     "method": "fedalt",
 }

@@ -238,3 +238,10 @@ def test_one_label_is_refused(tmp_path: Path) -> None:
 def test_events_hold_the_scores(run: Path) -> None:
     last = [event for event in events(run) if event["event"] == "scores" and event["round"] == 2]
     assert all({"accuracy", "macro_f1", "log_loss"} <= event.keys() and "rouge1" not in event for event in last)
+
+
+def test_central_evaluation_scores_every_model_on_everybodys_rows(run: Path) -> None:
+    own = call("evaluate", run, "--json").json["clients"]
+    central = call("evaluate", run, "--central", "--json").json["clients"]
+    assert {one["rows"] for one in central.values()} == {sum(one["rows"] for one in own.values())}
+    assert "own scores" not in call("evaluate", run, "--central").out

@@ -13,7 +13,8 @@ import torch
 from fedalt.config import load_config
 from fedalt.experiment.chat import Chat
 from fedalt.experiment.folder import RunFolder
-from fedalt.experiment.insight import BINS, pieces, read_insight, write_insight
+from fedalt.experiment.insight import BINS, read_insight, write_insight
+from fedalt.experiment.pieces import pieces
 from micro import CLIENTS, TEST, TRAIN, answers, call, finished, read_lines, refused, settings, tokenizer, write_yaml
 
 ALL = list(range(CLIENTS))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 
 
@@ -13,21 +11,12 @@ def main() -> None:
     from fedalt.cli.app import app
     from fedalt.cli.show import complain
     from fedalt.errors import UserError
+    from fedalt.quiet import keep_libraries_quiet
 
-    _quiet()
+    keep_libraries_quiet()
     keep_freed_memory()
     try:
         app()
     except UserError as error:
         complain(str(error))
         sys.exit(2)
-
-
-def _quiet() -> None:
-    """Keep the libraries' own progress bars and hints out of ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

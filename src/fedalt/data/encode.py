@@ -250,13 +250,14 @@ def encode_federation(federation: Federation, encoder: Encoder, config: DataConf
     return clients
 
 
-def labels_of(federation: Federation) -> tuple[str, ...]:
-    """The outputs of all training rows, sorted.
+def labels_of(federation: Federation, others: Federation) -> tuple[str, ...]:
+    """The outputs of all training rows, sorted; also of clients that join later.
 
     Raises:
         UserError: There is one only, or so many that they are no labels.
     """
-    outputs = [row.output for data in federation.clients.values() for row in data.train]
+    clients = (*federation.clients.values(), *others.clients.values())
+    outputs = [row.output for data in clients for row in data.train]
     labels = tuple(sorted(set(outputs)))
     if len(labels) < 2:
         raise UserError(f'{federation.source}: all training rows have the label "{labels[0]}"; nothing to classify')

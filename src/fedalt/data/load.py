@@ -34,6 +34,11 @@ def load_held_out(config: DataConfig, seed: int) -> Federation:
     return load_both(config, seed)[1]
 
 
+def has_clients(config: DataConfig) -> bool:
+    """Whether the source says itself which rows are whose."""
+    return isinstance(_read(config), Federation)
+
+
 def load_both(config: DataConfig, seed: int) -> tuple[Federation, Federation]:
     """The clients that take part, and those that do not."""
     everybody = _everybody(config, seed)

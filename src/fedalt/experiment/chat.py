@@ -15,6 +15,7 @@ from fedalt.evaluation.generate import answer
 from fedalt.evaluation.likeness import load_to_answer
 from fedalt.experiment.clients import read_client
 from fedalt.experiment.folder import finished_run
+from fedalt.experiment.pieces import pieces
 from fedalt.experiment.prepare import load_resident
 from fedalt.model.base import positions
 from fedalt.training.mixing import mixer_weights
@@ -100,4 +101,4 @@ class Chat:
         ids = (*read, *tokenizer(text, add_special_tokens=False)["input_ids"])
         weights = mixer_weights(self.resident.model, [[ids]])
         mean = torch.stack([alpha[:, 0] for alpha in weights.layers.values()]).mean(0).tolist()
-        return [(tokenizer.decode([token]), value) for token, value in zip(ids, mean, strict=True)]
+        return list(zip(pieces(tokenizer, ids), mean, strict=True))

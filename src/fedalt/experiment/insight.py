@@ -21,6 +21,7 @@ from fedalt.errors import UserError
 from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.experiment.clients import PersonalModel, read_client
 from fedalt.experiment.folder import RunFolder, final_scores
+from fedalt.experiment.pieces import pieces
 from fedalt.experiment.prepare import Resident, load_resident
 from fedalt.experiment.similarity import similarity
 from fedalt.federation.cohort import cohort_size, cohorts
@@ -172,14 +173,3 @@ def _mixer_at_work(
         if isinstance(one, tuple)
     ]
     return {"histogram": torch.histc(weights, BINS, 0, 1).int().tolist(), "rows": shaded}
-
-
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What every token adds to the text; a token that ends inside a character adds nothing, the next one the whole."""
-    parts, before = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-        unfinished = text.endswith("\ufffd") and end < len(ids)
-        parts.append("" if unfinished else text[len(before) :])
-        before = before if unfinished else text
-    return parts

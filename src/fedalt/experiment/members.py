@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedalt.config import RunConfig, parse_config
-from fedalt.data.load import load_federation
 from fedalt.experiment.engine import run
 from fedalt.experiment.events import Sink
 from fedalt.experiment.folder import IfExists, RunFolder, claim_folder
 from fedalt.experiment.machine import forget_peak_memory
-from fedalt.experiment.prepare import Resident, load_resident, prepare, with_labels
+from fedalt.experiment.prepare import Resident, load_resident, load_rows, prepare
 
 Budget = Literal["parameters", "bytes"]
 
@@ -69,8 +68,7 @@ def train(members: Iterable[Member], if_exists: IfExists, sink: Sink, bases: Bas
     """
     for member in members:
         forget_peak_memory()
-        federation = load_federation(member.config.data, member.config.seed)
-        config = with_labels(member.config, federation)
+        config, federation = load_rows(member.config)
         resident = bases.of(config)
         experiment = prepare(_matched(config, member, resident, len(federation.clients)), resident, federation)
         claim_folder(member.folder.path, if_exists)

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedalt.config import RunConfig
-from fedalt.data.load import load_federation, load_held_out
+from fedalt.config import DataConfig, RunConfig
+from fedalt.data.load import has_clients, load_federation, load_held_out
+from fedalt.data.options import PartitionConfig
 from fedalt.data.record import record
 from fedalt.data.rows import Federation
 from fedalt.errors import UserError
@@ -96,10 +97,16 @@ def _newcomers(config: RunConfig, data: str | None, members: list[int]) -> Feder
         if not found.clients:
             raise UserError("--data: give the newcomers' rows; this run held no clients out (data.held_out)")
     else:
-        plain = {"source": data, "clients": None, "tasks": None, "held_out": 0}
-        found = load_federation(config.data.model_copy(update=plain), config.seed)
+        found = load_federation(_as_newcomers(config.data, data), config.seed)
     start = max(members) + 1
     return replace(found, clients={start + i: rows for i, rows in enumerate(found.clients.values())})
+
+
+def _as_newcomers(config: DataConfig, source: str) -> DataConfig:
+    """The clients of a source as they are, or all rows of one that has none as one client."""
+    plain = {"source": source, "clients": None, "tasks": None, "held_out": 0, "partition": PartitionConfig()}
+    as_they_are = config.model_copy(update=plain)
+    return as_they_are if has_clients(as_they_are) else as_they_are.model_copy(update={"clients": 1})
 
 
 def _settings(config: RunConfig, epochs: int) -> RunConfig:

@@ -22,7 +22,7 @@ from fedalt.data.encode import (
     encode_federation,
     labels_of,
 )
-from fedalt.data.load import load_federation
+from fedalt.data.load import load_both
 from fedalt.data.record import digests
 from fedalt.data.rows import Federation
 from fedalt.errors import UserError
@@ -161,11 +161,17 @@ def load_resident(config: RunConfig) -> Resident:
     return Resident(base, model)
 
 
-def with_labels(config: RunConfig, federation: Federation) -> RunConfig:
-    """The settings with the classes that the training rows have, where rows are classified and none are given."""
+def load_rows(config: RunConfig) -> tuple[RunConfig, Federation]:
+    """The rows; and the settings with the classes that training rows have, where rows are classified and none are set.
+
+    Raises:
+        UserError: See ``load_both`` and ``labels_of``.
+    """
+    federation, held_out = load_both(config.data, config.seed)
     if not config.classifies or config.model.labels is not None:
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"labels": labels_of(federation)})})
+        return config, federation
+    labels = labels_of(federation, held_out)
+    return config.model_copy(update={"model": config.model.model_copy(update={"labels": labels})}), federation
 
 
 def prepare(
@@ -186,8 +192,8 @@ def prepare(
         UserError: Anything that is wrong with the settings, the rows or the model.
     """
     config = configured(config, config.method)
-    federation = federation or load_federation(config.data, config.seed)
-    config = with_labels(config, federation)
+    if federation is None:
+        config, federation = load_rows(config)
     resident = resident or load_resident(config)
     config, shortened = _fit_positions(config, resident)
     examples = encode_federation(federation, resident.encoder(config), config.data)

@@ -15,6 +15,7 @@ from typing import Any
 
 from fedalt.allocator import keep_freed_memory
 from fedalt.errors import UserError
+from fedalt.quiet import keep_libraries_quiet
 
 
 def main() -> int:
@@ -27,6 +28,7 @@ def main() -> int:
         answers.flush()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has started this one, and ends it
+    keep_libraries_quiet()
     keep_freed_memory()
     try:
         _work(json.loads(sys.stdin.readline()), sink)
