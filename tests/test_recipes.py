@@ -1,4 +1,4 @@
-"""Recipes that classify run in miniature: their own command, a micro model of the same family, a few rows."""
+"""Recipes that classify SST-2 run in miniature: their own command, a micro model of the same family, a few rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from fedalt.config import load_config
 from micro import call, labelled_table, shared_classifier, shared_model
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "federated_lora").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "federated_lora").glob("*sst2*.yaml"))
 FAMILIES = {"bigscience/bloom-560m": "bloom", "meta-llama/Llama-2-7b-hf": "llama"}
 SMALLER = {"16,64,256": "2,4", "0,1,2": "0"}
 

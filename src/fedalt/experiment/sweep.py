@@ -182,7 +182,7 @@ def values_of(point: Mapping[str, Any]) -> str:
 
 def sent_up(point: Mapping[str, Any], method: str) -> float:
     """Megabytes that a client of a point sent over the whole run, on average over clients and seeds."""
-    return float(point["methods"][method]["bytes_up"]) / point["clients"] / 1e6
+    return float(point["methods"][method]["bytes_up"] / point["clients"] / 1e6)
 
 
 def _lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
