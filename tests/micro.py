@@ -226,6 +226,18 @@ def labelled_data(clients: int = CLIENTS) -> Path:
 
 
 @cache
+def labelled_table(header: bool = False) -> Path:
+    """A folder of TSV files with sentences and labels that no test changes."""
+    folder = _SCRATCH / f"table-{header}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", 400), ("test", 80)):
+        lines = ["sentence\tlabel"] if header else []
+        lines += [f"{('bad', 'fine')[i % 2]} {split} {i}\t{i % 2}" for i in range(count)]
+        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@cache
 def shared_model(kind: str = "llama", seed: int = 0) -> Path:
     """A model folder that no test changes."""
     return model_folder(_SCRATCH / f"model-{kind}-{seed}", kind, seed)

@@ -521,12 +521,13 @@ def test_a_sweep_prints_methods_by_values_and_where_everything_is(tmp_path: Path
     assert done.code == 0, done.err
     out = tmp_path / "run"
     names = [f"lora.r={r},data.tasks_per_client={m}" for r in (2, 4) for m in (1, 3)]
-    assert sorted(p.name for p in out.iterdir()) == sorted([*names, "sweep.csv", "sweep.json", "sweep.md"])
+    files = ("report.html", "sweep.csv", "sweep.json", "sweep.md")
+    assert sorted(p.name for p in out.iterdir()) == sorted([*names, *files])
     for name in names:
         assert (out / name / "report.html").is_file()
         assert str(out / name / "report.html") in done.out
         assert name in done.err
-    for word in ("Local", "FedALT", "2, 1", "4, 3", "sweep.md"):
+    for word in ("Local", "FedALT", "2, 1", "4, 3", "sweep.md", f"report   {out / 'report.html'}"):
         assert word in done.out
     again = call("compare", config_file(tmp_path), "--methods", "local,fedalt", "--sweep", "lora.r=2,4", "--resume")
     assert again.code == 0, "other points than before"
@@ -540,6 +541,7 @@ def test_a_sweep_as_json(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert [point["settings"] for point in done.json["points"]] == [{"lora.r": 2}, {"lora.r": 4}]
     assert len(done.json["reports"]) == 2
+    assert done.json["report"] == str(tmp_path / "run" / "report.html")
 
 
 def test_ablations_are_a_list_of_names(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from fedalt.config import RunConfig, load_config, parse_config, parse_override
 from fedalt.errors import UserError
 from fedalt.experiment.compare import plan
 from fedalt.experiment.sweep import parse_axis, points
-from micro import refused
+from fedalt.methods.registry import METHODS
+from micro import labelled_table, refused
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -95,10 +96,10 @@ def test_recipes_are_found() -> None:
     assert {"demo", "fedalt_llama2", "fedalt_bloom560m"} <= {path.stem for path in RECIPES}
 
 
-COMPARED = [path for path in RECIPES if path.read_text(encoding="utf-8").startswith("# fedalt compare ")]
+COMMANDED = [path for path in RECIPES if path.read_text(encoding="utf-8").startswith("# fedalt ")]
 
 
-@pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", COMMANDED, ids=lambda path: path.stem)
 def test_a_recipes_first_line_is_a_command_that_is_accepted(path: Path) -> None:
     """Its options exist, its methods and settings are known: all that is checked before rows and base are read."""
     import typer
@@ -111,15 +112,19 @@ def test_a_recipes_first_line_is_a_command_that_is_accepted(path: Path) -> None:
     assert ROOT / values["config_file"] == path
     assert values["out"].startswith("runs/")
     config = load_config(path)
+    if name == "run":
+        assert config.method in METHODS
+        return
     assert plan(config, (values["methods"] or "fedalt").split(","), [0], Path("nowhere"), "ask")
     axes = [parse_axis(text) for text in values["sweep"] or ()]
     if values["heterogeneity"]:
         axes.append(parse_axis(f"data.tasks_per_client={values['heterogeneity']}"))
-    assert not axes or len(points(config, axes)) > 1
+    rows = [("data.source", str(labelled_table()))] if values["data"] else []
+    assert not axes or len(points(load_config(path, rows), axes)) > 1
 
 
 def test_recipes_of_the_papers_tables_are_found() -> None:
-    names = {path.stem for path in COMPARED}
+    names = {path.stem for path in COMMANDED}
     assert {"table1_tinyworld", "table1_flan8", "table2_ablations", "figure4_clients", "figure4_rank"} <= names
 
 

@@ -41,12 +41,15 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A comparison's report, those of its runs, with all figures, and one of more clients than fit."""
+    """Of a comparison, of its runs, with all figures, of a sweep, and of more clients than fit."""
     folder = tmp_path_factory.mktemp("reports")
     config = write_yaml(folder / "x.yaml", settings(folder / "all", report__insight=3))
     done = call("compare", config, "--methods", "local,fedit,fedalt")
     assert done.code == 0, done.err
     quick = {"federation__rounds": 1, "training__local_epochs": 1, "report__insight": 1}
+    sweep = write_yaml(folder / "sweep.yaml", settings(folder / "sweep", **quick))
+    done = call("compare", sweep, "--methods", "local,fedit,ffa_lora", "--seeds", "0,1", "--sweep", "lora.r=2,16")
+    assert done.code == 0, done.err
     many = settings(folder / "many", data=shared_data(clients=MANY), **quick)
     done = call("run", write_yaml(folder / "many.yaml", many))
     assert done.code == 0, done.err
@@ -58,12 +61,13 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     done = call("run", write_yaml(folder / "hostile.yaml", hostile))
     assert done.code == 0, done.err
     runs = {name: folder / "all" / f"{name}-seed3" for name in ("local", "fedit", "fedalt")}
-    paths = {"comparison": folder / "all", **runs, "many": folder / "many", "hostile": folder / "hostile"}
+    paths = {"comparison": folder / "all", **runs, **{name: folder / name for name in ("many", "hostile", "sweep")}}
     return {name: path / "report.html" for name, path in paths.items()}
 
 
 EXPECTED = {
     "comparison": ["bars", "gain", "cost-plot"],
+    "sweep": ["by-value", "by-bytes"],
     "local": ["score-curves", "loss", "matrix", "similarity", "partition"],
     "fedit": ["score-curves", "loss", "matrix", "partition"],
     "fedalt": ["score-curves", "loss", "matrix", "similarity", "alpha", "histogram", "row", "partition"],

@@ -98,17 +98,19 @@ def _show_sweep(out: Path, result: Mapping[str, Any], config: RunConfig, as_json
     from fedalt.cli.compare_tables import grid_table
     from fedalt.experiment.sweep import sweep_grid
     from fedalt.files import read_json
+    from fedalt.report.sweep import write_sweep_report
 
     reports = [
         _write_reports(out / point["name"], read_json(out / point["name"] / "comparison.json"), config)
         for point in result["points"]
     ]
+    report = write_sweep_report(out, result)
     if as_json:
-        print_json({"out": str(out), "reports": [str(path) for path in reports], **result})
+        print_json({"out": str(out), "report": str(report), "reports": [str(path) for path in reports], **result})
         return
     show.out.print(grid_table(sweep_grid(result)))
     say(f"table    {out / 'sweep.md'}")
-    for path in reports:
+    for path in (report, *reports):
         say(f"report   {path}")
 
 

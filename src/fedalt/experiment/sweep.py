@@ -20,7 +20,7 @@ from fedalt.experiment.compare import finish, plan
 from fedalt.experiment.events import Sink
 from fedalt.experiment.folder import IfExists
 from fedalt.experiment.members import Bases, Budget
-from fedalt.experiment.tables import Cell, Grid, average, markdown, seeds, write_csv
+from fedalt.experiment.tables import Cell, Grid, Score, average, markdown, seeds, write_csv
 from fedalt.files import write_json, write_text
 
 Axis = tuple[str, list[Any]]
@@ -162,17 +162,27 @@ def sweep_grid(result: Mapping[str, Any]) -> Grid:
         cells = [point["methods"][name] for point in result["points"]]
         scores = [average(cell) for cell in cells]
         marked = [marks.get(cell["against"]["verdict"], "") if cell["against"] else "" for cell in cells]
-        return [first[name]["title"], *(f"{s.text}{m}" for s, m in zip(scores, marked, strict=True))]
+        return [first[name]["title"], *(Score(s.value, f"{s.text}{m}") for s, m in zip(scores, marked, strict=True))]
 
     rows = [row(name) for name in first if name not in result["below"]]
     below = [row(name) for name in result["below"]]
     notes = [f"mean over clients ± half of the 95 % interval over seeds; {seeds(result)}"]
     notes.append(f"↑ ↓ better or worse than {first[result['reference']]['title']} at the same value, see comparison.md")
     title = f"{LABELS[result['metric']]} by {', '.join(result['keys'])}"
-    heads = [", ".join(_text(value) for value in point["settings"].values()) for point in result["points"]]
+    heads = [values_of(point) for point in result["points"]]
     return Grid(
         title, [" \\ ".join(["method", ", ".join(result["keys"])]), *heads], rows or below, below if rows else [], notes
     )
+
+
+def values_of(point: Mapping[str, Any]) -> str:
+    """The values of a point of ``sweep.json``, without their keys."""
+    return ", ".join(_text(value) for value in point["settings"].values())
+
+
+def sent_up(point: Mapping[str, Any], method: str) -> float:
+    """Megabytes that a client of a point sent over the whole run, on average over clients and seeds."""
+    return float(point["methods"][method]["bytes_up"] / point["clients"] / 1e6)
 
 
 def _lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -184,6 +194,7 @@ def _lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             lines.append(
                 {
                     **{key: _text(value) for key, value in point["settings"].items()},
+                    "clients": point["clients"],
                     "method": name,
                     **{key: block[key] for key in _KEPT if key != "against"},
                     **{key: test.get(key) for key in ("difference", "p_adjusted", "verdict")},

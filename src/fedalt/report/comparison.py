@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from fedalt.report.page import paragraph, table
-from fedalt.report.theme import DIVERGING, PATTERNS, SEQUENTIAL, SYMBOLS, Drawing, again, cells, colour, labels, styled
+from fedalt.report.page import linked, paragraph, table
+from fedalt.report.theme import (
+    DIVERGING,
+    PATTERNS,
+    ROOM,
+    SEQUENTIAL,
+    SYMBOLS,
+    Drawing,
+    again,
+    cells,
+    colour,
+    interval,
+    labels,
+    score_range,
+    styled,
+)
 
 Comparison = Mapping[str, Any]
 _COSTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "sent, MB": lambda block: float(block["bytes_up"] + block["bytes_down"]) / 1e6,
     "training, s": lambda block: float(block["seconds"]),
 }
-_ROOM = 5
-"""Points of score that axes and colours span at least, so that hundredths do not look like worlds."""
 
 
 def score_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
@@ -64,9 +75,9 @@ def cost_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
 
 def links(out: Path, comparison: Comparison) -> str:
     """The reports of the runs."""
-    paths = [Path(run).relative_to(out) for block in comparison["methods"].values() for run in block["runs"]]
-    items = "".join(f'<li><a href="{escape(str(p))}/report.html">{escape(str(p))}</a></li>' for p in paths)
-    return f"<ul>{items}</ul>"
+    return linked(
+        [str(Path(run).relative_to(out)) for block in comparison["methods"].values() for run in block["runs"]]
+    )
 
 
 def gain_map(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
@@ -76,7 +87,7 @@ def gain_map(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
     names = [name for name in methods if name != "local"] or list(methods)
     columns = [_gains(methods[name], methods.get("local"), tasks) for name in names]
     form = "+.1f" if gains else ".1f"
-    widest = max(_ROOM, *(abs(column[c]) for column in columns for c in tasks))
+    widest = max(ROOM, *(abs(column[c]) for column in columns for c in tasks))
     scale = {"zmin": -widest, "zmax": widest, "colorscale": DIVERGING} if gains else {"colorscale": SEQUENTIAL}
     figure = cells(
         [[column[c] for column in columns] for c in tasks],
@@ -116,12 +127,11 @@ def cost_plot(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
     """Mean score against bytes and against seconds, a point per method."""
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.06)
     for place, (name, block) in enumerate(comparison["methods"].items()):
-        half = block.get("ci95")
         for column, (label, cost) in enumerate(_COSTS.items(), 1):
             figure.add_scatter(
                 x=[cost(block)],
                 y=[block["mean"]],
-                error_y={"array": [half], "thickness": 1, "width": 4} if half is not None else None,
+                error_y=interval([block.get("ci95")]),
                 name=titles[name],
                 mode="markers",
                 marker={"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 12, "color": colour(place)},
@@ -135,8 +145,7 @@ def cost_plot(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
     for column, (label, cost) in enumerate(_COSTS.items(), 1):
         most = max(map(cost, comparison["methods"].values()))
         figure.update_xaxes(title_text=label, range=[-0.05 * most, 1.1 * most or 1], nticks=5, row=1, col=column)
-    means = [block["mean"] for block in comparison["methods"].values()]
-    figure.update_yaxes(range=[max(min(means) - _ROOM, 0), min(max(means) + _ROOM, 103)])
+    figure.update_yaxes(range=score_range([block["mean"] for block in comparison["methods"].values()]))
     figure.update_yaxes(title_text=f"mean {comparison['metric']}", row=1, col=1)
     note = "Up and to the left is better. Bars: 95 % confidence." if _has(comparison, "ci95") else ""
     return Drawing("cost-plot", "Score against cost", note or "Up and to the left is better.", figure)

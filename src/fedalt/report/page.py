@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -36,7 +36,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--bg); }
 th.text, td.text { text-align: left; max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
-tr.total { font-weight: 600; }
+tr.total, td.best { font-weight: 600; }
 pre { background: var(--card); padding: .8rem; overflow-x: auto; font-size: .85rem; overflow-wrap: normal; }
 details { margin: .4rem 0; } summary { cursor: pointer; }
 .tokens { background: var(--card); padding: .6rem .8rem; border-radius: .4rem; white-space: pre-wrap;
@@ -89,7 +89,11 @@ def page(title: str, about: Sequence[str], sections: Sequence[Section]) -> str:
 
 
 def table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None = None, words: Sequence[int] = (0, 1)
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    bold: int | None = None,
+    words: Sequence[int] = (0, 1),
+    best: Collection[tuple[int, int]] = (),
 ) -> str:
     """A table that scrolls by itself where it is wider than the screen.
 
@@ -98,14 +102,17 @@ def table(
         rows: Cells.
         bold: The row that sums up.
         words: Columns of text, which stand on the left.
+        best: Row and column of the cells that stand out.
     """
 
-    def cells(values: Sequence[str], tag: str) -> str:
-        kinds = [' class="text"' if i in words else "" for i in range(len(values))]
+    def cells(values: Sequence[str], tag: str, place: int | None = None) -> str:
+        kinds = [
+            ' class="text"' if i in words else ' class="best"' if (place, i) in best else "" for i in range(len(values))
+        ]
         return "".join(f"<{tag}{kind}>{escape(value)}</{tag}>" for kind, value in zip(kinds, values, strict=True))
 
     def line(place: int, row: Sequence[str]) -> str:
-        return f"<tr{' class=total' if place == bold else ''}>{cells(row, 'td')}</tr>"
+        return f"<tr{' class=total' if place == bold else ''}>{cells(row, 'td', place)}</tr>"
 
     body = "".join(line(place, row) for place, row in enumerate(rows))
     tall = " tall" if len(rows) > _MOST_ROWS else ""
@@ -115,6 +122,12 @@ def table(
 def paragraph(text: str) -> str:
     """A line of explanation."""
     return f'<p class="about">{escape(text)}</p>'
+
+
+def linked(folders: Sequence[str]) -> str:
+    """A list of the reports in other folders, named by these."""
+    items = "".join(f'<li><a href="{escape(name)}/report.html">{escape(name)}</a></li>' for name in folders)
+    return f"<ul>{items}</ul>"
 
 
 def _section(section: Section) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ PATTERNS = ("", "/", ".")
 DIVERGING = "RdBu"
 """Red below, blue above."""
 SEQUENTIAL = "Cividis"
+ROOM = 5
+"""Points of score that axes and colours span at least, so that hundredths do not look like worlds."""
 _LABEL = 22
 _CELLS = 12
 
@@ -86,6 +88,16 @@ def styled(figure: go.Figure, x: str = "", y: str = "", height: int = 320) -> go
     figure.update_xaxes(automargin=True, zeroline=False)
     figure.update_yaxes(automargin=True, zeroline=False)
     return figure
+
+
+def interval(halves: Sequence[float | None]) -> dict[str, Any] | None:
+    """Bars of confidence up and down from the points of a trace; nothing where none is known."""
+    return None if all(half is None for half in halves) else {"array": list(halves), "thickness": 1, "width": 4}
+
+
+def score_range(values: Sequence[float]) -> list[float]:
+    """Range of an axis of scores, with room above and below."""
+    return [max(min(values) - ROOM, 0), min(max(values) + ROOM, 103)]
 
 
 def cells(values: list[list[Any]], across: list[str], down: list[str], **options: Any) -> go.Figure:
