@@ -79,7 +79,7 @@ def test_a_newcomer_does_not_depend_on_the_others(strangers: Path, tmp_path: Pat
     assert one["clients"]["3"] == both["clients"]["3"]
 
 
-@pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
+@pytest.mark.parametrize("name", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)])
 def test_every_method_has_its_own_rule(name: str, strangers: Path, tmp_path: Path) -> None:
     quick: dict[str, Any] = {"training__local_epochs": 1, "data__train_limit": 6, "evaluation__every": 2}
     small = {"fdlora__budget": 9, "lora_fair__steps": 20, "federation__rounds": 2}

@@ -43,7 +43,10 @@ def test_clients_learn_their_classes(run: Path) -> None:
 
 
 def test_executors_agree(tmp_path: Path) -> None:
-    folders = [run_here(values(tmp_path / how, federation__executor=how))[0].path for how in ("stacked", "loop")]
+    short = {"training__local_epochs": 1, "data__train_limit": 12}
+    folders = [
+        run_here(values(tmp_path / how, federation__executor=how, **short))[0].path for how in ("stacked", "loop")
+    ]
     assert farthest(*folders) < 1e-4
 
 

@@ -263,6 +263,7 @@ def test_a_comparisons_report(comparison: Path) -> None:
         "Local",
         "FedALT",
         "worst client",
+        "10th percentile",
         "gain over Local",
         "seeds 0, 1",
         f"{methods['fedalt']['mean']:.1f}",

@@ -87,6 +87,7 @@ def _by_client(comparison: Mapping[str, Any]) -> Group:
     table.add_section()
     table.add_row("mean", "", *(average(block).text for block in blocks), style="bold")
     table.add_row("worst client", "", *(f"{block['worst']:.1f}" for block in blocks))
+    table.add_row("10th percentile", "", *(f"{block['p10']:.1f}" for block in blocks))
     if "local" in methods:
         table.add_row("gain over Local", "", *map(gain, blocks))
         table.add_row("clients harmed", "", *(harmed(block, len(tasks)) for block in blocks))

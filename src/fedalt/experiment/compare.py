@@ -159,6 +159,7 @@ def _method(name: str, members: Sequence[Member], metric: str) -> dict[str, Any]
         "sd": stdev(means) if len(means) > 1 else None,
         "ci95": half_width(means),
         "worst": mean(one["worst"] for one in runs),
+        "p10": mean(one["p10"] for one in runs),
         "worst_client": min(clients, key=clients.__getitem__),
         "per_client": clients,
         "per_seed": {

@@ -109,6 +109,7 @@ def verdict_grid(comparison: Mapping[str, Any]) -> Grid:
             gain(block),
             harmed(block, count),
             f"{block['worst']:.1f}",
+            f"{block['p10']:.1f}",
             f"{block['bytes_up'] / 1e6:.1f}",
             f"{block['bytes_down'] / 1e6:.1f}",
             f"{block['seconds']:.0f}",
@@ -116,7 +117,16 @@ def verdict_grid(comparison: Mapping[str, Any]) -> Grid:
             *(NOTHING if peak is None else f"{peak / 1e9:.2f}" for peak in memory),
         ]
 
-    head = ["method", f"vs {reference}", "p", "verdict", "gain over Local", "clients harmed", "worst client"]
+    head = [
+        "method",
+        f"vs {reference}",
+        "p",
+        "verdict",
+        "gain over Local",
+        "clients harmed",
+        "worst client",
+        "10th pct",
+    ]
     head += ["MB up", "MB down", "training, s", "scoring, s", "memory, GB", *(["GPU, GB"] if gpu else [])]
     rows, below = _parted(comparison, row)
     pairs = max((b["against"]["pairs"] for b in comparison["methods"].values() if b["against"]), default=0)

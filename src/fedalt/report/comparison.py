@@ -34,12 +34,13 @@ _COSTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 
 
 def score_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
-    """Client × method, with mean, worst client, gain over Local and clients that are worse off."""
+    """Client × method, with mean, worst client, 10th percentile, gain over Local and clients that are worse off."""
     methods = comparison["methods"]
     blocks = list(methods.values())
     rows = [[c, task, *(f"{b['per_client'][c]:.1f}" for b in blocks)] for c, task in comparison["tasks"].items()]
     rows.append(["mean", "", *map(_mean, blocks)])
     rows.append(["worst client", "", *(f"{b['worst']:.1f}" for b in blocks)])
+    rows.append(["10th percentile", "", *(f"{b['p10']:.1f}" for b in blocks)])
     if "local" in methods:
         rows.append(["gain over Local", "", *(f"{b['gain_over_local']:+.1f}" for b in blocks)])
     if any(b.get("harmed") is not None for b in blocks):

@@ -25,7 +25,7 @@ def loss_curves(events: Sequence[Event], tasks: Mapping[str, str]) -> Drawing:
             line={"color": colour(place), "dash": again(place, DASHES)},
             hovertemplate="%{meta}<br>round %{x}: %{y:.3f}<extra></extra>",
         )
-    styled(figure, "round", "nats per answer token")
+    styled(figure, "round", "cross-entropy, nats")
     return Drawing("loss", "Training loss", "Mean over a client's round.", _over_rounds(figure))
 
 
