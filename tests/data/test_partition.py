@@ -18,9 +18,9 @@ from fedalt.data.load import load_federation, load_held_out
 from fedalt.data.mirror import held_out, largest_remainder, mirrored
 from fedalt.data.options import PartitionConfig
 from fedalt.data.partition import cover
-from fedalt.data.pool import SPLITS, Pool, pooled
+from fedalt.data.pool import Pool, pooled
 from fedalt.data.record import in_order, label_counts, record, reproduce, row_digest
-from fedalt.data.rows import ClientData, Federation, Row
+from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.errors import UserError
 from micro import shared_data
 from support import quick

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fedalt.config import DataConfig
 from fedalt.data.load import load_federation
-from fedalt.data.regroup import SPLITS, mix_tasks, split_rows
-from fedalt.data.rows import ClientData, Federation, Row
+from fedalt.data.regroup import mix_tasks, split_rows
+from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.errors import UserError
 from micro import data_folder, shared_data
 from support import quick

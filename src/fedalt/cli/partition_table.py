@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedalt.data.record import in_order
+from fedalt.data.rows import SPLITS
 from fedalt.report.shown import MOST
 from fedalt.report.theme import COLOURS, short
 
@@ -36,7 +37,7 @@ def partition_table(written: Mapping[str, Any]) -> Table:
     most = max(sum(mine["train"].values()) for mine in counts.values())
     table = Table(title=f"training rows by {written['counted_by']}", title_justify="left")
     table.add_column("client")
-    for name in ("train", "validation", "test"):
+    for name in SPLITS:
         table.add_column(name, justify="right")
     for place, name in enumerate(columns):
         table.add_column(Text(short(name) or "none", style=COLOURS[place]), justify="right")
@@ -44,7 +45,7 @@ def partition_table(written: Mapping[str, Any]) -> Table:
     for client, mine in list(counts.items())[:MOST]:
         numbers = _numbers(mine["train"], columns)
         name = f"{client} (held out)" if client in held_out else client
-        sizes = [str(sum(mine[split].values())) for split in ("train", "validation", "test")]
+        sizes = [str(sum(mine[split].values())) for split in SPLITS]
         table.add_row(name, *sizes, *(str(n) if n else "·" for n in numbers), _bar(numbers, most))
     if len(counts) > MOST:
         table.caption = f"the first {MOST} of {len(counts)} clients"

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedalt.config import DataConfig
-from fedalt.data.rows import ClientData, Federation, Row
+from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.data.templates import CHAT, Template, get_template
 from fedalt.errors import UserError, did_you_mean, listed
 
@@ -223,7 +223,7 @@ class ImageEncoder:
 
 def encode_client(encoder: Encoder, data: ClientData) -> ClientExamples:
     """All rows of one client."""
-    splits = {name: getattr(data, name) for name in ("train", "validation", "test")}
+    splits = {name: getattr(data, name) for name in SPLITS}
     encoded = {name: _present([encoder.example(row) for row in rows]) for name, rows in splits.items()}
     skipped = {name: len(rows) - len(encoded[name]) for name, rows in splits.items()}
     return ClientExamples(**encoded, skipped=skipped)

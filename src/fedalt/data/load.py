@@ -9,10 +9,10 @@ import torch
 
 from fedalt.config import DataConfig
 from fedalt.data.clients import to_clients
-from fedalt.data.pool import SPLITS, Pool, pooled
+from fedalt.data.pool import Pool, pooled
 from fedalt.data.record import reproduce
 from fedalt.data.regroup import keep_tasks, mix_tasks, split_rows
-from fedalt.data.rows import ClientData, Federation, Row
+from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.data.sources.hub import TINYWORLD
 from fedalt.data.sources.recognise import read_source
 from fedalt.errors import UserError

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedalt.data.rows import Federation, Row
+from fedalt.data.rows import SPLITS, Federation, Row
 from fedalt.errors import UserError, did_you_mean
 
-SPLITS = ("train", "validation", "test")
 LABEL = "label"
 _OF_ROWS = (LABEL, "task", "category")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.config import DataConfig
-from fedalt.data.pool import SPLITS, Pool
-from fedalt.data.rows import ClientData, Federation, Row
+from fedalt.data.pool import Pool
+from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.errors import UserError
 from fedalt.files import read_json
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fedalt.data.pool import SPLITS
-from fedalt.data.rows import ClientData, Federation, Row
+from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.errors import UserError, did_you_mean, listed
 
 

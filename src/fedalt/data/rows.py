@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+SPLITS = ("train", "validation", "test")
 FIELDS = ("instruction", "output", "task", "category")
 
 

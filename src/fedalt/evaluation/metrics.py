@@ -105,6 +105,11 @@ def group_mean(values: Iterable[float]) -> float | None:
     return sum(listed) / len(listed) if listed else None
 
 
+def over_clients(scores: Sequence[float]) -> dict[str, float]:
+    """Mean, worst and 10th percentile of the clients' scores."""
+    return {"mean": sum(scores) / len(scores), "worst": min(scores), "p10": percentile(scores, 10)}
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """Percentile with linear interpolation between neighbours, as NumPy's default."""
     ordered = sorted(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ class EventLog:
         """Forget everything after a round and the end of the run, including a line that a kill cut short."""
         kept = [e for e in read_events(self.path) if e.get("round", 0) <= last_round and e["event"] != "run_finished"]
         write_json_lines(self.path, kept)
+
+
+def first_start(events: Iterable[Event]) -> Event | None:
+    """The event with which a run, or what is left of its log, began."""
+    return next((event for event in events if event["event"] in ("run_started", "run_resumed")), None)
 
 
 def read_events(path: Path) -> Iterator[Event]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedalt.errors import UserError
-from fedalt.experiment.events import Event, read_events
+from fedalt.experiment.events import Event, first_start, read_events
 from fedalt.experiment.folder import open_run
 
 Course = dict[int, dict[int, float]]
@@ -45,7 +45,7 @@ def read_history(run: Path) -> History:
     """
     folder, _ = open_run(run)
     events = list(read_events(folder.events))
-    start = next((event for event in events if event["event"] in ("run_started", "run_resumed")), None)
+    start = first_start(events)
     if start is None:
         raise UserError(f"{run}: this run has not begun (no run_started in events.jsonl)")
     rounds = [event for event in events if event["event"] == "client"]

@@ -16,7 +16,7 @@ import torch
 from fedalt.config import RunConfig
 from fedalt.data.encode import Encoder, Example
 from fedalt.data.load import load_federation
-from fedalt.data.rows import ClientData, Federation, Row
+from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.errors import UserError
 from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.experiment.clients import PersonalModel, read_client
@@ -32,7 +32,6 @@ BINS = 20
 """Of the mixer weights' histogram, from 0 to 1."""
 _SHADED = 3
 """Rows per client whose tokens are kept with their weights."""
-_SPLITS = ("train", "validation", "test")
 
 
 def insight_file(folder: RunFolder) -> Path:
@@ -95,7 +94,7 @@ def _counts(data: ClientData, by_label: bool) -> dict[str, dict[str, int]]:
     def kind(row: Row) -> str:
         return row.output if by_label else row.category or row.task
 
-    counts = {split: Counter(map(kind, getattr(data, split))) for split in _SPLITS}
+    counts = {split: Counter(map(kind, getattr(data, split))) for split in SPLITS}
     return {split: dict(sorted(count.items())) for split, count in counts.items() if count}
 
 

@@ -11,7 +11,7 @@ from fedalt.config import RunConfig
 from fedalt.data.batches import Plan, plan_round
 from fedalt.data.encode import Example
 from fedalt.errors import UserError
-from fedalt.evaluation.metrics import group_mean, metrics_in, percentile
+from fedalt.evaluation.metrics import group_mean, metrics_in, over_clients
 from fedalt.experiment.checkpoint import Checkpoint, next_checkpoint, prune
 from fedalt.experiment.clients import write_client
 from fedalt.experiment.events import EventLog
@@ -230,8 +230,7 @@ class Loop:
             scores = read_json(self.folder.scores(client, number))
             clients[str(client)] = metrics_in(scores)
         main = [scores[metric] for scores in clients.values()]
-        spread = {"worst": min(main), "p10": percentile(main, 10)}
-        return {"round": number, "mean": group_mean(main), **spread, "clients": clients}
+        return {"round": number, **over_clients(main), "clients": clients}
 
 
 def plans_of(experiment: Experiment, client: int, number: int) -> list[Plan]:

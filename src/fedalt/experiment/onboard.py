@@ -14,7 +14,7 @@ from fedalt.data.record import record
 from fedalt.data.rows import Federation
 from fedalt.errors import UserError
 from fedalt.evaluation.evaluate import Evaluation, evaluate
-from fedalt.evaluation.metrics import group_mean, metrics_in, percentile
+from fedalt.evaluation.metrics import metrics_in, over_clients
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint
 from fedalt.experiment.clients import client_ids, read_client, write_client
 from fedalt.experiment.folder import IfExists, RunFolder, claim_folder, finished_run
@@ -82,7 +82,9 @@ def onboard(
         for client, rows in newcomers.clients.items()
     }
     about = {"method": config.method, "metric": config.metric}
-    points = {point: _summary(clients, point, config.metric) for point in ("before", "after")}
+    points = {
+        point: over_clients([one[point][config.metric] for one in clients.values()]) for point in ("before", "after")
+    }
     scores = {"run": str(path), **about, "epochs": epochs, "clients": clients, **points}
     write_json(target.path / "results" / "onboarding.json", scores)
     last = {"round": checkpoint.round, **points["after"], "clients": {c: v["after"] for c, v in clients.items()}}
@@ -160,8 +162,3 @@ def _scored(experiment: Experiment, states: list[ClientState], placement: Placem
     rows = {state.client: experiment.examples[state.client].test for state in states}
     found = evaluate(resident.model, resident.base.tokenizer, states, rows, placement, experiment.config.evaluation)
     return {evaluation.client: evaluation for evaluation in found}
-
-
-def _summary(clients: Mapping[str, Mapping[str, Any]], point: str, metric: str) -> dict[str, Any]:
-    values = [one[point][metric] for one in clients.values()]
-    return {"mean": group_mean(values), "worst": min(values), "p10": percentile(values, 10)}

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import LABELS, as_text, group_mean
-from fedalt.experiment.events import Event, read_events
+from fedalt.experiment.events import Event, first_start, read_events
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.insight import read_insight
 from fedalt.files import write_text
@@ -28,7 +28,7 @@ def write_report(folder: RunFolder) -> Path:
         UserError: The run has no events.
     """
     events = list(read_events(folder.events))
-    start = next((e for e in events if e["event"] in ("run_started", "run_resumed")), None)
+    start = first_start(events)
     if start is None:
         raise UserError(f"{folder.path}: no run to report on (no run_started in events.jsonl)")
     latest = {str(e["client"]): e for e in events if e["event"] == "scores" and e["point"] == "after"}

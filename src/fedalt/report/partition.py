@@ -9,6 +9,7 @@ from typing import Any
 
 from fedalt.data.options import PartitionConfig
 from fedalt.data.record import in_order
+from fedalt.data.rows import SPLITS
 from fedalt.files import write_text
 from fedalt.report.insights import partition_bars
 from fedalt.report.page import Section, page, table
@@ -22,7 +23,7 @@ def write_page(path: Path, written: Mapping[str, Any]) -> Path:
     """Draw the content of a partition.json: labels by client, rows by split, sizes."""
     kind, counts = written["counted_by"], dict(list(written["counts"].items())[:_MOST])
     names = {client: "held out" if client in written["held_out"] else "" for client in counts}
-    splits = [split for split in ("train", "validation", "test") if any(mine[split] for mine in counts.values())]
+    splits = [split for split in SPLITS if any(mine[split] for mine in counts.values())]
     shown = {client: {split: mine[split] for split in splits} for client, mine in counts.items()}
     bars = partition_bars({"clients": list(counts), "partition": shown}, names)
     sections = [

@@ -8,8 +8,8 @@ from typing import Any
 
 from fedalt.config import DataConfig
 from fedalt.data.folder import check_text
-from fedalt.data.pool import SPLITS, Pool, needs_column
-from fedalt.data.rows import Picture, Row
+from fedalt.data.pool import Pool, needs_column
+from fedalt.data.rows import SPLITS, Picture, Row
 from fedalt.errors import UserError, did_you_mean, listed
 
 _TEXTS = (
