@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from fedalt.data.options import PartitionConfig
 from fedalt.errors import UserError, did_you_mean
+from fedalt.flower.options import FlowerConfig
 from fedalt.methods.options import (
     FDLoRAConfig,
     FedALTConfig,
@@ -230,6 +231,7 @@ class RunConfig(Section):
     fdlora: FDLoRAConfig = FDLoRAConfig()
     hetlora: HetLoRAConfig = HetLoRAConfig()
     lora_fair: LoRAFairConfig = LoRAFairConfig()
+    flower: FlowerConfig = FlowerConfig()
 
     @model_validator(mode="after")
     def _metric_of_task(self) -> RunConfig:

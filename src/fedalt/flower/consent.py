@@ -1,0 +1,67 @@
+"""What a site lets out: it reads the settings it is sent, and refuses those under which more would leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from fedalt.config import RunConfig
+from fedalt.errors import UserError
+from fedalt.methods.base import Method
+from fedalt.methods.registry import get_method
+from fedalt.names import HEAD, MIXER, Key
+
+Private = Literal["mixer", "heads"]
+_NAMES: dict[str, Private] = {MIXER: "mixer", HEAD: "heads"}
+
+
+@dataclass(frozen=True)
+class Consent:
+    """What a site agrees to.
+
+    Attributes:
+        share: Parts that may leave it, besides LoRA factors.
+        allow_two: Whether it takes part where there is only one other client, whose row is then its LoRA as it is.
+    """
+
+    share: frozenset[Private] = frozenset()
+    allow_two: bool = False
+
+    def check_settings(self, config: RunConfig, clients: int) -> None:
+        """Refuse what needs its rows elsewhere, and a federation of two.
+
+        Raises:
+            UserError: It is refused.
+        """
+        method = get_method(config.method)(clients, config)
+        check_pooled(method)
+        check_two(method, self.allow_two)
+
+    def check_uploads(self, keys: Iterable[Key]) -> None:
+        """Refuse to upload what is private.
+
+        Raises:
+            UserError: Settings would upload it, and this site has not agreed.
+        """
+        for slot in {key.slot for key in keys} & _NAMES.keys():
+            if _NAMES[slot] not in self.share:
+                raise UserError(
+                    f"refused: these settings would upload this site's {_NAMES[slot]}; "
+                    f"a site that agrees is started with --share {_NAMES[slot]}"
+                )
+
+
+def check_pooled(method: Method) -> None:
+    """Refuse a method that trains on everybody's rows."""
+    if method.pooled:
+        raise UserError(f"method: {method.name} trains on everybody's rows in one place; here rows stay at their sites")
+
+
+def check_two(method: Method, allowed: bool) -> None:
+    """Refuse to hand a client's LoRA to the only other one, unless that is wanted."""
+    if method.clients == 2 and method.leave_one_out and not allowed:
+        raise UserError(
+            f"refused: with two clients {method.name} hands each one's individual LoRA to the other as it is; "
+            "add a third, or --allow-two at the server and at both sites"
+        )

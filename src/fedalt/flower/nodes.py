@@ -1,0 +1,123 @@
+"""Which node is which client, and asking clients until they have answered or it is too late.
+
+Node ids change when a site starts anew, messages to a node that went away are lost, and replies may say so a minute
+later: a client is asked again, under its present node, until its reply is there. That is safe because a site gives the
+reply of a finished round again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedalt.flower.messages import reply_in, to_node
+from fedalt.flower.requests import Reply, Request
+
+LOST = {3, 4, 5, 8}
+"""Flower's error codes for messages and nodes that are gone: ask again."""
+_POLL, _LOOK = 0.1, 1.0
+"""Seconds between looks for replies, and for nodes."""
+
+
+@dataclass
+class Nodes:
+    """The sites behind a Flower grid.
+
+    Attributes:
+        grid: Flower's end of the line.
+        clients: Number of clients in the run.
+        note: Called with (client, what happened) when a site comes, comes back or is not heard of.
+    """
+
+    grid: Grid
+    clients: int
+    note: Callable[[int, str], None] = lambda client, line: None
+    node_of: dict[int, int] = field(default_factory=dict)
+    _asked: dict[str, int] = field(default_factory=dict)
+    _known: set[int] = field(default_factory=set)
+    _looked: float = 0.0
+
+    def ask(
+        self, requests: Mapping[int, Request], until: Callable[[int], float], again: float = 1.0
+    ) -> Iterator[tuple[int, Reply]]:
+        """Ask clients, each its own, and yield (client, reply) as they come.
+
+        Ends when everybody has replied, or when the time is over that ``until`` gives for the number of replies so far,
+        in the seconds of ``time.monotonic``.
+        """
+        waiting, sent = dict(requests), dict[str, int]()
+        after = dict.fromkeys(requests, 0.0)
+        got = 0
+        while waiting and time.monotonic() < until(got):
+            self.look()
+            now = time.monotonic()
+            out = [c for c in waiting if c in self.node_of and c not in sent.values() and after[c] <= now]
+            if out:
+                messages = [to_node(waiting[client], self.node_of[client]) for client in out]
+                sent |= dict(zip(self._push(messages), out, strict=True))
+            replies = list(self.grid.pull_messages(list(sent))) if sent else []
+            for message in replies:
+                client = sent.pop(str(message.metadata.reply_to_message_id), None)
+                if client is None:
+                    continue
+                if message.has_error() and message.error.code in LOST:
+                    self.note(client, message.error.reason or "lost")
+                    self._forget(client)
+                    after[client] = time.monotonic() + again
+                    continue
+                del waiting[client]
+                reply = Reply(error=message.error.reason or "failed") if message.has_error() else reply_in(message)
+                got += reply.error is None
+                yield client, reply
+            for lost in [m for m, c in sent.items() if self.node_of.get(c) not in self._known]:
+                del sent[lost]  # its site has another node now, or none
+            if not replies:
+                time.sleep(_POLL)
+
+    def _push(self, messages: list[Message]) -> list[str]:
+        return [str(message) for message in self.grid.push_messages(messages)]
+
+    def _forget(self, client: int) -> None:
+        """Its node may be gone; whoever is there is asked anew who it is."""
+        self._known.discard(self.node_of.pop(client, 0))
+
+    def look(self) -> None:
+        """Ask nodes that are new who they are, and take in what the last ones said."""
+        now = time.monotonic()
+        if self._asked:
+            for message in self.grid.pull_messages(list(self._asked)):
+                node = self._asked.pop(str(message.metadata.reply_to_message_id), None)
+                if node is not None:
+                    self._introduce(node, message)
+        if now - self._looked < _LOOK:
+            return
+        self._looked = now
+        online = set(self.grid.get_node_ids())
+        for client, node in list(self.node_of.items()):
+            if node not in online:
+                self.note(client, "not heard of")
+                del self.node_of[client]
+        self._known &= online
+        self._asked = {m: node for m, node in self._asked.items() if node in online}
+        new = sorted(online - self._known - set(self._asked.values()))
+        if new:
+            messages = [to_node(Request("who"), node) for node in new]
+            self._asked |= dict(zip(self._push(messages), new, strict=True))
+
+    def _introduce(self, node: int, message: Message) -> None:
+        self._known.add(node)
+        if message.has_error():
+            self._known.discard(node)
+            return
+        client = reply_in(message).body.get("client")
+        if not isinstance(client, int) or not 0 <= client < self.clients:
+            return  # no site of this run
+        before = self.node_of.get(client)
+        if before is not None and before != node:
+            self._known.discard(before)
+            self.note(client, "back under another node")
+        self.node_of[client] = node

@@ -1,0 +1,167 @@
+"""The ServerApp: the rounds of a run, with sites for a crew. It has neither rows nor base model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedalt.config import RunConfig, parse_config
+from fedalt.errors import UserError
+from fedalt.experiment.engine import find_checkpoint, go, start
+from fedalt.experiment.events import Event, EventLog, Sink
+from fedalt.experiment.folder import IfExists, RunFolder, claim_folder
+from fedalt.federation.server import Server
+from fedalt.files import read_json, write_json
+from fedalt.flower.consent import check_pooled, check_two
+from fedalt.flower.members import Common, Member, common_to, facts_of
+from fedalt.flower.nodes import Nodes
+from fedalt.flower.requests import Reply
+from fedalt.flower.sites import Sites, joining
+from fedalt.methods.base import Method
+from fedalt.methods.registry import configured, get_method
+
+app = ServerApp()
+RUN = "flower.json"
+"""File in a run's folder for a server that resumes it: the run's name at the sites, and what they have in common."""
+_log = logging.getLogger("flwr")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Serve the run that ``fedalt submit`` has sent."""
+    given = context.run_config
+    exists: IfExists = "resume" if given["resume"] else "overwrite" if given["overwrite"] else "ask"
+    try:
+        serve(grid, json.loads(str(given["settings"])), exists, _tell)
+    except UserError as error:
+        _log.error("error: %s", error)
+        raise
+
+
+def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink) -> dict[str, Any]:
+    """Run the rounds to the end, in the run folder that the settings name.
+
+    Returns:
+        The content of ``final_scores.json``.
+
+    Raises:
+        UserError: Settings that do not suit sites, a folder that is taken, too few sites, or sites that do not fit.
+    """
+    config, method = checked(parse_config(settings, "settings"))
+    folder = claim_folder(config.folder, if_exists)
+    log = EventLog(folder.events, sink)
+    nodes = Nodes(grid, method.clients, lambda client, line: sink({"event": "node", "client": client, "text": line}))
+    name, common = _known(folder) or (f"{folder.path.name}-{secrets.token_hex(4)}", None)
+    replies = _gather(nodes, config, name, method.clients)
+    common = common or common_to(_members(replies))
+    fitting = {client: member for client, member in _members(replies).items() if member.common == common}
+    facts = facts_of(config, method, fitting, common)
+    run_, checkpoint = find_checkpoint(facts, folder)
+    server = Server(method, config.federation, facts.samples, facts.shapes)
+    sites = Sites(facts, name, nodes, folder, log, server, common)
+    loop = start(facts, sites, folder, log, run_, checkpoint, server=server)
+    write_json(folder.path / RUN, {"run": name, "common": asdict(common)})
+    for client, reply in replies.items():
+        sites.admit(client, reply)
+    if len(sites.members) < min(config.flower.min_sites, method.clients):
+        why = next(iter(sites.refused.values()))[0]
+        raise UserError(
+            f"{len(sites.members)} sites joined, flower.min_sites asks for {config.flower.min_sites}: {why}"
+        )
+    scores = go(loop)
+    from fedalt.report.html import write_report
+
+    write_report(folder)
+    return scores
+
+
+def checked(config: RunConfig) -> tuple[RunConfig, Method]:
+    """Settings that can be run across sites, and the method.
+
+    Raises:
+        UserError: They cannot.
+    """
+    config = configured(config, config.method)
+    clients = config.data.clients
+    if clients is None:
+        raise UserError("data.clients: say how many sites there are; their ids run from 0")
+    if config.classifies and config.model.labels is None:
+        raise UserError("model.labels: name the classes; no site knows all rows, so they cannot be collected")
+    if config.report.insight:
+        config = config.model_copy(update={"report": config.report.model_copy(update={"insight": 0})})
+    method = get_method(config.method)(clients, config)
+    method.rank_of(0)  # refuses ranks where there is no rule for them
+    check_pooled(method)
+    check_two(method, config.flower.allow_two)
+    return config, method
+
+
+def _known(folder: RunFolder) -> tuple[str, Common] | None:
+    """The name and what sites have in common, of a run that is resumed."""
+    path = folder.path / RUN
+    if not path.is_file():
+        return None
+    known = read_json(path)
+    return known["run"], Common.parse(known["common"])
+
+
+def _gather(nodes: Nodes, config: RunConfig, name: str, clients: int) -> dict[int, Reply]:
+    """Let sites join: all, or after the deadline as many as must be."""
+    asked, deadline = joining(config, name, clients), time.monotonic() + config.flower.round_deadline
+    least = min(config.flower.min_sites, clients)
+    requests = dict.fromkeys(range(clients), asked)
+    return dict(nodes.ask(requests, lambda got: deadline if got >= least else float("inf")))
+
+
+def _members(replies: dict[int, Reply]) -> dict[int, Member]:
+    members = {}
+    for client, reply in replies.items():
+        try:
+            members[client] = Member.parse(client, reply)
+        except UserError as error:
+            _log.warning("client %d: %s", client, error)
+    if not members:
+        raise UserError("no site could join")
+    return members
+
+
+def _tell(event: Event) -> None:
+    """What happens, in the log that ``flwr log`` and ``fedalt submit`` show."""
+    line = line_of(event)
+    if line:
+        _log.info("%s", line)
+
+
+def line_of(event: Event) -> str:
+    """An event in a line, or nothing for those that are not for people."""
+    tell = _LINES.get(event["event"])
+    return tell(event) if tell else ""
+
+
+def _round(event: Event) -> str:
+    loss = "–" if event["loss"] is None else f"{event['loss']:.4f}"
+    up, down = event["bytes_up"] / 1e6, event["bytes_down"] / 1e6
+    return f"round {event['round']}: loss {loss}, {event['seconds']:.1f} s, {up:.2f} MB up, {down:.2f} MB down"
+
+
+def _started(event: Event) -> str:
+    return f"{event['event'].replace('_', ' ')}: {event['method']}, {len(event['clients'])} clients"
+
+
+_LINES: dict[str, Callable[[Event], str]] = {
+    "run_started": _started,
+    "run_resumed": _started,
+    "node": lambda event: f"client {event['client']}: {event['text']}",
+    "client_failed": lambda event: f"round {event['round']}: client {event['client']} left out: {event['reason']}",
+    "round": _round,
+    "evaluated": lambda event: f"round {event['round']}: scored in {event['seconds']:.1f} s",
+    "run_finished": lambda event: f"finished: mean {event['mean']:.2f}, worst client {event['worst']:.2f}",
+}

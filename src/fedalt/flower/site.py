@@ -1,0 +1,207 @@
+"""One site: trains, scores and keeps one client, with the ``client_round`` of every other executor.
+
+STATE/<run>/                  a run's folder, with one client in it
+    checkpoints/round_NNNN/   its state after each of the last two rounds, and what it replied, whole or not there
+    results/, clients/<id>/   its answers, scores and personal model: readable by fedalt generate, evaluate, export
+    events.jsonl              what it did
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from fedalt.config import RunConfig
+from fedalt.errors import UserError
+from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
+from fedalt.experiment.clients import write_client
+from fedalt.experiment.events import EventLog
+from fedalt.experiment.folder import RunFolder
+from fedalt.experiment.machine import versions
+from fedalt.experiment.members import Bases
+from fedalt.experiment.prepare import Experiment, prepare
+from fedalt.experiment.residents import plans_of, states_in
+from fedalt.experiment.scoring import Scoring
+from fedalt.federation.client import client_round, installed
+from fedalt.federation.diagnostics import row_drift
+from fedalt.files import read_json, write_bytes, write_json
+from fedalt.flower.consent import Consent
+from fedalt.flower.members import Common, Member
+from fedalt.flower.requests import Reply, Request
+from fedalt.flower.rows import SiteRows
+from fedalt.flower.wire import pack, unpack
+from fedalt.methods.base import Message
+from fedalt.model.state import ClientState
+from fedalt.names import ROW, parted
+
+_REPLY, _BLOCK = "reply.json", "reply.safetensors"
+
+
+@dataclass
+class Site:
+    """One client at its site.
+
+    Attributes:
+        client: Its id.
+        state: Folder of its runs.
+        bases: The base model in memory, shared with other sites of this process if there are any.
+        rows: Where its rows come from, and other settings that are the site's own.
+        consent: What may leave it.
+        results: Gives the folder of a run's results, if not the site's own.
+        note: Called with a line about everything it does.
+    """
+
+    client: int
+    state: Path
+    bases: Bases
+    rows: SiteRows = field(default_factory=SiteRows)
+    consent: Consent = field(default_factory=Consent)
+    results: Callable[[RunFolder, RunConfig], RunFolder] = lambda own, config: own
+    note: Callable[[str], None] = lambda line: None
+    _work: _Work | None = field(default=None, init=False)
+
+    def answer(self, request: Request) -> Reply:
+        """Do what is asked; what is wrong with the request or the site becomes the reply's error.
+
+        A round that has finished is not trained again: its reply is given once more.
+        """
+        try:
+            work = self._working(request)
+            done: Reply = getattr(work, request.do)(request)
+        except UserError as error:
+            self.note(f"{request.do}: {error}")
+            return Reply(error=str(error))
+        return replace(done, body={**done.body, "run": request.run, "round": request.round})
+
+    def _working(self, request: Request) -> _Work:
+        if self._work is None or self._work.key != (request.run, request.settings, request.clients):
+            self._work = None
+            self._work = self._begin(request)
+        return self._work
+
+    def _begin(self, request: Request) -> _Work:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", request.run):
+            raise UserError(f"run: {request.run!r} is no name of a folder")
+        config, federation = self.rows.load(json.loads(request.settings), self.client)
+        self.consent.check_settings(config, request.clients)
+        experiment = prepare(config, self.bases.of(config), federation, request.clients)
+        self.consent.check_uploads(experiment.upload_shapes)
+        own = RunFolder(self.state / request.run)
+        own.path.mkdir(parents=True, exist_ok=True)
+        own.write_config(experiment.config, [f"{name}: {value}" for name, value in versions().items()])
+        folder = self.results(own, experiment.config)
+        key = (request.run, request.settings, request.clients)
+        return _Work(key, self.client, experiment, own, folder, EventLog(own.events), self.note)
+
+
+@dataclass
+class _Work:
+    """A site in one run."""
+
+    key: tuple[str, str, int]
+    client: int
+    experiment: Experiment
+    own: RunFolder
+    folder: RunFolder
+    log: EventLog
+    note: Callable[[str], None]
+
+    @property
+    def identity(self) -> str:
+        """What this site's checkpoints are of: the run, the base, the rows."""
+        text = "\0".join((self.key[0], self.experiment.resident.base.sha256, self.experiment.rows_digest))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def join(self, request: Request) -> Reply:
+        """Say what the server must know before the first round; nothing of it tells a row."""
+        facts, last = self.experiment.facts, self._last()
+        shapes = tuple((str(key), tuple(shape)) for key, shape in facts.shapes.items())
+        common = Common(facts.base, shapes, facts.shared, facts.trainable, versions()["fedalt"])
+        task = facts.tasks[str(self.client)]
+        member = Member(facts.samples[self.client], task, self._holds(last), common, facts.notes)
+        self.note(f"joined {request.run}: {facts.config.method}, {request.clients} clients, round {last.round} done")
+        return Reply({"client": self.client, **member.to_json()})
+
+    def train(self, request: Request) -> Reply:
+        """Train a round and have it on disk before replying."""
+        last = self._last()
+        if last.round == request.round:
+            self.note(f"round {request.round}: done before, replied again")
+            return self._reply(last)
+        if last.round > request.round:
+            raise UserError(f"client {self.client}: round {request.round} is over, round {last.round} is done")
+        started, experiment = time.perf_counter(), self.experiment
+        plans = plans_of(experiment, self.client, request.round)
+        [result] = client_round(
+            experiment.resident.model,
+            [states_in(last, experiment)[self.client]],
+            [_told(request)],
+            [plans],
+            experiment.settings,
+            request.round,
+        )
+        if result.failure:
+            self.log.emit("client_failed", round=request.round, client=self.client, reason=result.failure)
+            self.note(f"round {request.round}: {result.failure}")
+            return Reply({"stats": {**asdict(result.stats), "loss": None}, "failure": result.failure})
+        block = pack(result.upload, experiment.config.flower.wire)
+        holds = request.round if block else self._holds(last)
+        stats = asdict(result.stats)
+        body = {"stats": stats, "failure": None, "holds": holds}
+        with next_checkpoint(last, request.round) as new:
+            new.put_state(replace(result.state, sent=parted(unpack(block))[0] or None))
+            write_bytes(new.path / _BLOCK, block)
+            write_json(new.path / _REPLY, body)
+            new.write_manifest(self.identity)
+        prune(self.own.checkpoints, None)
+        seconds = time.perf_counter() - started
+        self.log.emit("client", round=request.round, client=self.client, seconds=seconds, **stats)
+        self.note(f"round {request.round}: loss {result.stats.loss:.4f}, {seconds:.1f} s, {len(block):,} bytes up")
+        return Reply(body, block=block)
+
+    def score(self, request: Request) -> Reply:
+        """Score the client as it left training and as it would start the next round; answers stay at the site."""
+        before = self._state(request)
+        after = installed(self.experiment.method, before, _told(request))
+        scoring = Scoring(self.experiment, self.folder, self.log)
+        client, number = self.client, request.round
+        scoring.score(number, {client: before}, {client: after}, changed=request.told)
+        drift = row_drift(before.tensors, after.tensors) if ROW in self.experiment.shape.slots else None
+        scores = read_json(self.folder.scores(client, number))
+        self.note(f"round {number}: {self.experiment.config.metric} {scores[self.experiment.config.metric]:.2f}")
+        return Reply({"scores": scores, "row_drift": drift})
+
+    def save(self, request: Request) -> Reply:
+        """Write the personal model."""
+        state = installed(self.experiment.method, self._state(request), _told(request))
+        [personal] = self.experiment.personalised([state])
+        path = self.folder.client(self.client)
+        write_client(path, personal, self.experiment, request.round)
+        self.note(f"wrote {path}")
+        return Reply()
+
+    def _last(self) -> Checkpoint:
+        found = load_checkpoint(self.own.checkpoints, self.identity)
+        return found or Checkpoint(self.own.checkpoints / "round_0000", 0)
+
+    def _state(self, request: Request) -> ClientState:
+        last = self._last()
+        if last.round > request.round:
+            raise UserError(f"client {self.client}: asked for round {request.round}, but round {last.round} is done")
+        return states_in(last, self.experiment)[self.client]
+
+    def _holds(self, last: Checkpoint) -> int:
+        """The round of what it uploaded last, which is what it takes out of a mean."""
+        return int(read_json(last.path / _REPLY)["holds"]) if last.round else 0
+
+    def _reply(self, last: Checkpoint) -> Reply:
+        return Reply(read_json(last.path / _REPLY), block=(last.path / _BLOCK).read_bytes())
+
+
+def _told(request: Request) -> Message | None:
+    return Message(unpack(request.block), request.share) if request.told else None

@@ -1,0 +1,239 @@
+"""The crew of a run across sites: what a round asks of them, and what of their answers counts."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+from fedalt.config import RunConfig
+from fedalt.errors import UserError
+from fedalt.evaluation.metrics import metrics_in
+from fedalt.experiment.checkpoint import Checkpoint
+from fedalt.experiment.crew import Facts, Outcome
+from fedalt.experiment.events import EventLog
+from fedalt.experiment.folder import RunFolder
+from fedalt.experiment.scoring import Points, log_points
+from fedalt.federation.server import Server
+from fedalt.files import write_json
+from fedalt.flower.members import Common, Member
+from fedalt.flower.nodes import Nodes
+from fedalt.flower.requests import Do, Reply, Request
+from fedalt.flower.wire import pack, unpack
+from fedalt.methods.base import Message
+from fedalt.names import Tensors
+from fedalt.training.local import TrainingStats
+
+_WELCOME = 60.0
+"""Seconds that sites which have just come have for joining."""
+_NO_STATS = TrainingStats(0.0, 0, 0)
+
+
+@dataclass
+class Sites:
+    """Clients at their sites. Only uploads, losses, scores and counts come back from them.
+
+    Attributes:
+        facts: What is run.
+        run: Its name at the sites.
+        nodes: How they are reached.
+        folder: The server's run folder.
+        log: Its events.
+        server: Checks uploads, and is told who cannot take itself out of a mean.
+        common: What all sites must have in common.
+        members: Client → what it said when it joined.
+        refused: Client → why it takes no part, and the node that it was then.
+    """
+
+    facts: Facts
+    run: str
+    nodes: Nodes
+    folder: RunFolder
+    log: EventLog
+    server: Server
+    common: Common
+    members: dict[int, Member] = field(default_factory=dict)
+    refused: dict[int, tuple[str, int]] = field(default_factory=dict)
+
+    def train(
+        self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
+    ) -> list[Outcome]:
+        """Ask for a round; late, failed and refused sites are left out of its mean and keep what they have."""
+        least = min(self.facts.config.flower.min_sites, len(chosen))
+        self._welcome([client for client in chosen if client not in self.members])
+        requests = self._requests("train", chosen, messages, new.round)
+        found: dict[int, Outcome] = {}
+        norms: dict[int, float] = {}
+        for client, reply in self._ask(requests, least):
+            found[client], norms[client] = self._take(client, reply, new, requests[client].size)
+        for client, factor in self._oversized({c: norms[c] for c in norms if found[c].delivered}).items():
+            found[client] = _failed(found[client], f"upload is {factor:.0f} times as long as the median of this round")
+        for client in chosen:
+            found.setdefault(client, self._absent(client, requests))
+            (self.server.apart.add if found[client].failure else self.server.apart.discard)(client)
+        outcomes = [found[client] for client in chosen]
+        self._check_enough(outcomes, least, new.round)
+        return outcomes
+
+    def _welcome(self, clients: Sequence[int]) -> None:
+        """Let sites join that were not there at the start, if they are now."""
+        self.nodes.look()
+        known = self.nodes.node_of
+        here = [c for c in clients if c in known and (c not in self.refused or self.refused[c][1] != known[c])]
+        if not here:
+            return
+        asked = joining(self.facts.config, self.run, len(self.facts.clients))
+        until = time.monotonic() + _WELCOME
+        for client, reply in self.nodes.ask(dict.fromkeys(here, asked), lambda got: until):
+            self.admit(client, reply)
+
+    def admit(self, client: int, reply: Reply) -> None:
+        """Take a site in, or refuse it and say why in the log."""
+        try:
+            member = Member.parse(client, reply)
+            if odd := member.common.differs(self.common):
+                raise UserError(f"refused: {odd}")
+        except UserError as error:
+            self.refused[client] = str(error), self.nodes.node_of.get(client, 0)
+            self.log.emit("client_failed", round=self.server.round, client=client, reason=f"cannot join: {error}")
+            return
+        self.members[client] = member
+        self.refused.pop(client, None)
+        self.server.samples = {**self.server.samples, client: member.samples}
+        upload = self.server.uploads.get(client)
+        if upload and upload.round != member.holds:
+            self.server.apart.add(client)
+
+    def _absent(self, client: int, requests: Mapping[int, Request]) -> Outcome:
+        refused = self.refused.get(client)
+        why = refused[0] if refused else f"no answer within {self.facts.config.flower.round_deadline:g} s"
+        return Outcome(client, _NO_STATS, False, 0, requests[client].size if client in requests else 0, why)
+
+    def _check_enough(self, outcomes: Sequence[Outcome], least: int, round_: int) -> None:
+        failed = [outcome for outcome in outcomes if outcome.failure]
+        if len(outcomes) - len(failed) >= least:
+            return
+        for outcome in failed:
+            self.log.emit("client_failed", round=round_, client=outcome.client, reason=outcome.failure)
+        raise UserError(
+            f"round {round_}: {len(outcomes) - len(failed)} sites delivered, flower.min_sites asks for {least} "
+            f"({failed[0].failure}); finished rounds are safe, submit with --resume to go on"
+        )
+
+    def row_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
+        """Not known here: rows are at the sites, and so is this figure, in their logs."""
+        return {}
+
+    def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
+        """Let every site score its client; answers stay there."""
+        points: Points = {"after": {}, "before": {}, "validation": {}}
+        answered = dict(self._ask(self._requests("score", self.facts.clients, messages, new.round), 1))
+        for client in self.facts.clients:
+            reply = answered.get(client, Reply(error="its site is away"))
+            scores = None if reply.error else _scores_in(reply)
+            if scores is None:
+                reason = f"not scored: {reply.error or 'no scores in its answer'}"
+                self.log.emit("client_failed", round=new.round, client=client, reason=reason)
+                continue
+            write_json(self.folder.scores(client, new.round), scores)
+            points["after"][client] = scores
+            for point, name in (("before", "before_aggregation"), ("validation", "validation")):
+                if scores.get(name):
+                    points[point][client] = scores[name]
+        return log_points(self.log, new.round, points, self.facts.config.metric)
+
+    def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
+        """Let every site write its client's personal model."""
+        requests = self._requests("save", self.facts.clients, messages, last.round)
+        done = {client for client, reply in self._ask(requests, 1) if not reply.error}
+        for client in self.facts.clients:
+            if client not in done:
+                self.log.emit("note", round=last.round, text=f"client {client}: its site has not saved its model yet")
+
+    def _take(self, client: int, reply: Reply, new: Checkpoint, down: int) -> tuple[Outcome, float]:
+        """One answer to a round: an upload that fits goes into the checkpoint."""
+        try:
+            stats, failure, upload = self._read(client, reply, new.round)
+        except UserError as error:
+            return Outcome(client, _NO_STATS, False, reply.size, down, str(error)), 0.0
+        if failure is None:
+            new.put_upload(client, upload)
+        delivered = failure is None and bool(upload)
+        return Outcome(client, stats, delivered, reply.size, down, failure), _norm(upload)
+
+    def _read(self, client: int, reply: Reply, round_: int) -> tuple[TrainingStats, str | None, Tensors]:
+        if reply.error:
+            raise UserError(reply.error)
+        body = reply.body
+        if body.get("run") != self.run or body.get("round") != round_:
+            raise UserError(
+                f"client {client}: answer to round {body.get('round')} of {body.get('run')}, not {round_} of {self.run}"
+            )
+        try:
+            said, failure = dict(body["stats"]), body["failure"]
+            stats = TrainingStats(
+                float("nan") if said["loss"] is None else float(said["loss"]),
+                int(said["steps"]),
+                int(said["tokens"]),
+                tuple(map(float, said["alpha"])),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"client {client}: no such answer is known ({error!r})") from None
+        if failure:
+            return stats, str(failure), {}
+        upload = unpack(reply.block)
+        if upload:
+            self.server.check(client, upload)
+        return stats, None, upload
+
+    def _oversized(self, norms: Mapping[int, float]) -> dict[int, float]:
+        """Clients whose upload dwarfs the others', and how far; three uploads at least make a median."""
+        if len(norms) < 3:
+            return {}
+        middle, limit = median(norms.values()), self.facts.config.flower.norm_limit
+        return {client: norm / middle for client, norm in norms.items() if middle > 0 and norm > limit * middle}
+
+    def _requests(
+        self, do: Do, clients: Sequence[int], messages: Mapping[int, Message], round_: int
+    ) -> dict[int, Request]:
+        """What members are asked, with what they are told."""
+        requests, tensors, packed = {}, None, b""
+        asked = joining(self.facts.config, self.run, len(self.facts.clients))
+        for client in clients:
+            if client not in self.members:
+                continue
+            message = messages.get(client)
+            request = replace(asked, do=do, round=round_)
+            if message is not None:
+                if message.tensors is not tensors:  # the broadcast mean is one object for all
+                    tensors, packed = message.tensors, pack(message.tensors, self.facts.config.flower.wire)
+                request = replace(request, share=message.share, told=True, block=packed)
+            requests[client] = request
+        return requests
+
+    def _ask(self, requests: Mapping[int, Request], least: int) -> Iterator[tuple[int, Reply]]:
+        """Answers until the deadline, and beyond it while there are too few."""
+        deadline = time.monotonic() + self.facts.config.flower.round_deadline
+        return self.nodes.ask(requests, lambda got: deadline if got >= least else float("inf"))
+
+
+def joining(config: RunConfig, run: str, clients: int) -> Request:
+    """The request to join a run."""
+    return Request("join", run, json.dumps(config.model_dump(mode="json")), clients)
+
+
+def _failed(outcome: Outcome, why: str) -> Outcome:
+    return Outcome(outcome.client, outcome.stats, False, outcome.bytes_up, outcome.bytes_down, why)
+
+
+def _norm(tensors: Tensors) -> float:
+    return math.sqrt(sum(float(value.double().square().sum()) for value in tensors.values()))
+
+
+def _scores_in(reply: Reply) -> dict[str, Any] | None:
+    scores = reply.body.get("scores")
+    return scores if isinstance(scores, dict) and metrics_in(scores) else None

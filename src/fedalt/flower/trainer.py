@@ -1,0 +1,137 @@
+"""``python -m fedalt.flower.trainer STATE``: the process of a site that holds the base model between rounds.
+
+It reads STATE/site.json, listens on a Unix socket that STATE/trainer.json names, and answers one request at a time. It
+ends when its standard input closes, with the process that started it.
+
+A frame, either way: two unsigned 64-bit numbers, the bytes of the header and of the block, and then both.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedalt.errors import UserError
+from fedalt.files import read_json, write_json
+from fedalt.flower.requests import Reply, Request
+
+SITE, TRAINER = "site.json", "trainer.json"
+PATIENCE = 120.0
+"""Seconds to wait for a trainer that is being started anew."""
+_FRAME = struct.Struct(">QQ")
+
+
+def ask(state: Path, request: Request) -> Reply:
+    """Ask the trainer of a site; where it dies over it, ask the one that follows.
+
+    Raises:
+        UserError: There is no trainer, and none comes.
+    """
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        with suppress(OSError, UserError, EOFError, KeyError), socket.socket(socket.AF_UNIX) as line:
+            line.connect(read_json(state / TRAINER)["socket"])
+            _send(line, request.header, request.block)
+            return Reply.parse(*_receive(line))
+        time.sleep(0.2)
+    raise UserError(f"{state}: no trainer answers; is fedalt site running?")
+
+
+def main() -> int:
+    """Serve until the standard input closes."""
+    from fedalt.allocator import keep_freed_memory
+    from fedalt.quiet import keep_libraries_quiet
+
+    keep_libraries_quiet()
+    keep_freed_memory()
+    state = Path(sys.argv[1]).absolute()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    folder = tempfile.mkdtemp(prefix="fedalt-")  # a socket's path may have no more than 107 bytes
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            path = f"{folder}/trainer.sock"
+            listener.bind(path)
+            listener.listen()
+            write_json(state / TRAINER, {"socket": path, "pid": os.getpid()})
+            _serve(listener, _site(state))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def _site(state: Path) -> Any:
+    from fedalt.experiment.members import Bases
+    from fedalt.flower.consent import Consent
+    from fedalt.flower.rows import SiteRows
+    from fedalt.flower.site import Site
+
+    said = read_json(state / SITE)
+    rows = SiteRows(said.get("data"), said.get("model"), said.get("device"))
+    consent = Consent(frozenset(said.get("share", ())), said.get("allow_two", False))
+    return Site(said["client"], state, Bases(), rows, consent, note=_say)
+
+
+def _serve(listener: socket.socket, site: Any) -> None:
+    while True:
+        line, _ = listener.accept()
+        with line, suppress(OSError, EOFError):  # who asked is gone; it will ask again
+            request = Request.parse(*_receive(line))
+            reply = _answered(site, request)
+            _send(line, reply.header, reply.block)
+
+
+def _answered(site: Any, request: Request) -> Reply:
+    try:
+        answered: Reply = site.answer(request)
+    except Exception as error:
+        traceback.print_exc()
+        return Reply(error=f"{type(error).__name__}: {error}")
+    return answered
+
+
+def _end_with_parent() -> None:
+    """A kill -9 of whoever started this process closes its end of the pipe."""
+    while sys.stdin.buffer.read(1):
+        pass
+    os._exit(0)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _send(line: socket.socket, header: str, block: bytes) -> None:
+    text = header.encode()
+    line.sendall(_FRAME.pack(len(text), len(block)) + text)
+    line.sendall(block)
+
+
+def _receive(line: socket.socket) -> tuple[str, bytes]:
+    header, block = _FRAME.unpack(_exactly(line, _FRAME.size))
+    return _exactly(line, header).decode(), _exactly(line, block)
+
+
+def _exactly(line: socket.socket, count: int) -> bytes:
+    data = bytearray(count)
+    view, have = memoryview(data), 0
+    while have < count:
+        got = line.recv_into(view[have:])
+        if not got:
+            raise EOFError
+        have += got
+    return bytes(data)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
