@@ -8,8 +8,8 @@ import pytest
 
 from fedalt.config import parse_config
 from fedalt.experiment.estimate import estimate
-from fedalt.experiment.loop import plans_of
 from fedalt.experiment.prepare import prepare
+from fedalt.experiment.residents import plans_of
 from micro import fedalt, of_kind, settings, write_yaml
 
 

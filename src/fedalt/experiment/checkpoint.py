@@ -23,7 +23,6 @@ from typing import Any
 from safetensors.torch import load_file, save
 
 from fedalt.errors import UserError
-from fedalt.federation.client import ClientResult
 from fedalt.federation.server import Server, Upload
 from fedalt.files import link, new_folder, write_bytes, write_json
 from fedalt.model.state import ClientState, load_state, save_state
@@ -69,16 +68,18 @@ class Checkpoint:
         server.uploads, server.read, server.round = self.uploads, self.upload, self.round
         server.seen, server.memory = self.seen, self.memory
 
-    def put(self, result: ClientResult) -> None:
-        """Write what a client's round led to."""
-        client = result.state.client
-        save_state(result.state, self._file(STATES, client))
-        self.clients.add(client)
-        if result.upload:
-            tensors = {str(key): value.contiguous() for key, value in result.upload.items()}
+    def put_state(self, state: ClientState) -> None:
+        """Write a client's state."""
+        save_state(state, self._file(STATES, state.client))
+        self.clients.add(state.client)
+
+    def put_upload(self, client: int, upload: Tensors) -> None:
+        """Write what a client sent, if it sent anything."""
+        if upload:
+            tensors = {str(key): value.contiguous() for key, value in upload.items()}
             write_bytes(self._file(UPLOADS, client), save(tensors))
 
-    def keep(self, previous: Checkpoint, states: Collection[int], uploads: Collection[int]) -> None:
+    def keep(self, previous: Checkpoint, states: Collection[int] = (), uploads: Collection[int] = ()) -> None:
         """Link what has not changed since the round before."""
         for part, clients in ((STATES, states), (UPLOADS, uploads)):
             for client in clients:
@@ -99,9 +100,9 @@ class Checkpoint:
 
 
 @contextmanager
-def next_checkpoint(previous: Checkpoint) -> Iterator[Checkpoint]:
-    """The checkpoint of the next round, to be filled; it is there when the block ends well, else not at all."""
-    number = previous.round + 1
+def next_checkpoint(previous: Checkpoint, number: int | None = None) -> Iterator[Checkpoint]:
+    """The next round's checkpoint, or a later one's, to be filled; there when the block ends well, else not at all."""
+    number = previous.round + 1 if number is None else number
     path = previous.path.with_name(f"round_{number:04d}")
     with new_folder(path) as temporary:
         checkpoint = Checkpoint(temporary, number, best=previous.best, cohort=previous.cohort)

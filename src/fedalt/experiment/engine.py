@@ -1,22 +1,21 @@
-"""Runs on one machine: start anew or from a checkpoint, go through the rounds, finish."""
+"""Runs: start anew or from a checkpoint, go through the rounds, finish."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from fedalt.data.load import load_held_out
-from fedalt.data.record import record
 from fedalt.errors import UserError
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, prune, run_id
+from fedalt.experiment.crew import Crew, Facts
 from fedalt.experiment.events import EventLog, Sink
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.loop import Loop
 from fedalt.experiment.machine import commit, versions
 from fedalt.experiment.prepare import Experiment
+from fedalt.experiment.residents import Residents
 from fedalt.federation.server import Server
 from fedalt.files import write_json
-from fedalt.methods.budget import trainable
 
 _FREE = {"out", "report"}
 """Settings that may differ when a run is resumed; rounds may be raised, unless the method plans by them, and the cohort
@@ -32,69 +31,89 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
     Raises:
         UserError: The folder holds another run, or one that has gone further; the disk is full; every client failed.
     """
-    loop = _start(experiment, folder, sink)
-    while loop.checkpoint.round < experiment.config.federation.rounds:
+    facts = experiment.facts
+    run_, checkpoint = find_checkpoint(facts, folder)
+    cohort = experiment.config.federation.cohort or (checkpoint.cohort if checkpoint else experiment.fitting_cohort)
+    experiment = experiment.with_cohort(cohort)
+    log = EventLog(folder.events, sink)
+    crew = Residents(experiment, folder, log)
+    return go(start(replace(facts, config=experiment.config), crew, folder, log, run_, checkpoint, cohort))
+
+
+def go(loop: Loop) -> dict[str, Any]:
+    """All rounds that are left, and the end."""
+    while loop.checkpoint.round < loop.facts.config.federation.rounds:
         loop.round()
     return loop.finish()
 
 
-def _start(experiment: Experiment, folder: RunFolder, sink: Sink) -> Loop:
-    config = experiment.config
+def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | None]:
+    """What identifies the run, and its newest checkpoint in a folder, if a round has finished.
+
+    Raises:
+        UserError: The folder holds another run, or one that has gone further.
+    """
+    config = facts.config
     frozen_settings = config.model_dump(mode="json", exclude={*_FREE, "federation"})
-    free = {"cohort"} if experiment.method.foresees else {"rounds", "cohort"}
+    free = {"cohort"} if facts.method.foresees else {"rounds", "cohort"}
     frozen_settings["federation"] = config.federation.model_dump(mode="json", exclude=free)
-    run_ = run_id(frozen_settings, experiment.resident.base.sha256, experiment.rows_digest)
+    run_ = run_id(frozen_settings, facts.base, facts.rows)
     checkpoint = load_checkpoint(folder.checkpoints, run_)
     if checkpoint and checkpoint.round > config.federation.rounds:
         raise UserError(
             f"federation.rounds: {config.federation.rounds} asked for, but {folder.path} has finished "
             f"{checkpoint.round} rounds"
         )
-    cohort = config.federation.cohort or (checkpoint.cohort if checkpoint else experiment.fitting_cohort)
-    experiment = experiment.with_cohort(cohort)
-    samples = {client: len(mine.train) for client, mine in experiment.examples.items()}
-    server = Server(experiment.method, config.federation, samples, experiment.upload_shapes)
+    return run_, checkpoint
+
+
+def start(
+    facts: Facts,
+    crew: Crew,
+    folder: RunFolder,
+    log: EventLog,
+    run_: str,
+    checkpoint: Checkpoint | None,
+    cohort: int = 1,
+    server: Server | None = None,
+) -> Loop:
+    """A run that is ready for its next round, with the beginning of its folder written or what a kill left tidied."""
+    server = server or Server(facts.method, facts.config.federation, facts.samples, facts.shapes)
     if checkpoint:
         checkpoint.restore(server)
     last = replace(checkpoint or Checkpoint(folder.checkpoints / "round_0000", 0), cohort=cohort)
-    loop = Loop(experiment, folder, EventLog(folder.events, sink), server, last, run_)
+    loop = Loop(facts, crew, folder, log, server, last, run_)
     _write_start(loop, resumed=checkpoint is not None)
     return loop
 
 
 def _write_start(loop: Loop, resumed: bool) -> None:
-    experiment, folder, done = loop.experiment, loop.folder, loop.checkpoint.round
+    facts, folder, done = loop.facts, loop.folder, loop.checkpoint.round
     about = {**versions(), "commit": commit()}
     if resumed:
         loop.log.truncate(done)
         folder.clean_results(done)
         prune(folder.checkpoints, loop.checkpoint.best)
-        if done < experiment.config.federation.rounds:
+        if done < facts.config.federation.rounds:
             folder.final_scores.unlink(missing_ok=True)  # until it has finished again
     else:
         folder.events.unlink(missing_ok=True)
-        write_json(folder.partition, _partition(experiment))
-    folder.write_config(experiment.config, [f"{name}: {value}" for name, value in about.items() if value])
+        write_json(folder.partition, facts.partition)
+    folder.write_config(facts.config, [f"{name}: {value}" for name, value in about.items() if value])
     loop.log.emit(
         "run_resumed" if resumed else "run_started",
         round=done,
-        method=experiment.config.method,
-        clients=list(experiment.federation.ids),
-        tasks={str(c): d.train[0].task for c, d in experiment.federation.clients.items()},
-        rounds=experiment.config.federation.rounds,
-        source=experiment.federation.source,
-        metric=experiment.config.metric,
-        base=experiment.resident.base.sha256,
+        method=facts.config.method,
+        clients=list(facts.clients),
+        tasks=dict(facts.tasks),
+        rounds=facts.config.federation.rounds,
+        source=facts.source,
+        metric=facts.config.metric,
+        base=facts.base,
         run=loop.run,
-        shared_parameters=experiment.sent,
-        trainable_parameters=trainable(experiment.method, experiment.shape) + experiment.head_size,
+        shared_parameters=facts.shared,
+        trainable_parameters=facts.trainable,
         versions=about,
     )
-    for note in () if resumed else experiment.notes:
+    for note in () if resumed else facts.notes:
         loop.log.emit("note", round=done, text=note)
-
-
-def _partition(experiment: Experiment) -> dict[str, Any]:
-    config = experiment.config
-    held_out = load_held_out(config.data, config.seed) if config.data.held_out else None
-    return record(config.data, config.seed, experiment.federation, held_out)

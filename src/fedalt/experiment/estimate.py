@@ -10,9 +10,9 @@ from typing import Any
 
 from fedalt.data.batches import Plan
 from fedalt.evaluation.evaluate import evaluate
-from fedalt.experiment.loop import plans_of
 from fedalt.experiment.machine import peak_memory
 from fedalt.experiment.prepare import Experiment
+from fedalt.experiment.residents import plans_of
 from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.federation.executor import run_clients
 from fedalt.federation.participation import sample_clients

@@ -18,8 +18,8 @@ from fedalt.evaluation.metrics import metrics_in, over_clients
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint
 from fedalt.experiment.clients import client_ids, read_client, write_client
 from fedalt.experiment.folder import IfExists, RunFolder, claim_folder, finished_run
-from fedalt.experiment.loop import plan_phases
 from fedalt.experiment.prepare import Experiment, load_resident, prepare
+from fedalt.experiment.residents import plan_phases
 from fedalt.federation.client import installed, train_phases
 from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.federation.server import Server

@@ -22,14 +22,16 @@ from fedalt.data.encode import (
     encode_federation,
     labels_of,
 )
-from fedalt.data.load import load_both
-from fedalt.data.record import digests
+from fedalt.data.load import load_both, load_held_out
+from fedalt.data.record import digests, record
 from fedalt.data.rows import Federation
 from fedalt.errors import UserError
 from fedalt.evaluation.options import options_of
+from fedalt.experiment.crew import Facts
 from fedalt.federation.client import RoundSettings
 from fedalt.federation.cohort import fitting_cohort
 from fedalt.methods.base import Method
+from fedalt.methods.budget import trainable
 from fedalt.methods.registry import configured, get_method
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.base import Base, load_base, positions
@@ -94,6 +96,27 @@ class Experiment:
     def rows_digest(self) -> str:
         """Fingerprint of all rows and of who has them."""
         return hashlib.sha256(json.dumps(digests(self.federation)).encode()).hexdigest()
+
+    @property
+    def facts(self) -> Facts:
+        """What the rounds know of this run."""
+        config, rows = self.config, self.federation.clients
+        held_out = load_held_out(config.data, config.seed) if config.data.held_out else None
+        return Facts(
+            config,
+            self.method,
+            self.resident.base.sha256,
+            self.rows_digest,
+            {client: len(mine.train) for client, mine in self.examples.items()},
+            self.trainers,
+            {str(client): data.train[0].task for client, data in rows.items()},
+            self.upload_shapes,
+            self.federation.source,
+            self.sent,
+            trainable(self.method, self.shape) + self.head_size,
+            record(config.data, config.seed, self.federation, held_out),
+            self.notes,
+        )
 
     @property
     def fitting_cohort(self) -> int:
@@ -243,8 +266,8 @@ def _notes(
     notes += short[:_MOST_NOTES]
     if len(short) > _MOST_NOTES:
         notes.append(f"rows of {len(short) - _MOST_NOTES} more clients skipped, too")
-    if method.leave_one_out and len(federation.clients) == 2:
+    if method.leave_one_out and method.clients == 2:
         notes.append("two clients: each one's row LoRA is the other client's individual LoRA, nothing is hidden")
-    if method.leave_one_out and len(federation.clients) == 1:
+    if method.leave_one_out and method.clients == 1:
         notes.append("one client: there is no rest of the world, so the mixer is bypassed and this equals local")
     return tuple(notes)

@@ -61,10 +61,7 @@ class Scoring:
                     earlier = self._evaluate(unaggregated, "test")
                 points["before"] |= _scores(earlier)
             self._write(number, scored, points)
-        for point, clients_ in points.items():
-            for client, scores in clients_.items():
-                self.log.emit("scores", round=number, client=client, point=point, **metrics_in(scores))
-        return group_mean(scores[config.metric] for scores in points["validation"].values())
+        return log_points(self.log, number, points, config.metric)
 
     def _evaluate(self, states: Sequence[ClientState], split: str) -> list[Evaluation]:
         experiment = self.experiment
@@ -86,6 +83,14 @@ class Scoring:
                 "validation": points["validation"].get(client),
             }
             self.folder.write_scores(client, number, evaluation.lines, evaluation.scores | others)
+
+
+def log_points(log: EventLog, number: int, points: Points, metric: str) -> float | None:
+    """Log the scores of a round; their mean on validation rows, or nothing when there are none."""
+    for point, clients in points.items():
+        for client, scores in clients.items():
+            log.emit("scores", round=number, client=client, point=point, **metrics_in(scores))
+    return group_mean(scores[metric] for scores in points["validation"].values())
 
 
 def _scores(evaluations: Sequence[Evaluation]) -> dict[int, dict[str, Any]]:

@@ -56,6 +56,8 @@ class Server:
         round: Last aggregated round, counted from 1.
         memory: What the method remembers from round to round.
         seen: Client → the last round it delivered in.
+        apart: Clients who may hold another upload than the one that counts, for it was late or lost, so that they
+            cannot take themselves out of the mean and get a row of their own.
     """
 
     method: Method
@@ -67,6 +69,7 @@ class Server:
     round: int = 0
     memory: Tensors = field(default_factory=dict)
     seen: Mapping[int, int] = field(default_factory=dict)
+    apart: set[int] = field(default_factory=set)
 
     def receive(self, arrived: Collection[int], read: Callable[[int], Tensors], round_: int) -> None:
         """Take in the uploads of a round. A round in which nobody delivered changes nothing.
@@ -83,7 +86,7 @@ class Server:
             UserError: An upload with other keys or shapes than the run's, or with a value that is not finite.
         """
         for client in arrived:
-            self._check(client, read(client))
+            self.check(client, read(client))
         kept = self.uploads if self.remembers or not arrived else {}
         self.uploads = {**kept, **{client: Upload(self._weight(client), round_) for client in sorted(arrived)}}
         self.read, self.round = read, round_
@@ -124,7 +127,7 @@ class Server:
 
         def message(client: int) -> Message:
             share = weights.get(client, 0.0) / total
-            if not self._unicast(share):
+            if not self._unicast(client, share):
                 return Message(mean, share)
             rest = self.mean_without(client)
             return Message(
@@ -158,8 +161,9 @@ class Server:
     def _gathered(self) -> Gathered:
         return Gathered(self.adapters, self.weights(), self.memory, self.round)
 
-    def _unicast(self, share: float) -> bool:
-        return self.method.leave_one_out and (self.config.row_delivery == "unicast" or share > DOMINANT)
+    def _unicast(self, client: int, share: float) -> bool:
+        alone = self.config.row_delivery == "unicast" or share > DOMINANT or (client in self.apart and share > 0)
+        return self.method.leave_one_out and alone
 
     def mean(self) -> dict[Key, Tensor]:
         """The mean of all uploads."""
@@ -174,7 +178,8 @@ class Server:
         rule = self.method.weighting if self.config.weighting == "method" else self.config.weighting
         return float(self.samples[client]) if rule == "samples" else 1.0
 
-    def _check(self, client: int, tensors: Tensors) -> None:
+    def check(self, client: int, tensors: Tensors) -> None:
+        """Refuse an upload with other keys or shapes than the run's, or with a value that is not finite."""
         if tensors.keys() != self.shapes.keys():
             odd = sorted(str(key) for key in tensors.keys() ^ self.shapes.keys())
             raise UserError(f"client {client}: upload has other tensors than this run ({odd[0]}, {len(odd)} in all)")

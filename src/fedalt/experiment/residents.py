@@ -1,0 +1,117 @@
+"""Clients in this process: cohort by cohort on one model, their states in the files of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedalt.config import RunConfig
+from fedalt.data.batches import Plan, plan_round
+from fedalt.data.encode import Example
+from fedalt.experiment.checkpoint import Checkpoint
+from fedalt.experiment.clients import write_client
+from fedalt.experiment.crew import Outcome
+from fedalt.experiment.events import EventLog
+from fedalt.experiment.folder import RunFolder
+from fedalt.experiment.prepare import Experiment
+from fedalt.experiment.scoring import Scoring
+from fedalt.federation.client import ClientResult, installed
+from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.diagnostics import row_drift
+from fedalt.federation.executor import run_clients
+from fedalt.federation.per_client import PerClient
+from fedalt.methods.base import Message
+from fedalt.model.state import ClientState
+from fedalt.names import ROW
+
+
+@dataclass(frozen=True)
+class Residents:
+    """The crew of a run on one machine. One cohort's tensors are in memory at a time.
+
+    Attributes:
+        experiment: Rows, model, settings.
+        folder: Where everything goes.
+        log: Event log.
+    """
+
+    experiment: Experiment
+    folder: RunFolder
+    log: EventLog
+
+    def train(
+        self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
+    ) -> list[Outcome]:
+        """Train cohort by cohort."""
+        experiment, number = self.experiment, new.round
+        results = run_clients(
+            experiment.resident.model,
+            chosen,
+            states_in(last, experiment),
+            messages,
+            lambda client: plans_of(experiment, client, number),
+            experiment.settings,
+            number,
+            cohort_size(experiment.config.federation, len(chosen)),
+            lambda done, total: self.log.sink({"event": "step", "round": number, "done": done, "total": total}),
+        )
+        outcomes = [self._take(new, result) for result in results]
+        new.keep(last, states=last.clients - new.clients)
+        return outcomes
+
+    def _take(self, new: Checkpoint, result: ClientResult) -> Outcome:
+        client = result.state.client
+        if not result.failure:
+            new.put_state(result.state)
+            new.put_upload(client, result.upload)
+        up, down = Message(result.upload).bytes, result.bytes_down
+        if self.experiment.method.pooled:  # nothing crosses a network: the rows are in one place
+            up = down = 0
+        return Outcome(client, result.stats, bool(result.upload), up, down, result.failure)
+
+    def row_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
+        """How far the messages move every client's row."""
+        if ROW not in self.experiment.shape.slots:
+            return {}
+        before = states_in(new, self.experiment)
+        return {c: row_drift(state.tensors, self._install(state, messages).tensors) for c, state in before.items()}
+
+    def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
+        """Score everybody as they left training and as they would start the next round."""
+        scoring, before = Scoring(self.experiment, self.folder, self.log), states_in(new, self.experiment)
+        return scoring.score(new.round, before, self._installed(before, messages), changed=len(messages) > 0)
+
+    def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
+        """Write every client's folder."""
+        states = self._installed(states_in(last, self.experiment), messages)
+        clients = self.experiment.federation.ids
+        for part in cohorts(clients, cohort_size(self.experiment.config.federation, len(clients))):
+            for state in self.experiment.personalised([states[client] for client in part]):
+                write_client(self.folder.client(state.client), state, self.experiment, last.round)
+
+    def _installed(self, states: Mapping[int, ClientState], messages: Mapping[int, Message]) -> PerClient[ClientState]:
+        """Every client as it would start the next round: what is scored, saved and chatted with."""
+        return PerClient(states, lambda client: self._install(states[client], messages))
+
+    def _install(self, state: ClientState, messages: Mapping[int, Message]) -> ClientState:
+        return installed(self.experiment.method, state, messages.get(state.client))
+
+
+def states_in(checkpoint: Checkpoint, experiment: Experiment) -> PerClient[ClientState]:
+    """Every client's state: from its file, or as everybody starts."""
+
+    def state(client: int) -> ClientState:
+        return checkpoint.state(client) if client in checkpoint.clients else experiment.initial_state(client)
+
+    return PerClient(experiment.federation.ids, state)
+
+
+def plans_of(experiment: Experiment, client: int, number: int) -> list[Plan]:
+    """What a client does in every phase of a round."""
+    rows = experiment.training_rows(client)
+    return plan_phases(rows, client, experiment.config, number, len(experiment.method.phases(number)))
+
+
+def plan_phases(rows: Sequence[Example], client: int, config: RunConfig, number: int, phases: int) -> list[Plan]:
+    """A plan for each of so many phases of a round."""
+    return [plan_round(rows, client, config.training, config.seed, number, phase) for phase in range(phases)]
