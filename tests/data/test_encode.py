@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from fedalt.config import DataConfig
 from fedalt.data.encode import AnswerEncoder, encode_federation
+from fedalt.data.options import DataConfig
 from fedalt.data.rows import ClientData, Federation, Row
 from fedalt.data.templates import get_template
 from fedalt.errors import UserError

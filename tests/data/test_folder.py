@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fedalt.config import DataConfig
 from fedalt.data.folder import read_folder
 from fedalt.data.load import load_federation
+from fedalt.data.options import DataConfig
 from fedalt.data.rows import FIELDS, Row
 from fedalt.errors import UserError
 from micro import TEST, TRAIN, data_folder, refused, rows, settings, write_rows, write_yaml

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedalt.config import DataConfig, parse_config
+from fedalt.config import parse_config
 from fedalt.data.clients import to_clients
 from fedalt.data.load import load_federation, load_held_out
 from fedalt.data.mirror import held_out, largest_remainder, mirrored
-from fedalt.data.options import PartitionConfig
+from fedalt.data.options import DataConfig, PartitionConfig
 from fedalt.data.partition import cover
 from fedalt.data.pool import Pool, pooled
 from fedalt.data.record import in_order, label_counts, record, reproduce, row_digest

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedalt.config import DataConfig
 from fedalt.data.load import load_federation
+from fedalt.data.options import DataConfig
 from fedalt.data.regroup import mix_tasks, split_rows
 from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.errors import UserError

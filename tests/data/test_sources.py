@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedalt.config import DataConfig
 from fedalt.data.load import load_federation
-from fedalt.data.options import PartitionConfig
+from fedalt.data.options import DataConfig, PartitionConfig
 from fedalt.data.pictures import ArrayPicture, FilePicture
 from fedalt.data.pool import Pool
 from fedalt.data.rows import Row

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedalt.config import DataConfig
 from fedalt.data.load import load_federation
+from fedalt.data.options import DataConfig
 from fedalt.data.rows import Federation, Row
 from fedalt.data.tinyworld import generate
 from fedalt.data.tinyworld.convention import LETTERS, letter, shift

@@ -10,9 +10,9 @@ from itertools import cycle, islice
 from torch import Tensor
 
 from fedalt.benchmarks.task import Spec
-from fedalt.config import DataConfig
 from fedalt.data.encode import AnswerEncoder, Example, encode_client
 from fedalt.data.load import load_federation
+from fedalt.data.options import DataConfig
 
 _PIECES = re.compile(r"\w{1,6}|[^\w\s]|\n")
 

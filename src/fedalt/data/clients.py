@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedalt.config import DataConfig
 from fedalt.data.mirror import check_kinds, held_out, mirrored, test_rows
+from fedalt.data.options import DataConfig
 from fedalt.data.partition import ALPHA, Deck, deal
 from fedalt.data.pool import LABEL, Pool
 from fedalt.data.rows import ClientData, Federation, Row

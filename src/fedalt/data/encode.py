@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedalt.config import DataConfig
+from fedalt.data.options import DataConfig
 from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.data.templates import CHAT, Template, get_template
 from fedalt.errors import UserError, did_you_mean, listed

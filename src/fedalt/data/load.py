@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fedalt.config import DataConfig
 from fedalt.data.clients import to_clients
+from fedalt.data.options import DataConfig
 from fedalt.data.pool import Pool, pooled
 from fedalt.data.record import reproduce
 from fedalt.data.regroup import keep_tasks, mix_tasks, split_rows

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedalt.config import DataConfig
+from fedalt.data.options import DataConfig
 from fedalt.data.pool import Pool
 from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.errors import UserError

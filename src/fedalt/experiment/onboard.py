@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedalt.config import DataConfig, RunConfig
+from fedalt.config import RunConfig
 from fedalt.data.load import has_clients, load_federation, load_held_out
-from fedalt.data.options import PartitionConfig
+from fedalt.data.options import DataConfig, PartitionConfig
 from fedalt.data.record import record
 from fedalt.data.rows import Federation
 from fedalt.errors import UserError

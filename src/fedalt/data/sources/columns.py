@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedalt.config import DataConfig
 from fedalt.data.folder import check_text
+from fedalt.data.options import DataConfig
 from fedalt.data.pool import Pool, needs_column
 from fedalt.data.rows import SPLITS, Picture, Row
 from fedalt.errors import UserError, did_you_mean, listed

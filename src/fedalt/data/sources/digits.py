@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedalt.config import DataConfig
+from fedalt.data.options import DataConfig
 from fedalt.data.pictures import ArrayPicture
 from fedalt.data.pool import Pool
 from fedalt.data.sources.columns import Record, has_header, to_pool

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedalt.config import DataConfig
+from fedalt.data.options import DataConfig
 from fedalt.data.pictures import HubPicture
 from fedalt.data.pool import Pool
 from fedalt.data.sources.columns import Record, find_label, has_header, to_pool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedalt.config import DataConfig
+from fedalt.data.options import DataConfig
 from fedalt.data.pictures import FilePicture
 from fedalt.data.pool import Pool
 from fedalt.data.sources.columns import Record, has_header, to_pool

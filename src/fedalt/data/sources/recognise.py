@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from fedalt.config import DataConfig
 from fedalt.data.folder import is_client_folder, read_folder
+from fedalt.data.options import DataConfig
 from fedalt.data.pool import Pool
 from fedalt.data.rows import Federation
 from fedalt.data.sources.digits import DIGITS, read_digits

@@ -6,8 +6,8 @@ import csv
 import io
 from pathlib import Path
 
-from fedalt.config import DataConfig
 from fedalt.data.folder import json_values, read_text
+from fedalt.data.options import DataConfig
 from fedalt.data.pool import Pool
 from fedalt.data.sources.columns import Record, has_header, to_pool
 from fedalt.errors import UserError, did_you_mean
