@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(BIN)/fedalt compare recipes/demo.yaml --methods local,fedit,fedalt --out runs/demo --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
