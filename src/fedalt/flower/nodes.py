@@ -57,8 +57,8 @@ class Nodes:
             now = time.monotonic()
             out = [c for c in waiting if c in self.node_of and c not in sent.values() and after[c] <= now]
             if out:
-                messages = [to_node(waiting[client], self.node_of[client]) for client in out]
-                sent |= dict(zip(self._push(messages), out, strict=True))
+                sent |= self._push({client: waiting[client] for client in out}, self.node_of)
+                after |= dict.fromkeys(set(out) - set(sent.values()), now + again)
             replies = list(self.grid.pull_messages(list(sent))) if sent else []
             for message in replies:
                 client = sent.pop(str(message.metadata.reply_to_message_id), None)
@@ -78,8 +78,11 @@ class Nodes:
             if not replies:
                 time.sleep(_POLL)
 
-    def _push(self, messages: list[Message]) -> list[str]:
-        return [str(message) for message in self.grid.push_messages(messages)]
+    def _push(self, requests: Mapping[int, Request], to: Mapping[int, int]) -> dict[str, int]:
+        """Send requests by whom they are for, to these nodes; message id → whom. What Flower refuses is left out."""
+        names = list(requests)
+        ids = list(self.grid.push_messages([to_node(requests[name], to[name]) for name in names]))
+        return {str(id_): name for id_, name in zip(ids, names, strict=False) if id_} if len(ids) == len(names) else {}
 
     def _forget(self, client: int) -> None:
         """Its node may be gone; whoever is there is asked anew who it is."""
@@ -105,8 +108,7 @@ class Nodes:
         self._asked = {m: node for m, node in self._asked.items() if node in online}
         new = sorted(online - self._known - set(self._asked.values()))
         if new:
-            messages = [to_node(Request("who"), node) for node in new]
-            self._asked |= dict(zip(self._push(messages), new, strict=True))
+            self._asked |= self._push(dict.fromkeys(new, Request("who")), {node: node for node in new})
 
     def _introduce(self, node: int, message: Message) -> None:
         self._known.add(node)

@@ -61,8 +61,9 @@ def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink)
     nodes = Nodes(grid, method.clients, lambda client, line: sink({"event": "node", "client": client, "text": line}))
     name, common = _known(folder) or (f"{folder.path.name}-{secrets.token_hex(4)}", None)
     replies = _gather(nodes, config, name, method.clients)
-    common = common or common_to(_members(replies))
-    fitting = {client: member for client, member in _members(replies).items() if member.common == common}
+    members = _members(replies)
+    common = common or common_to(members)
+    fitting = {client: member for client, member in members.items() if member.common == common}
     facts = facts_of(config, method, fitting, common)
     run_, checkpoint = find_checkpoint(facts, folder)
     server = Server(method, config.federation, facts.samples, facts.shapes)
@@ -122,14 +123,14 @@ def _gather(nodes: Nodes, config: RunConfig, name: str, clients: int) -> dict[in
 
 
 def _members(replies: dict[int, Reply]) -> dict[int, Member]:
-    members = {}
+    members, why = {}, ["none answered"]
     for client, reply in replies.items():
         try:
             members[client] = Member.parse(client, reply)
         except UserError as error:
-            _log.warning("client %d: %s", client, error)
+            why.append(f"client {client}: {error}")
     if not members:
-        raise UserError("no site could join")
+        raise UserError(f"no site could join: {why[-1]}")
     return members
 
 

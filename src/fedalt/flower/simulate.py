@@ -1,8 +1,10 @@
-"""The run across sites inside Flower's simulation: the same server, and sites in Ray actors with a base each."""
+"""Runs across sites inside Flower's simulation: the same server, and sites in Ray actors with a base each."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,53 +31,62 @@ _EVERYTHING = Consent(frozenset(("mixer", "heads")), allow_two=True)
 
 
 def simulate(
-    config: RunConfig, if_exists: IfExists, sink: Sink = lambda event: None, actors: int | None = None
-) -> dict[str, Any]:
-    """Run on this machine, or on the Ray cluster that ``RAY_ADDRESS`` names.
+    configs: Sequence[RunConfig], if_exists: IfExists, sink: Sink = lambda event: None, actors: int | None = None
+) -> list[dict[str, Any]]:
+    """Run one after another, on this machine or on the Ray cluster that ``RAY_ADDRESS`` names.
 
     Args:
-        config: Settings; rows are dealt as for a run on one machine.
-        if_exists: What to do with a run that is there already.
+        configs: Settings of every run, with the same number of clients; rows are dealt as for runs on one machine.
+        if_exists: What to do with runs that are there already.
         sink: Called with every event.
         actors: Processes with a base each; the cores, and no more than clients, when not given.
 
     Returns:
-        The content of ``final_scores.json``.
+        The content of every ``final_scores.json``.
 
     Raises:
         UserError: As for a run across sites.
     """
-    config, method = checked(config)
-    config = config.model_copy(update={"out": str(config.folder.absolute())})
-    outcome: dict[str, Any] = {}
-    server, client = ServerApp(), ClientApp()
+    runs = [_here(checked(config)[0]) for config in configs]
+    clients = checked(configs[0])[1].clients
+    scores: list[dict[str, Any]] = []
+    errors: list[UserError] = []
+    server = ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            outcome["scores"] = serve(grid, config.model_dump(mode="json"), if_exists, sink)
+            scores.extend(serve(grid, run.model_dump(mode="json"), if_exists, sink) for run in runs)
         except UserError as error:
-            outcome["error"] = error
+            errors.append(error)
 
-    state = config.folder / SITES
-
-    @client.query()
-    @client.train()
-    @client.evaluate()
-    def handle(message: Message, context: Context) -> Message:
-        request, number = request_in(message), int(context.node_config["partition-id"])
-        if request.do == "who":
-            return to_server(Reply({"client": number}), message)
-        return to_server(_site(state, number).answer(request), message)
-
-    actors = min(method.clients, actors or os.cpu_count() or 1)
+    actors = min(clients, actors or os.cpu_count() or 1)
     resources: Any = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": actors}}
-    run_simulation(server, client, num_supernodes=method.clients, backend_config=resources)
-    if "error" in outcome:
-        raise outcome["error"]
-    if "scores" not in outcome:
-        raise RuntimeError("Flower's simulation ended before the run did; its log says why")
-    return dict(outcome["scores"])
+    run_simulation(server, app, num_supernodes=clients, backend_config=resources)
+    if errors:
+        raise errors[0]
+    if len(scores) < len(runs):
+        raise RuntimeError("Flower's simulation ended before the runs did; its log says why")
+    return scores
+
+
+app = ClientApp()
+
+
+@app.query()
+@app.train()
+@app.evaluate()
+def handle(message: Message, context: Context) -> Message:
+    """Answer for whichever client this actor is now; the state of all is on the disk."""
+    request, client = request_in(message), int(context.node_config["partition-id"])
+    if request.do == "who":
+        return to_server(Reply({"client": client}), message)
+    return to_server(_site(Path(json.loads(request.settings)["out"]) / SITES, client).answer(request), message)
+
+
+def _here(config: RunConfig) -> RunConfig:
+    """The settings with a run folder that actors find, too."""
+    return config.model_copy(update={"out": str(config.folder.absolute())})
 
 
 @cache

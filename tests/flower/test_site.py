@@ -1,0 +1,183 @@
+"""One site, asked directly: what it does, what it never does again, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import micro
+import pytest
+import torch
+
+from fedalt.config import parse_config
+from fedalt.experiment.members import Bases
+from fedalt.flower.consent import Consent
+from fedalt.flower.requests import Reply, Request
+from fedalt.flower.rows import SiteRows
+from fedalt.flower.site import Site
+from fedalt.flower.wire import pack, unpack
+from fedalt.names import INDIVIDUAL
+
+
+@pytest.fixture(scope="module")
+def bases() -> Bases:
+    return Bases()
+
+
+def asking(do: Any, tmp_path: Path, round_: int = 0, clients: int = 3, **changes: Any) -> Request:
+    values = micro.settings(tmp_path / "server", data__clients=clients, **changes)
+    settings = json.dumps(parse_config(values, "s").model_dump(mode="json"))
+    return Request(do, "run-1", settings, clients, round_)
+
+
+def good(reply: Reply) -> Reply:
+    assert reply.error is None
+    return reply
+
+
+def told(request: Request, upload: bytes, share: float = 1 / 3) -> Request:
+    """A later request whose mean is, for simplicity, this upload."""
+    return replace(request, told=True, share=share, block=upload)
+
+
+def site(tmp_path: Path, bases: Bases, client: int = 1, **named: Any) -> Site:
+    return Site(client, tmp_path / "state", bases, **named)
+
+
+def test_a_round_that_is_done_is_not_trained_again(tmp_path: Path, bases: Bases) -> None:
+    first = good(site(tmp_path, bases).answer(asking("train", tmp_path, 1)))
+    files = micro.tree(tmp_path / "state/run-1/checkpoints")
+    lines: list[str] = []
+    again = good(site(tmp_path, bases, note=lines.append).answer(asking("train", tmp_path, 1)))  # a new process
+    assert again == first
+    assert lines == ["round 1: done before, replied again"]
+    assert micro.tree(tmp_path / "state/run-1/checkpoints") == files
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8"])
+def test_a_site_remembers_what_the_server_received(wire: str, tmp_path: Path, bases: Bases) -> None:
+    mine = site(tmp_path, bases)
+    reply = good(mine.answer(asking("train", tmp_path, 1, flower__wire=wire)))
+    from fedalt.experiment.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(tmp_path / "state/run-1/checkpoints")
+    assert checkpoint is not None
+    state, received = checkpoint.state(1), unpack(reply.block)
+    assert state.sent is not None and state.sent.keys() == received.keys()
+    assert all(torch.equal(value, received[key]) for key, value in state.sent.items())
+    own = {key: value for key, value in state.tensors.items() if key.slot == INDIVIDUAL}
+    assert all(torch.equal(value, received[key]) for key, value in own.items()) == (wire == "fp32")
+
+
+def test_a_request_of_an_earlier_round_changes_nothing(tmp_path: Path, bases: Bases) -> None:
+    mine = site(tmp_path, bases)
+    one = good(mine.answer(asking("train", tmp_path, 1)))
+    good(mine.answer(told(asking("train", tmp_path, 2), one.block)))
+    files = micro.tree(tmp_path / "state/run-1/checkpoints")
+    assert mine.answer(asking("train", tmp_path, 1)).error == "client 1: round 1 is over, round 2 is done"
+    assert "asked for round 1" in (mine.answer(asking("score", tmp_path, 1)).error or "")
+    assert micro.tree(tmp_path / "state/run-1/checkpoints") == files
+
+
+def test_rounds_may_be_missed(tmp_path: Path, bases: Bases) -> None:
+    mine = site(tmp_path, bases)
+    one = good(mine.answer(asking("train", tmp_path, 1)))
+    assert good(mine.answer(told(asking("train", tmp_path, 4), one.block))).body["round"] == 4
+    assert good(mine.answer(asking("join", tmp_path))).body["holds"] == 4
+
+
+def test_uploads_hold_the_shared_factors_and_nothing_else(tmp_path: Path, bases: Bases) -> None:
+    keys = unpack(good(site(tmp_path, bases).answer(asking("train", tmp_path, 1))).block)
+    assert {key.slot for key in keys} == {INDIVIDUAL}
+    assert {key.factor for key in keys} == {"A", "B"}
+
+
+def test_replies_hold_no_row_and_no_answer(tmp_path: Path, bases: Bases) -> None:
+    mine = site(tmp_path, bases)
+    replies = [mine.answer(asking(do, tmp_path, 1)) for do in ("join", "train", "score", "save")]
+    text = " ".join(good(reply).header for reply in replies)
+    rows = [row for count, start in ((micro.TRAIN, 0), (micro.TEST, 100)) for row in micro.rows(1, count, start)]
+    assert not [row["instruction"] for row in rows if row["instruction"] in text]
+    assert (tmp_path / "state/run-1/results/eval_client1_round1.jsonl").is_file(), "answers are at the site"
+    assert "prediction" not in text
+
+
+def test_what_a_site_saved_answers_there(tmp_path: Path, bases: Bases) -> None:
+    mine = site(tmp_path, bases)
+    good(mine.answer(asking("train", tmp_path, 1)))
+    good(mine.answer(asking("save", tmp_path, 1)))
+    done = micro.call("generate", tmp_path / "state/run-1", "--client", "1", "Is 3 more than 1?")
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "clients", "message"),
+    [
+        ({"method": "fedalt_averaged_mixer"}, 3, "would upload this site's mixer"),
+        ({"method": "fedit_split"}, 3, "would upload this site's mixer"),
+        ({"method": "centralized"}, 3, "trains on everybody's rows"),
+        ({}, 2, "hands each one's individual LoRA to the other"),
+        ({"method": "no_such"}, 3, '"no_such" is unknown'),
+        ({"data__clients": 1}, 3, "client 1 is not among clients [0]"),
+    ],
+)
+def test_settings_that_are_refused(
+    changes: dict[str, Any], clients: int, message: str, tmp_path: Path, bases: Bases
+) -> None:
+    request = asking("train", tmp_path, 1, clients, **changes)
+    assert message in (site(tmp_path, bases).answer(request).error or "")
+    assert not list((tmp_path / "state").rglob("*.safetensors"))
+
+
+def test_shared_heads_need_consent(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "data__source": str(micro.labelled_data()),
+        "model__name": str(micro.shared_classifier()),
+        "model__task": "sequence_classification",
+        "model__labels": ["large", "middling", "small"],
+        "federation__heads": "shared",
+    }
+    request, bases = asking("train", tmp_path, 1, **changes), Bases()
+    assert "would upload this site's heads" in (site(tmp_path, bases).answer(request).error or "")
+    agreed = site(tmp_path, bases, consent=Consent(frozenset(("heads",))))
+    assert "head" in {key.slot for key in unpack(good(agreed.answer(request)).block)}
+
+
+def test_two_clients_are_two_if_the_site_agrees(tmp_path: Path, bases: Bases) -> None:
+    good(site(tmp_path, bases, consent=Consent(allow_two=True)).answer(asking("train", tmp_path, 1, 2)))
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "", "a/b", ".hidden", "x\0"])
+def test_a_run_is_a_folder_of_the_state_and_no_other(name: str, tmp_path: Path, bases: Bases) -> None:
+    reply = site(tmp_path, bases).answer(replace(asking("join", tmp_path), run=name))
+    assert "is no name of a folder" in (reply.error or "")
+    assert not (tmp_path / "state").exists() and not (tmp_path / "elsewhere").exists()
+
+
+def test_other_rows_are_another_run(tmp_path: Path, bases: Bases) -> None:
+    good(site(tmp_path, bases).answer(asking("train", tmp_path, 1)))
+    other = micro.data_folder(tmp_path / "other", clients=1, train=5)
+    changed = site(tmp_path, bases, rows=SiteRows(data=str(other)))
+    assert "checkpoint of another run" in (changed.answer(asking("train", tmp_path, 2)).error or "")
+
+
+def test_a_site_with_one_client_of_its_own_is_whatever_client_it_is(tmp_path: Path, bases: Bases) -> None:
+    whole = good(site(tmp_path, bases).answer(asking("train", tmp_path, 1)))
+    alone = tmp_path / "alone"
+    micro.write_rows(alone / "train/local_training_0.json", micro.rows(1, micro.TRAIN), False)
+    micro.write_rows(alone / "test/local_testing_0.jsonl", micro.rows(1, micro.TEST, 100), True)
+    elsewhere = Site(1, tmp_path / "second", bases, SiteRows(data=str(alone)))
+    request = asking("train", tmp_path, 1, data__source="somewhere else")
+    assert good(elsewhere.answer(request)).block == whole.block
+
+
+def test_a_client_whose_loss_is_not_finite_keeps_its_state(tmp_path: Path, bases: Bases) -> None:
+    mine = site(tmp_path, bases)
+    one = good(mine.answer(asking("train", tmp_path, 1)))
+    files = micro.tree(tmp_path / "state/run-1/checkpoints")
+    bad = pack({key: torch.full_like(value, float("inf")) for key, value in unpack(one.block).items()})
+    reply = good(mine.answer(told(asking("train", tmp_path, 2), bad)))
+    assert reply.body["failure"] and reply.block == b"" and reply.body["stats"]["loss"] is None
+    assert micro.tree(tmp_path / "state/run-1/checkpoints") == files

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedalt.errors import UserError
+from fedalt.flower.wire import Wire, pack, unpack
+from fedalt.names import HEAD, INDIVIDUAL, A, B, Key
+
+WIRES: tuple[Wire, ...] = ("fp32", "bf16", "int8")
+
+
+def tensors(seed: int, rows: int = 3, columns: int = 50, size: float = 1.0) -> dict[Key, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        Key("model.layers.0.q", INDIVIDUAL, A): size * torch.randn(rows, columns, generator=draw),
+        Key("model.layers.0.q", INDIVIDUAL, B): torch.randn(columns, rows, generator=draw).T.contiguous().T,
+        Key("classifier", HEAD, "bias"): torch.randn(columns, generator=draw),
+    }
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 9), st.floats(1e-6, 1e6))
+def test_fp32_is_exact_and_int8_is_within_half_a_step_of_its_row(seed: int, rows: int, columns: int, size: float) -> None:
+    sent = tensors(seed, rows, columns, size)
+    exact, short = unpack(pack(sent)), unpack(pack(sent, "int8"))
+    assert exact.keys() == short.keys() == sent.keys()
+    for key, value in sent.items():
+        assert torch.equal(exact[key], value)
+        step = value.reshape(-1, value.shape[-1]).abs().amax(1, keepdim=True) / 127
+        assert ((short[key] - value).reshape(-1, value.shape[-1]).abs() <= 0.5001 * step + 1e-30).all()
+
+
+def test_bf16_is_the_nearest_bf16() -> None:
+    sent = tensors(0)
+    assert all(torch.equal(value, sent[key].bfloat16().float()) for key, value in unpack(pack(sent, "bf16")).items())
+
+
+def test_a_byte_a_number_takes_a_quarter() -> None:
+    sent = {Key("m", INDIVIDUAL, A): torch.randn(8, 4096)}
+    sizes = {wire: len(pack(sent, wire)) / (8 * 4096) for wire in WIRES}
+    assert sizes["fp32"] == pytest.approx(4, rel=0.02)
+    assert sizes["bf16"] == pytest.approx(2, rel=0.02)
+    assert sizes["int8"] == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_zeros_stay_zeros_and_nothing_stays_nothing(wire: Wire) -> None:
+    sent = {Key("m", INDIVIDUAL, A): torch.zeros(2, 3)}
+    assert torch.equal(unpack(pack(sent, wire))[Key("m", INDIVIDUAL, A)], torch.zeros(2, 3))
+    assert unpack(pack({}, wire)) == {}
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8"])
+def test_what_is_not_finite_does_not_become_finite(wire: Wire) -> None:
+    sent = {Key("m", INDIVIDUAL, A): torch.tensor([[1.0, float("nan")], [1.0, 2.0]])}
+    assert not unpack(pack(sent, wire))[Key("m", INDIVIDUAL, A)].isfinite().all()
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-3], lambda d: b"\x00" * 40, lambda d: b"not tensors", lambda d: d[9:]])
+def test_broken_bytes_are_refused(change) -> None:  # noqa: ANN001
+    with pytest.raises(UserError, match="are no tensors"):
+        unpack(change(pack(tensors(1), "int8")))
+
+
+def test_codes_without_their_scale_are_refused() -> None:
+    from safetensors.torch import save
+
+    with pytest.raises(UserError, match="are no tensors"):
+        unpack(save({str(Key("m", INDIVIDUAL, A)): torch.ones(2, 2, dtype=torch.int8)}))
