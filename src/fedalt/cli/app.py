@@ -11,11 +11,13 @@ import typer
 from fedalt.cli import show
 from fedalt.cli.bench import bench
 from fedalt.cli.compare import compare
+from fedalt.cli.deploy import certs, server, site, status
 from fedalt.cli.onboard import onboard
 from fedalt.cli.options import INSIGHT_ROWS, InsightCommand, settings
 from fedalt.cli.partition import partition
 from fedalt.cli.prepare import prepare as prepare_group
 from fedalt.cli.show import print_json, say
+from fedalt.cli.submit import submit
 from fedalt.config import RunConfig, load_config
 from fedalt.errors import UserError
 from fedalt.experiment.folder import IfExists
@@ -34,6 +36,8 @@ app.command()(compare)
 app.add_typer(prepare_group, name="prepare")
 app.command()(onboard)
 app.command()(partition)
+for command in (certs, server, site, submit, status):
+    app.command()(command)
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]

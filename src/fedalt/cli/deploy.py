@@ -1,0 +1,197 @@
+"""``fedalt certs``, ``server``, ``site`` and ``status``: a federation across machines, on Flower."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedalt.cli import show
+from fedalt.cli.show import print_json, say
+from fedalt.config import load_config
+from fedalt.errors import UserError, did_you_mean
+from fedalt.extras import needs
+
+if TYPE_CHECKING:
+    from fedalt.flower.deploy.reach import Connection
+
+NEEDS = "certs, server, site, submit and status"
+SERVER = "127.0.0.1:9092"
+_BUNDLED = ("tinyworld", "digits")
+ServerAt = Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="where fedalt server listens")]
+Ca = Annotated[
+    Path | None, typer.Option("--ca", metavar="FILE", help="ca.crt of fedalt certs; no encryption when not given")
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
+
+
+def certs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder")],
+    sites: Annotated[int, typer.Option("--sites", min=1, help="number of sites, a key each")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option("--host", metavar="NAME", help="name or IP address of the server, besides localhost; repeatable"),
+    ] = None,
+    days: Annotated[int, typer.Option("--days", min=1, help="how long the certificates are valid")] = 365,
+) -> None:
+    """Make a CA, a server certificate and site keys, for a trial of TLS and authentication."""
+    with needs("flower", NEEDS):
+        from fedalt.flower.certs import make_certs
+
+    names = make_certs(folder, sites, host or (), days)
+    say(f"{folder}/ca.crt            for the sites and for those who submit: whom to trust")
+    say(f"{folder}/ca.key            signs other certificates; keep it away from the server, or delete it")
+    say(f"{folder}/server.pem, .key  for the server: {', '.join(names)}; {days} days")
+    say(f"{folder}/keys/client_N     a private key for each of {sites} sites; the server needs client_N.pub only")
+
+
+def server(
+    config_file: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings to check; runs come from fedalt submit")
+    ] = None,
+    address: Annotated[
+        str, typer.Option("--address", metavar="HOST:PORT", help="where to listen; 0.0.0.0 for every interface")
+    ] = SERVER,
+    tls: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls", metavar="DIR", help="certificates and site keys (fedalt certs); plain text when not given"
+        ),
+    ] = None,
+    state: Annotated[
+        Path, typer.Option("--state", metavar="DIR", help="the SuperLink's database; run folders are made here, too")
+    ] = Path("flower-server"),
+) -> None:
+    """Serve a federation: start Flower's SuperLink, let the sites in, show its log until Ctrl-C."""
+    with needs("flower", NEEDS):
+        from fedalt.flower.deploy.address import Address, parse_address
+        from fedalt.flower.deploy.superlink import Server, serve
+
+    if config_file is not None:
+        from fedalt.flower.server_app import checked
+
+        checked(load_config(config_file))
+    asked = Server(parse_address(address, "--address"), tls, state)
+    asked.check()
+    say(f"$ {shlex.join(asked.command())}")
+
+    def ready() -> None:
+        trust = f" --ca {tls}/ca.crt --key {tls}/keys/client_N" if tls else ""
+        for host in asked.hosts:
+            place = Address(host, asked.address.port)
+            say(f"at site N: fedalt site --server {place} --client-id N --data DIR --state DIR{trust}")
+        if not tls:
+            say("note: without --tls nothing is encrypted and anyone who reaches the port can join and submit")
+
+    _leave(serve(asked, _pass_on, ready))
+
+
+def site(
+    client: Annotated[int, typer.Option("--client-id", min=0, help="the client's number, from 0")],
+    state: Annotated[
+        Path,
+        typer.Option(
+            "--state", metavar="DIR", help="private folder of this client: adapters, mixer, optimiser; back it up"
+        ),
+    ],
+    server: ServerAt = SERVER,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DIR", help="this site's rows; the settings' data.source when not given"),
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option("--key", metavar="FILE", help="this site's private key (fedalt certs: keys/client_N)")
+    ] = None,
+    ca: Ca = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="no encryption; the default without --ca")] = False,
+    model: Annotated[str | None, typer.Option("--model", metavar="PATH", help="where the base model is here")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N, instead of the settings'")
+    ] = None,
+    allow_two: Annotated[
+        bool,
+        typer.Option("--allow-two", help="take part even if there is only one other site, which then sees our LoRA"),
+    ] = False,
+    share: Annotated[
+        str | None, typer.Option("--share", metavar="mixer,heads", help="private parts that this site agrees to upload")
+    ] = None,
+) -> None:
+    """Take part as one client: Flower's SuperNode, and a trainer that holds the base model, until Ctrl-C."""
+    with needs("flower", NEEDS):
+        from fedalt.flower.deploy.supervisor import Site, supervise
+
+    if insecure and ca:
+        raise UserError("--insecure and --ca exclude each other")
+    _check_device(device)
+    asked = Site(connection(server, ca), client, state, key, _rows(data), model, device, allow_two, _shared(share))
+    asked.check()
+    say(f"$ {shlex.join(asked.command())}")
+    _leave(supervise(asked, _pass_on))
+
+
+def status(
+    server: ServerAt = SERVER,
+    ca: Ca = None,
+    state: Annotated[
+        Path | None, typer.Option("--state", metavar="DIR", help="on the server's machine: its state folder, for names")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a server's sites and runs."""
+    with needs("flower", NEEDS):
+        from fedalt.flower.deploy.superlink import Names, now
+
+    from fedalt.cli.deploy_tables import node_table, run_table
+
+    nodes, runs = now(connection(server, ca), Names.read(state))
+    if as_json:
+        print_json({"server": server, "sites": nodes, "runs": runs})
+        return
+    show.out.print(node_table(nodes))
+    show.out.print(run_table(runs))
+
+
+def connection(server: str, ca: Path | None) -> Connection:
+    """How to reach a server, from the command line's words."""
+    from fedalt.flower.deploy.address import parse_address
+    from fedalt.flower.deploy.reach import Connection
+    from fedalt.flower.tls import check_ca
+
+    if ca:
+        check_ca(ca)
+    return Connection(parse_address(server, "--server"), ca)
+
+
+def _rows(data: str | None) -> str | None:
+    if data is None or data in _BUNDLED:
+        return data
+    if not Path(data).exists():
+        raise UserError(f"--data {data}: no such folder or file here")
+    return str(Path(data).absolute())
+
+
+def _shared(share: str | None) -> tuple[str, ...]:
+    from fedalt.flower.deploy.supervisor import SHARED
+
+    names = tuple(name.strip() for name in (share or "").split(",") if name.strip())
+    for name in names:
+        if name not in SHARED:
+            raise UserError(f'--share: "{name}" is unknown{did_you_mean(name, SHARED)}; known: {", ".join(SHARED)}')
+    return names
+
+
+def _check_device(device: str | None) -> None:
+    if device is not None:
+        from fedalt.config import parse_config
+
+        parse_config({"model": {"device": device}}, "--device")
+
+
+def _pass_on(line: str) -> None:
+    say(line)
+
+
+def _leave(code: int) -> Any:
+    raise typer.Exit(code)

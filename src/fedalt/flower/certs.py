@@ -1,0 +1,139 @@
+"""Certificates and keys for a trial: a CA, a server certificate, and a key for every site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedalt.errors import UserError
+from fedalt.files import new_folder, write_bytes
+from fedalt.flower.tls import CA, CERTIFICATE, KEY, SITE_KEYS
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_SKEW = timedelta(hours=1)
+"""Certificates count from an hour ago, for sites whose clocks are late."""
+
+
+def make_certs(folder: Path, sites: int, hosts: Sequence[str] = (), days: int = 365) -> list[str]:
+    """Make ``ca.crt``, ``server.pem`` and ``keys/client_<i>`` with their private halves (mode 0600).
+
+    Args:
+        folder: New folder.
+        sites: Number of site keys: ECDSA P-384 in OpenSSH's format, as ``flower-supernode`` reads them.
+        hosts: Names and IP addresses of the server, besides those of loopback.
+        days: How long the certificates are valid.
+
+    Returns:
+        The names that the server certificate is for.
+
+    Raises:
+        UserError: The folder exists, a host is no name, or nothing can be written there.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already; keys are never overwritten, choose another folder")
+    names = list(dict.fromkeys([*LOOPBACK, *hosts]))
+    alternatives = x509.SubjectAlternativeName([_alternative(name) for name in names])
+    until = datetime.now(UTC) + timedelta(days=days)
+    ca_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    ca = _ca(ca_key, until)
+    server = _server(server_key, alternatives, until, ca, ca_key)
+    with new_folder(folder) as inside:
+        write_bytes(inside / CA, ca.public_bytes(Encoding.PEM))
+        _write_private(inside / "ca.key", ca_key, PrivateFormat.PKCS8)
+        write_bytes(inside / CERTIFICATE, server.public_bytes(Encoding.PEM))
+        _write_private(inside / KEY, server_key, PrivateFormat.PKCS8)
+        for site in range(sites):
+            key = ec.generate_private_key(ec.SECP384R1())
+            path = inside / SITE_KEYS / f"client_{site}"
+            _write_private(path, key, PrivateFormat.OpenSSH)
+            public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+            write_bytes(path.with_name(f"{path.name}.pub"), public + b"\n")
+    return names
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(host))
+    except ValueError:
+        pass
+    try:
+        if not host or any(c.isspace() or c in ":/" for c in host):
+            raise ValueError
+        return x509.DNSName(host)
+    except ValueError:
+        raise UserError(f'--host "{host}": write a name or an IP address, without a port') from None
+
+
+def _builder(name: str, key: ec.EllipticCurvePrivateKey, until: datetime) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(name))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(min(datetime.now(UTC), until) - _SKEW)
+        .not_valid_after(until)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _ca(key: ec.EllipticCurvePrivateKey, until: datetime) -> x509.Certificate:
+    return (
+        _builder("fedalt trial CA", key, until)
+        .issuer_name(_name("fedalt trial CA"))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs=True), critical=True)
+        .sign(key, hashes.SHA384())
+    )
+
+
+def _server(
+    key: ec.EllipticCurvePrivateKey,
+    alternatives: x509.SubjectAlternativeName,
+    until: datetime,
+    ca: x509.Certificate,
+    ca_key: ec.EllipticCurvePrivateKey,
+) -> x509.Certificate:
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+    return (
+        _builder("fedalt server", key, until)
+        .issuer_name(ca.subject)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(alternatives, critical=False)
+        .add_extension(issuer, critical=False)
+        .sign(ca_key, hashes.SHA384())
+    )
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _usage(signs: bool) -> x509.KeyUsage:
+    """What a key may sign: certificates, or its own handshakes."""
+    return x509.KeyUsage(
+        digital_signature=not signs,
+        key_cert_sign=signs,
+        crl_sign=signs,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _write_private(path: Path, key: ec.EllipticCurvePrivateKey, form: PrivateFormat) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.touch(mode=0o600)
+    write_bytes(path, key.private_bytes(Encoding.PEM, form, NoEncryption()))

@@ -1,0 +1,12 @@
+"""Starting, watching and asking Flower's own programs.
+
+address.py      host and port, free or not
+reach.py        is a server there, and is it the one that the CA vouches for
+processes.py    programs that end with whoever started them
+lines.py        Flower's log, shortened
+folders.py      state folders that one process at a time may have
+superlink.py    fedalt server: flower-superlink, and the sites' keys
+supervisor.py   fedalt site: flower-supernode and the trainer, kept alive
+control.py      flwr: runs, nodes, keys
+submission.py   fedalt submit: flwr run, and how the run ended
+"""

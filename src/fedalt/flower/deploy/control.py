@@ -1,0 +1,98 @@
+"""Flower's command ``flwr``, with a configuration of its own: runs, nodes, keys."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedalt.errors import UserError
+from fedalt.flower.deploy.lines import shortened
+from fedalt.flower.deploy.processes import flower_environment, program
+from fedalt.flower.deploy.reach import Connection, check_server
+
+NAME = "fedalt"
+"""What the connection is called in ``config.toml``."""
+_TAKEN = "[code: 23]"
+"""Flower's number for a public key that is registered already."""
+
+
+class Control:
+    """Asks a SuperLink through ``flwr … --format json``.
+
+    Args:
+        home: Folder for Flower's configuration.
+        connection: How to reach the SuperLink.
+    """
+
+    def __init__(self, home: Path, connection: Connection) -> None:
+        self.address = connection.address
+        self.environment = flower_environment(home)
+        trust: dict[str, Any] = (
+            {"root-certificates": str(connection.ca.absolute())} if connection.ca else {"insecure": True}
+        )
+        there = {"address": str(connection.address), **trust}
+        (home / "config.toml").write_text(tomli_w.dumps({"superlink": {NAME: there}}), encoding="utf-8")
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Every run, the latest first."""
+        runs: list[dict[str, Any]] = self._ask("list")["runs"]
+        return runs
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Every site that is or may be there."""
+        nodes: list[dict[str, Any]] = self._ask("supernode", "list")["nodes"]
+        return [node for node in nodes if node["status"] not in ("unregistered", "deleted")]
+
+    def register(self, public_key: Path) -> int | None:
+        """Let the owner of a key join; nothing if it may already.
+
+        Returns:
+            The node id.
+        """
+        try:
+            return int(
+                self._ask("supernode", "register", str(public_key), options=("--name", public_key.stem))["node-id"]
+            )
+        except UserError as error:
+            if _TAKEN in str(error):
+                return None
+            raise
+
+    def unregister(self, node: int) -> None:
+        """Never let a node join again."""
+        self._ask("supernode", "unregister", str(node))
+
+    def stop(self, run: str) -> None:
+        """Stop a run."""
+        self._ask("stop", run)
+
+    def _ask(self, *arguments: str, options: tuple[str, ...] = ()) -> dict[str, Any]:
+        command = [program("flwr"), *arguments, NAME, *options, "--format", "json"]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        try:
+            answer: dict[str, Any] = json.loads(done.stdout)
+        except json.JSONDecodeError:
+            answer = {"success": False, "error-message": done.stderr or done.stdout}
+        if not answer["success"]:
+            lines = [line for text in answer["error-message"].splitlines() if (line := shortened(text))]
+            raise UserError(f"{self.address}: {' '.join(lines)}")
+        return answer
+
+
+@contextmanager
+def control(connection: Connection) -> Iterator[Control]:
+    """A ``Control`` for a SuperLink that answers.
+
+    Raises:
+        UserError: It does not, or is not the one that is meant.
+    """
+    check_server(connection)
+    with tempfile.TemporaryDirectory(prefix="fedalt-") as home:
+        yield Control(Path(home), connection)

@@ -1,0 +1,131 @@
+"""A run, handed to a server: Flower's ``flwr run``, its log, and how the run ended."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedalt.config import RunConfig
+from fedalt.errors import UserError
+from fedalt.experiment.folder import IfExists
+from fedalt.flower.deploy.control import NAME, Control, control
+from fedalt.flower.deploy.lines import plain, shortened
+from fedalt.flower.deploy.processes import program
+from fedalt.flower.deploy.reach import Connection
+
+_STARTED = re.compile(r"Successfully started run (\d+)")
+_ERROR = "error: "
+_POLL = 2.0
+_GO_ON = "finished rounds are safe, submit it again with --resume"
+
+
+class RunFailedError(Exception):
+    """A run did not end well, for a reason that is not the user's input; one line says what and how to go on."""
+
+
+def submit(config: RunConfig, connection: Connection, if_exists: IfExists, tell: Callable[[str], None]) -> None:
+    """Hand a run to a server, show its log, and wait for its end.
+
+    Args:
+        config: Settings; the run folder is one of the server's machine.
+        connection: How to reach the server.
+        if_exists: What to do with a run that is there already.
+        tell: Called with every line of the ServerApp.
+
+    Raises:
+        UserError: The server cannot be reached, or says that the input is wrong.
+        RunFailedError: The run failed for another reason, or the server has gone.
+        KeyboardInterrupt: The user has stopped it, here and at the server.
+    """
+    with control(connection) as superlink, tempfile.TemporaryDirectory(prefix="fedalt-app-") as app:
+        write_app(Path(app), config, if_exists)
+        log = _Log(tell)
+        try:
+            _follow(superlink, ["run", app, NAME, "--stream"], log)
+            if log.run is None:
+                raise RunFailedError(f"flwr run could not start the run: {' '.join(log.rest)}")
+            outcome = _outcome(superlink, log.run)
+        except KeyboardInterrupt:
+            if log.run:
+                superlink.stop(log.run)
+            raise
+    if log.error:
+        raise UserError(log.error)
+    if outcome["status"] != "finished:completed":
+        raise RunFailedError(f"run {log.run}: {outcome['status']} ({outcome['status-details']}); {_GO_ON}")
+
+
+def write_app(folder: Path, config: RunConfig, if_exists: IfExists) -> None:
+    """Write the app: nothing but a ``pyproject.toml``, as all code is in the installed package."""
+    run_config = {
+        "settings": json.dumps(config.model_dump(mode="json")),
+        "resume": if_exists == "resume",
+        "overwrite": if_exists == "overwrite",
+    }
+    components = {"serverapp": "fedalt.flower.server_app:app", "clientapp": "fedalt.flower.client_app:app"}
+    flower = {"publisher": "fedalt", "components": components, "config": run_config}
+    about = {"description": "A run of fedalt", "license": "Apache-2.0", "dependencies": list[str]()}
+    app = {"project": {"name": "fedalt-run", "version": "1.0.0", **about}, "tool": {"flwr": {"app": flower}}}
+    (folder / "pyproject.toml").write_text(tomli_w.dumps(app), encoding="utf-8")
+
+
+class _Log:
+    """What ``flwr`` prints, taken apart."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell = tell
+        self.run: str | None = None
+        self.error = ""
+        self.rest: list[str] = []
+
+    def read(self, line: str) -> None:
+        text = plain(line)
+        if started := _STARTED.search(text):
+            self.run = started[1]
+            self.tell(f"flwr run: run {self.run}")
+        elif text.startswith(_ERROR):
+            self.error = text.removeprefix(_ERROR)
+        elif self.run is None:
+            self.rest += [text] if text else []
+        elif not self.error and (short := shortened(line)):
+            self.tell(short)
+
+
+def _follow(superlink: Control, arguments: list[str], log: _Log) -> None:
+    command = [program("flwr"), *arguments]
+    with subprocess.Popen(
+        command,
+        env=superlink.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdout
+            for line in process.stdout:
+                log.read(line)
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+
+
+def _outcome(superlink: Control, run: str) -> dict[str, Any]:
+    """How the run ended; its log may end before it does."""
+    while True:
+        try:
+            [found] = [each for each in superlink.runs() if each["run-id"] == run]
+        except UserError as error:
+            raise RunFailedError(f"{error}; run {run} may have been cut off; {_GO_ON}") from None
+        if found["status"].startswith("finished"):
+            return found
+        time.sleep(_POLL)

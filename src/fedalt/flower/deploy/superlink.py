@@ -1,0 +1,184 @@
+"""The server: Flower's SuperLink, and the keys of the sites that may join."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedalt.errors import UserError, listed
+from fedalt.files import read_json, write_json
+from fedalt.flower.deploy.address import WILDCARDS, Address, check_free
+from fedalt.flower.deploy.control import control
+from fedalt.flower.deploy.folders import locked
+from fedalt.flower.deploy.lines import shortened
+from fedalt.flower.deploy.processes import end, flower_environment, program, start
+from fedalt.flower.deploy.reach import Connection
+from fedalt.flower.deploy.watch import Watch
+from fedalt.flower.tls import CA, CERTIFICATE, KEY, SITE_KEYS, check_server, server_names, site_keys
+
+_UP = "Uvicorn running on"
+_NOTHING = "N/A"
+_AT_A_TIME = 4
+NODES = "nodes.json"
+"""File in a server's state folder: site → its public key and node id."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """What ``fedalt server`` was asked for.
+
+    Attributes:
+        address: Where to listen.
+        tls: Folder with certificates and the sites' public keys; neither encryption nor authentication when not given.
+        state: Folder of the SuperLink's database.
+    """
+
+    address: Address
+    tls: Path | None
+    state: Path
+
+    @property
+    def connection(self) -> Connection:
+        """How this machine reaches it."""
+        return Connection(self.address.local, self.tls and self.tls / CA)
+
+    @property
+    def hosts(self) -> list[str]:
+        """Names under which sites may reach it."""
+        if self.address.host not in WILDCARDS:
+            return [self.address.host]
+        return server_names(self.tls) if self.tls else ["<this machine>"]
+
+    def check(self) -> None:
+        """Check everything that can be checked before anything is started.
+
+        Raises:
+            UserError: The address is taken; a certificate is missing, has expired or is for another host; no site key.
+        """
+        if self.tls:
+            check_server(self.tls, [self.connection.address.host])  # the SuperLink's own processes check it, too
+            site_keys(self.tls)
+        check_free(self.address, "--address")
+
+    def command(self) -> list[str]:
+        """The plain ``flower-superlink`` line."""
+        place = ["--host", self.address.host, "--port", str(self.address.port)]
+        kept = ["--database", str(self.state / "superlink.db"), "--disable-runtime-dependency-installation"]
+        if self.tls is None:
+            return ["flower-superlink", "--insecure", *place, *kept]
+        files = {"--ssl-ca-certfile": CA, "--ssl-certfile": CERTIFICATE, "--ssl-keyfile": KEY}
+        tls = [part for flag, name in files.items() for part in (flag, str(self.tls / name))]
+        return ["flower-superlink", *tls, "--enable-supernode-auth", *place, *kept]
+
+
+def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]) -> int:
+    """Run the SuperLink until this process is asked to end.
+
+    Args:
+        server: What was asked for.
+        tell: Called with every line.
+        ready: Called when sites can join.
+
+    Returns:
+        0, or 1 if the SuperLink ended by itself.
+
+    Raises:
+        UserError: Another server has the state folder, or a key cannot be registered.
+    """
+    name, *arguments = server.command()
+    with locked(server.state, "another server"), Watch() as watch:
+        environment = flower_environment(server.state.absolute() / "flwr")
+        superlink = start([program(name), *arguments], environment, signal.SIGTERM)
+        watch.follow(name, superlink)
+        try:
+            while (happened := watch.next()) and happened.what == "line":
+                if line := shortened(happened.text):
+                    tell(line)
+                if _UP in happened.text:
+                    _let_sites_in(server, tell)
+                    ready()
+        finally:
+            end(superlink)
+    if happened and happened.what == "signal":
+        return 0
+    tell(f"{name} ended with status {superlink.returncode}")
+    return 1
+
+
+@dataclass(frozen=True)
+class Names:
+    """The sites' names by node id, as far as this machine knows them."""
+
+    sites: Mapping[int, str]
+
+    @staticmethod
+    def read(state: Path | None) -> Names:
+        """The names in a server's state folder; none if there is no folder.
+
+        Raises:
+            UserError: There is no such folder.
+        """
+        if state is None:
+            return Names({})
+        if not state.is_dir():
+            raise UserError(f"--state {state}: no such folder here; it is the server's")
+        path = state / NODES
+        known = read_json(path) if path.is_file() else {}
+        return Names({node["node"]: site for site, node in known.items()})
+
+
+def now(connection: Connection, names: Names) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A server's sites and runs.
+
+    Raises:
+        UserError: It cannot be reached.
+    """
+    with control(connection) as superlink:
+        nodes, runs = superlink.nodes(), superlink.runs()
+    return [_site(node, names) for node in nodes], [_run(run) for run in runs]
+
+
+def _site(node: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    since = {"online": "online-at", "offline": "offline-at"}.get(node["status"], "created-at")
+    number = node["node-id"]
+    return {"site": names.sites.get(int(number)), "node": number, "status": node["status"], "since": node[since]}
+
+
+def _run(run: Mapping[str, Any]) -> dict[str, Any]:
+    traffic, details, started = run["network-traffic"], run["status-details"], run["running-at"]
+    return {
+        "run": run["run-id"],
+        "status": run["status"],
+        "details": "" if details == _NOTHING else details,
+        "started": None if started == _NOTHING else started,
+        "seconds": run["elapsed"],
+        "bytes_in": traffic["inbound-bytes"],
+        "bytes_out": traffic["outbound-bytes"],
+    }
+
+
+def _let_sites_in(server: Server, tell: Callable[[str], None]) -> None:
+    """Register the keys in the folder, and no others: one that was taken out may not join again."""
+    if server.tls is None:
+        return
+    path = server.state / NODES
+    known: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
+    keys = site_keys(server.tls)
+    with control(server.connection) as superlink:
+        there = {int(node["node-id"]) for node in superlink.nodes()}
+        known = {site: node for site, node in known.items() if node["node"] in there}
+        for site in [site for site, node in known.items() if keys.get(site) != node["key"]]:
+            superlink.unregister(known.pop(site)["node"])
+            tell(f"flwr supernode unregister: {site} may not join any more")
+        fresh = sorted(keys.keys() - known.keys())
+        files = [server.tls / SITE_KEYS / f"{site}.pub" for site in fresh]
+        with ThreadPoolExecutor(_AT_A_TIME) as several:
+            for site, node in zip(fresh, several.map(superlink.register, files), strict=True):
+                if node is not None:
+                    known[site] = {"key": keys[site], "node": node}
+    write_json(path, known)
+    tell(f"flwr supernode register: {len(fresh)} new keys; may join: {listed(sorted(keys))}")

@@ -1,0 +1,212 @@
+"""A site: Flower's SuperNode and the trainer that holds the base model, kept alive and ended together."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedalt.errors import UserError
+from fedalt.flower.deploy.address import free_port
+from fedalt.flower.deploy.folders import claim_site, locked
+from fedalt.flower.deploy.lines import plain, shortened
+from fedalt.flower.deploy.processes import end, flower_environment, program, start
+from fedalt.flower.deploy.reach import Connection, UnreachableError, check_server
+from fedalt.flower.deploy.watch import Happened, Watch
+from fedalt.flower.tls import check_ca, check_site_key
+
+SHARED = ("mixer", "heads")
+"""Parts that leave a site only if it says so."""
+_TRAINER, _NODE = "trainer", "flower-supernode"
+_REFUSED, _JOINED = "Failed to activate SuperNode", "SuperNode ID:"
+_DEATHS, _WITHIN = 5, 60.0
+_PAUSE, _NODE_PAUSE = 1.0, 3.0
+_GRACE, _GRACE_AFTER_KILL = 20.0, 90.0
+"""Seconds to go on asking a server that refuses: it may be registering keys, or still count a killed site as online."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What ``fedalt site`` was asked for.
+
+    Attributes:
+        connection: How to reach the server.
+        client: The client's number, from 0.
+        state: Folder of everything that is private to the client.
+        key: Its private key.
+        data: Where its rows are; as the run's settings say when not given.
+        model: Another place of the base model.
+        device: Another device than the settings'.
+        allow_two: Whether to take part in a federation of two.
+        share: Private parts that it lets the server have.
+    """
+
+    connection: Connection
+    client: int
+    state: Path
+    key: Path | None = None
+    data: str | None = None
+    model: str | None = None
+    device: str | None = None
+    allow_two: bool = False
+    share: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Check the files.
+
+        Raises:
+            UserError: One is missing, broken or expired; or they do not go together.
+        """
+        if self.key and not self.connection.ca:
+            raise UserError("--key needs --ca FILE: Flower checks a site's key over TLS only")
+        if self.connection.ca:
+            check_ca(self.connection.ca)
+        if self.key:
+            check_site_key(self.key)
+        if any(c in "\"\\'\n" for c in str(self.state)):
+            raise UserError(f"--state {self.state}: Flower takes no path with quotation marks or backslashes")
+
+    def settings(self) -> dict[str, object]:
+        """The content of ``site.json``, for the trainer."""
+        names = ("client", "data", "model", "device", "allow_two")
+        return {**{name: getattr(self, name) for name in names}, "share": list(self.share)}
+
+    def command(self) -> list[str]:
+        """The plain ``flower-supernode`` line, but for its own port."""
+        trust = ["--root-certificates", str(self.connection.ca)] if self.connection.ca else ["--insecure"]
+        key = ["--auth-supernode-private-key", str(self.key)] if self.key else []
+        config = f'client-id={self.client} state="{self.state.absolute()}"'
+        return [_NODE, *trust, *key, "--superlink", str(self.connection.address), "--node-config", config]
+
+
+def supervise(site: Site, tell: Callable[[str], None]) -> int:
+    """Run a site until this process is asked to end, or cannot go on.
+
+    Returns:
+        0, or 1 if the SuperNode ended by itself.
+
+    Raises:
+        UserError: The state folder is taken or another client's; the server is another or refuses; the trainer dies
+            again and again.
+    """
+    with locked(site.state, "another fedalt site"), Watch() as watch:
+        claim_site(site.state, site.settings())
+        return _Supervisor(site, tell, watch).run()
+
+
+class _Supervisor:
+    def __init__(self, site: Site, tell: Callable[[str], None], watch: Watch) -> None:
+        self.site, self.tell, self.watch = site, tell, watch
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.deaths: deque[float] = deque(maxlen=_DEATHS)
+        self.refused = False
+        self.refused_since: float | None = None
+        self.last = {_TRAINER: "", _NODE: ""}
+        self.online = site.state / "online"
+        """A file that is there from joining to leaving; left by a kill."""
+
+    def run(self) -> int:
+        if not self._wait_for_server():
+            return 0
+        self.grace = _GRACE_AFTER_KILL if self.online.exists() else _GRACE
+        try:
+            self._start_trainer()
+            self._start_node()
+            while (happened := self.watch.next()) and happened.what != "signal":
+                if happened.what == "line":
+                    self._read(happened)
+                elif happened.name == _TRAINER:
+                    self._trainer_died()
+                elif not self._node_may_retry():
+                    return 1
+            return 0
+        finally:
+            node, trainer = self.processes.get(_NODE), self.processes.get(_TRAINER)
+            end(*(process for process in (node, trainer) if process))
+            if node and node.returncode in (0, -signal.SIGTERM):
+                self.online.unlink(missing_ok=True)
+
+    def _wait_for_server(self) -> bool:
+        """Wait for a server to answer; false if asked to end before."""
+        told = False
+        while True:
+            try:
+                check_server(self.site.connection)
+                return True
+            except UnreachableError as error:
+                if not told:
+                    self.tell(f"{error}; waiting for it")
+                    told = True
+            happened = self.watch.next(_PAUSE)
+            if happened and happened.what == "signal":
+                return False
+
+    def _start_trainer(self) -> None:
+        command = [sys.executable, "-P", "-m", "fedalt.flower.trainer", str(self.site.state.absolute())]
+        self._start(_TRAINER, command, signal.SIGKILL)
+
+    def _start_node(self) -> None:
+        name, *arguments = self.site.command()
+        self._start(
+            name, [program(name), *arguments, "--host", "127.0.0.1", "--port", str(free_port())], signal.SIGTERM
+        )
+
+    def _start(self, name: str, command: list[str], on_death: signal.Signals) -> None:
+        environment = flower_environment(self.site.state.absolute() / "flwr")
+        process = start(command, environment, on_death, stdin=subprocess.PIPE)
+        self.processes[name] = process
+        self.watch.follow(name, process)
+
+    def _read(self, happened: Happened) -> None:
+        if _REFUSED in happened.text:
+            self.refused = True
+        if _JOINED in happened.text:
+            self.online.touch()
+            self.refused_since = None
+        line = shortened(happened.text) if happened.name == _NODE else plain(happened.text)
+        if line and not self.refused:
+            self.last[happened.name] = line
+            self.tell(f"{happened.name}: {line}")
+
+    def _trainer_died(self) -> None:
+        now, status = time.monotonic(), self.processes[_TRAINER].returncode
+        why = f"(signal {-status})" if status < 0 else f"with status {status}"
+        last = self.last[_TRAINER]
+        self.deaths.append(now)
+        if len(self.deaths) == _DEATHS and now - self.deaths[0] < _WITHIN:
+            raise UserError(
+                f"the trainer ended {_DEATHS} times within a minute, last {why}: {last or 'it said nothing'}"
+            )
+        self.tell(f"trainer: ended {why}; starting it again")
+        time.sleep(_PAUSE)
+        self._start_trainer()
+
+    def _node_may_retry(self) -> bool:
+        """Whether the SuperNode was refused and is tried again."""
+        if not self.refused:
+            self.tell(f"{_NODE} ended with status {self.processes[_NODE].returncode}")
+            return False
+        now = time.monotonic()
+        if self.refused_since is None:
+            self.refused_since = now
+            self.tell(f"the server refuses this site; trying again for up to {self.grace:.0f} s")
+        if now - self.refused_since > self.grace:
+            raise UserError(self._why_refused())
+        time.sleep(_NODE_PAUSE)
+        self.refused = False
+        self._start_node()
+        return True
+
+    def _why_refused(self) -> str:
+        address, key = self.site.connection.address, self.site.key
+        if key is None:
+            return f"{address}: the server lets in only sites whose key it knows; --key FILE names this site's"
+        return (
+            f"{address}: the server does not let {key} in: its public half is not registered there "
+            f"(fedalt server --tls DIR registers DIR/keys/*.pub), or another site uses it now"
+        )
