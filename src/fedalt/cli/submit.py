@@ -70,7 +70,7 @@ def _simulate(config: RunConfig, if_exists: IfExists) -> None:
     from fedalt.flower.simulate import simulate
 
     with show.live(config.federation.rounds) as progress:
-        simulate(config, if_exists, progress)
+        simulate([config], if_exists, progress)
 
 
 def _log(as_json: bool) -> Callable[[str], None]:
