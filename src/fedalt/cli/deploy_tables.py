@@ -33,13 +33,14 @@ def node_table(nodes: Sequence[Mapping[str, Any]]) -> Table:
 def run_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     """Runs, the latest first."""
     table = Table(title="runs", title_justify="left")
-    for name in ("run id", "status", "details", "started"):
-        table.add_column(name)
-    for name in ("seconds", "MB in", "MB out"):
-        table.add_column(name, justify="right")
+    for name in ("run id", "status", "started"):
+        table.add_column(name, overflow="fold")
+    table.add_column("seconds", justify="right")
     for run in runs:
-        numbers = (f"{run['seconds']:.0f}", f"{run['bytes_in'] / 1e6:.2f}", f"{run['bytes_out'] / 1e6:.2f}")
-        table.add_row(run["run"], _coloured(run["status"]), Text(run["details"]), run["started"] or "", *numbers)
+        ended = _coloured(run["status"])
+        if run["details"]:
+            ended.append(f"\n{run['details']}", style="default")
+        table.add_row(run["run"], ended, run["started"] or "", f"{run['seconds']:.0f}")
     if not runs:
         table.caption = "none"
     return table

@@ -6,7 +6,7 @@ import re
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"^(?:\S+Z )?(INFO|WARNING|ERROR|DEBUG) ?:? *(?:\[uvicorn\.\w+\] )?")
-_ID = re.compile(r" \(ID: [0-9a-f]+\)")
+_LONG = re.compile(r" \(ID: [0-9a-f]+\)|^\[/v1[^]]*\]\[ApiError:\d+\] | with public key: b'[^']*'")
 _NOISE = re.compile(
     r'^$|"(GET|POST) /|^(Started|Finished) server process|[Aa]pplication (startup|shutdown)|^FastAPI lifespan'
     r"|^SuperLinkLifespan"
@@ -26,4 +26,4 @@ def plain(line: str) -> str:
 def shortened(line: str) -> str | None:
     """What to show of a line of Flower's log, or nothing."""
     text = plain(line)
-    return None if _NOISE.search(text) else _ID.sub("", text)
+    return None if _NOISE.search(text) else _LONG.sub("", text)

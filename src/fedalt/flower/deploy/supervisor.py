@@ -26,7 +26,7 @@ _TRAINER, _NODE = "trainer", "flower-supernode"
 _REFUSED, _JOINED = "Failed to activate SuperNode", "SuperNode ID:"
 _DEATHS, _WITHIN = 5, 60.0
 _PAUSE, _NODE_PAUSE = 1.0, 3.0
-_GRACE, _GRACE_AFTER_KILL = 20.0, 90.0
+_GRACE, _GRACE_AFTER_KILL = 45.0, 90.0
 """Seconds to go on asking a server that refuses: it may be registering keys, or still count a killed site as online."""
 
 
@@ -169,7 +169,7 @@ class _Supervisor:
             self.online.touch()
             self.refused_since = None
         line = shortened(happened.text) if happened.name == _NODE else plain(happened.text)
-        if line and not self.refused:
+        if line and self.refused_since is None:
             self.last[happened.name] = line
             self.tell(f"{happened.name}: {line}")
 
@@ -194,7 +194,10 @@ class _Supervisor:
         now = time.monotonic()
         if self.refused_since is None:
             self.refused_since = now
-            self.tell(f"the server refuses this site; trying again for up to {self.grace:.0f} s")
+            self.tell(
+                f"the server does not let this site in: it does not know its key, is still registering keys, or counts "
+                f"a killed site as online for another minute; trying again for {self.grace:.0f} s"
+            )
         if now - self.refused_since > self.grace:
             raise UserError(self._why_refused())
         time.sleep(_NODE_PAUSE)

@@ -11,6 +11,8 @@ from types import FrameType
 from typing import Any, Literal
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
+_LAST_WORDS = 2.0
+"""Seconds to wait for a process's last lines when it has ended."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Watch:
 
     def follow(self, name: str, process: subprocess.Popen[str]) -> None:
         """Report a process's lines and its end."""
-        Thread(target=self._read, args=(name, process), daemon=True).start()
+        reader = Thread(target=self._read, args=(name, process), daemon=True)
+        reader.start()
+        Thread(target=self._wait, args=(name, process, reader), daemon=True).start()
 
     def next(self, seconds: float | None = None) -> Happened | None:
         """The next thing, or nothing if nothing happens for so long."""
@@ -58,7 +62,11 @@ class Watch:
         assert process.stdout
         for line in process.stdout:
             self._queue.put(Happened("line", name, line))
+
+    def _wait(self, name: str, process: subprocess.Popen[str], reader: Thread) -> None:
+        """A process's own children may hold its output open, and end only when it is no zombie any more."""
         process.wait()
+        reader.join(_LAST_WORDS)
         self._queue.put(Happened("end", name))
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
