@@ -122,7 +122,7 @@ def test_a_site_that_is_away_for_two_rounds_is_left_out_and_comes_back(tmp_path:
             "lost" if client == 2 and request.do == "train" and request.round in (2, 3) else None
         )
 
-    grid, events = run(tmp_path, bases, arrange, federation__rounds=4, **LATE)
+    _, events = run(tmp_path, bases, arrange, federation__rounds=4, **LATE)
     assert list(failures(events)) == [(n, 2, "no answer within 1.5 s") for n in (2, 3)]
     trained = {n: [e["client"] for e in events if e["event"] == "client" and e["round"] == n] for n in (1, 2, 3, 4)}
     assert trained == {1: [0, 1, 2], 2: [0, 1], 3: [0, 1], 4: [0, 1, 2]}
@@ -148,7 +148,7 @@ def test_a_late_upload_is_not_taken_out_of_a_mean_that_it_is_not_in(tmp_path: Pa
 def test_late_rows_are_exact_after_the_server_was_resumed(tmp_path: Path, bases: Bases) -> None:
     """What a site holds is asked anew: the server that comes back knows it from the site alone."""
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def arrange(grid: LocalGrid) -> None:
@@ -156,9 +156,9 @@ def test_late_rows_are_exact_after_the_server_was_resumed(tmp_path: Path, bases:
 
     def sink(event: dict[str, Any]) -> None:
         if event["event"] == "round_started" and event["round"] == 3:
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(tmp_path, bases, arrange, sink=sink, **LATE)
     grid, _ = run(tmp_path, bases, if_exists="resume", **LATE)
     told = next(r for c, r in grid.seen if c == 2 and r.do == "train" and r.round == 3)
@@ -170,14 +170,14 @@ def test_late_rows_are_exact_after_the_server_was_resumed(tmp_path: Path, bases:
 def test_a_server_that_ended_inside_a_round_is_resumed_without_a_trace(
     moment: str, tmp_path: Path, bases: Bases, undisturbed: dict[str, torch.Tensor]
 ) -> None:
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def sink(event: dict[str, Any]) -> None:
         if event["event"] == moment and event["round"] == (3 if moment == "evaluated" else 2):
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(tmp_path, bases, sink=sink)
     grid, _ = run(tmp_path, bases, if_exists="resume")
     if moment == "round":
@@ -291,7 +291,7 @@ def test_a_site_that_comes_later_joins_the_next_round(tmp_path: Path, bases: Bas
 
         grid.fault = come
 
-    grid, events = run(tmp_path, bases, arrange, **LATE)
+    _, events = run(tmp_path, bases, arrange, **LATE)
     assert [e["client"] for e in events if e["event"] == "client" and e["round"] == 1] == [0, 1]
     assert [e["client"] for e in events if e["event"] == "client" and e["round"] == 3] == [0, 1, 2]
     assert (1, 2, "no answer within 1.5 s") in list(failures(events))
