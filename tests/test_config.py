@@ -210,6 +210,9 @@ WRONG: list[tuple[str, Any]] = [
     ("federation.staleness_decay", 2),
     ("federation.executor", "threads"),
     ("federation.cohort", 0),
+    ("federation.devices", []),
+    ("federation.devices", "cpu,"),
+    ("federation.devices", ["gpu"]),
     ("evaluation.every", 0),
     ("evaluation.num_beams", 0),
     ("evaluation.max_new_tokens", 0),
@@ -232,6 +235,11 @@ def test_a_value_that_is_not_allowed_is_named_with_its_key(key: str, value: Any)
     line = complaint(nested(key, value))
     assert len(line.splitlines()) == 1
     assert line.startswith(f'x.yaml: "{key}')
+
+
+@pytest.mark.parametrize("devices", ["cuda:0, cpu", ["cuda:0", "cpu"]])
+def test_devices_may_stand_in_one_word(devices: Any) -> None:
+    assert parse_config(nested("federation.devices", devices), "x").federation.devices == ("cuda:0", "cpu")
 
 
 def test_final_scores_are_those_after_aggregation() -> None:

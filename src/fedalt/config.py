@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from fedalt.data.options import DataConfig
 from fedalt.errors import UserError, did_you_mean
@@ -27,6 +27,14 @@ Task = Literal["causal_lm", "sequence_classification", "image_classification"]
 Metric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "option_accuracy", "accuracy", "macro_f1"]
 
 
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+
+def _names(value: Any) -> Any:
+    """A command line has ``cuda:0,cuda:1``."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
 class ModelConfig(Section):
     """The frozen base model, and what is asked of it."""
 
@@ -44,7 +52,7 @@ class ModelConfig(Section):
         "own", description="what a head sees of a row: what the model's own does, or the mean of all tokens' states"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen base")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     load_in: Literal["8bit", "4bit"] | None = Field(None, description="bitsandbytes quantisation (paper: 8bit)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
 
@@ -103,6 +111,12 @@ class FederationConfig(Section):
     )
     cohort: int | None = Field(
         None, ge=1, description="clients on the model at a time; by rows' length and free memory when not given"
+    )
+    devices: Annotated[tuple[Device, ...], BeforeValidator(_names)] | None = Field(
+        None,
+        min_length=1,
+        description="devices of this machine that share the cohorts of a round, for example cuda:0,cuda:1, each with a "
+        "base of its own; the one of model.device when not given",
     )
 
 

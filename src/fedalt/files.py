@@ -15,7 +15,7 @@ from fedalt.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _filling: set[Path] = set()
-"""Temporary folders of ``new_folder`` that nobody has the name of yet."""
+"""Folders whose files need not be durable one by one."""
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically and durably, readable like any other (mode 0644 less the umask).
 
-    In a folder that ``new_folder`` is filling a file is as good as the folder, which is made durable once, at its end.
+    In a folder that is being filled (``filling``) a file is as good as the folder, and simply written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
@@ -82,20 +82,41 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Files of this folder are made durable together by whoever will give it its name, or by nobody."""
+    _filling.add(folder)
+    try:
+        yield
+    finally:
+        _filling.remove(folder)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A new folder for what is needed until the block ends."""
+    shutil.rmtree(path, ignore_errors=True)
+    with disk_errors(path):
+        path.mkdir(parents=True)
+        try:
+            with filling(path):
+                yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a folder under a temporary name; it is made durable and renamed, in one step, when the block ends well."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with disk_errors(path):
         temporary.mkdir(parents=True)
-        _filling.add(temporary)
         try:
-            yield temporary
+            with filling(temporary):
+                yield temporary
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        finally:
-            _filling.remove(temporary)
         for inside in sorted(temporary.rglob("*")):
             sync(inside)
         sync(temporary)

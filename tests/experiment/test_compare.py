@@ -14,7 +14,7 @@ from fedalt.cli.compare_tables import compare_table
 from fedalt.config import RunConfig, parse_config
 from fedalt.errors import UserError
 from fedalt.experiment import compare as comparing
-from fedalt.experiment import jobs as in_jobs
+from fedalt.experiment import processes
 from fedalt.experiment.compare import collect, compare, plan
 from fedalt.experiment.statistics import half_width, paired
 from fedalt.experiment.sweep import Point, parse_axis, points, sweep
@@ -241,8 +241,12 @@ def test_an_error_in_a_job_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "error", "line"),
     [
-        ("import os; os.kill(os.getpid(), 9)", UserError, r"job 0 was killed \(signal 9\).*--resume"),
-        ("raise SystemExit(3)", RuntimeError, "job 0 ended with status 3"),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            UserError,
+            r"--jobs: job 0 \(local seed 0\) was killed \(signal 9\).*--resume",
+        ),
+        ("raise SystemExit(3)", RuntimeError, r"job 0 \(local seed 0\) ended with status 3"),
     ],
 )
 def test_a_job_that_dies(
@@ -250,7 +254,7 @@ def test_a_job_that_dies(
 ) -> None:
     import sys
 
-    monkeypatch.setattr(in_jobs, "_COMMAND", (sys.executable, "-c", code))
+    monkeypatch.setattr(processes, "_COMMAND", (sys.executable, "-c", code))
     with pytest.raises(error, match=line):
         compare(config(), ["local"], (0,), tmp_path / "out", "ask", quiet, jobs=2)
 

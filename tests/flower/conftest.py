@@ -6,4 +6,6 @@ from flwr.supercore.task_identity import TaskIdentity
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # what Flower's processes set before an app is called
+TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = (
+    1  # what Flower's processes set before an app is called
+)

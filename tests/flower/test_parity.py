@@ -1,4 +1,4 @@
-"""The same settings on one machine and across sites give the same adapters and the same run folder, for every method."""
+"""The same settings on one machine and across sites give the same adapters and the same run folder, by any method."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import micro
 import pytest
-from flower.grid import LocalGrid
 
+import micro
 from fedalt.config import parse_config
 from fedalt.experiment.members import Bases
-from fedalt.flower.server_app import serve
 from fedalt.flower.consent import Consent
+from fedalt.flower.server_app import serve
 from fedalt.methods.registry import METHODS
+from flower.grid import LocalGrid
 
 METHODS_HERE = [name for name, method in METHODS.items() if not method.pooled]
 VARIANTS_HERE = ["fedalt_stack", "fedalt_clusters", "fedalt_row_update", "fedalt_averaged_mixer"]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +25,9 @@ def tensors(seed: int, rows: int = 3, columns: int = 50, size: float = 1.0) -> d
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 9), st.floats(1e-6, 1e6))
-def test_fp32_is_exact_and_int8_is_within_half_a_step_of_its_row(seed: int, rows: int, columns: int, size: float) -> None:
+def test_fp32_is_exact_and_int8_is_within_half_a_step_of_its_row(
+    seed: int, rows: int, columns: int, size: float
+) -> None:
     sent = tensors(seed, rows, columns, size)
     exact, short = unpack(pack(sent)), unpack(pack(sent, "int8"))
     assert exact.keys() == short.keys() == sent.keys()
@@ -59,8 +63,10 @@ def test_what_is_not_finite_does_not_become_finite(wire: Wire) -> None:
     assert not unpack(pack(sent, wire))[Key("m", INDIVIDUAL, A)].isfinite().all()
 
 
-@pytest.mark.parametrize("change", [lambda d: d[:-3], lambda d: b"\x00" * 40, lambda d: b"not tensors", lambda d: d[9:]])
-def test_broken_bytes_are_refused(change) -> None:  # noqa: ANN001
+@pytest.mark.parametrize(
+    "change", [lambda d: d[:-3], lambda d: b"\x00" * 40, lambda d: b"not tensors", lambda d: d[9:]]
+)
+def test_broken_bytes_are_refused(change: Any) -> None:
     with pytest.raises(UserError, match="are no tensors"):
         unpack(change(pack(tensors(1), "int8")))
 

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 from fedalt.config import ModelConfig
 from fedalt.errors import UserError
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.base import fingerprint, load_base
+from fedalt.model.base import fingerprint, load_base, resolve_device
 from micro import (
     EOS,
     PAD,
@@ -284,6 +284,16 @@ def test_saved_adapters_refuse_another_base(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ devices, quantisation
+
+
+def test_a_gpu_beyond_the_last_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [resolve_device(name) for name in ("cuda", "cuda:0", "cuda:1", "auto", "cpu")] == [
+        "cuda", "cuda:0", "cuda:1", "cuda", "cpu",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"^federation.devices: there is no cuda:7 .*, the last GPU is cuda:1$"):
+        resolve_device("cuda:7", "federation.devices")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

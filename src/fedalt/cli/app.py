@@ -51,11 +51,13 @@ def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
     from fedalt.experiment.engine import run as train
     from fedalt.experiment.folder import check_folder, claim_folder
     from fedalt.experiment.prepare import prepare
+    from fedalt.experiment.workers import check_devices
     from fedalt.report.html import write_report
     from fedalt.report.insights import look
     from fedalt.report.trackers import check_trackers, tracked
 
     check_trackers(config.report.trackers)
+    check_devices(config)
     check_folder(config.folder, if_exists)
     experiment = prepare(config)
     folder = claim_folder(config.folder, if_exists)
@@ -180,10 +182,12 @@ def validate(
     """Check everything that can be checked before the first step, and estimate memory and time."""
     from fedalt.experiment.estimate import estimate, row_table
     from fedalt.experiment.prepare import prepare
+    from fedalt.experiment.workers import check_devices
     from fedalt.report.trackers import check_trackers
 
     config = load_config(config_file)
     check_trackers(config.report.trackers)
+    check_devices(config)
     experiment = prepare(config)
     rows, cost = row_table(experiment), estimate(experiment)
     if as_json:

@@ -27,6 +27,7 @@ _OPTIONS: dict[str, tuple[str, type, tuple[str, ...]]] = {
     "lr": ("training.lr", float, ("--lr",)),
     "rank": ("lora.r", int, ("--rank",)),
     "seed": ("seed", int, ("--seed",)),
+    "devices": ("federation.devices", str, ("--devices",)),
     "out": ("out", str, ("--out", "--result_dir")),
 }
 """Parameter → config key, type, flags (the second one is the official README's)."""

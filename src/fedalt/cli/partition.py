@@ -13,7 +13,7 @@ from fedalt.cli.show import print_json, say
 from fedalt.config import RunConfig
 
 
-@settings("model", "method", "rounds", "local_epochs", "lr", "rank", "out", starts=False)
+@settings("model", "method", "rounds", "local_epochs", "lr", "rank", "out", "devices", starts=False)
 def partition(
     config: RunConfig,
     out: Annotated[

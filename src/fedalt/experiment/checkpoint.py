@@ -20,13 +20,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
-
 from fedalt.errors import UserError
 from fedalt.federation.server import Server, Upload
-from fedalt.files import link, new_folder, write_bytes, write_json
-from fedalt.model.state import ClientState, load_state, save_state
-from fedalt.names import Key, Tensors
+from fedalt.files import link, new_folder, write_json
+from fedalt.model.state import ClientState, load_state, load_tensors, save_state, save_tensors
+from fedalt.names import Tensors
 
 STATES, UPLOADS, SERVER = "clients", "uploads", "server.safetensors"
 
@@ -61,7 +59,7 @@ class Checkpoint:
 
     def upload(self, client: int) -> Tensors:
         """A client's upload, as the server received it."""
-        return _tensors(self._file(UPLOADS, client))
+        return load_tensors(self._file(UPLOADS, client))
 
     def restore(self, server: Server) -> None:
         """Put the server back to where it was."""
@@ -76,8 +74,7 @@ class Checkpoint:
     def put_upload(self, client: int, upload: Tensors) -> None:
         """Write what a client sent, if it sent anything."""
         if upload:
-            tensors = {str(key): value.contiguous() for key, value in upload.items()}
-            write_bytes(self._file(UPLOADS, client), save(tensors))
+            save_tensors(upload, self._file(UPLOADS, client))
 
     def keep(self, previous: Checkpoint, states: Collection[int] = (), uploads: Collection[int] = ()) -> None:
         """Link what has not changed since the round before."""
@@ -92,7 +89,7 @@ class Checkpoint:
         header = {"run": run, "round": self.round, "cohort": self.cohort, "clients": sorted(self.clients)}
         header |= {"seen": {str(client): round_ for client, round_ in self.seen.items()}}
         if self.memory:
-            write_bytes(self.path / SERVER, save({str(key): value.contiguous() for key, value in self.memory.items()}))
+            save_tensors(self.memory, self.path / SERVER)
         write_json(self.path / "manifest.json", header | {"uploads": uploads, "best": self.best})
 
     def _file(self, part: str, client: int) -> Path:
@@ -143,7 +140,7 @@ def load_checkpoint(folder: Path, run: str | None = None) -> Checkpoint | None:
         uploads = {int(client): Upload(**known) for client, known in manifest["uploads"].items()}
         known = set(manifest["clients"])
         seen = {int(client): round_ for client, round_ in manifest["seen"].items()}
-        memory = _tensors(path / SERVER) if (path / SERVER).is_file() else {}
+        memory = load_tensors(path / SERVER) if (path / SERVER).is_file() else {}
         best, cohort = manifest["best"], manifest["cohort"]
         checkpoint = Checkpoint(path, manifest["round"], known, uploads, best, cohort, seen, memory)
         for client in checkpoint.clients:
@@ -159,10 +156,6 @@ def load_checkpoint(folder: Path, run: str | None = None) -> Checkpoint | None:
             f"{path}: checkpoint of another run (other settings, base weights or rows); nothing was changed"
         )
     return checkpoint
-
-
-def _tensors(path: Path) -> Tensors:
-    return {Key.parse(name): value for name, value in load_file(path).items()}
 
 
 def _rounds(folder: Path) -> list[Path]:

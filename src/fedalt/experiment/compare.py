@@ -15,6 +15,7 @@ from fedalt.experiment.jobs import train_in_jobs
 from fedalt.experiment.members import Bases, Budget, Member, train
 from fedalt.experiment.statistics import against, half_width
 from fedalt.experiment.tables import write_comparison
+from fedalt.experiment.workers import check_devices
 from fedalt.methods.registry import METHODS, configured, title_of
 
 LOCAL = "local"
@@ -68,6 +69,7 @@ def plan(
     """
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
     _check_lists(methods, seeds)
+    check_devices(config)
     configs = {name: configured(config, name) for name in methods}
     members = []
     for seed in seeds:

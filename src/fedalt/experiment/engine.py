@@ -8,18 +8,22 @@ from typing import Any
 from fedalt.errors import UserError
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, prune, run_id
 from fedalt.experiment.crew import Crew, Facts
+from fedalt.experiment.devices import Devices
 from fedalt.experiment.events import EventLog, Sink
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.loop import Loop
 from fedalt.experiment.machine import commit, versions
 from fedalt.experiment.prepare import Experiment
 from fedalt.experiment.residents import Residents
+from fedalt.experiment.workers import started
 from fedalt.federation.server import Server
 from fedalt.files import write_json
 
 _FREE = {"out", "report"}
 """Settings that may differ when a run is resumed; rounds may be raised, unless the method plans by them, and the cohort
-may change, too."""
+and the devices may change, too."""
+
+_MEMORY = "peak memory is that of the process that aggregates; the worker on each device holds a base besides"
 
 
 def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: None) -> dict[str, Any]:
@@ -31,13 +35,18 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
     Raises:
         UserError: The folder holds another run, or one that has gone further; the disk is full; every client failed.
     """
-    facts = experiment.facts
+    facts, config = experiment.facts, experiment.config
     run_, checkpoint = find_checkpoint(facts, folder)
-    cohort = experiment.config.federation.cohort or (checkpoint.cohort if checkpoint else experiment.fitting_cohort)
-    experiment = experiment.with_cohort(cohort)
     log = EventLog(folder.events, sink)
-    crew = Residents(experiment, folder, log)
-    return go(start(replace(facts, config=experiment.config), crew, folder, log, run_, checkpoint, cohort))
+    with started(experiment, folder) as workers:
+        size = config.federation.cohort or (checkpoint.cohort if checkpoint else (workers or experiment).fitting_cohort)
+        experiment = experiment.with_cohort(size)
+        here = Residents(experiment, folder, log)
+        crew = Devices(here, workers) if workers else here
+        loop = start(replace(facts, config=experiment.config), crew, folder, log, run_, checkpoint, size)
+        if workers:
+            log.emit("note", round=loop.checkpoint.round, text=_MEMORY)
+        return go(loop)
 
 
 def go(loop: Loop) -> dict[str, Any]:
@@ -55,7 +64,7 @@ def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | 
     """
     config = facts.config
     frozen_settings = config.model_dump(mode="json", exclude={*_FREE, "federation"})
-    free = {"cohort"} if facts.method.foresees else {"rounds", "cohort"}
+    free = {"cohort", "devices"} | (set() if facts.method.foresees else {"rounds"})
     frozen_settings["federation"] = config.federation.model_dump(mode="json", exclude=free)
     run_ = run_id(frozen_settings, facts.base, facts.rows)
     checkpoint = load_checkpoint(folder.checkpoints, run_)

@@ -14,7 +14,7 @@ from fedalt.experiment.crew import Outcome
 from fedalt.experiment.events import EventLog
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.prepare import Experiment
-from fedalt.experiment.scoring import Scoring
+from fedalt.experiment.scoring import Points, Scoring, log_points
 from fedalt.federation.client import ClientResult, installed
 from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.federation.diagnostics import row_drift
@@ -43,6 +43,14 @@ class Residents:
         self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
     ) -> list[Outcome]:
         """Train cohort by cohort."""
+        outcomes = self.trained(chosen, messages, last, new)
+        new.keep(last, states=last.clients - new.clients)
+        return outcomes
+
+    def trained(
+        self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
+    ) -> list[Outcome]:
+        """Train and put into ``new`` what comes of it, and nothing of who rests."""
         experiment, number = self.experiment, new.round
         results = run_clients(
             experiment.resident.model,
@@ -55,9 +63,7 @@ class Residents:
             cohort_size(experiment.config.federation, len(chosen)),
             lambda done, total: self.log.sink({"event": "step", "round": number, "done": done, "total": total}),
         )
-        outcomes = [self._take(new, result) for result in results]
-        new.keep(last, states=last.clients - new.clients)
-        return outcomes
+        return [self._take(new, result) for result in results]
 
     def _take(self, new: Checkpoint, result: ClientResult) -> Outcome:
         client = result.state.client
@@ -78,8 +84,15 @@ class Residents:
 
     def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
         """Score everybody as they left training and as they would start the next round."""
-        scoring, before = Scoring(self.experiment, self.folder, self.log), states_in(new, self.experiment)
-        return scoring.score(new.round, before, self._installed(before, messages), changed=len(messages) > 0)
+        points = self.scored(self.experiment.federation.ids, new, messages)
+        return log_points(self.log, new.round, points, self.experiment.config.metric)
+
+    def scored(self, clients: Sequence[int], new: Checkpoint, messages: Mapping[int, Message]) -> Points:
+        """Scores of some, which are in the run's folder then, but not in its log."""
+        before = states_in(new, self.experiment)
+        after = PerClient(clients, self._installed(before, messages).__getitem__)
+        scoring = Scoring(self.experiment, self.folder, self.log)
+        return scoring.points(new.round, before, after, changed=len(messages) > 0)
 
     def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
         """Write every client's folder."""

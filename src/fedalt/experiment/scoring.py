@@ -35,16 +35,24 @@ class Scoring:
     def score(
         self, number: int, before: Mapping[int, ClientState], after: Mapping[int, ClientState], changed: bool
     ) -> float | None:
-        """Score everybody and write answers, scores and events of a round.
+        """Score clients and write answers, scores and events of a round; arguments as for ``points``.
+
+        Returns:
+            Mean score on validation rows, or nothing when there are none.
+        """
+        points = self.points(number, before, after, changed)
+        return log_points(self.log, number, points, self.experiment.config.metric)
+
+    def points(
+        self, number: int, before: Mapping[int, ClientState], after: Mapping[int, ClientState], changed: bool
+    ) -> Points:
+        """Score clients and write answers and scores, but no events.
 
         Args:
             number: The round.
             before: States as they left training.
             after: States with the server's aggregate installed.
             changed: Whether the two differ at all.
-
-        Returns:
-            Mean score on validation rows, or nothing when there are none.
         """
         config = self.experiment.config
         points: Points = {"after": {}, "before": {}, "validation": {}}
@@ -61,7 +69,7 @@ class Scoring:
                     earlier = self._evaluate(unaggregated, "test")
                 points["before"] |= _scores(earlier)
             self._write(number, scored, points)
-        return log_points(self.log, number, points, config.metric)
+        return points
 
     def _evaluate(self, states: Sequence[ClientState], split: str) -> list[Evaluation]:
         experiment = self.experiment

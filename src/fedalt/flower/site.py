@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
+from fedalt.evaluation.metrics import metrics_in, over_clients
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
 from fedalt.experiment.clients import write_client
 from fedalt.experiment.events import EventLog
@@ -182,6 +183,12 @@ class _Work:
         [personal] = self.experiment.personalised([state])
         path = self.folder.client(self.client)
         write_client(path, personal, self.experiment, request.round)
+        scored = self.folder.scores(self.client, request.round)
+        if self.folder == self.own and scored.is_file():  # a finished run with one client
+            scores, config = metrics_in(read_json(scored)), self.experiment.config
+            last = {"round": request.round, **over_clients([scores[config.metric]]), "clients": {self.client: scores}}
+            final = {"method": config.method, "metric": config.metric, "last": last, "best_validation": None}
+            write_json(self.own.final_scores, final)
         self.note(f"wrote {path}")
         return Reply()
 

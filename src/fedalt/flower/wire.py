@@ -27,12 +27,12 @@ def pack(tensors: Tensors, wire: Wire = "fp32") -> bytes:
         return b""
     block: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        value = tensor.detach().cpu()
+        value = tensor.detach().cpu().contiguous()
         if wire == "int8":
             codes, scale = _rounded(value)
             block |= {str(key): codes, f"{key}{_SCALE}": scale}
         else:
-            block[str(key)] = value.to(torch.bfloat16 if wire == "bf16" else value.dtype).contiguous()
+            block[str(key)] = value.to(torch.bfloat16 if wire == "bf16" else value.dtype)
     return save(block)
 
 

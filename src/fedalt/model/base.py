@@ -162,12 +162,20 @@ def _minilm() -> str:
     return str(Path(found.origin).parent / "model")
 
 
-def resolve_device(name: str) -> str:
-    """``auto`` is a GPU where there is one."""
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"model.device: {name} is not available on this machine; use cpu or auto")
+def resolve_device(name: str, setting: str = "model.device") -> str:
+    """``auto`` is a GPU where there is one.
+
+    Raises:
+        UserError: There is no such GPU; the line names the setting that asked for it.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name.startswith("cuda"):
+        if not count:
+            raise UserError(f"{setting}: {name} is not available on this machine; use cpu or auto")
+        if int(name.partition(":")[2] or 0) >= count:
+            raise UserError(f"{setting}: there is no {name} on this machine, the last GPU is cuda:{count - 1}")
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if count else "cpu"
     return name
 
 

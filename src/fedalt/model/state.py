@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from fedalt.files import write_bytes
 from fedalt.names import MERGED, MIXER, A, B, G, Key, Tensors, W
@@ -132,3 +132,15 @@ def load_state(path: Path) -> ClientState:
             parts[part][Key.parse(key)] = file.get_tensor(name)
     sent = parts["sent"] if header["has_sent"] else None
     return ClientState(header["client"], header["round"], parts["own"], sent, parts["head"])
+
+
+def save_tensors(tensors: Tensors, path: Path) -> None:
+    """Write tensors alone as one safetensors file, atomically; some of them may be the same."""
+    write_bytes(
+        path, save({str(key): value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()})
+    )
+
+
+def load_tensors(path: Path) -> Tensors:
+    """Read what ``save_tensors`` wrote."""
+    return {Key.parse(name): value for name, value in load_file(path).items()}

@@ -1,0 +1,321 @@
+"""What goes wrong between server and sites either leaves the run as it would have been or is said and left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import micro
+from fedalt.config import parse_config
+from fedalt.errors import UserError
+from fedalt.experiment.checkpoint import load_checkpoint
+from fedalt.experiment.members import Bases
+from fedalt.flower.requests import Reply, Request
+from fedalt.flower.rows import SiteRows
+from fedalt.flower.server_app import serve
+from fedalt.flower.wire import pack, unpack
+from fedalt.names import INDIVIDUAL, ROW, Key
+from flower.grid import LocalGrid
+
+QUICK: dict[str, Any] = {"evaluation__every": 3}
+LATE = QUICK | {"flower__round_deadline": 1.5, "flower__min_sites": 2}
+
+
+@pytest.fixture(scope="module")
+def bases() -> Bases:
+    return Bases()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, bases: Bases) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return models(run(folder, bases)[0])
+
+
+def run(
+    folder: Path,
+    bases: Bases,
+    arrange: Callable[[LocalGrid], None] = lambda grid: None,
+    if_exists: Any = "ask",
+    sink: Callable[[dict[str, Any]], None] = lambda event: None,
+    **changes: Any,
+) -> tuple[LocalGrid, list[dict[str, Any]]]:
+    grid = LocalGrid(folder / "sites", range(3), bases)
+    arrange(grid)
+    values = micro.settings(folder / "run", data__clients=3, **QUICK | changes)
+    serve(grid, parse_config(values, "s").model_dump(mode="json"), if_exists, sink)
+    return grid, micro.events(folder / "run")
+
+
+def models(grid: LocalGrid) -> dict[str, torch.Tensor]:
+    """Every client's saved model."""
+    found = {}
+    for client in grid.sites:
+        for path in (grid.folder / str(client)).glob("run-*"):
+            found |= micro.adapters(path)
+    return found
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def once(client: int, round_: int, fault: str, do: str = "train") -> Callable[[int, Request], str | None]:
+    """A fault that happens to one request, the first time."""
+    left = iter([fault])
+
+    def wrong(who: int, request: Request) -> str | None:
+        return next(left, None) if (who, request.do, request.round) == (client, do, round_) else None
+
+    return wrong
+
+
+def failures(events: list[dict[str, Any]]) -> Iterator[tuple[int, int, str]]:
+    return ((e["round"], e["client"], e["reason"]) for e in events if e["event"] == "client_failed")
+
+
+@pytest.mark.parametrize("do", ["join", "train", "score", "save"])
+def test_a_node_that_goes_away_is_asked_again(
+    do: str, tmp_path: Path, bases: Bases, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    def arrange(grid: LocalGrid) -> None:
+        grid.fault = once(1, {"join": 0, "train": 2}.get(do, 3), "gone", do)
+
+    grid, events = run(tmp_path, bases, arrange)
+    assert [request.do for client, request in grid.seen if client == 1].count(do) >= 2
+    assert not list(failures(events))
+    assert same(models(grid), undisturbed)
+
+
+@pytest.mark.parametrize("fault", ["lost", "late"])
+def test_a_site_that_starts_anew_under_another_node_finishes_its_round(
+    fault: str, tmp_path: Path, bases: Bases, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    """Killed before it trained, or after it trained and before its reply was out."""
+
+    def arrange(grid: LocalGrid) -> None:
+        wrong = once(1, 2, fault)
+
+        def killed(client: int, request: Request) -> str | None:
+            found = wrong(client, request)
+            if found:
+                grid.node[1] = 777  # the answer of this call goes nowhere
+            return found
+
+        grid.fault = killed
+
+    notes: list[str] = []
+    grid, events = run(tmp_path, bases, arrange, sink=lambda e: notes.append(e.get("text", "")))
+    assert "not heard of" in notes or "back under another node" in notes
+    assert not list(failures(events))
+    assert same(models(grid), undisturbed)
+
+
+def test_a_site_that_is_away_for_two_rounds_is_left_out_and_comes_back(tmp_path: Path, bases: Bases) -> None:
+    def arrange(grid: LocalGrid) -> None:
+        grid.fault = lambda client, request: (
+            "lost" if client == 2 and request.do == "train" and request.round in (2, 3) else None
+        )
+
+    _, events = run(tmp_path, bases, arrange, federation__rounds=4, **LATE)
+    assert list(failures(events)) == [(n, 2, "no answer within 1.5 s") for n in (2, 3)]
+    trained = {n: [e["client"] for e in events if e["event"] == "client" and e["round"] == n] for n in (1, 2, 3, 4)}
+    assert trained == {1: [0, 1, 2], 2: [0, 1], 3: [0, 1], 4: [0, 1, 2]}
+    last = load_checkpoint(tmp_path / "run/checkpoints")
+    assert last is not None and {c: upload.round for c, upload in last.uploads.items()} == {0: 4, 1: 4, 2: 4}
+
+
+def test_a_late_upload_is_not_taken_out_of_a_mean_that_it_is_not_in(tmp_path: Path, bases: Bases) -> None:
+    """The site has trained and holds another upload than the one that counts: its row is made by the server."""
+
+    def arrange(grid: LocalGrid) -> None:
+        grid.fault = once(2, 2, "late")
+
+    grid, events = run(tmp_path, bases, arrange, **LATE)
+    assert list(failures(events)) == [(2, 2, "no answer within 1.5 s")]
+    told = {r.round: r for c, r in grid.seen if c == 2 and r.do == "train"}
+    others = [unpack(reply.block) for c, r, reply in grid.sent if c != 2 and r.do == "train" and r.round == 2]
+    assert told[3].share == 0
+    for key, value in unpack(told[3].block).items():
+        assert torch.allclose(value, sum(upload[key].double() for upload in others).float() / 2, atol=1e-7)
+
+
+def test_late_rows_are_exact_after_the_server_was_resumed(tmp_path: Path, bases: Bases) -> None:
+    """What a site holds is asked anew: the server that comes back knows it from the site alone."""
+
+    class KilledError(Exception):
+        pass
+
+    def arrange(grid: LocalGrid) -> None:
+        grid.fault = once(2, 2, "late")
+
+    def sink(event: dict[str, Any]) -> None:
+        if event["event"] == "round_started" and event["round"] == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(tmp_path, bases, arrange, sink=sink, **LATE)
+    grid, _ = run(tmp_path, bases, if_exists="resume", **LATE)
+    told = next(r for c, r in grid.seen if c == 2 and r.do == "train" and r.round == 3)
+    last = load_checkpoint(tmp_path / "run/checkpoints")
+    assert told.share == 0 and last is not None
+
+
+@pytest.mark.parametrize("moment", ["round_started", "round", "evaluated"])
+def test_a_server_that_ended_inside_a_round_is_resumed_without_a_trace(
+    moment: str, tmp_path: Path, bases: Bases, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    def sink(event: dict[str, Any]) -> None:
+        if event["event"] == moment and event["round"] == (3 if moment == "evaluated" else 2):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(tmp_path, bases, sink=sink)
+    grid, _ = run(tmp_path, bases, if_exists="resume")
+    if moment == "round":
+        assert [r.round for c, r in grid.seen if c == 0 and r.do == "train"] == [2, 3]
+    assert same(models(grid), undisturbed)
+
+
+def change(function: Callable[[Key, torch.Tensor], torch.Tensor]) -> Callable[[Reply], Reply]:
+    return lambda reply: replace(
+        reply, block=pack({key: function(key, value) for key, value in unpack(reply.block).items()})
+    )
+
+
+def poisoned(key: Key, value: torch.Tensor) -> torch.Tensor:
+    return torch.where(torch.arange(value.numel()).view_as(value) == 0, float("nan"), value)
+
+
+BAD: dict[str, tuple[Callable[[Reply], Reply], str]] = {
+    "nan": (change(poisoned), "is not finite"),
+    "another rank": (change(lambda k, v: v[:2] if k.factor == "A" else v[:, :2]), "this run has (32, 4)"),
+    "huge": (change(lambda k, v: 200 * v), "times as long as the median of this round"),
+    "private": (
+        lambda r: replace(r, block=pack({Key("m", ROW, "A"): torch.ones(1, 1), **unpack(r.block)})),
+        "upload has other tensors than this run",
+    ),
+    "no tensors": (lambda r: replace(r, block=b"hello"), "are no tensors"),
+    "another round": (lambda r: replace(r, body={**r.body, "round": 1}), "answer to round 1"),
+    "another run": (lambda r: replace(r, body={**r.body, "run": "other"}), "of other, not 2 of run-"),
+    "nonsense": (lambda r: replace(r, body={"run": r.body["run"], "round": 2}), "no such answer is known"),
+    "its own error": (lambda r: Reply(error="disk full"), "disk full"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_an_upload_that_does_not_fit_is_left_out_and_the_rest_go_on(kind: str, tmp_path: Path, bases: Bases) -> None:
+    spoil, reason = BAD[kind]
+
+    def arrange(grid: LocalGrid) -> None:
+        grid.tamper = lambda client, request, reply: (
+            spoil(reply) if (client, request.do, request.round) == (1, "train", 2) else reply
+        )
+
+    grid, events = run(tmp_path, bases, arrange)
+    [(round_, client, said)] = failures(events)
+    assert (round_, client) == (2, 1) and reason in said
+    own = {r.round: unpack(reply.block) for c, r, reply in grid.sent if c == 0 and r.do == "train"}
+    told = {(c, r.round): r for c, r in grid.seen if r.do == "train"}
+    first = [unpack(reply.block) for c, r, reply in grid.sent if c == 1 and r.do == "train" and r.round == 1]
+    mean = unpack(told[0, 3].block)
+    third = [unpack(reply.block) for c, r, reply in grid.sent if c == 2 and r.do == "train" and r.round == 2]
+    for key, value in mean.items():  # its upload of round 1 still counts
+        expected = (own[2][key].double() + first[0][key].double() + third[0][key].double()) / 3
+        assert torch.allclose(value, expected.float(), atol=1e-6)
+    assert told[1, 3].share == 0
+    assert all(value.isfinite().all() for value in models(grid).values())
+
+
+def test_a_replayed_reply_of_an_earlier_round_does_not_count(tmp_path: Path, bases: Bases) -> None:
+    kept: list[Reply] = []
+
+    def arrange(grid: LocalGrid) -> None:
+        def replay(client: int, request: Request, reply: Reply) -> Reply:
+            if client == 1 and request.do == "train":
+                kept.append(reply)
+                return kept[0]
+            return reply
+
+        grid.tamper = replay
+
+    _, events = run(tmp_path, bases, arrange)
+    assert [(n, c) for n, c, _ in failures(events)] == [(2, 1), (3, 1)]
+
+
+def test_a_site_with_another_base_is_refused_and_the_rest_go_on(tmp_path: Path, bases: Bases) -> None:
+    def arrange(grid: LocalGrid) -> None:
+        grid.sites[1] = elsewhere_trained(grid)
+
+    grid, events = run(tmp_path, bases, arrange, flower__min_sites=2)
+    said = [reason for _, client, reason in failures(events) if client == 1]
+    assert said[0].startswith("cannot join: refused: its base model is ")
+    assert {client for client, request in grid.seen if request.do == "train"} == {0, 2}
+    assert micro.tree(tmp_path / "run")["results/final_scores.json"].count(b"rouge1") >= 2
+
+
+def test_too_few_sites_end_the_run_with_a_line(tmp_path: Path, bases: Bases) -> None:
+    def arrange(grid: LocalGrid) -> None:
+        grid.sites[1] = elsewhere_trained(grid)
+
+    with pytest.raises(UserError, match=r"2 sites joined, flower.min_sites asks for 3: refused: its base model is"):
+        run(tmp_path, bases, arrange, flower__min_sites=3)
+
+
+def test_a_round_with_too_few_uploads_ends_the_run_with_a_line(tmp_path: Path, bases: Bases) -> None:
+    def arrange(grid: LocalGrid) -> None:
+        grid.tamper = lambda client, request, reply: (
+            Reply(error="out of memory") if request.do == "train" and request.round == 2 and client else reply
+        )
+
+    with pytest.raises(UserError, match=r"round 2: 1 sites delivered, flower.min_sites asks for 2 \(out of memory\)"):
+        run(tmp_path, bases, arrange, flower__min_sites=2)
+    assert [(n, c) for n, c, _ in failures(micro.events(tmp_path / "run"))] == [(2, 1), (2, 2)]
+
+
+def test_a_site_that_comes_later_joins_the_next_round(tmp_path: Path, bases: Bases) -> None:
+    def arrange(grid: LocalGrid) -> None:
+        node = grid.node.pop(2)
+
+        def come(client: int, request: Request) -> None:
+            if request.do == "train" and request.round == 1:
+                grid.node[2] = node
+
+        grid.fault = come
+
+    _, events = run(tmp_path, bases, arrange, **LATE)
+    assert [e["client"] for e in events if e["event"] == "client" and e["round"] == 1] == [0, 1]
+    assert [e["client"] for e in events if e["event"] == "client" and e["round"] == 3] == [0, 1, 2]
+    assert (1, 2, "no answer within 1.5 s") in list(failures(events))
+
+
+def test_nobody_but_this_runs_clients_is_asked(tmp_path: Path, bases: Bases, undisturbed: dict[str, Any]) -> None:
+    def arrange(grid: LocalGrid) -> None:
+        grid.sites[9] = grid.site(9)
+        grid.node[9] = 9999
+
+    grid, _ = run(tmp_path, bases, arrange)
+    assert {request.do for client, request in grid.seen if client == 9} == {"who"}
+    del grid.sites[9]
+    assert same(models(grid), undisturbed)
+
+
+def test_the_uploads_on_the_wire_are_the_shared_factors(tmp_path: Path, bases: Bases) -> None:
+    grid, _ = run(tmp_path, bases)
+    for _, request, reply in grid.sent:
+        slots = {key.slot for key in unpack(reply.block)}
+        assert slots == ({INDIVIDUAL} if request.do == "train" else set())
+
+
+def elsewhere_trained(grid: LocalGrid) -> Any:
+    other = str(micro.shared_model("llama", seed=5))
+    grid.bases = Bases()
+    return grid.site(1, rows=SiteRows(model=other))
