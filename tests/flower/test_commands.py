@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -299,16 +301,47 @@ def test_a_wrong_ca_and_no_encryption_are_refused(federation, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_public_door_is_for_sites_only(tmp_path: Path) -> None:
+    inside, outside = free_port(), free_port()
+    make_certs(tmp_path / "tls", 1)
+    places = ("--address", f"127.0.0.1:{inside}", "--public", f"127.0.0.1:{outside}")
+    serve = ("server", *places, "--tls", tmp_path / "tls", "--state", tmp_path / "server")
+    ca = ("--ca", tmp_path / "tls" / "ca.crt")
+    with running(tmp_path / "server.log", *serve) as server:
+        server.until(f"at site N: fedalt site --server 127.0.0.1:{outside} ")
+        with running(tmp_path / "site.log", *site(tmp_path, 0, outside, *secure(tmp_path, 0))) as joined:
+            joined.until("SuperNode ID: ")
+            assert "online" in call("status", "--server", f"127.0.0.1:{inside}", *ca).out
+            assert "403" in refused("status", "--server", f"127.0.0.1:{outside}", *ca)
+        unverified = ssl._create_unverified_context()
+        for path in (
+            "control/start-run",
+            "control/register-node",
+            "runtime/acquire-task",
+            "fleet/../control/list-runs",
+        ):
+            line = http.client.HTTPSConnection("127.0.0.1", outside, context=unverified)
+            line.request("POST", f"/v1/{path}", b"", {"Content-Type": "application/protobuf"})
+            assert line.getresponse().status == 403, path
+            line.close()
+
+
+def test_a_public_door_needs_tls(tmp_path: Path) -> None:
+    line = refused("server", "--public", f"127.0.0.1:{free_port()}", "--state", tmp_path / "s")
+    assert line.startswith("--public needs --tls DIR")
+
+
+@pytest.mark.slow
 def test_an_unregistered_key_is_refused(federation, tmp_path: Path) -> None:
     folder, port, _ = federation
     make_certs(tmp_path / "other", 1)
     key = tmp_path / "other" / "keys" / "client_0"
     line = refused(*site(tmp_path, 0, port, "--ca", folder / "tls" / "ca.crt", "--key", key))
     assert line.startswith(
-        f"127.0.0.1:{port}: the server does not let {key} in: its public half is not registered there"
+        f"127.0.0.1:{port}: the server does not let {key} in: the key's public half is not registered"
     )
     line = refused(*site(tmp_path, 1, port, "--ca", folder / "tls" / "ca.crt"))
-    assert line.startswith(f"127.0.0.1:{port}: the server lets in only sites whose key it knows")
+    assert line.startswith(f"127.0.0.1:{port}: this server lets in only sites whose key it knows")
 
 
 @pytest.mark.slow
@@ -324,7 +357,7 @@ def test_a_key_that_was_taken_out_may_not_join_again(tmp_path: Path) -> None:
         assert "unregister: client_1 may not join any more" in server.text
         assert "0 new keys; may join: client_0\n" in server.text
         line = refused(*site(tmp_path, 1, port, *secure(tmp_path, 1)))
-        assert "is not registered there" in line
+        assert "public half is not registered there" in line
 
 
 @pytest.mark.slow

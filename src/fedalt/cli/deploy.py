@@ -54,6 +54,14 @@ def server(
     address: Annotated[
         str, typer.Option("--address", metavar="HOST:PORT", help="where to listen; 0.0.0.0 for every interface")
     ] = SERVER,
+    public: Annotated[
+        str | None,
+        typer.Option(
+            "--public",
+            metavar="HOST:PORT",
+            help="let sites in here, and nobody else: --address, where runs are submitted, can stay on loopback",
+        ),
+    ] = None,
     tls: Annotated[
         Path | None,
         typer.Option(
@@ -66,24 +74,28 @@ def server(
 ) -> None:
     """Serve a federation: start Flower's SuperLink, let the sites in, show its log until Ctrl-C."""
     with needs("flower", NEEDS):
-        from fedalt.flower.deploy.address import Address, parse_address
+        from fedalt.flower.deploy.address import on_loopback, parse_address
         from fedalt.flower.deploy.superlink import Server, serve
 
     if config_file is not None:
         from fedalt.flower.server_app import checked
 
         checked(load_config(config_file))
-    asked = Server(parse_address(address, "--address"), tls, state)
+    gate = parse_address(public, "--public") if public else None
+    asked = Server(parse_address(address, "--address"), tls, state, gate)
     asked.check()
     say(f"$ {shlex.join(asked.command())}")
 
     def ready() -> None:
         trust = f" --ca {tls}/ca.crt --key {tls}/keys/client_N" if tls else ""
-        for host in asked.hosts:
-            place = Address(host, asked.address.port)
+        for place in asked.for_sites:
             say(f"at site N: fedalt site --server {place} --client-id N --data DIR --state DIR{trust}")
         if not tls:
-            say("note: without --tls nothing is encrypted and anyone who reaches the port can join and submit")
+            say("note: without --tls nothing is encrypted and anyone who reaches the port can join and submit runs")
+        elif public is None and not on_loopback(asked.address):
+            say(
+                "note: whoever reaches this port can submit runs and register keys; --public is a way in for sites only"
+            )
 
     _leave(serve(asked, _pass_on, ready))
 

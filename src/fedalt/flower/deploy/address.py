@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from fedalt.errors import UserError
 
@@ -66,6 +67,14 @@ def check_free(address: Address, flag: str) -> None:
             errno.EADDRNOTAVAIL: "is no address of this machine; 0.0.0.0 stands for all of them",
         }
         raise UserError(f"{flag} {address}: {why.get(error.errno or 0, error.strerror)}") from None
+
+
+def on_loopback(address: Address) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ip_address(address.host).is_loopback
+    except ValueError:
+        return address.host == "localhost"
 
 
 def free_port() -> int:

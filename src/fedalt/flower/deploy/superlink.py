@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from fedalt.flower.tls import CA, CERTIFICATE, KEY, SITE_KEYS, check_server, ser
 
 _UP = "Uvicorn running on"
 _NOTHING = "N/A"
+_DOOR = "door"
 _AT_A_TIME = 4
 NODES = "nodes.json"
 """File in a server's state folder: site → its public key and node id."""
@@ -35,11 +37,13 @@ class Server:
         address: Where to listen.
         tls: Folder with certificates and the sites' public keys; neither encryption nor authentication when not given.
         state: Folder of the SuperLink's database.
+        public: Where sites come in, and only sites; at the address itself when not given.
     """
 
     address: Address
     tls: Path | None
     state: Path
+    public: Address | None = None
 
     @property
     def connection(self) -> Connection:
@@ -47,11 +51,13 @@ class Server:
         return Connection(self.address.local, self.tls and self.tls / CA)
 
     @property
-    def hosts(self) -> list[str]:
-        """Names under which sites may reach it."""
-        if self.address.host not in WILDCARDS:
-            return [self.address.host]
-        return server_names(self.tls) if self.tls else ["<this machine>"]
+    def for_sites(self) -> list[Address]:
+        """Where sites may reach it."""
+        place = self.public or self.address
+        if place.host not in WILDCARDS:
+            return [place]
+        names = server_names(self.tls) if self.tls else ["THIS_MACHINE"]
+        return [Address(name, place.port) for name in names]
 
     def check(self) -> None:
         """Check everything that can be checked before anything is started.
@@ -60,9 +66,16 @@ class Server:
             UserError: The address is taken; a certificate is missing, has expired or is for another host; no site key.
         """
         if self.tls:
-            check_server(self.tls, [self.connection.address.host])  # the SuperLink's own processes check it, too
+            hosts = [self.connection.address.host]  # the SuperLink's own processes check it, too
+            if self.public and self.public.host not in WILDCARDS:
+                hosts.append(self.public.host)
+            check_server(self.tls, hosts)
             site_keys(self.tls)
+        elif self.public:
+            raise UserError("--public needs --tls DIR: a way in for everybody must be encrypted")
         check_free(self.address, "--address")
+        if self.public:
+            check_free(self.public, "--public")
 
     def command(self) -> list[str]:
         """The plain ``flower-superlink`` line."""
@@ -90,23 +103,34 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
         UserError: Another server has the state folder, or a key cannot be registered.
     """
     name, *arguments = server.command()
+    environment = flower_environment(server.state.absolute() / "flwr")
     with locked(server.state, "another server"), Watch() as watch:
-        environment = flower_environment(server.state.absolute() / "flwr")
-        superlink = start([program(name), *arguments], environment, signal.SIGTERM)
-        watch.follow(name, superlink)
+        running = {name: start([program(name), *arguments], environment, signal.SIGTERM)}
+        watch.follow(name, running[name])
         try:
             while (happened := watch.next()) and happened.what == "line":
                 if line := shortened(happened.text):
                     tell(line)
                 if _UP in happened.text:
                     _let_sites_in(server, tell)
+                    if door := _door(server):
+                        running[_DOOR] = start(door, environment, signal.SIGTERM)
+                        watch.follow(_DOOR, running[_DOOR])
                     ready()
         finally:
-            end(superlink)
+            end(*running.values())
     if happened and happened.what == "signal":
         return 0
-    tell(f"{name} ended with status {superlink.returncode}")
+    ended = happened.name if happened else name
+    tell(f"{ended} ended with status {running[ended].returncode}")
     return 1
+
+
+def _door(server: Server) -> list[str] | None:
+    if server.public is None:
+        return None
+    place = [server.public.host, str(server.public.port), str(server.address.local), str(server.tls)]
+    return [sys.executable, "-P", "-m", "fedalt.flower.deploy.door", *place]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ SHARED = ("mixer", "heads")
 """Parts that leave a site only if it says so."""
 _TRAINER, _NODE = "trainer", "flower-supernode"
 _REFUSED, _JOINED, _PARTING = "Failed to activate SuperNode", "SuperNode ID:", "Exit Code:"
+_KEYLESS = "[code: 2001]"
+"""Flower's number for a site without a key at a server that wants one."""
 _DEATHS, _WITHIN = 5, 60.0
 _PAUSE, _NODE_PAUSE = 1.0, 3.0
 _GRACE, _GRACE_AFTER_KILL = 45.0, 90.0
@@ -191,6 +193,11 @@ class _Supervisor:
     def _node_may_retry(self) -> bool:
         """Whether the SuperNode was refused and is tried again."""
         parting, self.parting = self.parting, []
+        address = self.site.connection.address
+        if any(_KEYLESS in line for line in parting):
+            raise UserError(
+                f"{address}: this server lets in only sites whose key it knows; --key FILE names this site's"
+            )
         if not self.refused:
             for line in parting:
                 self.tell(f"{_NODE}: {line}")
@@ -204,17 +211,11 @@ class _Supervisor:
                 f"a killed site as online for another minute; trying again for {self.grace:.0f} s"
             )
         if now - self.refused_since > self.grace:
-            raise UserError(self._why_refused())
+            raise UserError(
+                f"{address}: the server does not let {self.site.key or 'this site'} in: the key's public half is not "
+                "registered there (fedalt server --tls DIR registers DIR/keys/*.pub), or another site uses it now"
+            )
         time.sleep(_NODE_PAUSE)
         self.refused = False
         self._start_node()
         return True
-
-    def _why_refused(self) -> str:
-        address, key = self.site.connection.address, self.site.key
-        if key is None:
-            return f"{address}: the server lets in only sites whose key it knows; --key FILE names this site's"
-        return (
-            f"{address}: the server does not let {key} in: its public half is not registered there "
-            f"(fedalt server --tls DIR registers DIR/keys/*.pub), or another site uses it now"
-        )
