@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(BIN)/fedalt compare recipes/demo.yaml --methods local,fedit,fedalt --out runs/demo --overwrite
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # by file: set-ups and finished runs serve a whole file
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

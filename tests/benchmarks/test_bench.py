@@ -188,12 +188,14 @@ class TestInThisProcess:
             (3, 1),
         ]
 
+    @pytest.mark.slow
     def test_clients(self):
         data, model = shared_data(clients=8), shared_model()
         (line,) = measured("clients", "--data", data, "--model", model, "--clients", 4, *SMALL)["lines"]
         assert (line["a"]["spec"]["clients"], line["b"]["spec"]["clients"]) == (4, 8)
         assert line["a"]["runs"][0]["seconds"] < line["a"]["runs"][0]["elapsed"] / 8  # start-up is not in it
 
+    @pytest.mark.slow
     def test_start(self):
         (line,) = measured("start", "--data", shared_data(), "--model", shared_model(), "--clients", 2, *SMALL)["lines"]
         assert line["b"]["spec"]["side"] == "transformers"

@@ -52,6 +52,7 @@ def forked(arguments: Sequence[str], folder: Path, kill: Kill | None, trace: Pat
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
     os.chdir(folder)
     with (folder / "output.txt").open("a") as output:
         os.dup2(output.fileno(), 1)
@@ -114,7 +115,7 @@ def drive(plan: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ scenarios
 
 QUICK = {
-    "training__local_epochs": 3,
+    "training__local_epochs": 1,
     "evaluation__max_new_tokens": 4,
     "data__test_limit": 2,
     "federation__rounds": 3,
