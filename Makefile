@@ -1,14 +1,15 @@
-# make demo | make test | make check | make clean        (needs git, make and Python 3.11 or newer)
+# make demo | make deploy-demo | make test | make check | make clean        (needs git, make and Python 3.11 or newer)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint check clean
+.PHONY: demo deploy-demo test test-slow lint check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    eight clients, three methods, three minutes: a table, a report, models to talk to"
+	@echo "make deploy-demo    a server and three sites on Flower, on this machine; one is killed and comes back"
 	@echo "make test    the test suite"
 	@echo "make check   what CI runs: linters, types, tests, slow tests"
 
@@ -21,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/fedalt compare recipes/demo.yaml --methods local,fedit,fedalt --out runs/demo --overwrite
+
+deploy-demo: $(STAMP)
+	$(BIN)/python examples/deploy_demo.py
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # by file: set-ups and finished runs serve a whole file

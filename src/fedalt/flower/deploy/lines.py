@@ -9,7 +9,7 @@ _LEVEL = re.compile(r"^(?:\S+Z )?(INFO|WARNING|ERROR|DEBUG) ?:? *(?:\[uvicorn\.\
 _LONG = re.compile(r" \(ID: [0-9a-f]+\)|^\[/v1[^]]*\]\[ApiError:\d+\] | with public key: b'[^']*'")
 _NOISE = re.compile(
     r'^$|"(GET|POST) /|^(Started|Finished) server process|[Aa]pplication (startup|shutdown)|^FastAPI lifespan'
-    r"|^SuperLinkLifespan"
+    r"|^SuperLinkLifespan|^\[RUN \d+(, ROUND \S+)?\]|^Sending: "
     r"|^Shutting down|^(Received|Sent) successfully|^ControlServicer|^\[Fleet\.(GetRun|GetFab|PushMessages|PushObject)"
     r"|^Start(ing)? (`flwr-\w+` process|Flower SuperExec|logstream)|^Exiting logstream|^Uvicorn running"
     r"|Starting the SuperLink (Runtime|Control)|^All logs for run|^Connection attempt failed, retrying"

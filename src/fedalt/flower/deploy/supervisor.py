@@ -23,7 +23,7 @@ from fedalt.flower.tls import check_ca, check_site_key
 SHARED = ("mixer", "heads")
 """Parts that leave a site only if it says so."""
 _TRAINER, _NODE = "trainer", "flower-supernode"
-_REFUSED, _JOINED = "Failed to activate SuperNode", "SuperNode ID:"
+_REFUSED, _JOINED, _PARTING = "Failed to activate SuperNode", "SuperNode ID:", "Exit Code:"
 _DEATHS, _WITHIN = 5, 60.0
 _PAUSE, _NODE_PAUSE = 1.0, 3.0
 _GRACE, _GRACE_AFTER_KILL = 45.0, 90.0
@@ -106,7 +106,8 @@ class _Supervisor:
         self.deaths: deque[float] = deque(maxlen=_DEATHS)
         self.refused = False
         self.refused_since: float | None = None
-        self.last = {_TRAINER: "", _NODE: ""}
+        self.last = ""
+        self.parting: list[str] = []
         self.online = site.state / "online"
         """A file that is there from joining to leaving; left by a kill."""
 
@@ -169,18 +170,19 @@ class _Supervisor:
             self.online.touch()
             self.refused_since = None
         line = shortened(happened.text) if happened.name == _NODE else plain(happened.text)
-        if line and self.refused_since is None:
-            self.last[happened.name] = line
+        if line and happened.name == _NODE and (self.parting or line.startswith(_PARTING)):
+            self.parting.append(line)
+        elif line and self.refused_since is None:
+            self.last = line if happened.name == _TRAINER else self.last
             self.tell(f"{happened.name}: {line}")
 
     def _trainer_died(self) -> None:
         now, status = time.monotonic(), self.processes[_TRAINER].returncode
         why = f"(signal {-status})" if status < 0 else f"with status {status}"
-        last = self.last[_TRAINER]
         self.deaths.append(now)
         if len(self.deaths) == _DEATHS and now - self.deaths[0] < _WITHIN:
             raise UserError(
-                f"the trainer ended {_DEATHS} times within a minute, last {why}: {last or 'it said nothing'}"
+                f"the trainer ended {_DEATHS} times within a minute, at last {why}: {self.last or 'no word'}"
             )
         self.tell(f"trainer: ended {why}; starting it again")
         time.sleep(_PAUSE)
@@ -188,7 +190,10 @@ class _Supervisor:
 
     def _node_may_retry(self) -> bool:
         """Whether the SuperNode was refused and is tried again."""
+        parting, self.parting = self.parting, []
         if not self.refused:
+            for line in parting:
+                self.tell(f"{_NODE}: {line}")
             self.tell(f"{_NODE} ended with status {self.processes[_NODE].returncode}")
             return False
         now = time.monotonic()
