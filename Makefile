@@ -27,7 +27,7 @@ deploy-demo: $(STAMP)
 	$(BIN)/python examples/deploy_demo.py
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # by file: set-ups and finished runs serve a whole file
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

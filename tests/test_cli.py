@@ -548,7 +548,7 @@ def test_ablations_are_a_list_of_names(tmp_path: Path) -> None:
     done = call("compare", config_file(tmp_path), "--ablations", "--json")
     assert done.code == 0, done.err
     assert tuple(done.json["methods"]) == ABLATIONS
-    both = call("compare", config_file(tmp_path), "--methods", "local", "--ablations", "--json", "--overwrite")
+    both = call("compare", config_file(tmp_path), "--methods", "local", "--ablations", "--json", "--resume")
     assert both.code == 0, both.err
     assert tuple(both.json["methods"]) == ("local", *ABLATIONS)
 

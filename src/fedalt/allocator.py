@@ -10,8 +10,10 @@ from typing import Any
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _KERNELS = 64
-"""Compiled kernels that oneDNN keeps (its own default is 1,024): packed rows have a new number of tokens at each step,
-and most kernels would never be used again."""
+"""Compiled kernels that are kept, a quarter of a megabyte each (by default 1,024): packed rows have a new number of
+tokens at each step, and most kernels would never be used again."""
+_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Who keeps them: oneDNN, and torch's own bridge to it."""
 _SECONDS = 5.0
 """Time between two releases: each costs about a tenth of a second, in pages to be taken anew."""
 
@@ -25,9 +27,10 @@ def keep_freed_memory() -> None:
 
     A training step allocates and frees the same hundreds of megabytes over and over; by default every large tensor is
     mapped, zeroed page by page, and unmapped again. Call it before torch computes anything. Without glibc, only the
-    number of kernels that oneDNN keeps is limited.
+    number of compiled kernels is limited.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KERNELS))
+    for cache in _CACHES:
+        os.environ.setdefault(cache, str(_KERNELS))
     mallopt = _glibc("mallopt")
     if mallopt is not None:
         for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):

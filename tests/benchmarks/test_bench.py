@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fedalt.benchmarks import bench, shapes, task, worker
 from fedalt.benchmarks.rows import HashTokenizer, client_examples
 from fedalt.benchmarks.sides import aggregation_fedalt, aggregation_paper
+from fedalt.benchmarks.sides.uploads import shape, upload
 from fedalt.benchmarks.task import WHATS, Spec, pair
 from fedalt.errors import UserError
 from micro import call, refused, shared_data, shared_model
@@ -119,6 +124,36 @@ def test_eight_clients_of_many_are_served_and_the_rest_is_marked_as_extrapolated
     assert few.scale == 1 and few.more_memory == 0
 
 
+def test_uploads_are_of_the_size_asked_for_and_of_the_usual_rank_without():
+    spec = Spec(what="aggregation", model="llama-25m", clients=2)
+    usual, large = (shape(replace(spec, parameters=count)) for count in (None, 1_000_000))
+    assert [key.slot for key in upload(spec, usual, 0)].count("individual") == len(upload(spec, usual, 0))
+    sizes = [sum(value.numel() for value in upload(spec, adapters, 1).values()) for adapters in (usual, large)]
+    assert sizes == [131_072, 62 * 16_384] and 61 * 16_384 < 1_000_000 <= sizes[1]
+    one, other = (upload(spec, usual, client) for client in (0, 1))
+    assert all(torch.equal(value, upload(spec, usual, 0)[key]) for key, value in one.items())
+    assert not any(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_uploads_are_in_files_and_no_more_than_two_are_open_at_a_time(monkeypatch):
+    """What a client subtracts and what the server reads: memory does not grow with the number of clients."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def load(path):
+        nonlocal most
+        tensors = load_file(path)
+        alive[:] = [ref for ref in alive if ref() is not None]
+        alive.append(weakref.ref(next(iter(tensors.values()))))
+        most = max(most, len(alive))
+        return tensors
+
+    monkeypatch.setattr(aggregation_fedalt, "load_file", load)
+    job = aggregation_fedalt.prepare(Spec(what="aggregation", model=str(shared_model()), clients=12))
+    assert len(job.work().values) == 8
+    assert 1 <= most <= 2
+
+
 # --- the command
 
 
@@ -188,12 +223,14 @@ class TestInThisProcess:
             (3, 1),
         ]
 
+    @pytest.mark.slow
     def test_clients(self):
         data, model = shared_data(clients=8), shared_model()
         (line,) = measured("clients", "--data", data, "--model", model, "--clients", 4, *SMALL)["lines"]
         assert (line["a"]["spec"]["clients"], line["b"]["spec"]["clients"]) == (4, 8)
         assert line["a"]["runs"][0]["seconds"] < line["a"]["runs"][0]["elapsed"] / 8  # start-up is not in it
 
+    @pytest.mark.slow
     def test_start(self):
         (line,) = measured("start", "--data", shared_data(), "--model", shared_model(), "--clients", 2, *SMALL)["lines"]
         assert line["b"]["spec"]["side"] == "transformers"
@@ -209,9 +246,13 @@ class TestInThisProcess:
         (("--dtype", "float16"), ['--dtype: "float16" is unknown', "bfloat16"]),
         (("--executor", "stack"), ['did you mean "stacked"?']),
         (("memory", "--executor", "loop"), ["--executor loop: only round has it"]),
+        (("--parameters", "9"), ["--parameters 9: only aggregation has it"]),
         (("--clients", "two"), ["--clients two: a number from 1"]),
         (("--clients", "1,0"), ["--clients 1,0"]),
-        (("evaluation", "--clients", "1,2"), ["evaluation takes one number; a list goes with round and memory"]),
+        (
+            ("evaluation", "--clients", "1,2"),
+            ["evaluation takes one number; a list goes with round, aggregation, memory"],
+        ),
         (("step", "--clients", "2"), ["step is about one client"]),
     ],
 )

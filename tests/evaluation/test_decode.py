@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -64,19 +65,28 @@ def trimmed(texts: list[str], ends: list[int]) -> list[list[str]]:
     return out
 
 
-def frequent(base: Any, count: int) -> list[int]:
-    """Tokens that the model likes to say, so that answers end at many different lengths."""
-    words = [w for text in theirs(base, PROMPTS, 1, [2]) for w in text.split()]
+ALL = {**MODELS, "opt": opt}
+
+
+@cache
+def by_frequency(name: str) -> list[int]:
+    """Tokens that the model says, those that it likes best first."""
+    words = [w for text in theirs(ALL[name](), PROMPTS, 1, [2]) for w in text.split()]
     ids = [int(w[1:]) for w in words if w[1:].isdigit()]
-    return sorted(set(ids), key=lambda token: -ids.count(token))[:count]
+    return sorted(set(ids), key=lambda token: -ids.count(token))
+
+
+def frequent(name: str, count: int) -> list[int]:
+    """Tokens that the model likes to say, so that answers end at many different lengths."""
+    return by_frequency(name)[:count]
 
 
 @pytest.mark.parametrize("beams", [1, 2, 4])
 @pytest.mark.parametrize("ends", [0, 1, 3])
-@pytest.mark.parametrize("name", [*MODELS, "opt"])
+@pytest.mark.parametrize("name", ALL)
 def test_answers_are_those_of_generate(name: str, ends: int, beams: int) -> None:
-    make = {**MODELS, "opt": opt}[name]
-    stops = frequent(make(), ends) or [2]
+    make = ALL[name]
+    stops = frequent(name, ends) or [2]
     expected = trimmed(theirs(make(), PROMPTS, beams, stops), stops)
     assert trimmed(ours(make(), PROMPTS, beams, stops), stops) == expected
     if ends and beams == 1:
@@ -92,7 +102,7 @@ def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         return read(self, tokens, *rest)
 
     monkeypatch.setattr(decode.Batch, "_read", counting)
-    stops = frequent(MODELS["llama"](), 3)
+    stops = frequent("llama", 3)
     ours(MODELS["llama"](), PROMPTS, 1, stops)
     assert seen[0] == len(PROMPTS)
     assert seen == sorted(seen, reverse=True)
@@ -103,9 +113,9 @@ def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-@pytest.mark.parametrize("name", [*MODELS, "opt"])
+@pytest.mark.parametrize("name", ALL)
 def test_prompts_read_in_parts_give_the_same_answers(name: str, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = {**MODELS, "opt": opt}[name]
+    make = ALL[name]
     whole = ours(make(), PROMPTS, beams, [2])
     for tokens in (1, 20):
         monkeypatch.setattr(decode, "_TOKENS", tokens)
@@ -125,6 +135,6 @@ def test_settings_of_the_model_are_respected() -> None:
 def test_rules_for_stopping_that_are_not_ours_are_left_to_generate(early: Any) -> None:
     base = MODELS["llama"]()
     base.generation_config.early_stopping = early
-    stops = frequent(MODELS["llama"](), 3)
+    stops = frequent("llama", 3)
     expected = theirs(MODELS["llama"](), PROMPTS, 4, stops, early_stopping=early)
     assert trimmed(ours(base, PROMPTS, 4, stops), stops) == trimmed(expected, stops)

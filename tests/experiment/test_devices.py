@@ -132,7 +132,7 @@ def test_killed_and_stopped_and_resumed_is_the_same_run(tmp_path: Path, rows: Pa
         workers = workers_of(psutil.Process(process.pid))
         assert len(workers) == 2
         disturb(workers[0])
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=240)
         assert not any(worker.is_running() for worker in workers)
         assert [path.name for path in checkpoints.iterdir()] == [f"round_{after:04d}"] * (after > 0)
         assert "Traceback" not in error

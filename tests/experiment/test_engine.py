@@ -106,6 +106,7 @@ def test_config_is_resolved_and_runs_again() -> None:
         "federation",
         "evaluation",
         "report",
+        "flower",
         "fedalt",
         "fedit_split",
         "feddpa",

@@ -25,12 +25,13 @@ def test_steps_are_those_of_the_clients_that_take_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_peak_memory_is_foretold_within_a_fifth(tmp_path: Path) -> None:
-    """In processes of their own; with 64 rows a client the step takes more than everything else."""
+@pytest.mark.parametrize("rows", [8, 64])
+def test_peak_memory_is_foretold_within_a_fifth(tmp_path: Path, rows: int) -> None:
+    """In processes of their own: with steps that take more than everything else, and with many small ones."""
     values = {
         "out": str(tmp_path / "run"),
         "data": {"train_limit": 128, "test_limit": 32},
-        "training": {"local_epochs": 1, "batch_size": 64},
+        "training": {"local_epochs": 1, "batch_size": rows},
         "federation": {"rounds": 2, "cohort": 8},
         "evaluation": {"max_new_tokens": 16},
     }

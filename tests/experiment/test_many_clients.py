@@ -123,15 +123,15 @@ def test_states_are_read_when_their_clients_turn_comes(
 ) -> None:
     """In a round of cohorts of two, training reads two states between two results."""
     seen: list[str] = []
-    original: dict[str, Callable[..., Any]] = {"state": Checkpoint.state, "put": Checkpoint.put}
+    original: dict[str, Callable[..., Any]] = {"state": Checkpoint.state, "put": Checkpoint.put_state}
 
     def state(self: Checkpoint, client: int) -> Any:
         seen.append(f"read {client}")
         return original["state"](self, client)
 
-    def put(self: Checkpoint, result: Any) -> None:
-        seen.append(f"write {result.state.client}")
-        original["put"](self, result)
+    def put(self: Checkpoint, state: Any) -> None:
+        seen.append(f"write {state.client}")
+        original["put"](self, state)
 
     config = parse_config(settings(tmp_path / "run", data=rows, **(QUICK | {"federation__cohort": 2})), "x")
 
@@ -142,7 +142,7 @@ def test_states_are_read_when_their_clients_turn_comes(
             seen.append("log")
 
     monkeypatch.setattr(Checkpoint, "state", state)
-    monkeypatch.setattr(Checkpoint, "put", put)
+    monkeypatch.setattr(Checkpoint, "put_state", put)
     run_engine(prepare(config), claim_folder(config.folder, "ask"), sink)
     expected = [
         f"{what} {c}" for first in range(0, CLIENTS, 2) for what in ("read", "write") for c in (first, first + 1)

@@ -31,7 +31,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setenv("FEDALT_RUN", str(finished()))
         patch.setenv("PYTHONPATH", paths)
         patch.setenv("IPYTHONDIR", str(folder / "ipython"))
-        return executor.execute()
+        return executor.execute(cleanup_kc=True)  # a kernel manager of ours is not shut down otherwise
 
 
 def text_of(notebook: Any, cell: str) -> str:

@@ -30,6 +30,7 @@ class Spec:
         cohort: Clients that fedalt stacks at a time, or its own choice.
         dropout: Of the adapters.
         num_beams, max_new_tokens: Of generation.
+        parameters: Least parameters of an upload, for ``aggregation``; those of the usual rank when not given.
         seed: Of random weights, adapters and row order.
     """
 
@@ -46,6 +47,7 @@ class Spec:
     dropout: float = 0.05
     num_beams: int = 1
     max_new_tokens: int = 32
+    parameters: int | None = None
     seed: int = 0
 
     def to_json(self) -> str:
@@ -134,7 +136,7 @@ WHATS = {
     "round": What("a round", 8, 32, _RANDOM, True, "round_fedalt", _ROUND),
     "step": What("a step", 1, 64, _RANDOM, False, "round_fedalt", {"peft": "step_peft", "peft-forward": "step_peft"}),
     "evaluation": What("all answers", 8, 64, _REAL, False, "evaluation_fedalt", {"paper": "evaluation_paper"}),
-    "aggregation": What("an aggregation", 100, 1, _RANDOM, False, "aggregation_fedalt", {"paper": "aggregation_paper"}),
+    "aggregation": What("an aggregation", 100, 1, _RANDOM, True, "aggregation_fedalt", {"paper": "aggregation_paper"}),
     "clients": What("a client and round", 1000, 16, _REAL, False, "clients_fedalt", {"eight": "clients_fedalt"}),
     "memory": What("a round", 8, 32, _RANDOM, True, "round_fedalt", {"one": "round_fedalt"}),
     "start": What("a start", 8, 16, _REAL, False, "start_fedalt", {"transformers": "start_transformers"}),
@@ -153,7 +155,8 @@ def pair(spec: Spec, against: str | None = None, loop: bool = False) -> tuple[Sp
         loop: Whether fedalt, too, takes one client after another.
 
     Raises:
-        UserError: No such comparison, no such opponent or it is not installed, or ``loop`` where there is no round.
+        UserError: No such comparison, no such opponent or it is not installed, ``loop`` where there is no round, or
+            ``parameters`` where nothing is aggregated only.
     """
     choose("WHAT", spec.what, WHATS)
     what = WHATS[spec.what]
@@ -162,6 +165,8 @@ def pair(spec: Spec, against: str | None = None, loop: bool = False) -> tuple[Sp
     require(side)
     if loop and spec.what != "round":
         raise UserError(f"--executor loop: only round has it, {spec.what} has not")
+    if spec.parameters and spec.what != "aggregation":
+        raise UserError(f"--parameters {spec.parameters}: only aggregation has it, {spec.what} has not")
     ours = replace(spec, side="loop" if loop else OURS)
     return ours, replace(spec, side=side, clients=_FEWER.get(side, spec.clients))
 

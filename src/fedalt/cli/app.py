@@ -31,13 +31,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command()(bench)
-app.command()(compare)
-app.add_typer(prepare_group, name="prepare")
-app.command()(onboard)
-app.command()(partition)
-for command in (certs, server, site, submit, status):
-    app.command()(command)
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
@@ -197,6 +190,13 @@ def validate(
     for note in experiment.notes:
         say(f"note: {note}")
     show.out.print(show.estimate_lines(cost, experiment.config.federation.rounds), highlight=False, soft_wrap=True)
+
+
+for command in (compare, onboard, partition):
+    app.command()(command)
+app.add_typer(prepare_group, name="prepare")
+for command in (bench, server, site, submit, status, certs):
+    app.command()(command)
 
 
 def _folder(path: Path) -> Any:

@@ -36,6 +36,9 @@ def bench(
     cohort: Annotated[int | None, typer.Option(min=1, help="clients that fedalt stacks at a time")] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="evaluation: 1 is greedy")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="evaluation: longest answer")] = 32,
+    parameters: Annotated[
+        int | None, typer.Option(min=1, help="aggregation: parameters of an upload, at least; the rank follows")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="runs of each side")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of torch; its own choice when not given")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of weights, adapters and row order")] = 0,
@@ -64,6 +67,7 @@ def bench(
         dropout=dropout,
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
+        parameters=parameters,
         seed=seed,
     )
     shapes.check(settings.model)
@@ -112,7 +116,7 @@ def _clients(what: str, text: str | None) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise UserError(f"--clients {text}: a number from 1, or several separated by commas, for example 1,2,4,8")
     if len(numbers) > 1 and not WHATS[what].many:
-        listed = " and ".join(name for name, chosen in WHATS.items() if chosen.many)
+        listed = ", ".join(name for name, chosen in WHATS.items() if chosen.many)
         raise UserError(f"--clients {text}: {what} takes one number; a list goes with {listed}")
     if WHATS[what].clients == 1 and numbers != [1]:
         raise UserError(f"--clients {text}: {what} is about one client")

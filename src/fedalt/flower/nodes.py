@@ -50,14 +50,18 @@ class Nodes:
         in the seconds of ``time.monotonic``.
         """
         waiting, sent = dict(requests), dict[str, int]()
+        at = dict[str, int]()  # message → the node it went to
         after = dict.fromkeys(requests, 0.0)
         got = 0
         while waiting and time.monotonic() < until(got):
             self.look()
+            for lost in [m for m, client in sent.items() if self.node_of.get(client) != at[m]]:
+                del sent[lost]  # its site has another node now, or none
             now = time.monotonic()
             out = [c for c in waiting if c in self.node_of and c not in sent.values() and after[c] <= now]
             if out:
                 sent |= self._push({client: waiting[client] for client in out}, self.node_of)
+                at |= {message: self.node_of[client] for message, client in sent.items()}
                 after |= dict.fromkeys(set(out) - set(sent.values()), now + again)
             replies = list(self.grid.pull_messages(list(sent))) if sent else []
             for message in replies:
@@ -73,8 +77,6 @@ class Nodes:
                 reply = Reply(error=message.error.reason or "failed") if message.has_error() else reply_in(message)
                 got += reply.error is None
                 yield client, reply
-            for lost in [m for m, c in sent.items() if self.node_of.get(c) not in self._known]:
-                del sent[lost]  # its site has another node now, or none
             if not replies:
                 time.sleep(_POLL)
 

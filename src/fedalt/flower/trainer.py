@@ -19,7 +19,7 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fedalt.errors import UserError
 from fedalt.files import read_json, write_json
@@ -47,7 +47,7 @@ def ask(state: Path, request: Request) -> Reply:
     raise UserError(f"{state}: no trainer answers; is fedalt site running?")
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Serve until the standard input closes."""
     from fedalt.allocator import keep_freed_memory
     from fedalt.quiet import keep_libraries_quiet
@@ -55,18 +55,16 @@ def main() -> int:
     keep_libraries_quiet()
     keep_freed_memory()
     state = Path(sys.argv[1]).absolute()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(UserError, KeyError):  # what a kill left
+        shutil.rmtree(Path(read_json(state / TRAINER)["socket"]).parent, ignore_errors=True)
     folder = tempfile.mkdtemp(prefix="fedalt-")  # a socket's path may have no more than 107 bytes
-    try:
-        with socket.socket(socket.AF_UNIX) as listener:
-            path = f"{folder}/trainer.sock"
-            listener.bind(path)
-            listener.listen()
-            write_json(state / TRAINER, {"socket": path, "pid": os.getpid()})
-            _serve(listener, _site(state))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return 0
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    with socket.socket(socket.AF_UNIX) as listener:
+        path = f"{folder}/trainer.sock"
+        listener.bind(path)
+        listener.listen()
+        write_json(state / TRAINER, {"socket": path, "pid": os.getpid()})
+        _serve(listener, _site(state))
 
 
 def _site(state: Path) -> Any:
@@ -81,7 +79,7 @@ def _site(state: Path) -> Any:
     return Site(said["client"], state, Bases(), rows, consent, note=_say)
 
 
-def _serve(listener: socket.socket, site: Any) -> None:
+def _serve(listener: socket.socket, site: Any) -> NoReturn:
     while True:
         line, _ = listener.accept()
         with line, suppress(OSError, EOFError):  # who asked is gone; it will ask again
@@ -99,10 +97,11 @@ def _answered(site: Any, request: Request) -> Reply:
     return answered
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: str) -> None:
     """A kill -9 of whoever started this process closes its end of the pipe."""
     while sys.stdin.buffer.read(1):
         pass
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
 
@@ -134,4 +133,4 @@ def _exactly(line: socket.socket, count: int) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,33 +1,54 @@
-"""fedalt's own aggregation: the server's sum and mean, then every client's subtraction, one client at a time."""
+"""fedalt's own aggregation: the server's sum and mean, then every client's subtraction, one client at a time.
+
+Uploads are in files, as those of a run are, and are read one at a time; reading them is timed, writing them is not.
+"""
 
 from __future__ import annotations
 
-from fedalt.benchmarks.sides.uploads import SERVED, norm, shape, uploads
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors.torch import load_file, save_file
+
+from fedalt.benchmarks.sides.uploads import SERVED, norm, shape, upload
 from fedalt.benchmarks.task import Job, Outcome, Spec
 from fedalt.config import FederationConfig
 from fedalt.federation.server import Server
 from fedalt.methods.registry import get_method
 from fedalt.model.state import ClientState
-from fedalt.names import ROW
+from fedalt.names import ROW, Key, Tensors
 
 
 def prepare(spec: Spec) -> Job:
     """Everything before the clock."""
     adapters = shape(spec)
     method = get_method("fedalt")(spec.clients)
-    states = [ClientState(k, 1, mine, mine) for k, mine in enumerate(uploads(spec, adapters))]
     sizes = {key: size for key, size in adapters.shapes().items() if method.shares(key)}
+    folder = TemporaryDirectory(prefix="fedalt-bench-")
 
-    def aggregate(states: list[ClientState]) -> list[float]:
-        server = Server(method, FederationConfig(), dict.fromkeys(range(spec.clients), 1), sizes)
-        sent = {state.client: state.sent or {} for state in states}
-        server.receive(sent, sent.__getitem__, 1)
-        messages = server.messages(tuple(state.client for state in states))
+    def file(client: int) -> Path:
+        return Path(folder.name) / f"{client}.safetensors"
+
+    def read(client: int) -> Tensors:
+        return {Key.parse(name): value for name, value in load_file(file(client)).items()}
+
+    for client in range(spec.clients):
+        save_file({str(key): value for key, value in upload(spec, adapters, client).items()}, file(client))
+
+    def aggregate(clients: range) -> list[float]:
+        server = Server(method, FederationConfig(), dict.fromkeys(clients, 1), sizes)
+        server.receive(clients, read, 1)
+        messages = server.messages(clients)
         norms = []
-        for state in states:
-            installed = method.install(state, messages[state.client])
-            if state.client < SERVED:
+        for client in clients:
+            sent = read(client)
+            installed = method.install(ClientState(client, 1, sent, sent), messages[client])
+            if client < SERVED:
                 norms.append(norm({key: value for key, value in installed.tensors.items() if key.slot == ROW}))
         return norms
 
-    return Job(lambda: aggregate(states[:2]), lambda: Outcome(values=aggregate(states)))
+    def play() -> Outcome:
+        with folder:
+            return Outcome(values=aggregate(range(spec.clients)))
+
+    return Job(lambda: aggregate(range(2)), play)

@@ -8,14 +8,15 @@ official server holds.
 from __future__ import annotations
 
 from fedalt.benchmarks.sides.plain import others_mean
-from fedalt.benchmarks.sides.uploads import SERVED, norm, shape, uploads
+from fedalt.benchmarks.sides.uploads import SERVED, norm, shape, upload
 from fedalt.benchmarks.task import Job, Outcome, Spec
 from fedalt.names import Tensors
 
 
 def prepare(spec: Spec) -> Job:
     """Everything before the clock."""
-    all_: list[Tensors] = list(uploads(spec, shape(spec)))
+    adapters = shape(spec)
+    all_: list[Tensors] = [upload(spec, adapters, client) for client in range(spec.clients)]
     served = min(spec.clients, SERVED)
 
     def play() -> Outcome:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fedalt.benchmarks import shapes
 from fedalt.benchmarks.task import Spec
@@ -13,7 +12,8 @@ from fedalt.methods.registry import get_method
 from fedalt.model.layer import features
 from fedalt.model.state import AdapterShape
 from fedalt.model.targets import find_targets
-from fedalt.names import INDIVIDUAL, Key, Tensors
+from fedalt.names import INDIVIDUAL, Tensors
+from fedalt.seeding import rng
 
 SERVED = 8
 """Clients whose row the official server computes; each costs the same, so K of them are extrapolated from these."""
@@ -22,6 +22,8 @@ SERVED = 8
 def shape(spec: Spec) -> AdapterShape:
     """Shapes of a client's adapters; the model itself is never built.
 
+    The rank is the usual one, or the lowest that makes an upload of ``spec.parameters`` or more.
+
     Raises:
         UserError: Fewer than two clients.
     """
@@ -29,14 +31,16 @@ def shape(spec: Spec) -> AdapterShape:
         raise UserError(f"--clients {spec.clients}: an aggregation needs two clients or more")
     base = shapes.skeleton(spec)
     sizes = {path: features(base.get_submodule(path)) for path in find_targets(base)}
-    return get_method("fedalt")(spec.clients).shape(LORA.r, sizes)
+    each = sum(map(sum, sizes.values()))  # parameters of an upload by rank
+    rank = LORA.r if spec.parameters is None else -(-spec.parameters // each)
+    return get_method("fedalt")(spec.clients).shape(rank, sizes)
 
 
-def uploads(spec: Spec, adapters: AdapterShape) -> list[dict[Key, Tensor]]:
-    """Random individual LoRAs of K clients, by seed."""
-    generator = torch.Generator().manual_seed(spec.seed)
+def upload(spec: Spec, adapters: AdapterShape, client: int) -> Tensors:
+    """A client's random individual LoRA, by seed."""
+    generator = rng(spec.seed, "bench", client, "upload")
     sizes = {key: size for key, size in adapters.shapes().items() if key.slot == INDIVIDUAL}
-    return [{key: torch.randn(size, generator=generator) for key, size in sizes.items()} for _ in range(spec.clients)]
+    return {key: torch.randn(size, generator=generator) for key, size in sizes.items()}
 
 
 def norm(tensors: Tensors) -> float:
