@@ -58,8 +58,9 @@ class Command:
 def main() -> int:
     """Run the demonstration; the exit status is that of ``fedalt submit``."""
     shutil.rmtree(FOLDER, ignore_errors=True)
-    tls, server = FOLDER / "tls", f"127.0.0.1:{free_port()}"
-    trust = ("--server", server, "--ca", tls / "ca.crt")
+    tls = FOLDER / "tls"
+    inside, outside = (f"127.0.0.1:{port}" for port in free_ports())
+    trust = ("--ca", tls / "ca.crt", "--server")
     started: list[Command] = []
 
     def start(name: str, *arguments: object) -> Command:
@@ -68,15 +69,16 @@ def main() -> int:
 
     def site(client: int) -> Command:
         own = ("--client-id", client, "--state", FOLDER / f"site{client}", "--key", tls / "keys" / f"client_{client}")
-        return start(f"site {client}", "site", *trust, *own)
+        return start(f"site {client}", "site", *trust, outside, *own)
 
     try:
         start("certs", "certs", tls, "--sites", 3).process.wait()
-        start("server", "server", "--address", server, "--tls", tls, "--state", FOLDER / "server").says("at site N")
+        places = ("--address", inside, "--public", outside, "--tls", tls, "--state", FOLDER / "server")
+        start("server", "server", *places).says("at site N")
         sites = [site(client) for client in range(3)]
         for one in sites:
             one.says("SuperNode ID")
-        run = start("submit", "submit", RECIPE, "--clients", 3, "--rounds", 3, "--out", FOLDER / "run", *trust)
+        run = start("submit", "submit", RECIPE, "--clients", 3, "--rounds", 3, "--out", FOLDER / "run", *trust, inside)
         run.says("round 1: loss")
         sites[KILLED].says("Receiving: train", times=2)
         time.sleep(1)
@@ -88,7 +90,7 @@ def main() -> int:
         site(KILLED)
         status = run.process.wait()
         run.reader.join()
-        start("status", "status", *trust, "--state", FOLDER / "server").reader.join()
+        start("status", "status", *trust, inside, "--state", FOLDER / "server").reader.join()
         return status
     finally:
         for command in reversed(started):
@@ -97,11 +99,12 @@ def main() -> int:
             command.process.wait()
 
 
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports() -> list[int]:
+    """Two ports that nothing listens on."""
+    with socket.socket() as one, socket.socket() as other:
+        for probe in (one, other):
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in (one, other)]
 
 
 if __name__ == "__main__":
