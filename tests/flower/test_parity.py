@@ -65,7 +65,7 @@ def test_sites_and_one_machine_end_with_the_same_files(method: str, tmp_path: Pa
     both = site_files(grid, "clients") | site_files(grid, "results")
     server = {n: d for n, d in micro.tree(tmp_path / "far").items() if n.startswith("results/")}
     assert one.keys() == (both | server).keys()
-    assert {name: both.get(name, server.get(name)) for name in one} == one
+    assert {name: server.get(name, both.get(name)) for name in one} == one
     assert not any("eval_client" in name for name in server), "answers stay at the sites"
 
 
