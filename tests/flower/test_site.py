@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,19 @@ def test_a_client_whose_loss_is_not_finite_keeps_its_state(tmp_path: Path, bases
     reply = good(mine.answer(told(asking("train", tmp_path, 2), bad)))
     assert reply.body["failure"] and reply.block == b"" and reply.body["stats"]["loss"] is None
     assert micro.tree(tmp_path / "state/run-1/checkpoints") == files
+
+
+def test_a_full_disk_is_said_and_the_round_can_be_done_again(tmp_path: Path, bases: Bases) -> None:
+    mine = site(tmp_path, bases)
+    one = good(mine.answer(asking("train", tmp_path, 1)))
+    files = micro.tree(tmp_path / "state/run-1/checkpoints")
+    second = told(asking("train", tmp_path, 2), one.block)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file may grow beyond
+    try:
+        reply = mine.answer(second)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "disk full" in (reply.error or "")
+    assert micro.tree(tmp_path / "state/run-1/checkpoints") == files
+    assert good(mine.answer(second)).body["failure"] is None

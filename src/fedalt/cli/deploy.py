@@ -105,7 +105,7 @@ def site(
     state: Annotated[
         Path,
         typer.Option(
-            "--state", metavar="DIR", help="private folder of this client: adapters, mixer, optimiser; back it up"
+            "--state", metavar="DIR", help="private folder of this client: its adapters and mixer; back it up"
         ),
     ],
     server: ServerAt = SERVER,
