@@ -218,6 +218,8 @@ def test_flower_is_not_installed() -> None:
         ("\x1b[91mERROR \x1b[0m:     error: x.yaml: wrong\n", "error: x.yaml: wrong"),
         ("\x1b[93mWARNING \x1b[0m:   something odd\n", "something odd"),
         ("a ClientApp's own line\n", "a ClientApp's own line"),
+        ("╭─ Error ────────╮\n", None),
+        ("│ Connection to the SuperLink is unavailable.  │\n", "Connection to the SuperLink is unavailable."),
     ],
 )
 def test_flowers_log_shortened(line: str, short: str | None) -> None:

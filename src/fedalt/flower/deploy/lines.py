@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_FRAME = re.compile(r"[╭╮╰╯│─]+( Error)?")
 _LEVEL = re.compile(r"^(?:\S+Z )?(INFO|WARNING|ERROR|DEBUG) ?:? *(?:\[uvicorn\.\w+\] )?")
 _LONG = re.compile(r" \(ID: [0-9a-f]+\)|^\[/v1[^]]*\]\[ApiError:\d+\] | with public key: b'[^']*'")
 _NOISE = re.compile(
@@ -19,8 +20,8 @@ _NOISE = re.compile(
 
 
 def plain(line: str) -> str:
-    """A line without colours, level and time."""
-    return _LEVEL.sub("", _COLOURS.sub("", line).rstrip()).strip()
+    """A line without colours, frames, level and time."""
+    return _LEVEL.sub("", _FRAME.sub("", _COLOURS.sub("", line)).rstrip()).strip()
 
 
 def shortened(line: str) -> str | None:
