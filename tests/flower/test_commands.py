@@ -306,6 +306,24 @@ def test_a_wrong_ca_and_no_encryption_are_refused(federation, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_server_that_is_killed_leaves_nothing_and_its_run_can_be_resumed(tmp_path: Path) -> None:
+    port = free_port()
+    config = write_yaml(tmp_path / "x.yaml", settings(tmp_path / "run", data__clients=3))
+    serve = ("server", "--address", f"127.0.0.1:{port}", "--state", tmp_path / "server")
+    with running(tmp_path / "server.log", *serve) as server:
+        server.until("at site N: ")
+        with running(tmp_path / "submit.log", "submit", config, "--server", f"127.0.0.1:{port}") as run:
+            run.until("flwr run: run ")
+            server.until("Started task")
+            below = server.children()
+            server.end(signal.SIGKILL)
+            assert gone(below), below
+            assert run.popen.wait(PATIENCE) == 1
+            last = run.text.splitlines()[-1]
+            assert last.startswith(f"error: 127.0.0.1:{port}: ")
+            assert last.endswith("finished rounds are safe, submit it again with --resume")
+
+
 def test_a_public_door_is_for_sites_only(tmp_path: Path) -> None:
     inside, outside = free_port(), free_port()
     make_certs(tmp_path / "tls", 1)
