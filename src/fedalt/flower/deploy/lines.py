@@ -15,7 +15,8 @@ _NOISE = re.compile(
     r"|^Start(ing)? (`flwr-\w+` process|Flower SuperExec|logstream)|^Exiting logstream|^Uvicorn running"
     r"|Starting the SuperLink (Runtime|Control)|^All logs for run|^Connection attempt failed, retrying"
     r"|^(Exception in thread|Using SuperLink|Recommended property|Successfully (installed|started))"
-    r"|^Flower App configuration warnings|^- Recommended property|^For more information, visit|Listing all (runs|nodes)|^SuperExec terminated"
+    r"|^Flower App configuration warnings|^- Recommended property|^For more information, visit|^SuperExec terminated"
+    r"|Listing all (runs|nodes)"
 )
 
 
