@@ -82,7 +82,7 @@ class Control:
             answer = {"success": False, "error-message": done.stderr or done.stdout}
         if not answer["success"]:
             lines = [line for text in answer["error-message"].splitlines() if (line := shortened(text))]
-            raise UserError(f"{self.address}: {' '.join(lines)}")
+            raise UserError(f"{self.address}: {' '.join(lines).rstrip('.')}")
         return answer
 
 

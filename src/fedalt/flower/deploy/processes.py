@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def start(
 
 
 def end(*processes: subprocess.Popen[str]) -> None:
-    """Ask processes to end, and kill those that have not after ten seconds."""
+    """Ask processes to end, kill those that have not after ten seconds, and whatever they leave behind."""
     for process in processes:
         process.terminate()
     until = time.monotonic() + _PATIENCE
@@ -72,3 +73,5 @@ def end(*processes: subprocess.Popen[str]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its group is its own, and mostly empty by now

@@ -93,9 +93,11 @@ class _Log:
             self.tell(f"flwr run: run {self.run}")
         elif text.startswith(_ERROR):
             self.error = text.removeprefix(_ERROR)
+        elif self.error or not (short := shortened(line)):
+            return
         elif self.run is None:
-            self.rest += [text] if text else []
-        elif not self.error and (short := shortened(line)):
+            self.rest.append(short)
+        else:
             self.tell(short)
 
 

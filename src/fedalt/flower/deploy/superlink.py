@@ -105,7 +105,8 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
     name, *arguments = server.command()
     environment = flower_environment(server.state.absolute() / "flwr")
     with locked(server.state, "another server"), Watch() as watch:
-        running = {name: start([program(name), *arguments], environment, signal.SIGTERM)}
+        # on this process's death SIGKILL, because after SIGTERM a SuperLink waits for whoever reads a log
+        running = {name: start([program(name), *arguments], environment, signal.SIGKILL)}
         watch.follow(name, running[name])
         try:
             while (happened := watch.next()) and happened.what == "line":
@@ -114,7 +115,7 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
                 if _UP in happened.text:
                     _let_sites_in(server, tell)
                     if door := _door(server):
-                        running[_DOOR] = start(door, environment, signal.SIGTERM)
+                        running[_DOOR] = start(door, environment, signal.SIGKILL)
                         watch.follow(_DOOR, running[_DOOR])
                     ready()
         finally:

@@ -105,10 +105,10 @@ class _Supervisor:
     def __init__(self, site: Site, tell: Callable[[str], None], watch: Watch) -> None:
         self.site, self.tell, self.watch = site, tell, watch
         self.processes: dict[str, subprocess.Popen[str]] = {}
-        self.deaths: deque[float] = deque(maxlen=_DEATHS)
+        self.deaths = {name: deque[float](maxlen=_DEATHS) for name in (_TRAINER, _NODE)}
         self.refused = False
         self.refused_since: float | None = None
-        self.last = ""
+        self.last = dict.fromkeys(self.deaths, "no word")
         self.parting: list[str] = []
         self.online = site.state / "online"
         """A file that is there from joining to leaving; left by a kill."""
@@ -116,7 +116,6 @@ class _Supervisor:
     def run(self) -> int:
         if not self._wait_for_server():
             return 0
-        self.grace = _GRACE_AFTER_KILL if self.online.exists() else _GRACE
         try:
             self._start_trainer()
             self._start_node()
@@ -124,8 +123,8 @@ class _Supervisor:
                 if happened.what == "line":
                     self._read(happened)
                 elif happened.name == _TRAINER:
-                    self._trainer_died()
-                elif not self._node_may_retry():
+                    self._revive(_TRAINER)
+                elif not self._node_goes_on():
                     return 1
             return 0
         finally:
@@ -174,48 +173,56 @@ class _Supervisor:
         line = shortened(happened.text) if happened.name == _NODE else plain(happened.text)
         if line and happened.name == _NODE and (self.parting or line.startswith(_PARTING)):
             self.parting.append(line)
-        elif line and self.refused_since is None:
-            self.last = line if happened.name == _TRAINER else self.last
+        elif line and (happened.name == _TRAINER or self.refused_since is None):
+            self.last[happened.name] = line
             self.tell(f"{happened.name}: {line}")
 
-    def _trainer_died(self) -> None:
-        now, status = time.monotonic(), self.processes[_TRAINER].returncode
+    def _revive(self, name: str) -> None:
+        """Start a process again that has died, unless it does so again and again."""
+        now, status, deaths = time.monotonic(), self.processes[name].returncode, self.deaths[name]
         why = f"(signal {-status})" if status < 0 else f"with status {status}"
-        self.deaths.append(now)
-        if len(self.deaths) == _DEATHS and now - self.deaths[0] < _WITHIN:
-            raise UserError(
-                f"the trainer ended {_DEATHS} times within a minute, at last {why}: {self.last or 'no word'}"
-            )
-        self.tell(f"trainer: ended {why}; starting it again")
+        deaths.append(now)
+        if len(deaths) == _DEATHS and now - deaths[0] < _WITHIN:
+            raise UserError(f"{name} ended {_DEATHS} times within a minute, at last {why}: {self.last[name]}")
+        self.tell(f"{name}: ended {why}; starting it again")
         time.sleep(_PAUSE)
-        self._start_trainer()
+        self._start_trainer() if name == _TRAINER else self._start_node()
 
-    def _node_may_retry(self) -> bool:
-        """Whether the SuperNode was refused and is tried again."""
+    def _node_goes_on(self) -> bool:
+        """Start the SuperNode again if it was refused or killed; false if it has ended by itself."""
+        end(self.processes[_NODE])
         parting, self.parting = self.parting, []
-        address = self.site.connection.address
+        address, status = self.site.connection.address, self.processes[_NODE].returncode
         if any(_KEYLESS in line for line in parting):
             raise UserError(
                 f"{address}: this server lets in only sites whose key it knows; --key FILE names this site's"
             )
-        if not self.refused:
-            for line in parting:
-                self.tell(f"{_NODE}: {line}")
-            self.tell(f"{_NODE} ended with status {self.processes[_NODE].returncode}")
-            return False
+        if self.refused:
+            self._wait_to_be_let_in()
+            return True
+        for line in parting:
+            self.tell(f"{_NODE}: {line}")
+        if status < 0:
+            self._revive(_NODE)
+            return True
+        self.tell(f"{_NODE} ended with status {status}")
+        return False
+
+    def _wait_to_be_let_in(self) -> None:
+        grace = _GRACE_AFTER_KILL if self.online.exists() else _GRACE
         now = time.monotonic()
         if self.refused_since is None:
             self.refused_since = now
             self.tell(
                 f"the server does not let this site in: it does not know its key, is still registering keys, or counts "
-                f"a killed site as online for another minute; trying again for {self.grace:.0f} s"
+                f"a killed site as online for another minute; trying again for {grace:.0f} s"
             )
-        if now - self.refused_since > self.grace:
+        if now - self.refused_since > grace:
             raise UserError(
-                f"{address}: the server does not let {self.site.key or 'this site'} in: the key's public half is not "
-                "registered there (fedalt server --tls DIR registers DIR/keys/*.pub), or another site uses it now"
+                f"{self.site.connection.address}: the server does not let {self.site.key or 'this site'} in: the key's "
+                "public half is not registered there (fedalt server --tls DIR registers DIR/keys/*.pub), or another "
+                "site uses it now"
             )
         time.sleep(_NODE_PAUSE)
         self.refused = False
         self._start_node()
-        return True
