@@ -21,6 +21,7 @@ VARIANTS_HERE = ["fedalt_stack", "fedalt_clusters", "fedalt_row_update", "fedalt
 MIXERS = Consent(frozenset(("mixer",)))
 """FedIT-split averages its routers, an ablation of FedALT its mixers; see test_site.py for what happens without."""
 CHANGES: dict[str, dict[str, Any]] = {
+    "pf2lora": {"pf2lora__private_lr": 0.02},  # at its default of 2 here a last digit becomes another model
     "hetlora": {"lora__ranks": [2, 4, 4]},
     "zero_pad": {"lora__ranks": [2, 4, 4]},
     "flexlora": {"lora__ranks": [2, 4, 4]},
