@@ -29,18 +29,23 @@ def rounds(name: str, base: str = "llama", **options: Any) -> tuple[list[list[Cl
     return run_rounds(AdaptedModel(MODELS[base]()), method_of(name), ROWS, CONFIG, dropout=0.2, **options)
 
 
+LIMITS = {"lora_fair": 1e-3, "pf2lora": 3e-4}
+"""A thousand steps on the server add to rounding; a central difference divides it by a small number."""
+
+
 @pytest.mark.parametrize("base", MODELS)
 @pytest.mark.parametrize("name", METHODS)
 def test_executors_agree(name: str, base: str) -> None:
+    limit = LIMITS.get(name, 1e-4)
     runs = {title: rounds(name, base, **options) for title, options in EXECUTORS.items()}
     expected, server = runs.pop("loop")
     for history, other in runs.values():
         for results, same in zip(history, expected, strict=True):
             for result, single in zip(results, same, strict=True):
-                assert distance(result.state.tensors, single.state.tensors) < 1e-4
+                assert distance(result.state.tensors, single.state.tensors) < limit
                 assert result.upload.keys() == single.upload.keys()
         if server.uploads:
-            assert distance(other.mean(), server.mean()) < 1e-4
+            assert distance(other.mean(), server.mean()) < limit
 
 
 @pytest.mark.parametrize("options", EXECUTORS.values(), ids=EXECUTORS)
@@ -93,7 +98,7 @@ PRESENT = ((0, 1), (2, 1), (0, 2))
 
 @pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
 def test_executors_agree_when_clients_rest(name: str) -> None:
-    limit = 1e-3 if name == "lora_fair" else 1e-4  # a thousand steps on the server add to it
+    limit = LIMITS.get(name, 1e-4)
     runs = [rounds(name, rounds=3, chosen=PRESENT, **options) for options in EXECUTORS.values()]
     expected, server = runs.pop()
     for history, other in runs:
