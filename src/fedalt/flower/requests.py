@@ -9,8 +9,24 @@ from typing import Any, Literal
 Do = Literal["who", "join", "train", "score", "save"]
 
 
+class Frame:
+    """What goes over the wire."""
+
+    block: bytes
+
+    @property
+    def header(self) -> str:
+        """Everything but the block, as JSON."""
+        raise NotImplementedError
+
+    @property
+    def size(self) -> int:
+        """Bytes on the wire."""
+        return len(self.header.encode()) + len(self.block)
+
+
 @dataclass(frozen=True)
-class Request:
+class Request(Frame):
     """What the server asks of a site.
 
     Attributes:
@@ -36,13 +52,8 @@ class Request:
 
     @property
     def header(self) -> str:
-        """Everything but the block."""
+        """Everything but the block, as JSON."""
         return json.dumps({name: value for name, value in vars(self).items() if name != "block"})
-
-    @property
-    def size(self) -> int:
-        """Bytes on the wire."""
-        return len(self.header.encode()) + len(self.block)
 
     @staticmethod
     def parse(header: str, block: bytes) -> Request:
@@ -51,7 +62,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Reply:
+class Reply(Frame):
     """What a site answers.
 
     Attributes:
@@ -66,13 +77,8 @@ class Reply:
 
     @property
     def header(self) -> str:
-        """Everything but the block."""
+        """Everything but the block, as JSON."""
         return json.dumps({"body": self.body, "error": self.error})
-
-    @property
-    def size(self) -> int:
-        """Bytes on the wire."""
-        return len(self.header.encode()) + len(self.block)
 
     @staticmethod
     def parse(header: str, block: bytes) -> Reply:
