@@ -197,7 +197,7 @@ def poisoned(key: Key, value: torch.Tensor) -> torch.Tensor:
 
 BAD: dict[str, tuple[Callable[[Reply], Reply], str]] = {
     "nan": (change(poisoned), "is not finite"),
-    "another rank": (change(lambda k, v: v[:2] if k.factor == "A" else v[:, :2]), "this run has (32, 4)"),
+    "another rank": (change(lambda k, v: v[:2] if k.factor == "A" else v[:, :2]), "is (2, 32), this run has (4, 32)"),
     "huge": (change(lambda k, v: 200 * v), "times as long as the median of this round"),
     "private": (
         lambda r: replace(r, block=pack({Key("m", ROW, "A"): torch.ones(1, 1), **unpack(r.block)})),

@@ -46,7 +46,7 @@ def unpack(data: bytes) -> dict[Key, Tensor]:
         return {}
     try:
         block = load(data)
-        return {Key.parse(name): _whole(block, name) for name in block if not name.endswith(_SCALE)}
+        return {Key.parse(name): _whole(block, name) for name in sorted(block) if not name.endswith(_SCALE)}
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{len(data)} bytes are no tensors ({error})") from None
 
