@@ -11,8 +11,8 @@ from typing import Any
 
 from fedalt.errors import UserError
 from fedalt.files import disk_errors, read_json, write_json
+from fedalt.flower.trainer import SITE
 
-SITE = "site.json"
 _LOCK = "lock"
 
 
