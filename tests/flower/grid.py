@@ -1,6 +1,7 @@
 """A Flower grid without a network: messages are made, serialised and answered as on a real one, and may go wrong.
 
-Sites are the real ones, each with its own folder. Node ids, losses and delays are the test's to choose.
+Sites are the real ones, each with its own folder. Node ids, losses and delays are the test's to choose. Time is too, where a
+test has a deadline: what a site computes takes none, so no machine is too slow for it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,19 @@ from fedalt.flower.site import Site
 
 Fault = Callable[[int, Request], str | None]
 """(client, request) → "lost" (the site never hears of it), "late" (it does, its answer is lost), or nothing."""
+
+
+class Clock:
+    """The server's ``time``: it goes on when somebody waits, and at no other moment."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds
 
 
 class LocalGrid(Grid):

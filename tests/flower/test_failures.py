@@ -20,10 +20,19 @@ from fedalt.flower.rows import SiteRows
 from fedalt.flower.server_app import serve
 from fedalt.flower.wire import pack, unpack
 from fedalt.names import INDIVIDUAL, ROW, Key
-from flower.grid import LocalGrid
+from flower.grid import Clock, LocalGrid
 
 QUICK: dict[str, Any] = {"evaluation__every": 3}
 LATE = QUICK | {"flower__round_deadline": 1.5, "flower__min_sites": 2}
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Deadlines pass while the server waits, however long the sites take on this machine."""
+    time = Clock()
+    for module in ("nodes", "sites", "server_app"):
+        monkeypatch.setattr(f"fedalt.flower.{module}.time", time)
+    return time
 
 
 @pytest.fixture(scope="module")
@@ -281,13 +290,14 @@ def test_a_round_with_too_few_uploads_ends_the_run_with_a_line(tmp_path: Path, b
     assert [(n, c) for n, c, _ in failures(micro.events(tmp_path / "run"))] == [(2, 1), (2, 2)]
 
 
-def test_a_site_that_comes_later_joins_the_next_round(tmp_path: Path, bases: Bases) -> None:
+def test_a_site_that_comes_later_joins_the_next_round(tmp_path: Path, bases: Bases, clock: Clock) -> None:
     def arrange(grid: LocalGrid) -> None:
         node = grid.node.pop(2)
 
         def come(client: int, request: Request) -> None:
-            if request.do == "train" and request.round == 1:
+            if request.do == "train":
                 grid.node[2] = node
+                clock.sleep(1)  # the server looks for new nodes once a second
 
         grid.fault = come
 
