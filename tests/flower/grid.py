@@ -1,7 +1,7 @@
 """A Flower grid without a network: messages are made, serialised and answered as on a real one, and may go wrong.
 
-Sites are the real ones, each with its own folder. Node ids, losses and delays are the test's to choose. Time is too, where a
-test has a deadline: what a site computes takes none, so no machine is too slow for it.
+Sites are the real ones, each with its own folder. Node ids, losses and delays are the test's to choose. Time is too,
+where a test has a deadline: what a site computes takes none, so no machine is too slow for it.
 """
 
 from __future__ import annotations

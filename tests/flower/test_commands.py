@@ -284,7 +284,7 @@ def test_a_trainer_that_dies_is_started_again_and_a_killed_site_leaves_nothing(f
         joined.until(r"trainer: ended \(signal 9\); starting it again")
         time.sleep(1.5)
         joined.child("fedalt.flower.trainer")
-        joined.child("flower-supernode").kill()
+        joined.child("fedalt.flower.deploy.node").kill()
         joined.until(r"flower-supernode: ended \(signal 9\); starting it again")
         joined.until("does not let this site in: .* for 90 s")
         below = joined.children()
@@ -411,7 +411,7 @@ def test_a_run_across_sites_one_of_which_is_killed(tmp_path: Path) -> None:
             one.until("SuperNode ID: ")
         run = stack.enter_context(running(tmp_path / "submit.log", *submit))
         run.until("round 1: loss")
-        node = sites[1].child("flower-supernode")
+        node = sites[1].child("fedalt.flower.deploy.node")
         sites[1].popen.send_signal(signal.SIGSTOP)  # or it would start the node again
         node.kill()
         sites[1].end(signal.SIGKILL)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedalt.experiment.sweep import sweep_grid
+from fedalt.experiment.sweep import grids, sweep_grid
 from fedalt.experiment.tables import markdown
 from fedalt.report.sweep import megabytes, write_sweep_report
 from micro import CLIENTS, call, settings, write_yaml
@@ -22,7 +22,7 @@ METHODS = ["Local", "FFA-LoRA", "FedALT"]
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
-    quick = {"federation__rounds": 1, "training__local_epochs": 1}
+    quick = {"federation__rounds": 1, "training__local_epochs": 1, "data__validation_rows": 2}
     config = write_yaml(folder / "x.yaml", settings(folder / "all", **quick))
     done = call("compare", config, "--methods", "local,ffa_lora,fedalt", "--sweep", "lora.r=2,4")
     assert done.code == 0, done.err
@@ -59,6 +59,25 @@ def test_the_table_is_that_of_the_markdown(swept: Path, tmp_path: Path) -> None:
     best = [text for row in rows for _, kind, text in row if kind == ' class="best"']
     assert best == ["40.0 ± 1.2", "20.0 ± 1.2"], "in the order of rows"
     assert sorted(re.findall(r"\*\*(.*?)\*\*", markdown(sweep_grid(result)))) == sorted(best)
+
+
+def test_values_are_chosen_on_validation_rows(swept: Path, tmp_path: Path) -> None:
+    result = known(swept)
+    for point in result["points"]:
+        for name, block in point["methods"].items():
+            run = next((swept / point["name"]).glob(f"{name}-seed*/results"))
+            scores = [json.loads(path.read_text())["validation"]["rouge1"] for path in run.glob("scores_*_round1.json")]
+            assert len(scores) == point["clients"]
+            assert block["validation"] == pytest.approx(sum(scores) / len(scores))
+    for name, low, high in (("local", 10.0, 40.0), ("ffa_lora", 20.0, 15.0), ("fedalt", 5.0, 5.0)):
+        for point, score in zip(result["points"], (low, high), strict=True):
+            point["methods"][name]["validation"] = score
+    _, chosen = grids(result)
+    rows = [["Local", "10.0", "40.0 ←"], ["FFA-LoRA", "20.0 ←", "15.0"], ["FedALT", "5.0 ←", "5.0 ←"]]
+    assert [list(row) for row in chosen.rows] == rows
+    assert "40.0 ←" in write_sweep_report(tmp_path, result).read_text(encoding="utf-8")
+    result["points"][1]["methods"]["local"]["validation"] = None  # a client without such rows
+    assert grids(result) == [sweep_grid(result)]
 
 
 def test_score_by_value_with_intervals(swept: Path, tmp_path: Path) -> None:

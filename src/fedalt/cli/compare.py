@@ -96,7 +96,7 @@ def _show(out: Path, comparison: Mapping[str, Any], config: RunConfig, as_json: 
 
 def _show_sweep(out: Path, result: Mapping[str, Any], config: RunConfig, as_json: bool) -> None:
     from fedalt.cli.compare_tables import grid_table
-    from fedalt.experiment.sweep import sweep_grid
+    from fedalt.experiment.sweep import grids
     from fedalt.files import read_json
     from fedalt.report.sweep import write_sweep_report
 
@@ -108,7 +108,9 @@ def _show_sweep(out: Path, result: Mapping[str, Any], config: RunConfig, as_json
     if as_json:
         print_json({"out": str(out), "report": str(report), "reports": [str(path) for path in reports], **result})
         return
-    show.out.print(grid_table(sweep_grid(result)))
+    for grid in grids(result):
+        show.out.print(grid_table(grid))
+        show.out.print()
     say(f"table    {out / 'sweep.md'}")
     for path in (report, *reports):
         say(f"report   {path}")

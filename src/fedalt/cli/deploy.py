@@ -129,15 +129,25 @@ def site(
     share: Annotated[
         str | None, typer.Option("--share", metavar="mixer,heads", help="private parts that this site agrees to upload")
     ] = None,
+    poll: Annotated[
+        float | None,
+        typer.Option(
+            "--poll",
+            min=0.05,
+            metavar="SECONDS",
+            help="how often to look for messages at the server (default: 0.5); more for hundreds of sites",
+        ),
+    ] = None,
 ) -> None:
     """Take part as one client: Flower's SuperNode, and a trainer that holds the base model, until Ctrl-C."""
     with needs("flower", NEEDS):
-        from fedalt.flower.deploy.supervisor import Site, supervise
+        from fedalt.flower.deploy.supervisor import POLL, Site, supervise
 
     if insecure and ca:
         raise UserError("--insecure and --ca exclude each other")
     _check_device(device)
-    asked = Site(connection(server, ca), client, state, key, _rows(data), model, device, allow_two, _shared(share))
+    at, agreed = connection(server, ca), _shared(share)
+    asked = Site(at, client, state, key, _rows(data), model, device, allow_two, agreed, poll or POLL)
     asked.check()
     say(f"$ {shlex.join(asked.command())}")
     _leave(supervise(asked, _pass_on))

@@ -100,5 +100,7 @@ class DataConfig(Section):
         False, description="shuffle each client's rows before limits, for files that are sorted; seeded as the deal is"
     )
     train_limit: int | None = Field(None, ge=1, description="use only the first N training rows of each client")
-    test_limit: int | None = Field(None, ge=1, description="use only the first N test rows of each client")
+    test_limit: int | None = Field(
+        None, ge=1, description="use only the first N test rows, and validation rows, of each client"
+    )
     tinyworld: TinyworldConfig = TinyworldConfig()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -16,6 +16,7 @@ from fedalt.experiment.members import Bases, Budget, Member, train
 from fedalt.experiment.statistics import against, half_width
 from fedalt.experiment.tables import write_comparison
 from fedalt.experiment.workers import check_devices
+from fedalt.files import read_json
 from fedalt.methods.registry import METHODS, configured, title_of
 
 LOCAL = "local"
@@ -163,6 +164,7 @@ def _method(name: str, members: Sequence[Member], metric: str) -> dict[str, Any]
         "worst": mean(one["worst"] for one in runs),
         "p10": mean(one["p10"] for one in runs),
         "worst_client": min(clients, key=clients.__getitem__),
+        "validation": _on_validation(members, runs, metric),
         "per_client": clients,
         "per_seed": {
             str(m.config.seed): {c: v[metric] for c, v in r["clients"].items()}
@@ -171,6 +173,13 @@ def _method(name: str, members: Sequence[Member], metric: str) -> dict[str, Any]
         **_cost([list(read_events(member.folder.events)) for member in members]),
         "runs": [str(member.folder.path) for member in members],
     }
+
+
+def _on_validation(members: Sequence[Member], runs: Sequence[Mapping[str, Any]], metric: str) -> float | None:
+    """Mean score on validation rows of the round whose test scores are compared; nothing where a client has none."""
+    files = [m.folder.scores(int(c), r["round"]) for m, r in zip(members, runs, strict=True) for c in r["clients"]]
+    found = [read_json(path).get("validation") for path in files if path.is_file()]
+    return mean(one[metric] for one in found) if len(found) == len(files) and all(found) else None
 
 
 def _cost(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from fedalt.files import write_json, write_text
 Axis = tuple[str, list[Any]]
 """A setting's dotted key and its values."""
 _ELSEWHERE = {"method": "--methods", "seed": "--seeds", "out": "--out"}
-_KEPT = ("title", "mean", "sd", "ci95", "worst", "worst_client", "gain_over_local", "harmed", "against")
+_KEPT = ("title", "mean", "validation", "sd", "ci95", "worst", "worst_client", "gain_over_local", "harmed", "against")
 _COSTS = ("bytes_up", "bytes_down", "seconds", "scoring_seconds", "peak_memory", "peak_memory_gpu")
 
 
@@ -129,7 +129,8 @@ def sweep(
     result = _collect(todo, done)
     write_json(out / "sweep.json", result)
     write_csv(out / "sweep.csv", _lines(result))
-    write_text(out / "sweep.md", f"# Sweep on {result['source']}\n\n{markdown(sweep_grid(result))}")
+    tables = "\n".join(markdown(grid) for grid in grids(result))
+    write_text(out / "sweep.md", f"# Sweep on {result['source']}\n\n{tables}")
     return result
 
 
@@ -153,6 +154,26 @@ def _collect(todo: Sequence[Point], done: Sequence[Mapping[str, Any]]) -> dict[s
     }
 
 
+def grids(result: Mapping[str, Any]) -> list[Grid]:
+    """What is shown of a sweep: scores on test rows, and on validation rows where all clients have some."""
+    known = all(block["validation"] is not None for point in result["points"] for block in point["methods"].values())
+    return [sweep_grid(result), *([validation_grid(result)] if known else [])]
+
+
+def validation_grid(result: Mapping[str, Any]) -> Grid:
+    """Methods × points on validation rows, by which a value is chosen: the best of every method is marked."""
+    first = result["points"][0]["methods"]
+
+    def row(name: str) -> list[Cell]:
+        scores = [point["methods"][name]["validation"] for point in result["points"]]
+        best = max(scores) if len(scores) > 1 else None
+        return [first[name]["title"], *(f"{score:.1f}{' ←' if score == best else ''}" for score in scores)]
+
+    notes = ["← the best value of each method; test rows are not to choose it"]
+    title = f"{LABELS[result['metric']]} on validation rows by {', '.join(result['keys'])}"
+    return Grid(title, _head(result), [row(name) for name in first], notes=notes)
+
+
 def sweep_grid(result: Mapping[str, Any]) -> Grid:
     """Methods × points, means over clients; what differs significantly from the reference is marked."""
     marks = {"better": " ↑", "worse": " ↓"}
@@ -169,10 +190,11 @@ def sweep_grid(result: Mapping[str, Any]) -> Grid:
     notes = [f"mean over clients ± half of the 95 % interval over seeds; {seeds(result)}"]
     notes.append(f"↑ ↓ better or worse than {first[result['reference']]['title']} at the same value, see comparison.md")
     title = f"{LABELS[result['metric']]} by {', '.join(result['keys'])}"
-    heads = [values_of(point) for point in result["points"]]
-    return Grid(
-        title, [" \\ ".join(["method", ", ".join(result["keys"])]), *heads], rows or below, below if rows else [], notes
-    )
+    return Grid(title, _head(result), rows or below, below if rows else [], notes)
+
+
+def _head(result: Mapping[str, Any]) -> list[str]:
+    return [" \\ ".join(["method", ", ".join(result["keys"])]), *map(values_of, result["points"])]
 
 
 def values_of(point: Mapping[str, Any]) -> str:

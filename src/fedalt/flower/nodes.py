@@ -19,7 +19,7 @@ from fedalt.flower.requests import Reply, Request
 
 LOST = {3, 4, 5, 8}
 """Flower's error codes for messages and nodes that are gone: ask again."""
-_POLL, _LOOK = 0.1, 1.0
+_POLL, _LOOK = 0.25, 1.0
 """Seconds between looks for replies, and for nodes."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from fedalt.evaluation.metrics import LABELS
-from fedalt.experiment.sweep import sent_up, sweep_grid, values_of
+from fedalt.experiment.sweep import grids, sent_up, values_of
 from fedalt.experiment.tables import Grid, Score, average, seeds
 from fedalt.files import write_text
 from fedalt.report.page import Section, linked, page, paragraph, table
@@ -34,7 +34,7 @@ def write_sweep_report(out: Path, result: Sweep) -> Path:
     values: list[str | Drawing] = [value_plot(result)] if len(result["keys"]) == 1 else []
     sent: list[str | Drawing] = [sent_plot(result), sent_table(result)] if _sends(result) else []
     sections = [
-        Section("scores", "Scores", [grid_table(sweep_grid(result))]),
+        Section("scores", "Scores", [grid_table(grid) for grid in grids(result)]),
         Section("values", "Score by value", values),
         Section("sent", "Score against bytes", sent),
         Section("points", "Comparisons", [linked([point["name"] for point in result["points"]])]),

@@ -9,6 +9,8 @@ folders.py      state folders that one process at a time may have
 superlink.py    fedalt server: flower-superlink, and the sites' keys
 door.py         a way in for sites only
 supervisor.py   fedalt site: flower-supernode and the trainer, kept alive
+node.py         flower-supernode, with less sleep
+tasks.py        flower-superexec, with less to import
 control.py      flwr: runs, nodes, keys
 submission.py   fedalt submit: flwr run, and how the run ended
 """

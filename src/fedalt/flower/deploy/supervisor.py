@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedalt.errors import UserError
-from fedalt.flower.deploy.address import free_port
 from fedalt.flower.deploy.folders import claim_site, locked
 from fedalt.flower.deploy.lines import plain, shortened
-from fedalt.flower.deploy.processes import end, flower_environment, program, start
+from fedalt.flower.deploy.processes import end, flower_environment, start
 from fedalt.flower.deploy.reach import Connection, UnreachableError, check_server
 from fedalt.flower.deploy.watch import Happened, Watch
 from fedalt.flower.tls import check_ca, check_site_key
 
 SHARED = ("mixer", "heads")
 """Parts that leave a site only if it says so."""
+POLL = 0.5
+"""Seconds between a site's looks for messages, when it is not told."""
 _TRAINER, _NODE = "trainer", "flower-supernode"
 _REFUSED, _JOINED, _PARTING = "Failed to activate SuperNode", "SuperNode ID:", "Exit Code:"
 _KEYLESS = "[code: 2001]"
@@ -46,6 +47,7 @@ class Site:
         device: Another device than the settings'.
         allow_two: Whether to take part in a federation of two.
         share: Private parts that it lets the server have.
+        poll: Seconds between looks for messages.
     """
 
     connection: Connection
@@ -57,6 +59,7 @@ class Site:
     device: str | None = None
     allow_two: bool = False
     share: tuple[str, ...] = ()
+    poll: float = POLL
 
     def check(self) -> None:
         """Check the files.
@@ -79,7 +82,7 @@ class Site:
         return {**{name: getattr(self, name) for name in names}, "share": list(self.share)}
 
     def command(self) -> list[str]:
-        """The plain ``flower-supernode`` line, but for its own port."""
+        """The plain ``flower-supernode`` line, but for its own port and how often it looks for messages."""
         trust = ["--root-certificates", str(self.connection.ca)] if self.connection.ca else ["--insecure"]
         key = ["--auth-supernode-private-key", str(self.key)] if self.key else []
         config = f'client-id={self.client} state="{self.state.absolute()}"'
@@ -154,9 +157,8 @@ class _Supervisor:
 
     def _start_node(self) -> None:
         name, *arguments = self.site.command()
-        self._start(
-            name, [program(name), *arguments, "--host", "127.0.0.1", "--port", str(free_port())], signal.SIGTERM
-        )
+        node = [sys.executable, "-P", "-m", "fedalt.flower.deploy.node", str(self.site.poll)]
+        self._start(name, [*node, *arguments], signal.SIGTERM)
 
     def _start(self, name: str, command: list[str], on_death: signal.Signals) -> None:
         environment = flower_environment(self.site.state.absolute() / "flwr")

@@ -1,0 +1,43 @@
+"""``python -m fedalt.flower.deploy.tasks …``: ``flower-superexec …`` whose ClientApp processes start in no time.
+
+Flower starts a Python for every message, whose imports take a second of a core. Here it is a fork of a process that has
+imported all of it and does nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+from typing import Any
+
+from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
+from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
+from flwr.supernode.runtime.run_clientapp import run_clientapp
+
+_FORKS = multiprocessing.get_context("forkserver")
+
+
+class Forks(SubprocessExecutor):
+    """Every task in a process of its own, forked from one that is ready."""
+
+    def launch(self, spec: ExecutionSpec) -> LaunchResult:
+        """Start a ClientApp."""
+        named = {"insecure": spec.insecure, "parent_pid": spec.parent_pid}
+        _FORKS.Process(target=run_clientapp, args=(spec.runtime_api_address, spec.token), kwargs=named).start()
+        return LaunchResult.accepted()
+
+
+def main() -> None:
+    """Serve a SuperNode until it ends."""
+    from flwr.supercore.cli import flower_superexec
+
+    os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.1")  # a message waits no second to be noticed
+    _FORKS.set_forkserver_preload(["flwr.supernode.runtime.run_clientapp", "fedalt.flower.client_app"])
+    starting: Any = importlib.import_module("flwr.supercore.superexec.run_superexec")
+    starting.get_executor = lambda *_, **__: Forks()
+    flower_superexec()
+
+
+if __name__ == "__main__":
+    main()
