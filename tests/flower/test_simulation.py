@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,27 @@ def test_every_method_in_flowers_simulation_is_the_same(tmp_path: Path) -> None:
         files = {n: d for n, d in micro.tree(here).items() if n.startswith(("clients/", "results/"))}
         assert files.keys() <= micro.tree(far).keys(), name
         assert micro.farthest(far, here) <= CLOSE, name
+
+
+@pytest.mark.slow
+def test_sites_on_a_ray_cluster_of_two_nodes(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        config = micro.write_yaml(tmp_path / "x.yaml", values(tmp_path / "far", "fedalt"))
+        command = [sys.executable, "-c", "from fedalt.cli import main; main()", "submit", str(config), "--simulation"]
+        environment = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_DEDUP_LOGS": "0"}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
+    finally:
+        cluster.shutdown()
+    assert done.returncode == 0, done.stderr
+    actors = set(re.findall(r"\(ClientAppActor pid=(\d+)\)", done.stdout + done.stderr))
+    assert len(actors) == 2, "a node has one core, and room for one actor"
+    micro.run_here(values(tmp_path / "here", "fedalt"))
+    assert micro.farthest(tmp_path / "far", tmp_path / "here") <= CLOSE
 
 
 def test_what_does_not_suit_sites_is_refused_before_ray_starts(tmp_path: Path) -> None:

@@ -195,12 +195,12 @@ def _rows(data: str | None) -> str | None:
 
 
 def _shared(share: str | None) -> tuple[str, ...]:
-    from fedalt.flower.deploy.supervisor import SHARED
+    from fedalt.flower.consent import PRIVATE
 
     names = tuple(name.strip() for name in (share or "").split(",") if name.strip())
     for name in names:
-        if name not in SHARED:
-            raise UserError(f'--share: "{name}" is unknown{did_you_mean(name, SHARED)}; known: {", ".join(SHARED)}')
+        if name not in PRIVATE:
+            raise UserError(f'--share: "{name}" is unknown{did_you_mean(name, PRIVATE)}; known: {", ".join(PRIVATE)}')
     return names
 
 

@@ -14,6 +14,8 @@ from fedalt.names import HEAD, MIXER, Key
 
 Private = Literal["mixer", "heads"]
 _NAMES: dict[str, Private] = {MIXER: "mixer", HEAD: "heads"}
+PRIVATE = tuple(_NAMES.values())
+"""Parts that leave a site only if it says so."""
 
 
 @dataclass(frozen=True)

@@ -25,3 +25,6 @@ class FlowerConfig(Section):
     allow_two: bool = Field(
         False, description="let two clients run a method whose row would then be the other's LoRA as it is"
     )
+    client_gpus: float = Field(
+        0, ge=0, description="GPUs that a site of a simulation has (Ray's num_gpus; .5: two share one); 0 for the CPU"
+    )

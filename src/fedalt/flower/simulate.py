@@ -27,19 +27,22 @@ from fedalt.flower.site import Site
 
 SITES = "sites"
 """Folder of a simulated run with the state of every site; results and models are in the run's own folder."""
+_CLUSTER = "RAY_ADDRESS"
 _EVERYTHING = Consent(frozenset(("mixer", "heads")), allow_two=True)
 
 
 def simulate(
-    configs: Sequence[RunConfig], if_exists: IfExists, sink: Sink = lambda event: None, actors: int | None = None
+    configs: Sequence[RunConfig], if_exists: IfExists, sink: Sink = lambda event: None
 ) -> list[dict[str, Any]]:
     """Run one after another, on this machine or on the Ray cluster that ``RAY_ADDRESS`` names.
+
+    On this machine there is an actor per core, with a base each, and no more than clients; on a cluster as many as
+    its cores, or its GPUs by ``flower.client_gpus``, have room for.
 
     Args:
         configs: Settings of every run, with the same number of clients; rows are dealt as for runs on one machine.
         if_exists: What to do with runs that are there already.
         sink: Called with every event.
-        actors: Processes with a base each; the cores, and no more than clients, when not given.
 
     Returns:
         The content of every ``final_scores.json``.
@@ -60,9 +63,9 @@ def simulate(
         except UserError as error:
             errors.append(error)
 
-    actors = min(clients, actors or os.cpu_count() or 1)
-    resources: Any = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": actors}}
-    run_simulation(server, app, num_supernodes=clients, backend_config=resources)
+    each: Any = {"num_cpus": 1, "num_gpus": configs[0].flower.client_gpus}
+    here: Any = {} if os.environ.get(_CLUSTER) else {"num_cpus": min(clients, os.cpu_count() or 1)}
+    run_simulation(server, app, num_supernodes=clients, backend_config={"client_resources": each, "init_args": here})
     if errors:
         raise errors[0]
     if len(scores) < len(runs):

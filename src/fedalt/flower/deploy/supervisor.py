@@ -19,8 +19,6 @@ from fedalt.flower.deploy.reach import Connection, UnreachableError, check_serve
 from fedalt.flower.deploy.watch import Happened, Watch
 from fedalt.flower.tls import check_ca, check_site_key
 
-SHARED = ("mixer", "heads")
-"""Parts that leave a site only if it says so."""
 POLL = 0.5
 """Seconds between a site's looks for messages, when it is not told."""
 _TRAINER, _NODE = "trainer", "flower-supernode"
