@@ -5,6 +5,7 @@ Every line that starts with ``$`` is a command that you could type; ``docs/deplo
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import socket
@@ -20,6 +21,8 @@ FOLDER = Path("runs/deploy-demo")
 RECIPE = Path("recipes/demo.yaml")
 KILLED = 1
 WIDTH = 7
+SHARED = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 3))}
+"""Three sites train on one machine: more threads than cores would wait for each other."""
 
 
 class Command:
@@ -31,7 +34,9 @@ class Command:
         self.changed = threading.Condition()
         words = [str(argument) for argument in arguments]
         print(f"{name:<{WIDTH}} │ $ fedalt {shlex.join(words)}", flush=True)
-        self.process = subprocess.Popen([*FEDALT, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(
+            [*FEDALT, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=SHARED | os.environ
+        )
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
