@@ -130,24 +130,24 @@ def site(
         str | None, typer.Option("--share", metavar="mixer,heads", help="private parts that this site agrees to upload")
     ] = None,
     poll: Annotated[
-        float | None,
+        float,
         typer.Option(
             "--poll",
             min=0.05,
             metavar="SECONDS",
-            help="how often to look for messages at the server (default: 0.5); more for hundreds of sites",
+            help="how often to look for messages at the server; more for hundreds of sites",
         ),
-    ] = None,
+    ] = 0.5,
 ) -> None:
     """Take part as one client: Flower's SuperNode, and a trainer that holds the base model, until Ctrl-C."""
     with needs("flower", NEEDS):
-        from fedalt.flower.deploy.supervisor import POLL, Site, supervise
+        from fedalt.flower.deploy.supervisor import Site, supervise
 
     if insecure and ca:
         raise UserError("--insecure and --ca exclude each other")
     _check_device(device)
     at, agreed = connection(server, ca), _shared(share)
-    asked = Site(at, client, state, key, _rows(data), model, device, allow_two, agreed, poll or POLL)
+    asked = Site(at, client, state, poll, key, _rows(data), model, device, allow_two, agreed)
     asked.check()
     say(f"$ {shlex.join(asked.command())}")
     _leave(supervise(asked, _pass_on))

@@ -19,7 +19,7 @@ from fedalt.errors import UserError
 from fedalt.experiment.events import Sink
 from fedalt.experiment.folder import IfExists, RunFolder
 from fedalt.experiment.members import Bases
-from fedalt.flower.consent import Consent
+from fedalt.flower.consent import PRIVATE, Consent
 from fedalt.flower.messages import request_in, to_server
 from fedalt.flower.requests import Reply
 from fedalt.flower.server_app import checked, serve
@@ -28,7 +28,7 @@ from fedalt.flower.site import Site
 SITES = "sites"
 """Folder of a simulated run with the state of every site; results and models are in the run's own folder."""
 _CLUSTER = "RAY_ADDRESS"
-_EVERYTHING = Consent(frozenset(("mixer", "heads")), allow_two=True)
+_EVERYTHING = Consent(frozenset(PRIVATE), allow_two=True)
 
 
 def simulate(

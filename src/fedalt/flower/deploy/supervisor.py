@@ -19,8 +19,6 @@ from fedalt.flower.deploy.reach import Connection, UnreachableError, check_serve
 from fedalt.flower.deploy.watch import Happened, Watch
 from fedalt.flower.tls import check_ca, check_site_key
 
-POLL = 0.5
-"""Seconds between a site's looks for messages, when it is not told."""
 _TRAINER, _NODE = "trainer", "flower-supernode"
 _REFUSED, _JOINED, _PARTING = "Failed to activate SuperNode", "SuperNode ID:", "Exit Code:"
 _KEYLESS = "[code: 2001]"
@@ -39,25 +37,25 @@ class Site:
         connection: How to reach the server.
         client: The client's number, from 0.
         state: Folder of everything that is private to the client.
+        poll: Seconds between looks for messages.
         key: Its private key.
         data: Where its rows are; as the run's settings say when not given.
         model: Another place of the base model.
         device: Another device than the settings'.
         allow_two: Whether to take part in a federation of two.
         share: Private parts that it lets the server have.
-        poll: Seconds between looks for messages.
     """
 
     connection: Connection
     client: int
     state: Path
+    poll: float
     key: Path | None = None
     data: str | None = None
     model: str | None = None
     device: str | None = None
     allow_two: bool = False
     share: tuple[str, ...] = ()
-    poll: float = POLL
 
     def check(self) -> None:
         """Check the files.
