@@ -13,6 +13,7 @@ from fedalt.cli.show import print_json, say
 from fedalt.config import load_config
 from fedalt.errors import UserError, did_you_mean
 from fedalt.extras import needs
+from fedalt.flower.waits import LONGEST
 
 if TYPE_CHECKING:
     from fedalt.flower.deploy.reach import Connection
@@ -135,9 +136,9 @@ def site(
             "--poll",
             min=0.05,
             metavar="SECONDS",
-            help="how often to look for messages at the server; more for hundreds of sites",
+            help="longest time between looks for messages at the server, after a long wait; shorter in short rounds",
         ),
-    ] = 0.5,
+    ] = LONGEST,
 ) -> None:
     """Take part as one client: Flower's SuperNode, and a trainer that holds the base model, until Ctrl-C."""
     with needs("flower", NEEDS):

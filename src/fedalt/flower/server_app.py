@@ -25,12 +25,14 @@ from fedalt.flower.members import Common, Member, common_to, facts_of
 from fedalt.flower.nodes import Nodes
 from fedalt.flower.requests import Reply
 from fedalt.flower.sites import Sites, joining
+from fedalt.flower.waits import retry_soon
 from fedalt.methods.base import Method
 from fedalt.methods.registry import configured, get_method
 
 app = ServerApp()
 RUN = "flower.json"
 """File in a run's folder for a server that resumes it: the run's name at the sites, and what they have in common."""
+GRID = "flwr.superlink.grid.http_grid"
 _log = logging.getLogger("flwr")
 
 
@@ -39,6 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     """Serve the run that ``fedalt submit`` has sent."""
     given = context.run_config
     exists: IfExists = "resume" if given["resume"] else "overwrite" if given["overwrite"] else "ask"
+    retry_soon(GRID, "pull_objects")
     try:
         serve(grid, json.loads(str(given["settings"])), exists, _tell)
     except UserError as error:

@@ -37,7 +37,7 @@ class Site:
         connection: How to reach the server.
         client: The client's number, from 0.
         state: Folder of everything that is private to the client.
-        poll: Seconds between looks for messages.
+        poll: Seconds between looks for messages, at most.
         key: Its private key.
         data: Where its rows are; as the run's settings say when not given.
         model: Another place of the base model.

@@ -15,6 +15,9 @@ from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExec
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 from flwr.supernode.runtime.run_clientapp import run_clientapp
 
+from fedalt.flower.waits import retry_soon
+
+CLIENT_APP = "flwr.supernode.runtime.run_clientapp"
 _FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -24,8 +27,13 @@ class Forks(SubprocessExecutor):
     def launch(self, spec: ExecutionSpec) -> LaunchResult:
         """Start a ClientApp."""
         named = {"insecure": spec.insecure, "parent_pid": spec.parent_pid}
-        _FORKS.Process(target=run_clientapp, args=(spec.runtime_api_address, spec.token), kwargs=named).start()
+        _FORKS.Process(target=_client_app, args=(spec.runtime_api_address, spec.token), kwargs=named).start()
         return LaunchResult.accepted()
+
+
+def _client_app(*args: Any, **kwargs: Any) -> None:
+    retry_soon(CLIENT_APP, "pull_and_inflate_object_from_tree")
+    run_clientapp(*args, **kwargs)
 
 
 def main() -> None:
@@ -33,7 +41,7 @@ def main() -> None:
     from flwr.supercore.cli import flower_superexec
 
     os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.1")  # a message waits no second to be noticed
-    _FORKS.set_forkserver_preload(["flwr.supernode.runtime.run_clientapp", "fedalt.flower.client_app"])
+    _FORKS.set_forkserver_preload([CLIENT_APP, "fedalt.flower.client_app"])
     starting: Any = importlib.import_module("flwr.supercore.superexec.run_superexec")
     starting.get_executor = lambda *_, **__: Forks()
     flower_superexec()
