@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedalt.config import EvaluationConfig
 from fedalt.data.batches import Prompt, pad_prompts
-from fedalt.evaluation import decode
+from fedalt.evaluation import batch
 from fedalt.evaluation.generate import answer
 from fedalt.model.adapted import AdaptedModel
 from support import MODELS, PAD, example, opt, tokenizer
@@ -93,23 +93,43 @@ def test_answers_are_those_of_generate(name: str, ends: int, beams: int) -> None
         assert len({len(words) for words in expected}) > 1, "some answers must end before others"
 
 
-def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    read = decode.Batch._read
+Reads = list[tuple[int, int]]
+"""Rows and tokens a row of every forward pass."""
 
-    def counting(self: decode.Batch, tokens: Tensor, *rest: Any) -> Tensor:
-        seen.append(len(tokens))
-        return read(self, tokens, *rest)
 
-    monkeypatch.setattr(decode.Batch, "_read", counting)
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    seen: Reads = []
+    read = batch.Batch._read
+
+    def counting(self: batch.Batch, tokens: Tensor, *rest: Any, **options: Any) -> Tensor:
+        seen.append((tokens.shape[0], tokens.shape[1]))
+        return read(self, tokens, *rest, **options)
+
+    monkeypatch.setattr(batch.Batch, "_read", counting)
+    return seen
+
+
+@pytest.mark.parametrize(("beams", "branched"), [(1, False), (4, True), (4, False)])
+def test_finished_rows_leave_the_batch(
+    beams: int, branched: bool, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AdaptedModel, "branches", branched)
+    ours(MODELS["llama"](), PROMPTS, beams, frequent("llama", 6 if beams > 1 else 3))
+    each = 1 if branched else beams  # rows a prompt
+    (first, *rows), widths = [r for r, _ in reads], {width for _, width in reads[1:]}
+    assert first == len(PROMPTS), "prompts are read once, not once per beam"
+    assert widths == {beams if branched else 1}
+    assert rows == sorted(rows, reverse=True)
+    assert rows[0] > 0.7 * len(PROMPTS) * each
+    assert rows[-1] < 0.5 * len(PROMPTS) * each
+
+
+def test_beams_in_rows_of_their_own_give_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     stops = frequent("llama", 3)
-    ours(MODELS["llama"](), PROMPTS, 1, stops)
-    assert seen[0] == len(PROMPTS)
-    assert seen == sorted(seen, reverse=True)
-    assert seen[-1] < len(PROMPTS) / 2
-    seen.clear()
-    ours(MODELS["llama"](), PROMPTS, 4, stops)
-    assert seen[:2] == [len(PROMPTS), 4 * len(PROMPTS)], "prompts are read once, not once per beam"
+    branched = ours(MODELS["llama"](), PROMPTS, 4, stops)
+    monkeypatch.setattr(AdaptedModel, "branches", False)
+    assert ours(MODELS["llama"](), PROMPTS, 4, stops) == branched
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -118,7 +138,7 @@ def test_prompts_read_in_parts_give_the_same_answers(name: str, beams: int, monk
     make = ALL[name]
     whole = ours(make(), PROMPTS, beams, [2])
     for tokens in (1, 20):
-        monkeypatch.setattr(decode, "_TOKENS", tokens)
+        monkeypatch.setattr(batch, "_TOKENS", tokens)
         assert ours(make(), PROMPTS, beams, [2]) == whole
 
 

@@ -93,7 +93,7 @@ def answer(
         "eos_token_id": tokenizer.eos_token_id,
     }
     try:
-        search = Search(rows, config.num_beams, config.max_new_tokens)
+        search = Search(rows, config.num_beams, config.max_new_tokens, config.num_beams > 1 and model.branches)
         answers = model.base.generate(**options, num_beams=1, custom_generate=search)
     except Unsupported:
         with rows(range(len(prompts))):

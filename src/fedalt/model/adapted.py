@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from inspect import signature
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from fedalt.model.branching import branches_exactly
 from fedalt.model.classify import Summary, class_logits, first_token, pooler_path, summary_of
 from fedalt.model.frozen import pack_weights
 from fedalt.model.heads import take_heads
@@ -116,6 +118,11 @@ class AdaptedModel:
             return False
         tolerance = 1e-4 if self.base.dtype in (torch.float32, torch.float64) else 5e-2
         return bool((packed - padded).abs().max() <= tolerance * padded.abs().max())
+
+    @cached_property
+    def branches(self) -> bool:
+        """Whether several next tokens of a text can be read in one row; tried on this very model."""
+        return branches_exactly(self.base, self.context, self.clients)
 
     @property
     def bytes_per_token(self) -> int:

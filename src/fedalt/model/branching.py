@@ -1,0 +1,54 @@
+"""Several continuations of a text in one row: branches, each of which sees the text and itself.
+
+A beam search that gives every beam a row of its own keeps the text's keys and values once per beam, and copies a whole
+beam's whenever another one goes on from it. In one row the text is there once, and going on from another beam is a
+change of the mask:
+
+    text        beam 1: a d     mask of d:  text, a, d
+    t t t  <    beam 2: b e     mask of e:  text, b, e        row: t t t a b c d e f
+                beam 3: c f     mask of f:  text, c, f
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fedalt.model.rowmap import RowContext, RowMap
+
+_NEEDS = {"position_ids", "attention_mask"}
+
+
+def additive(seen: Bool[Tensor, "n q k"], dtype: torch.dtype) -> Float[Tensor, "n 1 q k"]:
+    """What is added to attention scores so that a token sees what it may."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+@torch.no_grad()
+def branches_exactly(base: Any, context: RowContext, clients: int) -> bool:
+    """Try branches on this very model: they must give what rows of their own give."""
+    if not signature(base.forward).parameters.keys() >= _NEEDS:
+        return False
+    device = next(base.parameters()).device
+    text, branches = torch.arange(1, 6, device=device), torch.tensor([[6], [7]], device=device)
+    others = (0,) * (clients - 1)
+    with context.rows(RowMap((2, *others))):
+        own = base(input_ids=torch.cat([text.expand(2, -1), branches], 1), use_cache=False).logits[:, -1]
+    seen = torch.ones(1, 7, 7, dtype=torch.bool, device=device).tril()
+    seen[:, 6, 5] = False
+    row = torch.cat([text, branches[:, 0]])[None]
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 5]], device=device)
+    try:
+        with context.rows(RowMap((1, *others))):
+            out = base(
+                input_ids=row, attention_mask=additive(seen, base.dtype), position_ids=positions, use_cache=False
+            )
+    except Exception:  # whatever a model makes of such a mask
+        return False
+    tolerance = 1e-4 if base.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((out.logits[0, 5:] - own).abs().max() <= tolerance * own.abs().max())
