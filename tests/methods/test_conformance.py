@@ -41,13 +41,14 @@ def finished(name: str, executor: str, base: str = "llama") -> tuple[list[list[C
 def test_executors_agree(name: str, base: str) -> None:
     runs = {title: finished(name, title, base) for title in EXECUTORS}
     expected, server = runs.pop("loop")
+    bound = 5e-4 if name == "pf2lora" else 1e-4  # its private step is 100 times the others', and so is its rounding
     for history, other in runs.values():
         for results, same in zip(history, expected, strict=True):
             for result, single in zip(results, same, strict=True):
-                assert distance(result.state.tensors, single.state.tensors) < 1e-4
+                assert distance(result.state.tensors, single.state.tensors) < bound
                 assert result.upload.keys() == single.upload.keys()
         if server.uploads:
-            assert distance(other.mean(), server.mean()) < 1e-4
+            assert distance(other.mean(), server.mean()) < bound
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForMaskedLM, MptConfig, MptForCausalLM
 from fedalt.errors import UserError
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.targets import find_targets
-from support import LAYERS, bloom, gpt2, llama, opt
+from support import LAYERS, bloom, gpt2, llama, opt, relative
 
 LLAMA = tuple(f"model.layers.{i}.self_attn.{name}" for i in range(LAYERS) for name in ("q_proj", "v_proj"))
 
@@ -82,7 +82,7 @@ def test_wrapping_changes_nothing_until_adapters_are_placed(make: object) -> Non
     model, ids = make(), torch.arange(3, 11)[None]  # type: ignore[operator]
     before = model(input_ids=ids).logits
     adapted = AdaptedModel(model)
-    assert torch.equal(model(input_ids=ids).logits, before)
+    assert relative(model(input_ids=ids).logits, before) < 1e-6  # packed weights and fused norms round in another order
     assert adapted.layer_sizes == {
         path: (layer.in_features, layer.out_features) for path, layer in adapted.layers.items()
     }

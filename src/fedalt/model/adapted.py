@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fedalt.model.branching import branches_exactly
 from fedalt.model.classify import Summary, class_logits, first_token, pooler_path, summary_of
 from fedalt.model.frozen import pack_weights
+from fedalt.model.fusing import fuse
 from fedalt.model.heads import take_heads
 from fedalt.model.layer import AdaptedLinear, Placement, features
 from fedalt.model.packing import enable_packing
@@ -81,6 +82,7 @@ class AdaptedModel:
         self.backbone = base.get_decoder()
         self._accepted = frozenset(signature(self.backbone.forward).parameters)
         pack_weights(base)
+        fuse(base)
         packing = packing and not self.sees
         if packing:
             self.context.attention = enable_packing(base, self.context)

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from fedalt.model.fusing import fuse_rotary
 from fedalt.model.layout import Group, Layout
 from fedalt.model.rowmap import RowContext
 
@@ -115,7 +116,9 @@ def enable_packing(model: Any, context: RowContext) -> Callable[[bool], bool]:
     """
     config = model.config.get_text_config()
     own, mine = config._attn_implementation, f"fedalt_{id(context)}"
-    AttentionInterface.register(mine, partial(_interface, context))
+    attention = partial(_interface, context)
+    AttentionInterface.register(mine, attention)
+    fuse_rotary(model, context, attention)
     for module in model.modules():
         if type(module).__name__ == "BloomAttention":
             module.forward = partial(_bloom, module, module.forward, context)

@@ -1,0 +1,126 @@
+"""Norms, rotary positions and activations of known modules as one function each, with its gradient written out.
+
+As Hugging Face writes them they are chains of elementwise operations, each of which reads and writes all tokens and
+keeps its inputs for the gradient. A frozen weight needs no gradient of its own, so a few passes are enough. Modules
+keep their type, their parameters and their place; only their call is replaced, and only where the class is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fedalt.model.rowmap import RowContext
+
+_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"}
+_GELUS = {"BloomGelu", "NewGELUActivation", "FastGELUActivation"}
+_ATTENTIONS: dict[str | None, Callable[[Any], int | None]] = {
+    "LlamaAttention": lambda module: None,
+    "MistralAttention": lambda module: module.config.sliding_window,
+    "Qwen2Attention": lambda module: module.sliding_window,
+}
+"""Class → where it says how far a token looks back, if not to the beginning."""
+
+Attention = Callable[..., tuple[Tensor, None]]
+"""Packed attention, as Hugging Face's attention interface calls it."""
+
+
+def fuse(model: nn.Module) -> None:
+    """Let RMS norms (in fp32) and approximate GELUs of a frozen model take fewer passes."""
+    for module in model.modules():
+        known = _name(module)
+        if known in _NORMS:
+            module.forward = partial(_norm, module, module.forward)
+        elif known in _GELUS:
+            module.forward = partial(F.gelu, approximate="tanh")
+
+
+def fuse_rotary(model: nn.Module, context: RowContext, attention: Attention) -> None:
+    """Let packed rows' queries and keys be turned where they come out of their layers, without transposed copies."""
+    for module in model.modules():
+        if window := _ATTENTIONS.get(_name(module)):
+            module.forward = partial(_attend, module, module.forward, context, attention, window(module))
+
+
+class RmsNorm(torch.autograd.Function):
+    """``w ⊙ x / √(mean x² + ε)`` with frozen w. For q = 1/√(…) and g = w ⊙ δ: ∂x = q·g − x·q³·(g·x)/d."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "*n d"], weight: Float[Tensor, " d"], eps: float) -> Float[Tensor, "*n d"]:
+        """Keeps x and a number per token."""
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        q = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, q)
+        y: Tensor = x * q
+        return y.mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, "*n d"]) -> tuple[Tensor, None, None]:
+        """The formula above."""
+        x, weight, q = ctx.saved_tensors
+        g = grad * weight
+        along = (g * x).sum(-1, keepdim=True)
+        return g.mul_(q).addcmul_(x, along * q**3, value=-1 / x.shape[-1]), None, None
+
+
+class Rotary(torch.autograd.Function):
+    """``x ⊙ cos + turned(x) ⊙ sin`` with ``turned((x₁, x₂)) = (−x₂, x₁)``, its halves; cos and sin are constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "t h c"], cos: Float[Tensor, "t 1 c"], sin: Float[Tensor, "t 1 c"]
+    ) -> Float[Tensor, "t h c"]:
+        """Keeps cos and sin only."""
+        ctx.save_for_backward(cos, sin)
+        y, half = x * cos, x.shape[-1] // 2
+        y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, "t h c"]) -> tuple[Tensor, None, None]:
+        """The transposed turn."""
+        cos, sin = ctx.saved_tensors
+        dx, half = grad * cos, grad.shape[-1] // 2
+        dx[..., :half].addcmul_(grad[..., half:], sin[..., half:])
+        dx[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
+        return dx, None, None
+
+
+def _name(module: nn.Module) -> str | None:
+    kind = type(module)
+    return kind.__name__ if kind.__module__.startswith("transformers.") else None
+
+
+def _norm(module: Any, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if x.dtype != torch.float32 or module.weight.requires_grad:
+        return own(x)
+    return RmsNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _attend(
+    module: Any,
+    own: Callable[..., Any],
+    context: RowContext,
+    attention: Attention,
+    window: int | None,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    *rest: Any,
+    **options: Any,
+) -> Any:
+    if not context.current.packed:
+        return own(hidden_states, position_embeddings, *rest, **options)
+    cos, sin = (part[0, :, None] for part in position_embeddings)  # [t, 1, c]
+    projected = [layer(hidden_states)[0] for layer in (module.q_proj, module.k_proj, module.v_proj)]
+    query, key, value = (x.view(len(x), -1, module.head_dim) for x in projected)
+    turned = (Rotary.apply(query, cos, sin), Rotary.apply(key, cos, sin), value)  # type: ignore[no-untyped-call]
+    heads = (x.transpose(0, 1)[None] for x in turned)
+    y, weights = attention(module, *heads, None, scaling=module.scaling, sliding_window=window)
+    return module.o_proj(y.flatten(2)), weights
