@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
 
 from fedalt.flower import waits
 from fedalt.flower.deploy.node import LOOP
@@ -75,6 +76,21 @@ def test_objects_that_are_not_there_yet_are_asked_for_again_soon(
     retry_soon(module, name)
     getattr(place, name)(["object"])
     assert got == {"initial_backoff": 0.05}
+
+
+def test_a_reply_whose_sender_died_over_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    place: Any = importlib.import_module(GRID)
+    monkeypatch.setattr(place, "pull_objects", place.pull_objects)  # put back afterwards
+    retry_soon(GRID, "pull_objects", longest=0.0)
+    asked: list[str] = []
+
+    def never(object_id: str) -> bytes:
+        asked.append(object_id)
+        raise ObjectUnavailableError(object_id)
+
+    with pytest.raises(ObjectPullError):
+        place.pull_objects(["object"], never)
+    assert asked == ["object"]
 
 
 def test_flower_waits_by_the_names_that_are_replaced() -> None:

@@ -41,7 +41,6 @@ def main(grid: Grid, context: Context) -> None:
     """Serve the run that ``fedalt submit`` has sent."""
     given = context.run_config
     exists: IfExists = "resume" if given["resume"] else "overwrite" if given["overwrite"] else "ask"
-    retry_soon(GRID, "pull_objects")
     try:
         serve(grid, json.loads(str(given["settings"])), exists, _tell)
     except UserError as error:
@@ -59,6 +58,7 @@ def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink)
         UserError: Settings that do not suit sites, a folder that is taken, too few sites, or sites that do not fit.
     """
     config, method = checked(parse_config(settings, "settings"))
+    retry_soon(GRID, "pull_objects", config.flower.round_deadline)
     folder = claim_folder(config.folder, if_exists)
     log = EventLog(folder.events, sink)
     nodes = Nodes(grid, method.clients, lambda client, line: sink({"event": "node", "client": client, "text": line}))

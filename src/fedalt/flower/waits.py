@@ -51,7 +51,16 @@ class Waits:
             time.sleep(min(max(SHARE * (now - self._busy), SHORTEST), self.longest))
 
 
-def retry_soon(module: str, name: str) -> None:
-    """Let the function by which a module of Flower's pulls objects try again soon where they are not there yet."""
-    place = importlib.import_module(module)
-    setattr(place, name, partial(getattr(place, name), initial_backoff=_RETRY))
+def retry_soon(module: str, name: str, longest: float | None = None) -> None:
+    """Let the function by which a module of Flower's pulls objects try again soon where they are not there yet.
+
+    Args:
+        module: Where the name is looked up.
+        name: The function's name there.
+        longest: Seconds after which objects that are still not there are given up: those of a message whose sender
+            died over it are missed for three minutes otherwise, and nothing else is pulled meanwhile.
+    """
+    place, options = importlib.import_module(module), {"initial_backoff": _RETRY}
+    if longest is not None:
+        options["max_time"] = longest
+    setattr(place, name, partial(getattr(place, name), **options))
