@@ -19,6 +19,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from fedalt.model import packing
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layout import layout
 from fedalt.model.packing import attend
@@ -110,14 +111,30 @@ def gemma() -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(config)
 
 
-@pytest.mark.parametrize(("make", "targets"), [(mamba, ["in_proj"]), (gemma, None)])
-def test_a_model_whose_rows_would_touch_is_padded(make: object, targets: list[str] | None) -> None:
+@pytest.mark.parametrize(
+    ("make", "targets", "why"), [(mamba, ["in_proj"], "its rows see each other"), (gemma, None, "NotPackable: ")]
+)
+def test_a_model_whose_rows_would_touch_is_padded_and_says_why(make: object, targets: list[str], why: str) -> None:
     torch.manual_seed(0)
-    assert not AdaptedModel(make(), targets).packs  # type: ignore[operator]
+    model = AdaptedModel(make(), targets)  # type: ignore[operator]
+    assert not model.packs
+    assert model.unpacked.startswith(why)
+
+
+def test_lack_of_memory_is_no_reason_to_pad(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure that has nothing to do with the model must not slow it down in silence."""
+
+    def short(*arguments: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(packing, "attend", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        AdaptedModel(MODELS["llama"]())
 
 
 def test_packing_can_be_forbidden() -> None:
-    assert not AdaptedModel(MODELS["llama"](), packing=False).packs
+    model = AdaptedModel(MODELS["llama"](), packing=False)
+    assert not model.packs and not model.unpacked
 
 
 def test_a_sliding_window_slides_inside_each_row() -> None:
