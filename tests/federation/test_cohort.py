@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from fedalt.data.batches import collate
 from fedalt.federation import cohort
-from fedalt.federation.cohort import fitting_cohort, free_memory
+from fedalt.federation.cohort import fitting_cohort
 from fedalt.model.adapted import AdaptedModel
 from fedalt.training.loss import client_losses
 from support import MODELS, RANK, examples, llama, method_of, placement, random_states
@@ -80,10 +79,3 @@ def test_a_token_keeps_no_more_bytes_than_foretold_and_not_far_less(name: str) -
     assert loss.requires_grad
     share = sum(kept.values()) / (tokens * model.bytes_per_token)
     assert 0.25 < share < 0.8, "the rest is for what the backward pass itself takes"
-
-
-def test_what_is_free_is_what_the_system_can_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cohort.psutil, "virtual_memory", lambda: SimpleNamespace(available=123, free=5))
-    assert free_memory(torch.device("cpu")) == 123
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
-    assert free_memory(torch.device("cuda", 0)) == 7

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import mean
 
-import psutil
-import torch
-
 from fedalt.allocator import release_freed_memory
 from fedalt.config import FederationConfig
 from fedalt.model.adapted import AdaptedModel
+from fedalt.model.memory import free_memory
 
 _TOKENS = {"cpu": 2_048, "cuda": 16_384}
 """Tokens in a step beyond which more clients at a time are no faster. Measured on two cores; a guess for GPUs."""
@@ -50,10 +48,3 @@ def fitting_cohort(
     each = step * model.bytes_per_token + 4 * (_COPIES * parameters + _TRAINED * trained)
     room = _SHARE * free_memory(model.device) / each
     return max(1, min(len(lengths), round(_TOKENS[model.device.type] / step), int(room)))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
