@@ -251,9 +251,9 @@ def distance(one: Tensors, other: Tensors) -> float:
 
 def relative(actual: Tensor, expected: Tensor) -> float:
     """Largest difference as a share of the largest expected entry, which must not be zero."""
-    size = float(expected.abs().max())
+    size = float(expected.detach().abs().max())
     assert size > 0
-    return float((actual - expected).abs().max()) / size
+    return float((actual - expected).detach().abs().max()) / size
 
 
 def tokenizer(eos: int = VOCAB - 1) -> Any:

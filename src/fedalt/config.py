@@ -129,7 +129,7 @@ class EvaluationConfig(Section):
     )
     max_new_tokens: int = Field(80, ge=1, description="longest answer (paper code: 80)")
     num_beams: int = Field(1, ge=1, description="1 is greedy (paper code: 4)")
-    batch_size: int = Field(32, ge=1, description="prompts per client and generation batch")
+    batch_size: int = Field(32, ge=1, description="prompts per client and generation batch, at most")
     stemmer: bool = Field(True, description="Porter stemmer in ROUGE (paper code: true); changes the scores")
     options: Literal["sum", "mean"] | None = Field(
         None,

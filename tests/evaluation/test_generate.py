@@ -12,9 +12,11 @@ from fedalt.config import EvaluationConfig
 from fedalt.data.batches import Prompt
 from fedalt.data.encode import Example
 from fedalt.data.rows import Row
+from fedalt.evaluation import generate
 from fedalt.evaluation.evaluate import evaluate
 from fedalt.evaluation.generate import answer_all, chunks
 from fedalt.model.adapted import AdaptedModel
+from fedalt.model.memory import cache_bytes
 from fedalt.model.state import ClientState
 from fedalt.names import INDIVIDUAL
 from oracle.reference import merged
@@ -118,6 +120,35 @@ def test_chunks_hold_every_prompt_once_and_similar_lengths_together() -> None:
     assert [[k for k, _ in chunk] for chunk in listed] == [[0, 0, 1, 1, 2], [0, 1, 1], [1]]
     lengths = [len(PROMPTS[k][i]) for k, i in places if k == 1]
     assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize(("beams", "branches"), [(1, False), (4, False), (4, True)])
+@pytest.mark.parametrize("name", MODELS)
+def test_batches_shrink_to_what_fits_into_memory_and_answers_stay(
+    name: str, branches: bool, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = with_clients(MODELS[name](), "fedalt")
+    if branches and not model.branches:
+        pytest.skip("beams of this model cannot share a row")
+    model.__dict__["branches"] = branches
+    seen: list[int] = []
+    own = generate.answer
+
+    def counted(model: Any, tok: Any, prompts: Any, *rest: Any) -> Any:
+        seen.append(len(prompts))
+        return own(model, tok, prompts, *rest)
+
+    monkeypatch.setattr(generate, "answer", counted)
+    free = answer_all(model, tokenizer(), PROMPTS, config(beams, batch=8))
+    assert seen == [9]
+    longest = max(len(prompt) for mine in PROMPTS for prompt in mine)
+    each = longest + beams * TOKENS if branches else beams * (longest + TOKENS)
+    bytes_ = 2 * each * cache_bytes(model.base)  # half of what is free may be used
+    for most, sizes in ((4, [4, 4, 1]), (1, [1] * 9), (0, [1] * 9)):
+        seen.clear()
+        monkeypatch.setattr(generate, "free_memory", lambda device, most=most: most * bytes_)
+        assert answer_all(model, tokenizer(), PROMPTS, config(beams, batch=8)) == free
+        assert seen == sizes
 
 
 def test_evaluation_scores_every_client_on_its_own_rows() -> None:

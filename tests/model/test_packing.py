@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from fedalt.model import packing
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layout import layout
-from fedalt.model.packing import attend
+from fedalt.model.packing import attend, attend_by_kernel
 from fedalt.model.rowmap import RowMap
 from support import HIDDEN, LAYERS, MODELS, SMALL, VOCAB, WIDE, bert, opt, quick, relative
 
@@ -74,6 +76,49 @@ def test_attention_and_its_gradients_equal_those_of_each_row_alone(causal: bool,
         torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-12)
 
 
+def by_the_book(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """What torch's documentation says of its kernel, row by row."""
+    assert torch.equal(starts, rest[0])
+    assert rest[1:] == (max(LENGTHS), max(LENGTHS))
+    assert starts.dtype == torch.int32
+    assert options["enable_gqa"] or q.shape[1] == k.shape[1]
+    causal = {(-1, 0): True, (-1, -1): False}[options["window_size"]]
+    scale = options["scale"] or q.shape[-1] ** -0.5
+    each = [x.transpose(0, 1)[None] for x in (q * scale * q.shape[-1] ** 0.5, k, v)]
+    return literal(*each, starts.diff().tolist(), causal)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [4, 2], ids=["all heads", "grouped keys"])
+@pytest.mark.parametrize("scaling", [None, 0.2])
+def test_the_kernel_is_told_what_the_groups_compute(
+    causal: bool, heads: int, scaling: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is needed for the arguments; the kernel itself is tried below, where there is one."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_the_book)
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, h, sum(LENGTHS), 8, generator=generator) for h in (4, heads, heads))
+    how = layout(LENGTHS, CPU)
+    grouped, told = (one(q, k, v, how, scaling, causal) for one in (attend, attend_by_kernel))
+    torch.testing.assert_close(told, grouped, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is for GPUs")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [4, 2], ids=["all heads", "grouped keys"])
+def test_the_kernel_and_its_gradients_equal_the_groups(dtype: torch.dtype, causal: bool, heads: int) -> None:
+    generator, device = torch.Generator().manual_seed(1), torch.device("cuda")
+    drawn = [torch.randn(1, h, sum(LENGTHS), 32, generator=generator) for h in (4, heads, heads)]
+    found = []
+    for kind in (dtype, torch.float32):  # in fp32 it is the groups that attend
+        leaves = [x.to(device, kind).requires_grad_() for x in drawn]
+        y = attend(*leaves, layout(LENGTHS, device), None, causal)
+        found.append((y, *torch.autograd.grad((y.float() ** 2).sum(), leaves)))
+    for half, full in zip(*found, strict=True):
+        assert relative(half.float(), full) < 3e-2
+
+
 @pytest.mark.parametrize("make", [*MODELS.values(), opt, bert])
 def test_packed_states_equal_padded_ones(make: object) -> None:
     model = AdaptedModel(make())  # type: ignore[operator]
@@ -110,14 +155,30 @@ def gemma() -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(config)
 
 
-@pytest.mark.parametrize(("make", "targets"), [(mamba, ["in_proj"]), (gemma, None)])
-def test_a_model_whose_rows_would_touch_is_padded(make: object, targets: list[str] | None) -> None:
+@pytest.mark.parametrize(
+    ("make", "targets", "why"), [(mamba, ["in_proj"], "its rows see each other"), (gemma, None, "NotPackable: ")]
+)
+def test_a_model_whose_rows_would_touch_is_padded_and_says_why(make: object, targets: list[str], why: str) -> None:
     torch.manual_seed(0)
-    assert not AdaptedModel(make(), targets).packs  # type: ignore[operator]
+    model = AdaptedModel(make(), targets)  # type: ignore[operator]
+    assert not model.packs
+    assert model.unpacked.startswith(why)
+
+
+def test_lack_of_memory_is_no_reason_to_pad(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure that has nothing to do with the model must not slow it down in silence."""
+
+    def short(*arguments: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(packing, "attend", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        AdaptedModel(MODELS["llama"]())
 
 
 def test_packing_can_be_forbidden() -> None:
-    assert not AdaptedModel(MODELS["llama"](), packing=False).packs
+    model = AdaptedModel(MODELS["llama"](), packing=False)
+    assert not model.packs and not model.unpacked
 
 
 def test_a_sliding_window_slides_inside_each_row() -> None:

@@ -17,7 +17,11 @@ from fedalt.data.encode import Input, Prompt
 from fedalt.evaluation.decode import Search, Unsupported
 from fedalt.evaluation.likeness import Weights
 from fedalt.model.adapted import AdaptedModel
+from fedalt.model.memory import cache_bytes, free_memory
 from fedalt.model.rowmap import RowMap
+
+_SHARE = 0.5
+"""Most of the free memory that the keys and values of a batch may take."""
 
 
 def answer_all(
@@ -29,7 +33,8 @@ def answer_all(
 ) -> list[list[str]]:
     """Answer every client's prompts with the client's own adapters, which are on the model.
 
-    Prompts are left-padded under an attention mask; an answer ends at the end-of-sequence token.
+    Prompts are left-padded under an attention mask; an answer ends at the end-of-sequence token. A batch is as large
+    as ``batch_size`` allows, or smaller where its keys and values would not fit well into free memory.
 
     Args:
         model: The model, with one set of adapters per entry of ``prompts``.
@@ -39,7 +44,9 @@ def answer_all(
         weights: Weights of the slots for every prompt, if its adapters are mixed by instance.
     """
     answers: list[list[str]] = [[""] * len(mine) for mine in prompts]
-    for chunk in chunks(prompts, config.batch_size):
+    most = fitting_prompts(model, max((len(prompt) for mine in prompts for prompt in mine), default=0), config)
+    whole = chunks(prompts, config.batch_size)
+    for chunk in (part[at : at + most] for part in whole for at in range(0, len(part), most)):
         mine = None if weights is None else torch.stack([weights[k][i] for k, i in chunk])
         texts = answer(model, tokenizer, [prompts[k][i] for k, i in chunk], [k for k, _ in chunk], config, mine)
         for (k, i), text in zip(chunk, texts, strict=True):
@@ -55,6 +62,15 @@ def chunks(prompts: Sequence[Sequence[Input]], size: int) -> Iterator[list[tuple
     order = [sorted(range(len(mine)), key=lambda i, mine=mine: -len(mine[i])) for mine in prompts]  # type: ignore[misc]
     for start in range(0, max(map(len, prompts), default=0), size):
         yield [(k, i) for k, mine in enumerate(order) for i in mine[start : start + size]]
+
+
+def fitting_prompts(model: AdaptedModel, longest: int, config: EvaluationConfig) -> int:
+    """Prompts whose keys and values, with those of all beams' answers, fit well into free memory; at least one."""
+    beams, new = config.num_beams, config.max_new_tokens
+    shared = beams == 1 or model.branches  # else every beam has a copy of its prompt
+    tokens = longest + beams * new if shared else beams * (longest + new)
+    each = max(1, tokens * cache_bytes(model.base))
+    return max(1, int(_SHARE * free_memory(model.device)) // each)
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ class Experiment:
             self.upload_shapes,
             self.federation.source,
             self.sent,
-            trainable(self.method, self.shape) + self.head_size,
+            self.trained,
             record(config.data, config.seed, self.federation, held_out),
             self.notes,
         )
@@ -122,7 +122,13 @@ class Experiment:
     def fitting_cohort(self) -> int:
         """Clients on the model at a time, by the length of their rows and the memory that is free now."""
         lengths = [mean(map(len, mine.train)) for mine in self.examples.values()]
-        return fitting_cohort(self.resident.model, lengths, self.config.training.batch_size)
+        whole = self.shape.size() + self.head_size
+        return fitting_cohort(self.resident.model, lengths, self.config.training.batch_size, whole, self.trained)
+
+    @property
+    def trained(self) -> int:
+        """Parameters that a client trains."""
+        return trainable(self.method, self.shape) + self.head_size
 
     def with_cohort(self, size: int) -> Experiment:
         """The same with so many clients on the model at a time."""
@@ -226,7 +232,7 @@ def prepare(
     method.rank_of(0)  # refuses ranks where there is no rule for them
     shape = method.shape(config.lora.r, resident.model.layer_sizes)
     settings = RoundSettings(method, config.lora, config.training, method.pooled or config.federation.heads == "shared")
-    notes = (*shortened, *_notes(config, federation, examples, method))
+    notes = (*shortened, *_padding(config, resident.model), *_notes(config, federation, examples, method))
     return Experiment(config, federation, examples, resident, method, shape, settings, notes)
 
 
@@ -251,6 +257,13 @@ def _fit_positions(config: RunConfig, resident: Resident) -> tuple[RunConfig, tu
         raise UserError(f"evaluation.max_new_tokens: {longest} fills the model's {limit} positions, no prompt fits")
     note = f"data.cutoff lowered from {config.data.cutoff} to {cutoff}: the model has {limit} positions"
     return config.model_copy(update={"data": config.data.model_copy(update={"cutoff": cutoff})}), (note,)
+
+
+def _padding(config: RunConfig, model: AdaptedModel) -> tuple[str, ...]:
+    if not model.unpacked:
+        return ()
+    advice = "" if config.training.order == "bucketed" else "; training.order=bucketed wastes less"
+    return (f"rows are padded, not packed, on this model: {model.unpacked}{advice}",)
 
 
 def _notes(

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import mean
 
-import psutil
-import torch
-
 from fedalt.allocator import release_freed_memory
 from fedalt.config import FederationConfig
 from fedalt.model.adapted import AdaptedModel
+from fedalt.model.memory import free_memory
 
 _TOKENS = {"cpu": 2_048, "cuda": 16_384}
 """Tokens in a step beyond which more clients at a time are no faster. Measured on two cores; a guess for GPUs."""
 _SHARE = 0.5
-"""Most of the free memory that the activations of a step may take."""
+"""Most of the free memory that a step may take: activations, adapters, optimiser."""
+_COPIES, _TRAINED = 2, 4
+"""Copies of an adapter: in the state, on the model; of what trains, also gradient, two moments, and the new state."""
 
 
 def cohort_size(config: FederationConfig, clients: int) -> int:
@@ -30,7 +30,9 @@ def cohorts(clients: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield clients[start : start + size]
 
 
-def fitting_cohort(model: AdaptedModel, lengths: Sequence[float], batch_size: int) -> int:
+def fitting_cohort(
+    model: AdaptedModel, lengths: Sequence[float], batch_size: int, parameters: int = 0, trained: int = 0
+) -> int:
     """Clients whose rows of one step, together, are enough for full speed and fit well into free memory; at least one.
 
     More clients at a time would only take more memory: a cohort's tensors are all that a run holds.
@@ -39,14 +41,10 @@ def fitting_cohort(model: AdaptedModel, lengths: Sequence[float], batch_size: in
         model: The model they go on.
         lengths: Mean row length of every client, in tokens.
         batch_size: Rows per client and step.
+        parameters: Of a client's adapters and heads, in fp32.
+        trained: How many of them train.
     """
-    room = _SHARE * free_memory(model.device) / model.bytes_per_token
-    step = batch_size * mean(lengths)
-    return max(1, min(len(lengths), round(min(_TOKENS[model.device.type], room) / step)))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    step = batch_size * mean(lengths)  # tokens of a client
+    each = step * model.bytes_per_token + 4 * (_COPIES * parameters + _TRAINED * trained)
+    room = _SHARE * free_memory(model.device) / each
+    return max(1, min(len(lengths), round(_TOKENS[model.device.type] / step), int(room)))

@@ -42,6 +42,7 @@ class AdaptedModel:
 
     Attributes:
         packs: Whether rows are packed.
+        unpacked: Why not, where packing was tried.
         heads: Path → the head of whichever clients are on the model.
         summary: Which token's state stands for a row: the last one's, for encoders the first one's, or the mean of all.
         sees: Whether it looks at images.
@@ -93,7 +94,8 @@ class AdaptedModel:
             for module in self.base.modules():
                 if getattr(module, "gradient_checkpointing", False):
                     _silence(module)
-        self.packs = packing and self._packs_exactly()
+        self.unpacked = self._why_unpacked() if packing else ""
+        self.packs = packing and not self.unpacked
 
     @property
     def head_start(self) -> dict[Key, Tensor]:
@@ -106,7 +108,7 @@ class AdaptedModel:
         device: torch.device = next(self.base.parameters()).device
         return device
 
-    def _packs_exactly(self) -> bool:
+    def _why_unpacked(self) -> str:
         """Try packed rows on this very model, before it has adapters: they must give what padded rows give."""
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.base.get_input_embeddings().num_embeddings
@@ -116,10 +118,13 @@ class AdaptedModel:
             with torch.no_grad():
                 wanted = torch.tensor([0, 8, 10, 12, 22], device=self.device)
                 packed, padded = (self.hidden(ids, rows, wanted, packed=how)[0].float() for how in (True, False))
-        except Exception:  # whatever a model makes of one long row
-            return False
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a model makes of one long row
+            return f"{type(error).__name__}: {error}".strip(": ").split("\n")[0]
         tolerance = 1e-4 if self.base.dtype in (torch.float32, torch.float64) else 5e-2
-        return bool((packed - padded).abs().max() <= tolerance * padded.abs().max())
+        same = bool((packed - padded).abs().max() <= tolerance * padded.abs().max())
+        return "" if same else "its rows see each other when they are packed"
 
     @cached_property
     def branches(self) -> bool:

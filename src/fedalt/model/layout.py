@@ -38,11 +38,13 @@ class Layout:
         groups: The groups, longest rows first.
         token: Token that stands in each slot; slots of padding repeat their row's last token.
         slot: Slot of each token.
+        starts: First token of every row, in the rows' own order, and the number of tokens; 32-bit, as kernels want it.
     """
 
     groups: tuple[Group, ...]
     token: Int[Tensor, " s"]
     slot: Int[Tensor, " t"]
+    starts: Int[Tensor, " rows+1"]
 
 
 def layout(lengths: Sequence[int], device: torch.device) -> Layout:
@@ -65,4 +67,5 @@ def layout(lengths: Sequence[int], device: torch.device) -> Layout:
         groups.append(Group(len(mine), width, not bool(real.all()), real[:, None, None].to(device)))
         tokens.append(token.flatten())
         used += token.numel()
-    return Layout(tuple(groups), torch.cat(tokens).to(device), slot.to(device))
+    ends = torch.tensor(starts, dtype=torch.int32, device=device)
+    return Layout(tuple(groups), torch.cat(tokens).to(device), slot.to(device), ends)

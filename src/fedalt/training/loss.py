@@ -67,6 +67,7 @@ class TokenLosses(torch.autograd.Function):
 
     The head is frozen, so the gradient to a token's hidden state is found while its logits exist (``softmax(z)`` less
     one at the target, through the head), and is all that is kept: memory does not grow with tokens times vocabulary.
+    Where nobody will ask for that gradient the head is not gone through again.
     """
 
     @staticmethod
@@ -78,17 +79,20 @@ class TokenLosses(torch.autograd.Function):
         chunk: int,
     ) -> Float[Tensor, " s"]:
         """Losses in fp32 (fp64 for an fp64 model), ``chunk`` tokens at a time."""
+        needed = ctx.needs_input_grad[0]
         losses, grads = [], []
         for states, targets in zip(hidden.detach().split(chunk), target.split(chunk), strict=True):
-            with torch.enable_grad():
-                scores = head(states.requires_grad_())
+            with torch.set_grad_enabled(needed):
+                scores = head(states.requires_grad_(needed))
                 scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
             total, at = scores.detach().logsumexp(-1, keepdim=True), targets[:, None]
             losses.append((total - scores.detach().gather(1, at))[:, 0])
-            slope = (scores.detach() - total).exp_()
-            slope.scatter_add_(1, at, -torch.ones_like(total))
-            grads += torch.autograd.grad(scores, states, slope)
-        ctx.save_for_backward(torch.cat(grads))
+            if needed:
+                slope = (scores.detach() - total).exp_()
+                slope.scatter_add_(1, at, -torch.ones_like(total))
+                grads += torch.autograd.grad(scores, states, slope)
+        if needed:
+            ctx.save_for_backward(torch.cat(grads))
         return torch.cat(losses)
 
     @staticmethod

@@ -14,6 +14,7 @@ from fedalt.data.batches import Plan
 from fedalt.federation.client import ClientResult, RoundSettings
 from fedalt.federation.cohort import fitting_cohort
 from fedalt.federation.executor import run_clients
+from fedalt.methods.budget import trainable
 from fedalt.model.adapted import AdaptedModel
 
 
@@ -31,7 +32,8 @@ class Round:
         world = self.federation
         states = {state.client: state for state in world.states}
         lengths = [mean(len(row) for step in plan.steps for row in step) for plan in plans]
-        fitting = self.spec.cohort or fitting_cohort(self.model, lengths, self.spec.batch_size)
+        sizes = (world.shape.size(), trainable(world.method, world.shape))
+        fitting = self.spec.cohort or fitting_cohort(self.model, lengths, self.spec.batch_size, *sizes)
         cohort = 1 if self.spec.side == "loop" else fitting
         by_client = {plan.client: plan for plan in plans}
         return list(
