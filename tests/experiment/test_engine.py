@@ -615,3 +615,15 @@ def test_a_moved_model_folder_is_the_same_run(tmp_path: Path) -> None:
     shutil.copytree(shared_model(), tmp_path / "model")
     run, _ = run_here(settings(tmp_path / "run", model=tmp_path / "model"))
     assert farthest(run.path, finished()) == 0
+
+
+def test_everybody_has_feddpas_private_phase_however_few_take_part(tmp_path: Path) -> None:
+    """One of three in each round but the last, in which all train their local LoRA and send nothing."""
+    values = settings(tmp_path / "run", method="feddpa_f", federation__fraction=0.34)
+    folder, _ = run_here(values)
+    assert [len(event["clients"]) for event in of_kind(folder.path, "round_started")] == [1, 1, CLIENTS]
+    for client in range(CLIENTS):
+        tensors = load_state(state_file(folder.path, 3, client)).tensors
+        local = {key: value for key, value in tensors.items() if key.slot == "local"}
+        assert all(not torch.equal(value, tensors[key._replace(slot="global")]) for key, value in local.items())
+    assert [event["bytes_up"] > 0 for event in of_kind(folder.path, "round")] == [True, True, False]
