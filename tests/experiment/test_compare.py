@@ -335,6 +335,7 @@ def test_a_budget_is_matched_for_every_run(tmp_path: Path, monkeypatch: pytest.M
         (" lora.init = shared,per_client", ("lora.init", ["shared", "per_client"])),
         ("lora.targets=[q_proj],[q_proj, v_proj]", ("lora.targets", [["q_proj"], ["q_proj", "v_proj"]])),
         ("training.lr=1.0e-3", ("training.lr", [0.001])),
+        ("federation.clients=8,16", ("data.clients", [8, 16])),
     ],
 )
 def test_axes_are_yaml(text: str, axis: Any) -> None:
