@@ -45,8 +45,8 @@ def matched(
     for rank in range(1, 4 * config.lora.r + 1):
         alpha = config.lora.alpha * rank / config.lora.r
         candidate = configured(with_settings(config, {"lora.r": rank, "lora.alpha": alpha}), name)
+        method = get_method(name)(clients, candidate)
         try:
-            method = get_method(name)(clients, candidate)
             size = measure(method, replace(method.shape(rank, layers), mixed=False))
         except UserError:  # a rank that the method cannot split
             continue
