@@ -627,3 +627,17 @@ def test_everybody_has_feddpas_private_phase_however_few_take_part(tmp_path: Pat
         local = {key: value for key, value in tensors.items() if key.slot == "local"}
         assert all(not torch.equal(value, tensors[key._replace(slot="global")]) for key, value in local.items())
     assert [event["bytes_up"] > 0 for event in of_kind(folder.path, "round")] == [True, True, False]
+
+
+def test_centralized_trains_on_the_rows_of_all(tmp_path: Path) -> None:
+    """As many steps as all rows give, and other rows at the last client make another model for everybody."""
+    data, runs = data_folder(tmp_path / "data"), []
+    for name in ("one", "other"):
+        folder, _ = run_here(settings(tmp_path / name, data=data, method="centralized", federation__rounds=1))
+        (client,) = of_kind(folder.path, "client")
+        assert client["steps"] == 5 * math.ceil(CLIENTS * TRAIN / 4)
+        assert (client["bytes_up"], client["bytes_down"]) == (0, 0)
+        runs.append({key: value for key, value in adapters(folder.path).items() if key.startswith("0/")})
+        write_rows(data / "train" / f"local_training_{CLIENTS - 1}.json", rows(CLIENTS - 1, TRAIN, 50), lines=False)
+    assert runs[0].keys() == runs[1].keys() and runs[0]
+    assert max(float((value - runs[1][key]).abs().max()) for key, value in runs[0].items()) > 1e-3
