@@ -152,6 +152,9 @@ TYPOS = {
     "training.local_epoch": "local_epochs",
     "federation.round": "rounds",
     "evaluation.num_beam": "num_beams",
+    "federation.clients": "data.clients",
+    "training.rounds": "federation.rounds",
+    "rounds": "federation.rounds",
 }
 
 

@@ -278,7 +278,8 @@ def _explain(error: Any) -> str:
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         known = _keys_at(location[:-1])
-        hint = did_you_mean(location[-1], known)
+        elsewhere = [f"{name}.{location[-1]}" for name in RunConfig.model_fields if location[-1] in _keys_at([name])]
+        hint = f' (did you mean "{elsewhere[0]}"?)' if elsewhere else did_you_mean(location[-1], known)
         return f'unknown key "{key}"{hint or "; known here: " + ", ".join(known)}'
     message = error["msg"].removeprefix("Value error, ")
     return f'"{key}" = {error["input"]!r}: {message}' if key else message

@@ -298,6 +298,13 @@ def test_members_are_checked_before_the_first_starts(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=line):
             compare(config(), methods, seeds, tmp_path / "out", "ask", quiet)
+    for changes, line in (
+        ({"federation__weighting": "uniform"}, "federation.weighting: uniform has no effect on hetlora"),
+        ({"lora__init": "per_client"}, "lora.init: per_client .* ffa_lora"),
+        ({"lora__ranks": [1, 4, 2]}, "lora.ranks: ffa_lora has no rule"),
+    ):
+        with pytest.raises(UserError, match=line):
+            compare(config(**changes), ("local", "hetlora", "ffa_lora"), (0,), tmp_path / "out", "ask", quiet)
     assert not (tmp_path / "out").exists()
 
 
@@ -335,6 +342,7 @@ def test_a_budget_is_matched_for_every_run(tmp_path: Path, monkeypatch: pytest.M
         (" lora.init = shared,per_client", ("lora.init", ["shared", "per_client"])),
         ("lora.targets=[q_proj],[q_proj, v_proj]", ("lora.targets", [["q_proj"], ["q_proj", "v_proj"]])),
         ("training.lr=1.0e-3", ("training.lr", [0.001])),
+        ("federation.clients=8,16", ("data.clients", [8, 16])),
     ],
 )
 def test_axes_are_yaml(text: str, axis: Any) -> None:

@@ -615,3 +615,29 @@ def test_a_moved_model_folder_is_the_same_run(tmp_path: Path) -> None:
     shutil.copytree(shared_model(), tmp_path / "model")
     run, _ = run_here(settings(tmp_path / "run", model=tmp_path / "model"))
     assert farthest(run.path, finished()) == 0
+
+
+def test_everybody_has_feddpas_private_phase_however_few_take_part(tmp_path: Path) -> None:
+    """One of three in each round but the last, in which all train their local LoRA and send nothing."""
+    values = settings(tmp_path / "run", method="feddpa_f", federation__fraction=0.34)
+    folder, _ = run_here(values)
+    assert [len(event["clients"]) for event in of_kind(folder.path, "round_started")] == [1, 1, CLIENTS]
+    for client in range(CLIENTS):
+        tensors = load_state(state_file(folder.path, 3, client)).tensors
+        local = {key: value for key, value in tensors.items() if key.slot == "local"}
+        assert all(not torch.equal(value, tensors[key._replace(slot="global")]) for key, value in local.items())
+    assert [event["bytes_up"] > 0 for event in of_kind(folder.path, "round")] == [True, True, False]
+
+
+def test_centralized_trains_on_the_rows_of_all(tmp_path: Path) -> None:
+    """As many steps as all rows give, and other rows at the last client make another model for everybody."""
+    data, runs = data_folder(tmp_path / "data"), []
+    for name in ("one", "other"):
+        folder, _ = run_here(settings(tmp_path / name, data=data, method="centralized", federation__rounds=1))
+        (client,) = of_kind(folder.path, "client")
+        assert client["steps"] == 5 * math.ceil(CLIENTS * TRAIN / 4)
+        assert (client["bytes_up"], client["bytes_down"]) == (0, 0)
+        runs.append({key: value for key, value in adapters(folder.path).items() if key.startswith("0/")})
+        write_rows(data / "train" / f"local_training_{CLIENTS - 1}.json", rows(CLIENTS - 1, TRAIN, 50), lines=False)
+    assert runs[0].keys() == runs[1].keys() and runs[0]
+    assert max(float((value - runs[1][key]).abs().max()) for key, value in runs[0].items()) > 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -26,8 +27,11 @@ EXECUTORS: dict[str, dict[str, Any]] = {
 }
 
 
-def rounds(name: str, base: str = "llama", **options: Any) -> tuple[list[list[ClientResult]], Server]:
-    return run_rounds(AdaptedModel(MODELS[base]()), method_of(name), ROWS, CONFIG, dropout=0.2, **options)
+def rounds(
+    name: str, base: str = "llama", settings: Mapping[str, Any] | None = None, **options: Any
+) -> tuple[list[list[ClientResult]], Server]:
+    method = method_of(name, **(settings or {}))
+    return run_rounds(AdaptedModel(MODELS[base]()), method, ROWS, CONFIG, dropout=0.2, **options)
 
 
 @cache
@@ -101,10 +105,22 @@ PRESENT = ((0, 1), (2, 1), (0, 2))
 """Client 2 comes late, client 0 misses a round and comes back, client 1 is not there at the end."""
 
 
-@pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
-def test_executors_agree_when_clients_rest(name: str) -> None:
+UNEQUAL = ("local", "zero_pad", "hetlora", "flexlora", "flora", "fedalt_stack", "fedalt_svd")
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in (*METHODS, *VARIANTS)},
+    **{f"{name}, unequal": (name, {"lora__ranks": (1, RANK, 2)}) for name in UNEQUAL},
+    "hetlora, pruned": ("hetlora", {"hetlora__tail": 0.5, "hetlora__decay": 1.0}),
+    "pf2lora, unrolled": ("pf2lora", {"pf2lora__hypergrad": "unrolled", "pf2lora__private_lr": 0.05}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_executors_agree_when_clients_rest(case: str) -> None:
+    """The third round is the last one, so that FedDPA-F's private phase is among them."""
+    name, settings = CASES[case]
+    settings = {**settings, "federation__rounds": 3}
     limit = 1e-3 if name == "lora_fair" else 1e-4  # a thousand steps on the server add to it
-    runs = [rounds(name, rounds=3, chosen=PRESENT, **options) for options in EXECUTORS.values()]
+    runs = [rounds(name, settings=settings, rounds=3, chosen=PRESENT, **options) for options in EXECUTORS.values()]
     expected, server = runs.pop()
     for history, other in runs:
         for results, same, present in zip(history, expected, PRESENT, strict=True):

@@ -226,3 +226,17 @@ def test_values_out_of_range_are_refused(key: str, value: Any) -> None:
 def test_options_that_contradict_each_other_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="fedalt"):
         method_of("fedalt", **settings)
+
+
+@pytest.mark.parametrize("name", ["hetlora", "fedalt_median", "fedalt_trimmed_mean", "fedalt_krum"])
+def test_weights_that_would_have_no_effect_are_refused(name: str) -> None:
+    for weighting in ("uniform", "samples"):
+        with pytest.raises(UserError, match=rf"federation\.weighting: {weighting} has no effect on .*; leave it out"):
+            method_of(name, federation__weighting=weighting)
+    method_of("fedalt", federation__weighting="samples")
+
+
+@pytest.mark.parametrize("init", ["code_like", "per_client"])
+def test_ffa_needs_an_a_that_all_share(init: str) -> None:
+    with pytest.raises(UserError, match=rf"lora\.init: {init} .* use shared"):
+        method_of("ffa_lora", lora__init=init)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,16 @@ from fedalt.config import FederationConfig
 from fedalt.errors import UserError
 from fedalt.federation.client import ClientResult
 from fedalt.federation.server import Server
-from fedalt.methods.base import Method
+from fedalt.methods.base import Gathered, Message, Method, Phase, Slot
+from fedalt.methods.clusters import cluster_rows
+from fedalt.methods.fedalt import FedALT
+from fedalt.methods.fedsa_lora import FedSALoRA
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.mixing import Mixing
 from fedalt.model.rowmap import RowMap
 from fedalt.model.state import ClientState
-from fedalt.names import GLOBAL, INDIVIDUAL, MERGED, MIXER, PERSONAL, ROW, A, B, G, Key, Tensors, W
+from fedalt.names import GLOBAL, INDIVIDUAL, MERGED, MIXER, PERSONAL, PRIVATE, ROW, A, B, G, Key, Tensors, W
 from oracle.reference import merged
 from support import (
     LORA,
@@ -30,6 +34,7 @@ from support import (
     examples,
     llama,
     method_of,
+    random_states,
     relative,
     run_rounds,
     start_states,
@@ -107,9 +112,14 @@ def test_pf2lora_whose_private_lora_stands_still_is_fedit() -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_fedit_split_without_a_router_is_fedit(parts: int) -> None:
-    """Blocks of rows of A and of columns of B, under one dropout mask, with clipping over all of them."""
-    method = method_of("fedit_split", fedit_split__router="none", fedit_split__parts=parts)
+@pytest.mark.parametrize(("router", "scaling"), [("none", "rank"), ("mean", "part")])
+def test_fedit_split_without_a_router_is_fedit(parts: int, router: str, scaling: str) -> None:
+    """Blocks of rows of A and of columns of B, under one dropout mask, with clipping over all of them.
+
+    The mean of n parts, each at n times the scale, is their sum.
+    """
+    options = {"fedit_split__router": router, "fedit_split__scaling": scaling}
+    method = method_of("fedit_split", **options, fedit_split__parts=parts)
     sizes = AdaptedModel(llama()).layer_sizes
     plain = method_of("fedit")
     starts = start_states(plain, plain.shape(RANK, sizes), list(ROWS))
@@ -191,9 +201,60 @@ def test_fedalt_without_weight_on_the_row_is_local() -> None:
             assert distance(slot(one.state.tensors, INDIVIDUAL), slot(other.state.tensors, INDIVIDUAL)) < 2e-5
 
 
+class Clustered(FedALT):
+    """FedALT whose server groups clients even where there is one group."""
+
+    def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
+        rows = cluster_rows(gathered, self.rows)
+        return lambda client, last: Message(rows(client))
+
+
 def test_fedalt_of_one_cluster_is_fedalt() -> None:
-    one, other = rounds(method_of("fedalt", fedalt__clusters=1)), rounds(method_of("fedalt"))
-    assert all(bitwise(a.state.tensors, b.state.tensors) for a, b in zip(one[0][-1], other[0][-1], strict=True))
+    method = Clustered(3, method_of("fedalt").config)
+    method.individually = True
+    (one, server), (other, plain) = rounds(method), rounds(method_of("fedalt"))
+    assert all(message.share == 0 for message in server.messages(tuple(ROWS)).values()), "rows, each for one client"
+    for a, b in zip(installed(one, server), installed(other, plain), strict=True):
+        assert distance(a.tensors, b.tensors) < 2e-5
+
+
+class Frozen(FedSALoRA):
+    """FedSA whose A stays at its start, so that B is what is left to average."""
+
+    slots = (Slot(GLOBAL, share=frozenset(B)),)
+
+    def phases(self, round_: int) -> tuple[Phase, ...]:
+        (phase,) = super().phases(round_)
+        return (replace(phase, train={name: factors - {A} for name, factors in phase.train.items()}),)
+
+
+def test_fedsa_whose_a_is_frozen_at_the_shared_start_is_ffa() -> None:
+    (history, server), (expected, other) = rounds(Frozen(3)), rounds(method_of("ffa_lora"))
+    same_states(history, expected, limit=1e-6)
+    assert distance(server.mean(), other.mean()) < 1e-6
+    assert all(key.factor == B for result in history[-1] for key in result.upload)
+
+
+@pytest.mark.parametrize("federation", [UNIFORM, SAMPLES], ids=["uniform", "samples"])
+def test_the_aggregate_of_identical_clients_is_each_of_them(federation: FederationConfig) -> None:
+    method = method_of("fedit")
+    history, _ = rounds(method, ONE, count=1)
+    upload = history[0][0].upload
+    shapes = {key: tuple(value.shape) for key, value in upload.items()}
+    server = Server(method, federation, {client: len(mine) for client, mine in ROWS.items()}, shapes)
+    server.receive(set(ROWS), dict.fromkeys(ROWS, upload).__getitem__, 1)
+    assert bitwise(server.mean(), upload)
+
+
+def test_local_is_as_many_runs_of_one_client() -> None:
+    """Bit for bit, where clients take turns."""
+    together, _ = run_rounds(AdaptedModel(llama()), method_of("local"), ROWS, CONFIG, 3, 0.2, executor="loop")
+    for place, (client, mine) in enumerate(ROWS.items()):
+        method = method_of("local", 1)
+        alone, _ = run_rounds(AdaptedModel(llama()), method, {client: mine}, CONFIG, 3, 0.2, executor="loop")
+        for results, (single,) in zip(together, alone, strict=True):
+            assert bitwise(results[place].state.tensors, single.state.tensors)
+            assert results[place].stats == single.stats
 
 
 # ------------------------------------------------------------------------------------------------- exact products
@@ -269,14 +330,45 @@ def test_fixed_weights_of_one_over_k_on_exact_rows_answer_with_the_mean_of_produ
     parts = [products(result.upload, INDIVIDUAL) for result in history[-1]]
     dense = {Key(m, "mean", A): (sum(p[m] for p in parts) / 3).float() for m in parts[0]}
     dense |= {key._replace(factor=B): torch.eye(len(value)) for key, value in dense.items()}
-    plain, model = merged(llama(), dense, "mean", SCALE), AdaptedModel(llama())
-    ids = torch.tensor(ROWS[1][0].prompt)
+    expected = hidden(merged(llama(), dense, "mean", SCALE))
+    for state in installed(history, server):
+        assert relative(answered(state, *method.inference), expected) < 1e-4
+
+
+def hidden(plain: Any) -> torch.Tensor:
+    """What an unwrapped model makes of a prompt."""
     with torch.no_grad():
-        expected = plain.model(input_ids=ids[None]).last_hidden_state[0]
-        for state in installed(history, server):
-            model.load([state], Placement(*method.inference, SCALE, 0.0))
-            got = model.hidden(ids, RowMap((1,), (len(ids),))).last_hidden_state
-            assert relative(got, expected) < 1e-4
+        states: torch.Tensor = plain.model(input_ids=torch.tensor(ROWS[1][0].prompt)[None]).last_hidden_state[0]
+    return states
+
+
+def answered(state: ClientState, slots: tuple[str, ...], mixing: Mixing) -> torch.Tensor:
+    """What a client's model makes of it."""
+    model, ids = AdaptedModel(llama()), torch.tensor(ROWS[1][0].prompt)
+    model.load([state], Placement(slots, mixing, SCALE, 0.0))
+    with torch.no_grad():
+        return model.hidden(ids, RowMap((1,), (len(ids),))).last_hidden_state
+
+
+def test_the_global_averages_row_alone_answers_as_one_lora_of_mean_factors() -> None:
+    """α_R ≡ 1: FedIT's model, made of LoRAs that were trained as individual ones."""
+    method = method_of("fedalt_global_average")
+    history, server = rounds(method)
+    factors = mean([slot(result.upload, INDIVIDUAL) for result in history[-1]])
+    expected = hidden(merged(llama(), {key: value.float() for key, value in factors.items()}, GLOBAL, SCALE))
+    for state in installed(history, server):
+        assert relative(answered(state, method.slot_names, Mixing("fixed", (0.0, 1.0))), expected) < 1e-4
+
+
+def test_a_private_lora_may_have_the_scale_of_its_own_rank() -> None:
+    """alpha/r on the common one, alpha/r̃ on the private one."""
+    method = method_of("pf2lora", pf2lora__private_scale="own_rank", pf2lora__private_rank=2)
+    (state,) = random_states(method.shape(RANK, AdaptedModel(llama()).layer_sizes), [0])
+    common = merged(llama(), state.tensors, GLOBAL, SCALE)
+    expected = hidden(merged(common, state.tensors, PRIVATE, SCALE * RANK / 2))
+    assert relative(answered(state, *method.inference), expected) < 1e-4
+    same = method_of("pf2lora", pf2lora__private_rank=2)
+    assert relative(answered(state, *same.inference), expected) > 1e-2
 
 
 # ------------------------------------------------------------------------------------------------------- ablations
@@ -337,8 +429,9 @@ def test_averaged_mixers_are_those_of_all_and_rows_those_of_the_others(delivery:
         assert distance(row(state), mean(others)) < 1e-6
 
 
-def test_plain_fedalt_keeps_mixers_apart() -> None:
-    history, server = rounds(method_of("fedalt"))
+@pytest.mark.parametrize("settings", [("fedalt", {}), ("fedit_split", {"fedit_split__router_average": False})])
+def test_mixers_stay_apart_where_they_are_not_averaged(settings: tuple[str, dict[str, Any]]) -> None:
+    history, server = rounds(method_of(settings[0], **settings[1]))
     mixers = [slot(state.tensors, MIXER) for state in installed(history, server)]
     assert all(bitwise(mixer, slot(r.state.tensors, MIXER)) for mixer, r in zip(mixers, history[-1], strict=True))
     assert distance(mixers[0], mixers[1]) > 1e-4

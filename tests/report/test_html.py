@@ -110,6 +110,7 @@ def test_a_fedalt_report_has_every_figure_with_the_runs_numbers() -> None:
     figures = fedalt_page().figures
     assert list(figures) == ["score-curves", "loss", "similarity", "alpha", "row", "partition"]
     loss, scores, alpha, gap = (figures[anchor] for anchor in ("loss", "score-curves", "alpha", "row"))
+    assert "each client's last step" in " ".join(fedalt_page().text), "which is what the log has"
     clients = of_kind(finished(), "client")
     assert [trace["y"] for trace in loss] == [
         [e["loss"] for e in clients if e["client"] == client] for client in range(CLIENTS)

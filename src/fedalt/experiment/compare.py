@@ -17,7 +17,7 @@ from fedalt.experiment.statistics import against, half_width
 from fedalt.experiment.tables import write_comparison
 from fedalt.experiment.workers import check_devices
 from fedalt.files import read_json
-from fedalt.methods.registry import METHODS, configured, title_of
+from fedalt.methods.registry import METHODS, configured, get_method, title_of
 
 LOCAL = "local"
 """The method that gains are measured against."""
@@ -25,6 +25,9 @@ REFERENCE = "fedalt"
 """The method that others are tested against; the first one where it is not among them."""
 REFERENCE_ROWS = ("centralized", "zero_shot")
 """What frames the others in tables: not federated, so nobody is harmed by it."""
+
+_ANY = 3
+"""Clients that a method is told of to see whether it can be had at all."""
 
 
 def compare(
@@ -72,6 +75,8 @@ def plan(
     _check_lists(methods, seeds)
     check_devices(config)
     configs = {name: configured(config, name) for name in methods}
+    for name, mine in configs.items():
+        get_method(name)(_ANY, mine).rank_of(0)  # refuses settings that it has no use for
     members = []
     for seed in seeds:
         for name, mine in configs.items():

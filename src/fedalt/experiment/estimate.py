@@ -81,7 +81,7 @@ def _seconds_per_token(experiment: Experiment, largest: Sequence[Plan], first: S
 
 def _rounds_cohorts(experiment: Experiment, number: int) -> Iterator[list[Plan]]:
     config = experiment.config
-    chosen = sample_clients(experiment.trainers, config.federation.fraction, config.seed, number)
+    chosen = sample_clients(experiment.trainers, experiment.method.fraction(number), config.seed, number)
     for part in cohorts(chosen, cohort_size(config.federation, len(chosen))):
         plans = [plans_of(experiment, client, number) for client in part]
         yield [replace(mine[0], steps=sum((plan.steps for plan in mine), ())) for mine in plans if mine]

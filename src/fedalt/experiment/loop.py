@@ -77,7 +77,7 @@ class Loop:
 
     def _train(self, new: Checkpoint) -> list[Outcome]:
         config, number = self.facts.config, new.round
-        chosen = sample_clients(self.facts.trainers, config.federation.fraction, config.seed, number)
+        chosen = sample_clients(self.facts.trainers, self.facts.method.fraction(number), config.seed, number)
         self.log.emit("round_started", round=number, clients=list(chosen))
         outcomes = self.crew.train(chosen, self.server.messages(chosen), self.checkpoint, new)
         for outcome in outcomes:

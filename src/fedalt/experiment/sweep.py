@@ -25,6 +25,8 @@ from fedalt.files import write_json, write_text
 
 Axis = tuple[str, list[Any]]
 """A setting's dotted key and its values."""
+_ALIASES = {"federation.clients": "data.clients"}
+"""How many clients there are is a matter of the rows, but looked for here, too."""
 _ELSEWHERE = {"method": "--methods", "seed": "--seeds", "out": "--out"}
 _KEPT = ("title", "mean", "validation", "sd", "ci95", "worst", "worst_client", "gain_over_local", "harmed", "against")
 _COSTS = ("bytes_up", "bytes_down", "seconds", "scoring_seconds", "peak_memory", "peak_memory_gpu")
@@ -63,7 +65,7 @@ def parse_axis(text: str) -> Axis:
         raise UserError(f"--sweep {text}: the values are not valid YAML") from None
     if not parsed:
         raise UserError(f"--sweep {text}: give at least one value, for example --sweep {key}=4,6,8")
-    return key, parsed
+    return _ALIASES.get(key, key), parsed
 
 
 def points(config: RunConfig, axes: Sequence[Axis]) -> list[Point]:

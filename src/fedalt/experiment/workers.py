@@ -62,7 +62,7 @@ class Workers:
         while len(self._fitting) < len(self._devices):
             self._hear()
         config, trainers = self._experiment.config, self._experiment.trainers
-        chosen = sample_clients(trainers, config.federation.fraction, config.seed, 1)
+        chosen = sample_clients(trainers, self._experiment.method.fraction(1), config.seed, 1)
         room = [self._fitting[i] // self._devices.count(device) for i, device in enumerate(self._devices)]
         return max(1, min(*room, -(-len(chosen) // len(self._devices))))
 

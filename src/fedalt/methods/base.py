@@ -189,6 +189,10 @@ class Method:
         """What a client trains in a round, one after the other."""
         return (Phase(self.slot_names, {slot.name: BOTH for slot in self.slots}, self.mixing),)
 
+    def fraction(self, round_: int) -> float:
+        """Share of the clients that take part in a round."""
+        return self.config.federation.fraction
+
     @property
     def all_phases(self) -> list[Phase]:
         """Phases of the first, the second and the last round; no other round has another."""

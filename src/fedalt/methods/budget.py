@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from fedalt.config import RunConfig, with_settings
@@ -33,7 +34,7 @@ def matched(
     """The settings with the rank at which a method trains, or sends, nearest to one LoRA of the configured rank.
 
     alpha changes with the rank, so that the scale alpha/r stays. A method that sends nothing keeps its rank under
-    ``bytes``. Ties go to the lower rank. Mixers count among what is trained, so FedALT keeps its rank on common shapes.
+    ``bytes``. Ties go to the lower rank. Mixers come on top and do not count: their size does not depend on the rank.
 
     Raises:
         UserError: No rank up to four times the configured one is possible.
@@ -44,9 +45,9 @@ def matched(
     for rank in range(1, 4 * config.lora.r + 1):
         alpha = config.lora.alpha * rank / config.lora.r
         candidate = configured(with_settings(config, {"lora.r": rank, "lora.alpha": alpha}), name)
+        method = get_method(name)(clients, candidate)
         try:
-            method = get_method(name)(clients, candidate)
-            size = measure(method, method.shape(rank, layers))
+            size = measure(method, replace(method.shape(rank, layers), mixed=False))
         except UserError:  # a rank that the method cannot split
             continue
         if size == 0:

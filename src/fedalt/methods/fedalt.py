@@ -10,7 +10,8 @@ from fedalt.config import LoraConfig, RunConfig
 from fedalt.errors import UserError
 from fedalt.methods.base import BOTH, NONE, Gathered, Message, Method, Phase, Slot
 from fedalt.methods.clusters import cluster_rows
-from fedalt.methods.rows import AGGREGATORS
+from fedalt.methods.mean import refuse_weighting
+from fedalt.methods.rows import AGGREGATORS, ROBUST
 from fedalt.model.mixing import SOFTMAX, SUM, Mixing
 from fedalt.model.state import ClientState
 from fedalt.names import INDIVIDUAL, MIXER, ROW, Key, Tensors
@@ -65,6 +66,8 @@ class FedALT(Method):
 
     def _check(self) -> None:
         options = self.options
+        if options.row_aggregator in ROBUST:
+            refuse_weighting(self.config, f"fedalt.row_aggregator={options.row_aggregator}", "which has no weights")
         plain = options.row_aggregator == "factor_mean" and options.clusters == 1
         if not plain and (options.row_from == "all" or options.row_update == "average_rows" or options.mixer_average):
             raise UserError(

@@ -90,7 +90,7 @@ class FedDPAF(FedDPA):
     """FedDPA-F: FedIT on the global LoRA; in the last round, each client makes it its local one and trains that alone.
 
     The private phase takes the place of a round, so that all methods go through their rows equally often. Until then
-    both LoRAs are the same.
+    both LoRAs are the same. Nothing is sent in it, so everybody takes part, whatever ``federation.fraction`` says.
     """
 
     name = "feddpa_f"
@@ -99,6 +99,10 @@ class FedDPAF(FedDPA):
 
     def _last(self, round_: int) -> bool:
         return round_ == self.config.federation.rounds
+
+    def fraction(self, round_: int) -> float:
+        """Everybody has a private phase."""
+        return 1.0 if self._last(round_) else super().fraction(round_)
 
     @property
     def arrival_phases(self) -> tuple[Phase, ...]:

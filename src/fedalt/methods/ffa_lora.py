@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fedalt.config import RunConfig
+from fedalt.errors import UserError
 from fedalt.methods.base import Method, Phase, Slot
 from fedalt.names import GLOBAL, B
 
@@ -12,13 +14,21 @@ class FFALoRA(Method):
         B̄ = Σ_k p_k B_k,   Σ_k p_k B_k A⁰ = B̄ A⁰ exactly
 
     Sun et al., ICLR 2024, arXiv 2403.12313. Half of FedIT's parameters and bytes on square layers at the same rank.
-    The aggregate is exact only if all clients have the same A, so keep ``lora.init`` at shared.
+    A mean of B's for different A's would mean nothing, so ``lora.init`` must be shared.
     """
 
     name = "ffa_lora"
     title = "FFA-LoRA"
     source = "ICLR 2024, arXiv 2403.12313"
     slots = (Slot(GLOBAL, share=frozenset(B)),)
+
+    def __init__(self, clients: int, config: RunConfig | None = None) -> None:
+        super().__init__(clients, config)
+        init = self.config.lora.init
+        if init != "shared":
+            raise UserError(
+                f"lora.init: {init} gives clients an A of their own, which ffa_lora never averages; use shared"
+            )
 
     def phases(self, round_: int) -> tuple[Phase, ...]:
         """B alone."""

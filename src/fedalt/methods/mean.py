@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fedalt.config import RunConfig
+from fedalt.errors import UserError
 from fedalt.names import Key, Tensors
 
 
@@ -41,3 +43,14 @@ def mean_of(uploads: Mapping[int, Tensors], weights: Mapping[int, float]) -> dic
     for client, weight in weights.items():
         running.add(uploads[client], weight)
     return running.mean()
+
+
+def refuse_weighting(config: RunConfig, who: str, instead: str) -> None:
+    """For uploads that are not weighed by rows, nor evenly.
+
+    Raises:
+        UserError: ``federation.weighting`` is set.
+    """
+    weighting = config.federation.weighting
+    if weighting != "method":
+        raise UserError(f"federation.weighting: {weighting} has no effect on {who}, {instead}; leave it out")

@@ -65,7 +65,9 @@ class FedDPAConfig(Section):
 class PF2LoRAConfig(Section):
     """PF2LoRA."""
 
-    private_rank: int | None = Field(None, ge=1, description="rank of the private LoRA; lora.r / 4 when not given")
+    private_rank: int | None = Field(
+        None, ge=1, description="rank of the private LoRA; lora.r / 4, rounded up, when not given"
+    )
     private_lr: float | None = Field(
         None,
         gt=0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 from fedalt.config import RunConfig
 from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot
 from fedalt.model.mixing import SUM, Mixing
@@ -36,8 +38,8 @@ class PF2LoRA(Method):
         self.mixing = Mixing("fixed", (1.0, r / self.ranks(r)[PRIVATE])) if own else SUM
 
     def ranks(self, r: int) -> dict[str, int]:
-        """r, and a quarter of it."""
-        return {GLOBAL: r, PRIVATE: self.options.private_rank or max(1, r // 4)}
+        """r, and a quarter of it, rounded up."""
+        return {GLOBAL: r, PRIVATE: self.options.private_rank or ceil(r / 4)}
 
     def phases(self, round_: int) -> tuple[Phase, ...]:
         """Both LoRAs, on two levels."""

@@ -124,3 +124,5 @@ AGGREGATORS: dict[str, Builder] = {
     "trimmed_mean": trimmed_mean,
     "krum": krum,
 }
+ROBUST = ("median", "trimmed_mean", "krum")
+"""Those to which every upload counts the same."""

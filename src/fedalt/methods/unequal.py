@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedalt.config import RunConfig
 from fedalt.methods.base import Gathered, Message, Method, Phase, cut, padded
-from fedalt.methods.mean import mean_of
+from fedalt.methods.mean import mean_of, refuse_weighting
 from fedalt.methods.products import norm, stacked, truncated
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, MERGED, A, B, Key, Tensors, W
@@ -78,6 +78,7 @@ class HetLoRA(Unequal):
 
     def __init__(self, clients: int, config: RunConfig | None = None) -> None:
         super().__init__(clients, config)
+        refuse_weighting(self.config, "hetlora", "whose uploads are weighed by their size")
         self.options = self.config.hetlora
         self.client_ranks = self.client_ranks or (self.config.lora.r,)  # it shrinks, even when all start alike
 

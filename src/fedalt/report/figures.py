@@ -59,7 +59,7 @@ def score_curves(events: Sequence[Event], tasks: Mapping[str, str], metric: str)
 
 
 def alpha_map(events: Sequence[Event], tasks: Mapping[str, str], layers: int) -> Drawing:
-    """Weight of the individual LoRA by client and layer in the last round."""
+    """Weight of the individual LoRA by client and layer at the end of the last round."""
     last = {str(e["client"]): e["alpha"] for e in events if e["event"] == "client" and e["alpha"]}
     rows, names = [client for client in tasks if client in last], labels(tasks)
     figure = cells(
@@ -72,7 +72,7 @@ def alpha_map(events: Sequence[Event], tasks: Mapping[str, str], layers: int) ->
         hovertemplate="%{y}<br>layer %{x}<br>α %{z:.3f}<extra></extra>",
     )
     figure.update_xaxes(title="adapted layer", type="category", nticks=12)
-    note = "Mean over the tokens of each client's last round of training. Blue: the individual LoRA; red: the row."
+    note = "Mean over the tokens of each client's last step of training. Blue: the individual LoRA; red: the row."
     return Drawing("alpha", "Mixer weight α of the individual LoRA, by layer", note, figure)
 
 
