@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from fedalt.data.clients import to_clients
-from fedalt.data.options import DataConfig
-from fedalt.data.pool import Pool, pooled
+from fedalt.data.clients import one_client, to_clients
+from fedalt.data.options import DataConfig, PartitionConfig
+from fedalt.data.pool import Pool, check_names, pooled
 from fedalt.data.record import reproduce
 from fedalt.data.regroup import keep_tasks, mix_tasks, split_rows
 from fedalt.data.rows import SPLITS, ClientData, Federation, Row
@@ -17,6 +17,8 @@ from fedalt.data.sources.hub import TINYWORLD
 from fedalt.data.sources.recognise import read_source
 from fedalt.errors import UserError
 from fedalt.seeding import rng
+
+_AS_IT_IS = {"clients": None, "tasks": None, "held_out": 0, "split_rows": False, "tasks_per_client": 1}
 
 
 def load_federation(config: DataConfig, seed: int) -> Federation:
@@ -34,9 +36,24 @@ def load_held_out(config: DataConfig, seed: int) -> Federation:
     return load_both(config, seed)[1]
 
 
-def has_clients(config: DataConfig) -> bool:
-    """Whether the source says itself which rows are whose."""
-    return isinstance(_read(config), Federation)
+def elsewhere(config: DataConfig, source: str) -> DataConfig:
+    """Settings for other rows than a run's own: how that run chose, dealt and mixed its rows does not hold there."""
+    return config.model_copy(update={"source": source, "partition": PartitionConfig(), **_AS_IT_IS})
+
+
+def load_as_it_is(config: DataConfig, seed: int) -> Federation:
+    """The clients of a source as they are, or all rows of one that has none as one client, split and limited as set.
+
+    Its rows are a part of something larger, so that ``data.label_names`` may name labels that none of them has.
+
+    Raises:
+        UserError: The source is missing or broken, or a client has too few rows.
+    """
+    found = read(config)
+    if isinstance(found, Federation):
+        return _cut(found, config, seed)
+    anew = config.model_copy(update={"shuffle": True})
+    return _cut(one_client(found, config.test_share, seed), anew, seed)
 
 
 def load_both(config: DataConfig, seed: int) -> tuple[Federation, Federation]:
@@ -50,7 +67,9 @@ def load_both(config: DataConfig, seed: int) -> tuple[Federation, Federation]:
 
 
 def _everybody(config: DataConfig, seed: int) -> Federation:
-    source, options = _read(config), config.partition
+    source, options = read(config), config.partition
+    if isinstance(source, Pool):
+        check_names(config.label_names or {}, source)
     pool = pooled(source) if isinstance(source, Federation) else source
     if options.file:
         return _as_in_file(Path(options.file).expanduser(), pool, config)
@@ -68,9 +87,14 @@ def _everybody(config: DataConfig, seed: int) -> Federation:
     else:
         federation = to_clients(source, config, _seed(config, seed), None)
     clients = dict(list(federation.clients.items())[: config.clients])
-    mixed = {c: _shuffled(c, d, _seed(config, seed)) if config.shuffle else d for c, d in clients.items()}
-    limited = {c: _limit(_hold_out(c, d, config, seed), config) for c, d in mixed.items()}
-    return mix_tasks(replace(federation, clients=limited), config.tasks_per_client)
+    return mix_tasks(_cut(replace(federation, clients=clients), config, seed), config.tasks_per_client)
+
+
+def _cut(federation: Federation, config: DataConfig, seed: int) -> Federation:
+    """Every client's rows shuffled, with some held out, and limited, as set."""
+    clients = federation.clients.items()
+    mixed = {c: _shuffled(c, d, _seed(config, seed)) if config.shuffle else d for c, d in clients}
+    return replace(federation, clients={c: _limit(_hold_out(c, d, config, seed), config) for c, d in mixed.items()})
 
 
 def _as_in_file(file: Path, pool: Pool, config: DataConfig) -> Federation:
@@ -84,7 +108,8 @@ def _seed(config: DataConfig, seed: int) -> int:
     return seed if config.partition.seed is None else config.partition.seed
 
 
-def _read(config: DataConfig) -> Federation | Pool:
+def read(config: DataConfig) -> Federation | Pool:
+    """The rows of a source, with clients or without, as it has them."""
     if config.source == TINYWORLD and not Path(TINYWORLD).is_dir():
         return _tinyworld(config)
     return read_source(config)
