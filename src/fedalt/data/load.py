@@ -10,7 +10,7 @@ import torch
 from fedalt.data.clients import one_client, to_clients
 from fedalt.data.options import DataConfig, PartitionConfig
 from fedalt.data.pool import Pool, check_names, pooled
-from fedalt.data.record import reproduce
+from fedalt.data.record import held_out_in, reproduce
 from fedalt.data.regroup import keep_tasks, mix_tasks, split_rows
 from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.data.sources.hub import TINYWORLD
@@ -32,7 +32,7 @@ def load_federation(config: DataConfig, seed: int) -> Federation:
 
 
 def load_held_out(config: DataConfig, seed: int) -> Federation:
-    """The last ``data.held_out`` clients, which take no part in the run, with their ids."""
+    """The clients that take no part in the run, with their ids: the last ones, or those of ``data.partition.file``."""
     return load_both(config, seed)[1]
 
 
@@ -59,11 +59,23 @@ def load_as_it_is(config: DataConfig, seed: int) -> Federation:
 def load_both(config: DataConfig, seed: int) -> tuple[Federation, Federation]:
     """The clients that take part, and those that do not."""
     everybody = _everybody(config, seed)
-    ids, count = everybody.ids, len(everybody.clients) - config.held_out
-    if count < 1:
+    left = _left_out(config, everybody.ids)
+    taken = {c: rows for c, rows in everybody.clients.items() if c not in left}
+    return replace(everybody, clients=taken), replace(everybody, clients={c: everybody.clients[c] for c in left})
+
+
+def _left_out(config: DataConfig, ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The last clients, or those that a partition.json calls held out."""
+    if written := held_out_in(_file(config)) if config.partition.file else ():
+        if config.held_out not in (0, len(written)):
+            raise UserError(
+                f"data.held_out: {config.held_out} clients asked for, but {config.partition.file} holds "
+                f"{len(written)} out; leave data.held_out away"
+            )
+        return written
+    if config.held_out >= len(ids):
         raise UserError(f"data.held_out: {config.held_out} clients asked for, but there are only {len(ids)}")
-    taken, out = ({c: everybody.clients[c] for c in part} for part in (ids[:count], ids[count:]))
-    return replace(everybody, clients=taken), replace(everybody, clients=out)
+    return ids[len(ids) - config.held_out :]
 
 
 def _everybody(config: DataConfig, seed: int) -> Federation:
@@ -72,7 +84,7 @@ def _everybody(config: DataConfig, seed: int) -> Federation:
         check_names(config.label_names or {}, source)
     pool = pooled(source) if isinstance(source, Federation) else source
     if options.file:
-        return _as_in_file(Path(options.file).expanduser(), pool, config)
+        return _as_in_file(_file(config), pool, config)
     if isinstance(source, Federation):
         federation = keep_tasks(source, config.tasks) if config.tasks else source
         if options.by:
@@ -95,6 +107,10 @@ def _cut(federation: Federation, config: DataConfig, seed: int) -> Federation:
     clients = federation.clients.items()
     mixed = {c: _shuffled(c, d, _seed(config, seed)) if config.shuffle else d for c, d in clients}
     return replace(federation, clients={c: _limit(_hold_out(c, d, config, seed), config) for c, d in mixed.items()})
+
+
+def _file(config: DataConfig) -> Path:
+    return Path(config.partition.file or "").expanduser()
 
 
 def _as_in_file(file: Path, pool: Pool, config: DataConfig) -> Federation:
