@@ -240,9 +240,12 @@ def test_a_file_gives_the_same_clients_again(tmp_path: Path, test: str) -> None:
     taken, rest = load_federation(made, 7), load_held_out(made, 7)
     path = tmp_path / "partition.json"
     path.write_text(json.dumps(record(made, 7, taken, rest)))
-    again = DataConfig(source=str(shared_data()), held_out=1, partition=PartitionConfig(file=str(path)))
-    assert load_federation(again, 99).clients == taken.clients
-    assert load_held_out(again, 99).clients == rest.clients
+    again = DataConfig(source=str(shared_data()), partition=PartitionConfig(file=str(path)))
+    for repeated in (again, again.model_copy(update={"held_out": 1})):
+        assert load_federation(repeated, 99).clients == taken.clients
+        assert load_held_out(repeated, 99).clients == rest.clients
+    with pytest.raises(UserError, match=r"data.held_out: 2 clients asked for, but .*partition.json holds 1 out"):
+        load_federation(again.model_copy(update={"held_out": 2}), 99)
     fewer = again.model_copy(update={"tasks": None, "source": str(shared_data(clients=2))})
     with pytest.raises(UserError, match=r"data.partition.file: \d+ rows of .*partition.json are not in .*data-2-0"):
         load_federation(fewer, 0)

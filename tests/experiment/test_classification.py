@@ -23,6 +23,7 @@ from micro import (
     farthest,
     label_rows,
     labelled_data,
+    labelled_table,
     left_behind,
     model_folder,
     of_kind,
@@ -245,3 +246,57 @@ def test_central_evaluation_scores_every_model_on_everybodys_rows(run: Path) -> 
     central = call("evaluate", run, "--central", "--json").json["clients"]
     assert {one["rows"] for one in central.values()} == {sum(one["rows"] for one in own.values())}
     assert "own scores" not in call("evaluate", run, "--central").out
+
+
+@pytest.fixture(scope="module")
+def dealt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a table, with everything set that says who gets which of its rows."""
+    folder = tmp_path_factory.mktemp("dealt")
+    changes = {
+        "data__label_names": {0: "negative", 1: "positive"},
+        "data__clients": 4,
+        "data__held_out": 1,
+        "data__tasks_per_client": 2,
+        "data__partition": {"by": "dirichlet", "alpha": 1.0},
+        "data__train_limit": 20,
+        "data__test_limit": 6,
+        "data__validation_rows": 15,
+        "training__local_epochs": 1,
+    }
+    run_here(values(folder / "run", data__source=str(labelled_table(True)), **changes))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("flags", [(), ("--central",)])
+def test_a_table_is_scored_by_every_model(dealt: Path, flags: tuple[str, ...], tmp_path: Path) -> None:
+    table = tmp_path / "x.csv"
+    table.write_text("sentence,label\n" + "".join(f"fine {i},1\n" for i in range(9)))
+    done = call("evaluate", dealt, "--data", table, "--json", *flags)
+    assert done.code == 0, done.err
+    assert {client: one["rows"] for client, one in done.json["clients"].items()} == {"0": 9, "1": 9, "2": 9}
+    done = call("evaluate", dealt, "--data", labelled_table(True), "--client", 2, "--json", *flags)
+    assert [one["rows"] for one in done.json["clients"].values()] == [80], "test rows, where there are some"
+
+
+def test_clients_of_another_folder_are_scored_client_by_client(dealt: Path, tmp_path: Path) -> None:
+    for client in range(2):
+        some = [{"instruction": f"fine {i}", "output": "positive"} for i in range(5 + client)]
+        write_rows(tmp_path / f"train/local_training_{client}.json", some, False)
+        write_rows(tmp_path / f"test/local_testing_{client}.jsonl", some, True)
+    assert "no rows for client 2; it has clients [0, 1]" in refused("evaluate", dealt, "--data", tmp_path)
+    one = call("evaluate", dealt, "--data", tmp_path, "--client", 1, "--json").json["clients"]
+    assert one["1"]["rows"] == 6
+    central = call("evaluate", dealt, "--data", tmp_path, "--central", "--json").json["clients"]
+    assert {client: mine["rows"] for client, mine in central.items()} == {"0": 11, "1": 11, "2": 11}
+
+
+def test_a_newcomer_may_bring_a_small_table_of_one_label(dealt: Path, tmp_path: Path) -> None:
+    table = tmp_path / "x.csv"
+    table.write_text("sentence,label\nfine 1,1\nfine 2,1\nfine 3,1\n")
+    done = call("onboard", dealt, "--data", table, "--epochs", 1, "--json")
+    assert done.code == 0, done.err
+    assert [(c, one["rows"]) for c, one in done.json["clients"].items()] == [("3", 2)]
+    table.write_text("sentence,label\nfine 1,1\n")
+    assert "1 row; a client needs one to train on" in refused("onboard", dealt, "--data", table, "--overwrite")
+    table.write_text("sentence,label\nfine 1,2\nfine 2,2\n")
+    assert 'label "2" is on no training row' in refused("onboard", dealt, "--data", table, "--overwrite")

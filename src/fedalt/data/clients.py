@@ -51,6 +51,18 @@ def to_clients(pool: Pool, config: DataConfig, seed: int, clients: int | None, c
     return Federation(made, pool.source, (*pool.notes, _note(deck)))
 
 
+def one_client(pool: Pool, share: float, seed: int) -> Federation:
+    """All rows as one client's; without test rows it holds a share out.
+
+    Raises:
+        UserError: There is one row only.
+    """
+    data = ClientData(pool.train, pool.validation, pool.test)
+    if not pool.test and len(pool.train) < 2:
+        raise UserError(f"{pool.source}: 1 row; a client needs one to train on and one to be scored on")
+    return Federation({0: data if pool.test else _with_test(0, data, share, seed)}, pool.source, pool.notes)
+
+
 def _fewest(pool: Pool, config: DataConfig) -> int:
     """Rows that a client must be dealt so that its training rows are enough when others have been held out."""
     needed = config.partition.min_rows + (0 if pool.validation else config.validation_rows)

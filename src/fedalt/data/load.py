@@ -7,16 +7,18 @@ from pathlib import Path
 
 import torch
 
-from fedalt.data.clients import to_clients
-from fedalt.data.options import DataConfig
-from fedalt.data.pool import Pool, pooled
-from fedalt.data.record import reproduce
+from fedalt.data.clients import one_client, to_clients
+from fedalt.data.options import DataConfig, PartitionConfig
+from fedalt.data.pool import Pool, check_names, pooled
+from fedalt.data.record import held_out_in, reproduce
 from fedalt.data.regroup import keep_tasks, mix_tasks, split_rows
 from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.data.sources.hub import TINYWORLD
 from fedalt.data.sources.recognise import read_source
 from fedalt.errors import UserError
 from fedalt.seeding import rng
+
+_AS_IT_IS = {"clients": None, "tasks": None, "held_out": 0, "split_rows": False, "tasks_per_client": 1}
 
 
 def load_federation(config: DataConfig, seed: int) -> Federation:
@@ -30,30 +32,59 @@ def load_federation(config: DataConfig, seed: int) -> Federation:
 
 
 def load_held_out(config: DataConfig, seed: int) -> Federation:
-    """The last ``data.held_out`` clients, which take no part in the run, with their ids."""
+    """The clients that take no part in the run, with their ids: the last ones, or those of ``data.partition.file``."""
     return load_both(config, seed)[1]
 
 
-def has_clients(config: DataConfig) -> bool:
-    """Whether the source says itself which rows are whose."""
-    return isinstance(_read(config), Federation)
+def elsewhere(config: DataConfig, source: str) -> DataConfig:
+    """Settings for other rows than a run's own: how that run chose, dealt and mixed its rows does not hold there."""
+    return config.model_copy(update={"source": source, "partition": PartitionConfig(), **_AS_IT_IS})
+
+
+def load_as_it_is(config: DataConfig, seed: int) -> Federation:
+    """The clients of a source as they are, or all rows of one that has none as one client, split and limited as set.
+
+    Its rows are a part of something larger, so that ``data.label_names`` may name labels that none of them has.
+
+    Raises:
+        UserError: The source is missing or broken, or a client has too few rows.
+    """
+    found = read(config)
+    if isinstance(found, Federation):
+        return _cut(found, config, seed)
+    anew = config.model_copy(update={"shuffle": True})
+    return _cut(one_client(found, config.test_share, seed), anew, seed)
 
 
 def load_both(config: DataConfig, seed: int) -> tuple[Federation, Federation]:
     """The clients that take part, and those that do not."""
     everybody = _everybody(config, seed)
-    ids, count = everybody.ids, len(everybody.clients) - config.held_out
-    if count < 1:
+    left = _left_out(config, everybody.ids)
+    taken = {c: rows for c, rows in everybody.clients.items() if c not in left}
+    return replace(everybody, clients=taken), replace(everybody, clients={c: everybody.clients[c] for c in left})
+
+
+def _left_out(config: DataConfig, ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The last clients, or those that a partition.json calls held out."""
+    if written := held_out_in(_file(config)) if config.partition.file else ():
+        if config.held_out not in (0, len(written)):
+            raise UserError(
+                f"data.held_out: {config.held_out} clients asked for, but {config.partition.file} holds "
+                f"{len(written)} out; leave data.held_out away"
+            )
+        return written
+    if config.held_out >= len(ids):
         raise UserError(f"data.held_out: {config.held_out} clients asked for, but there are only {len(ids)}")
-    taken, out = ({c: everybody.clients[c] for c in part} for part in (ids[:count], ids[count:]))
-    return replace(everybody, clients=taken), replace(everybody, clients=out)
+    return ids[len(ids) - config.held_out :]
 
 
 def _everybody(config: DataConfig, seed: int) -> Federation:
-    source, options = _read(config), config.partition
+    source, options = read(config), config.partition
+    if isinstance(source, Pool):
+        check_names(config.label_names or {}, source)
     pool = pooled(source) if isinstance(source, Federation) else source
     if options.file:
-        return _as_in_file(Path(options.file).expanduser(), pool, config)
+        return _as_in_file(_file(config), pool, config)
     if isinstance(source, Federation):
         federation = keep_tasks(source, config.tasks) if config.tasks else source
         if options.by:
@@ -68,9 +99,18 @@ def _everybody(config: DataConfig, seed: int) -> Federation:
     else:
         federation = to_clients(source, config, _seed(config, seed), None)
     clients = dict(list(federation.clients.items())[: config.clients])
-    mixed = {c: _shuffled(c, d, _seed(config, seed)) if config.shuffle else d for c, d in clients.items()}
-    limited = {c: _limit(_hold_out(c, d, config, seed), config) for c, d in mixed.items()}
-    return mix_tasks(replace(federation, clients=limited), config.tasks_per_client)
+    return mix_tasks(_cut(replace(federation, clients=clients), config, seed), config.tasks_per_client)
+
+
+def _cut(federation: Federation, config: DataConfig, seed: int) -> Federation:
+    """Every client's rows shuffled, with some held out, and limited, as set."""
+    clients = federation.clients.items()
+    mixed = {c: _shuffled(c, d, _seed(config, seed)) if config.shuffle else d for c, d in clients}
+    return replace(federation, clients={c: _limit(_hold_out(c, d, config, seed), config) for c, d in mixed.items()})
+
+
+def _file(config: DataConfig) -> Path:
+    return Path(config.partition.file or "").expanduser()
 
 
 def _as_in_file(file: Path, pool: Pool, config: DataConfig) -> Federation:
@@ -84,7 +124,8 @@ def _seed(config: DataConfig, seed: int) -> int:
     return seed if config.partition.seed is None else config.partition.seed
 
 
-def _read(config: DataConfig) -> Federation | Pool:
+def read(config: DataConfig) -> Federation | Pool:
+    """The rows of a source, with clients or without, as it has them."""
     if config.source == TINYWORLD and not Path(TINYWORLD).is_dir():
         return _tinyworld(config)
     return read_source(config)

@@ -37,7 +37,9 @@ class PartitionConfig(Section):
         "like_train", description="test and validation rows: dealt in the shares of training rows, or all for everybody"
     )
     seed: int | None = Field(None, ge=0, description="seed of the deal; the run's when not given")
-    file: str | None = Field(None, description="a partition.json whose clients get the same rows again")
+    file: str | None = Field(
+        None, description="a partition.json whose clients get the same rows again; its held-out clients stay out"
+    )
 
 
 def _text_keys(value: Any) -> Any:

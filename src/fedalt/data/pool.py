@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedalt.data.rows import SPLITS, Federation, Row
-from fedalt.errors import UserError, did_you_mean
+from fedalt.errors import UserError, did_you_mean, listed
 
 LABEL = "label"
 _OF_ROWS = (LABEL, "task", "category")
@@ -24,6 +24,7 @@ class Pool:
         source: Where they came from, for people.
         notes: What the user should know.
         column: Split → value of every row in the column that rows are dealt by, where rows do not hold it themselves.
+        labels: Labels as the source has them, before they are called something else.
     """
 
     train: tuple[Row, ...]
@@ -32,6 +33,7 @@ class Pool:
     source: str
     notes: tuple[str, ...] = ()
     column: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    labels: frozenset[str] = frozenset()
 
     def split(self, name: str) -> tuple[Row, ...]:
         """The rows of a split."""
@@ -59,3 +61,12 @@ def pooled(federation: Federation) -> Pool:
 def needs_column(column: str | None) -> str | None:
     """The column that a source must keep because rows do not hold it; usually none."""
     return None if column in _OF_ROWS else column
+
+
+def check_names(names: Mapping[str, str], pool: Pool) -> None:
+    """Refuse a name for a label that no row has."""
+    for label in names:
+        if label not in pool.labels:
+            hint = did_you_mean(label, pool.labels)
+            known = listed(sorted(pool.labels))
+            raise UserError(f'data.label_names: no row of {pool.source} has the label "{label}"{hint}; labels: {known}')

@@ -115,6 +115,11 @@ def reproduce(file: Path, pool: Pool) -> Federation:
     return Federation(dict(sorted(clients.items())), pool.source, (*pool.notes, f"clients and rows as in {file}"))
 
 
+def held_out_in(file: Path) -> tuple[int, ...]:
+    """Clients of a partition.json that took no part in its run."""
+    return tuple(sorted(map(int, read_json(file).get("held_out", {}))))
+
+
 def _listed(written: Any, file: Path) -> dict[int, Mapping[str, list[str]]]:
     try:
         everybody = {**written["clients"], **written.get("held_out", {})}

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.config import RunConfig
-from fedalt.data.load import has_clients, load_federation, load_held_out
-from fedalt.data.options import DataConfig, PartitionConfig
+from fedalt.data.load import elsewhere, load_as_it_is, load_held_out
 from fedalt.data.record import record
 from fedalt.data.rows import Federation
 from fedalt.errors import UserError
@@ -45,8 +44,8 @@ def onboard(
 
     Args:
         path: Run folder.
-        data: Rows of the newcomers, in any form that ``data.source`` allows; the run's ``data.held_out`` clients if not
-            given.
+        data: Rows of the newcomers, in any form that ``data.source`` allows; the clients that the run held out
+            if not given.
         epochs: Epochs over their own rows; 0 for none.
         out: Folder of the newcomers, itself fit for ``generate`` and ``export``; ``newcomers`` inside the run if not
             given.
@@ -99,16 +98,10 @@ def _newcomers(config: RunConfig, data: str | None, members: list[int]) -> Feder
         if not found.clients:
             raise UserError("--data: give the newcomers' rows; this run held no clients out (data.held_out)")
     else:
-        found = load_federation(_as_newcomers(config.data, data), config.seed)
+        own = elsewhere(config.data, data).model_copy(update={"validation_rows": 0})
+        found = load_as_it_is(own, config.seed)
     start = max(members) + 1
     return replace(found, clients={start + i: rows for i, rows in enumerate(found.clients.values())})
-
-
-def _as_newcomers(config: DataConfig, source: str) -> DataConfig:
-    """The clients of a source as they are, or all rows of one that has none as one client."""
-    plain = {"source": source, "clients": None, "tasks": None, "held_out": 0, "partition": PartitionConfig()}
-    as_they_are = config.model_copy(update=plain)
-    return as_they_are if has_clients(as_they_are) else as_they_are.model_copy(update={"clients": 1})
 
 
 def _settings(config: RunConfig, epochs: int) -> RunConfig:

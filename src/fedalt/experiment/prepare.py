@@ -101,7 +101,8 @@ class Experiment:
     def facts(self) -> Facts:
         """What the rounds know of this run."""
         config, rows = self.config, self.federation.clients
-        held_out = load_held_out(config.data, config.seed) if config.data.held_out else None
+        some = config.data.held_out or config.data.partition.file
+        held_out = load_held_out(config.data, config.seed) if some else None
         return Facts(
             config,
             self.method,

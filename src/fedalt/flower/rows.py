@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedalt.config import RunConfig, parse_config, with_settings
-from fedalt.data.load import has_clients, load_federation
-from fedalt.data.options import PartitionConfig
+from fedalt.data.load import elsewhere, load_as_it_is, load_federation
 from fedalt.data.rows import Federation
 from fedalt.errors import UserError
-
-_ONE = {"clients": None, "tasks": None, "held_out": 0, "split_rows": False, "tasks_per_client": 1}
 
 
 @dataclass(frozen=True)
@@ -40,13 +37,11 @@ class SiteRows:
         config = parse_config(settings, "the server's settings")
         own = {"model.name": self.model, "model.device": self.device}
         config = with_settings(config, {key: value for key, value in own.items() if value is not None})
-        if self.data is not None:
-            plain: dict[str, Any] = {f"data.{key}": value for key, value in _ONE.items()}
-            plain |= {"data.source": self.data, "data.partition": PartitionConfig().model_dump()}
-            config = with_settings(config, plain, "--data")
-            if not has_clients(config.data):
-                config = with_settings(config, {"data.clients": 1})
-        federation = load_federation(config.data, config.seed)
+        if self.data is None:
+            federation = load_federation(config.data, config.seed)
+        else:
+            config = config.model_copy(update={"data": elsewhere(config.data, self.data)})
+            federation = load_as_it_is(config.data, config.seed)
         mine = federation.clients.get(client)
         if self.data is not None and len(federation.clients) == 1:
             [mine] = federation.clients.values()

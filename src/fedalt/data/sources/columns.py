@@ -77,8 +77,7 @@ def to_pool(config: DataConfig, splits: Mapping[str, Sequence[Record]], source: 
         hint: What else may be the matter where a column is not found.
 
     Raises:
-        UserError: No training rows, a column that is not there, an empty text or label, a name for a label that no row
-            has.
+        UserError: No training rows, a column that is not there, an empty text or label.
     """
     for split in splits:
         if not splits[split]:
@@ -87,11 +86,11 @@ def to_pool(config: DataConfig, splits: Mapping[str, Sequence[Record]], source: 
     columns = _choose(config, list(first.values), first.picture is not None, source, hint)
     task = source.rstrip("/").rpartition("/")[2].partition(".")[0]
     rows = {s: tuple(_row(record, columns, config, task) for record in splits.get(s, ())) for s in SPLITS}
-    _check_names(config, {_cell(r, columns.label) for records in splits.values() for r in records}, source)
+    labels = frozenset(_cell(record, columns.label) for records in splits.values() for record in records)
     extra = columns.extra
     kept = {s: tuple(_text(r, extra) for r in records) for s, records in splits.items()} if extra else {}
     note = f"{source}: {kind}; {columns}; {', '.join(f'{len(mine)} {s} rows' for s, mine in rows.items() if mine)}"
-    return Pool(**rows, source=source, notes=(note,), column=kept)
+    return Pool(**rows, source=source, notes=(note,), column=kept, labels=labels)
 
 
 def find_label(config: DataConfig, known: Sequence[str]) -> str | None:
@@ -159,11 +158,3 @@ def _cell(record: Record, column: str) -> str:
     if isinstance(value, list | dict | bytes):
         raise UserError(f'{record.where}: "{column}" is {type(value).__name__}, expected text or a number')
     return "" if value is None else str(value)
-
-
-def _check_names(config: DataConfig, labels: set[str], source: str) -> None:
-    for label in config.label_names or {}:
-        if label not in labels:
-            hint = did_you_mean(label, labels)
-            known = listed(sorted(labels))
-            raise UserError(f'data.label_names: no row of {source} has the label "{label}"{hint}; labels: {known}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def read_hub(name: str, config: DataConfig) -> Pool:
         labelled["test"] = labelled.pop("validation")
         notes += (f"{source}: validation rows take the place of test rows",)
     pool = to_pool(config, labelled, source, "a Hugging Face data set")
-    return Pool(pool.train, pool.validation, pool.test, pool.source, (*pool.notes, *notes), pool.column)
+    return replace(pool, notes=(*pool.notes, *notes))
 
 
 def _load(name: str, config: str | None) -> Any:
