@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedalt.benchmarks import bench, shapes, task, worker
+from fedalt.benchmarks import bench, shapes, task, worker, workload
 from fedalt.benchmarks.rows import HashTokenizer, client_examples
 from fedalt.benchmarks.sides import aggregation_fedalt, aggregation_paper
 from fedalt.benchmarks.sides.uploads import shape, upload
@@ -154,6 +154,24 @@ def test_uploads_are_in_files_and_no_more_than_two_are_open_at_a_time(monkeypatc
     assert 1 <= most <= 2
 
 
+# --- one client against many
+
+
+def test_one_client_is_the_one_with_the_largest_step_and_takes_that_very_step():
+    spec = Spec(what="memory", model="tiny", clients=4, rows=6, batch_size=2)
+    ours, one = pair(spec)
+    many, single = workload.load(ours).plans(), workload.load(one)
+    sizes = [[workload.tokens(step) for step in plan.steps] for plan in many]
+    largest = max(range(4), key=lambda k: max(sizes[k]))
+    assert largest > 0, "the first one would do by chance"
+    assert [plan.client for plan in single.plans()] == [0]
+    (mine,) = single.plans()
+    assert [[row.prompt for row in step] for step in mine.steps] == [
+        [row.prompt for row in step] for step in many[largest].steps
+    ]
+    assert max(map(workload.tokens, mine.steps)) == max(map(max, sizes))
+
+
 # --- the command
 
 
@@ -187,6 +205,17 @@ def test_round_against_the_paper_in_processes_of_their_own(tmp_path):
 
 @pytest.mark.usefixtures("here")
 class TestInThisProcess:
+    @pytest.mark.parametrize("what", ["round", "step"])
+    def test_tokens_a_second_are_those_of_the_rows_on_either_side(self, what):
+        (line,) = measured(what, "--model", "tiny", "--clients", 1, *SMALL)["lines"]
+        (ours,), (other,) = line["a"]["runs"], line["b"]["runs"]
+        assert ours["tokens"] == other["tokens"] > 50  # padding is not counted
+        for side, run in (("a", ours), ("b", other)):
+            assert run["tokens_per_second"] == pytest.approx(run["tokens"] / run["elapsed"])
+            assert line[side]["tokens_per_second"]["median"] == run["tokens_per_second"]
+        done = call("bench", what, "--model", "tiny", "--clients", 1, *SMALL)
+        assert "tokens/s" in done.out, done.err
+
     def test_round_gives_a_line_for_every_number_of_clients(self):
         result = measured("round", "--model", "tiny", "--clients", "1,2", "--against", "loop", "--dropout", 0, *SMALL)
         assert [line["clients"] for line in result["lines"]] == [1, 2]

@@ -108,9 +108,10 @@ def run_worker(spec: Spec) -> Run:
 
 
 def _summary(runs: Sequence[Run]) -> dict[str, Any]:
-    names = runs[0]["memory"]
+    names, speeds = runs[0]["memory"], [run.get("tokens_per_second", 0.0) for run in runs]
     return {
         "seconds": spread([run["seconds"] for run in runs]),
+        "tokens_per_second": spread(speeds) if all(speeds) else None,
         "extrapolated": any(run["extrapolated"] for run in runs),
         "memory": {name: spread([run["memory"][name] for run in runs]) for name in names},
         "runs": list(runs),

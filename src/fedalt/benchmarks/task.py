@@ -28,6 +28,7 @@ class Spec:
         dtype: dtype of the frozen base; adapters are always fp32.
         threads: Threads of torch, or its own choice.
         cohort: Clients that fedalt stacks at a time, or its own choice.
+        among: For one client, how many there are of whom it is the one with the largest step; the first when not given.
         dropout: Of the adapters.
         num_beams, max_new_tokens: Of generation.
         parameters: Least parameters of an upload, for ``aggregation``; those of the usual rank when not given.
@@ -44,6 +45,7 @@ class Spec:
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: int | None = None
     cohort: int | None = None
+    among: int | None = None
     dropout: float = 0.05
     num_beams: int = 1
     max_new_tokens: int = 32
@@ -78,6 +80,7 @@ class Outcome:
 
     Attributes:
         units: What the seconds are divided by: steps, or clients times rounds.
+        tokens: Tokens of the rows that were trained on, prompts included and padding not; 0 where none were.
         values: Numbers that must agree on both sides: losses, norms.
         answers: Digests of answers that must agree on both sides.
         scale: Whole work over the part that was done; above 1, time is extrapolated.
@@ -87,6 +90,7 @@ class Outcome:
     """
 
     units: float = 1
+    tokens: int = 0
     values: list[float] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     scale: float = 1
@@ -141,7 +145,7 @@ WHATS = {
     "memory": What("a round", 8, 32, _RANDOM, True, "round_fedalt", {"one": "round_fedalt"}),
     "start": What("a start", 8, 16, _REAL, False, "start_fedalt", {"transformers": "start_transformers"}),
 }
-"""Everything that can be measured. ``eight`` and ``one`` are fedalt itself with that many clients."""
+"""Everything that can be measured. ``eight`` is fedalt itself with eight clients, ``one`` with the largest one."""
 
 _FEWER = {"eight": 8, "one": 1}
 
@@ -168,7 +172,8 @@ def pair(spec: Spec, against: str | None = None, loop: bool = False) -> tuple[Sp
     if spec.parameters and spec.what != "aggregation":
         raise UserError(f"--parameters {spec.parameters}: only aggregation has it, {spec.what} has not")
     ours = replace(spec, side="loop" if loop else OURS)
-    return ours, replace(spec, side=side, clients=_FEWER.get(side, spec.clients))
+    among = spec.clients if side == "one" else None
+    return ours, replace(spec, side=side, clients=_FEWER.get(side, spec.clients), among=among)
 
 
 def require(side: str) -> None:

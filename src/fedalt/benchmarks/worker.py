@@ -35,11 +35,13 @@ def measure(spec: Spec) -> dict[str, Any]:
     outcome = job.work()
     _settle()
     elapsed = time.perf_counter() - started
-    seconds = (elapsed if outcome.seconds is None else outcome.seconds) * outcome.scale / outcome.units
+    clock = elapsed if outcome.seconds is None else outcome.seconds
     memory = outcome.memory or peak_memory()
     return {
-        "seconds": seconds,
+        "seconds": clock * outcome.scale / outcome.units,
         "elapsed": elapsed,
+        "tokens": outcome.tokens,
+        "tokens_per_second": outcome.tokens / clock,
         "extrapolated": outcome.scale > 1,
         "memory": {**memory, "process": memory["process"] + outcome.more_memory},
         "values": outcome.values,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class Workload:
         tokenizer: Its tokenizer.
         train: Training rows of every client, in tokens.
         test: Rows to answer.
+        first: Whom the first client stands for: its rows are in the order of that client's.
     """
 
     spec: Spec
@@ -45,11 +46,15 @@ class Workload:
     tokenizer: Any
     train: list[tuple[Example, ...]]
     test: list[tuple[Example, ...]]
+    first: int = 0
 
     def plans(self) -> list[Plan]:
         """Every client's steps: one epoch in seeded order; for ``step``, its first batch again and again."""
         spec = self.spec
-        plans = [plan_round(mine, k, training(spec), spec.seed, ROUND) for k, mine in enumerate(self.train)]
+        plans = [
+            replace(plan_round(mine, self.first + k, training(spec), spec.seed, ROUND), client=k)
+            for k, mine in enumerate(self.train)
+        ]
         if spec.what == "step":
             plans = [replace(plan, steps=plan.steps[:1] * len(plan.steps)) for plan in plans]
         return plans
@@ -87,7 +92,26 @@ def load(spec: Spec) -> Workload:
     base, tokenizer = shapes.load(spec)
     limit = positions(base)
     cutoff = 512 if limit is None else min(512, limit - spec.max_new_tokens)
-    return Workload(spec, base, tokenizer, *client_examples(spec, tokenizer, cutoff))
+    everybody = replace(spec, clients=spec.among or spec.clients)
+    work = Workload(spec, base, tokenizer, *client_examples(everybody, tokenizer, cutoff))
+    return _largest(work) if spec.among else work
+
+
+def _largest(work: Workload) -> Workload:
+    """The client with the most tokens in a step, alone."""
+    most = [max(map(tokens, plan.steps)) for plan in work.plans()]
+    k = most.index(max(most))
+    return replace(work, train=[work.train[k]], test=[work.test[k]], first=k)
+
+
+def tokens(rows: Iterable[Example]) -> int:
+    """Tokens of some rows."""
+    return sum(map(len, rows))
+
+
+def all_tokens(plans: Iterable[Plan]) -> int:
+    """Tokens of all steps."""
+    return sum(tokens(step) for plan in plans for step in plan.steps)
 
 
 def first_step(plan: Plan) -> Plan:

@@ -94,7 +94,7 @@ def table(result: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for name in ("clients", "side"):
         table.add_column(name)
-    for name in ("seconds", "min–max", "memory", "check"):
+    for name in ("seconds", "min–max", "tokens/s", "memory", "check"):
         table.add_column(name, justify="right")
     for line in result["lines"]:
         for side in "ab":
@@ -127,12 +127,13 @@ def _progress(side: str, repeat: int, run: Mapping[str, Any]) -> None:
     show.err.print(f"[dim]run {repeat + 1}, {side}: {run['seconds']:.3g} s[/]", highlight=False)
 
 
-def _cells(side: Mapping[str, Any]) -> tuple[str, str, str]:
-    seconds = side["seconds"]
+def _cells(side: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    seconds, speed = side["seconds"], side["tokens_per_second"]
     memory = [(name if name != "process" else "", value["median"] / 1e9) for name, value in side["memory"].items()]
     return (
         f"{seconds['median']:.3g}",
         f"{seconds['min']:.3g}–{seconds['max']:.3g}",
+        f"{speed['median']:,.0f}" if speed else "",
         ", ".join(f"{name} {value:.2f} GB".strip() for name, value in memory),
     )
 
@@ -146,6 +147,7 @@ def _ratio_row(line: Mapping[str, Any]) -> tuple[str, ...]:
         f"{line['b']['spec']['side']} / {line['a']['spec']['side']}",
         f"×{line['ratio']['of_medians']:.2f}",
         f"pairs ×{pairs['median']:.2f}",
+        "",
         ", ".join(f"×{value:.2f}" for value in line["memory_ratio"].values()),
         f"{answers['same']} of {answers['of']} the same" if answers else "" if apart is None else f"{apart:.1g} apart",
     )

@@ -79,6 +79,6 @@ def prepare(spec: Spec) -> Job:
         results = round_.whole(plans)
         steps = len(plans[0].steps) if spec.what == "step" else 1
         losses = [] if spec.what == "memory" else [result.stats.loss for result in results]  # one client has no row
-        return Outcome(units=steps, values=losses)
+        return Outcome(units=steps, tokens=workload.all_tokens(plans), values=losses)
 
     return Job(lambda: round_.train([workload.first_step(plan) for plan in plans]), play)

@@ -50,9 +50,17 @@ def _train(message: Any, context: Any) -> Any:
     plan = client.plans[int(context.node_config["partition-id"])]
     arrays = message.content["arrays"].to_numpy_ndarrays()
     client.lora.install([torch.from_numpy(array.copy()) for array in arrays])
-    loss = client.train(plan if config["server-round"] == _MEASURED else workload.first_step(plan))
+    plan = plan if config["server-round"] == _MEASURED else workload.first_step(plan)
+    loss = client.train(plan)
     uploads = app.ArrayRecord([tensor.numpy() for tensor in client.lora.upload()])
-    about = {"client": plan.client, "loss": loss, "num-examples": 1, "pid": os.getpid(), **peak_memory()}
+    about = {
+        "client": plan.client,
+        "loss": loss,
+        "num-examples": 1,
+        "tokens": workload.all_tokens([plan]),
+        "pid": os.getpid(),
+        **peak_memory(),
+    }
     content = app.RecordDict({"arrays": uploads, "metrics": app.MetricRecord(about)})
     return app.Message(content, reply_to=message)
 
@@ -99,7 +107,8 @@ def _simulate(spec: Spec) -> Outcome:
     actors = {one["pid"]: one for one in strategy.metrics}
     memory = {name: value + sum(int(one[name]) for one in actors.values()) for name, value in peak_memory().items()}
     losses = [one["loss"] for one in sorted(strategy.metrics, key=lambda one: one["client"])]
-    return Outcome(values=losses, seconds=strategy.seconds, memory=memory)
+    tokens = sum(int(one["tokens"]) for one in strategy.metrics)
+    return Outcome(tokens=tokens, values=losses, seconds=strategy.seconds, memory=memory)
 
 
 def _cores(spec: Spec) -> int:

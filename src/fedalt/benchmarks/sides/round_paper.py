@@ -67,4 +67,8 @@ def prepare(spec: Spec) -> Job:
     plans = work.plans()
     round_ = build(spec, work)
     first = workload.first_step(plans[0])
-    return Job(lambda: round_.client(round_.states[0], first), lambda: Outcome(values=round_.whole(plans)[1]))
+
+    def play() -> Outcome:
+        return Outcome(tokens=workload.all_tokens(plans), values=round_.whole(plans)[1])
+
+    return Job(lambda: round_.client(round_.states[0], first), play)

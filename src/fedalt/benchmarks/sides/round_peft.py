@@ -74,6 +74,6 @@ def prepare(spec: Spec) -> Job:
             losses.append(client.train(plan))
             uploads.append(client.lora.upload())
         _ = [torch.stack(same).mean(0) for same in zip(*uploads, strict=True)]
-        return Outcome(values=losses)
+        return Outcome(tokens=workload.all_tokens(client.plans), values=losses)
 
     return Job(lambda: client.train(workload.first_step(client.plans[0])), play)

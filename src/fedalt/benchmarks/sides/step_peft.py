@@ -27,4 +27,7 @@ def prepare(spec: Spec) -> Job:
         loss = own_loss if spec.side == "peft-forward" else answer_loss
         return train(lora.base, lora.trainable, batches, len(plan.steps), config, loss)
 
-    return Job(lambda: steps(workload.first_step(plan)), lambda: Outcome(units=len(plan.steps), values=[steps(plan)]))
+    def play() -> Outcome:
+        return Outcome(units=len(plan.steps), tokens=workload.all_tokens([plan]), values=[steps(plan)])
+
+    return Job(lambda: steps(workload.first_step(plan)), play)
