@@ -14,14 +14,15 @@ from fedalt.cli.compare_tables import compare_table
 from fedalt.config import RunConfig, parse_config
 from fedalt.errors import UserError
 from fedalt.experiment import compare as comparing
-from fedalt.experiment import processes
+from fedalt.experiment import members, processes
 from fedalt.experiment.compare import collect, compare, plan
+from fedalt.experiment.prepare import load_resident
 from fedalt.experiment.statistics import half_width, paired
 from fedalt.experiment.sweep import Point, parse_axis, points, sweep
-from fedalt.experiment.tables import Grid, Score, columns, markdown, score_grid, verdict_grid
+from fedalt.experiment.tables import EQUAL, Grid, Score, columns, gain_grid, markdown, score_grid, verdict_grid
 from fedalt.methods import budget
 from fedalt.methods.registry import METHODS, title_of
-from micro import CLIENTS, data_folder, left_behind, settings
+from micro import CLIENTS, data_folder, labelled_table, left_behind, settings, shared_classifier
 
 QUICK = {"federation__rounds": 1, "training__local_epochs": 1}
 METHOD_NAMES = ("local", "fedit", "fedalt")
@@ -93,6 +94,7 @@ def test_without_fedalt_the_first_is_the_reference_and_without_local_there_is_no
     block = alone["methods"]["fedit"]
     assert (block["gain_over_local"], block["harmed"], block["against"]) == (None, None, None)
     assert "–" in markdown(verdict_grid(alone))
+    assert gain_grid(alone) is None
 
 
 def test_a_row_for_reference_is_not_what_others_are_tested_against(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,12 +156,17 @@ def test_csv_has_a_line_per_method_seed_and_client(done: Any) -> None:
 def test_markdown_is_methods_by_tasks_and_then_the_tests(done: Any) -> None:
     out, comparison = done
     text = (out / "comparison.md").read_text()
-    first, second = text.split("## ")[1:]
+    first, second, third = text.split("## ")[1:]
     assert "| method | task0 | task1 | task2 | average |" in first
     block = comparison["methods"]["fedalt"]
     average = f"{block['mean']:.1f} ± {block['ci95']:.1f}"
     (row,) = [line for line in first.splitlines() if line.startswith("| FedALT |")]
     assert row.endswith((f"| {average} |", f"| **{average}** |"))
+    assert EQUAL in first, "FFA-LoRA, say, trains half as much"
+    gains = [*block["gain_per_client"].values(), block["gain_over_local"]]
+    (row,) = [line for line in third.splitlines() if line.startswith("| FedALT |")]
+    assert row.replace("**", "") == " | ".join(["| FedALT", *(f"{gain:+.1f}" for gain in gains)]) + " |"
+    assert "| Local |" not in third
     assert "vs FedALT" in second
     assert "| reference |" in second
     assert len({line.count("|") for line in second.splitlines() if line.startswith("|")}) == 1
@@ -225,6 +232,7 @@ def test_ten_methods_on_eight_tasks_fit_100_columns(done: Any) -> None:
 def test_a_few_methods_stand_beside_each_other(done: Any) -> None:
     text = printed(compare_table(done[1]))
     assert "┃ client " in text
+    assert EQUAL in text
     for word in ("mean of 2 seeds", "clients harmed", "gain over Local", "vs FedALT", "verdict", "reference", "±"):
         assert word in text
 
@@ -329,7 +337,27 @@ def test_a_budget_is_matched_for_every_run(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [("local", CLIENTS, "bytes", True), ("fedalt", CLIENTS, "bytes", True)]
     assert made["budget"] == "bytes"
     assert "r: 2\n" in (tmp_path / "local-seed0" / "config.yaml").read_text()
-    assert "equal bytes" in (tmp_path / "comparison.md").read_text()
+    text = (tmp_path / "comparison.md").read_text()
+    assert "equal bytes" in text and EQUAL not in text
+
+
+def test_methods_of_a_seed_have_the_same_rows_on_one_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are dealt by the seed; the base is loaded once for all."""
+    loaded = []
+
+    def load(config: RunConfig) -> Any:
+        loaded.append(config.model.name)
+        return load_resident(config)
+
+    monkeypatch.setattr(members, "load_resident", load)
+    source = {"data": labelled_table(header=True), "model": shared_classifier()}
+    changes = {"model__task": "sequence_classification", "data__clients": CLIENTS, "data__train_limit": 6}
+    values = parse_config(settings(Path("unused"), **source, **QUICK, **changes), "settings")
+    compare(values, METHOD_NAMES, (0, 1), tmp_path, "ask", quiet)
+    assert len(loaded) == 1
+    dealt = [[(tmp_path / f"{n}-seed{seed}" / "partition.json").read_text() for n in METHOD_NAMES] for seed in (0, 1)]
+    assert [len(set(mine)) for mine in dealt] == [1, 1]
+    assert dealt[0][0] != dealt[1][0]
 
 
 # --------------------------------------------------------------------------------------------------------------- sweeps

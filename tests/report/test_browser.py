@@ -29,6 +29,11 @@ COLOURS = """[
   getComputedStyle(document.querySelector(".xtick text")).fill,
   getComputedStyle(document.querySelector(".legend")).color,
 ]"""
+SHADED = """[...document.querySelectorAll("details[open] .tokens span")].map(token => [
+  token.textContent,
+  token.getBoundingClientRect().width,
+  getComputedStyle(token).backgroundColor,
+])"""
 TOO_WIDE = """[...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll, pre, svg"))
   .filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 200))"""
 
@@ -93,6 +98,16 @@ def test_a_report_in_a_browser(
     background, *texts = tab.evaluate(COLOURS)
     assert set(texts) == {"rgb(28, 30, 33)" if scheme == "light" else "rgb(228, 230, 234)"}
     assert background == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(22, 24, 28)")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["fedalt", "hostile", "many"])
+def test_tokens_are_shaded_by_their_weight(tab: Tab, reports: dict[str, Path], name: str, scheme: Scheme) -> None:
+    tab.open(reports[name], PHONE, scheme)
+    texts, widths, colours = zip(*tab.evaluate(SHADED), strict=True)
+    assert "".join(texts).strip()
+    assert max(widths) > 0
+    assert len(set(colours)) > 3, "not one colour for all"
 
 
 def test_a_key_of_the_legend_hides_its_client(tab: Tab) -> None:

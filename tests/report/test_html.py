@@ -232,6 +232,23 @@ def test_names_in_figures_are_whole(hostile: Path) -> None:
     assert [trace["name"] for trace in loss] == [f"{client} {HOSTILE}"[:21] + "…" for client in range(2)]
 
 
+# ------------------------------------------------------------------------------------------------------- with insight
+
+
+def test_a_look_into_the_models_is_shown_with_its_numbers() -> None:
+    """The client × client matrix, and every token of the shaded rows with its weight."""
+    run = finished(report__insight=2)
+    html, insight = page(run / "report.html"), json.loads((run / "results" / "insight.json").read_text())
+    (matrix,) = html.figures["matrix"]
+    assert matrix["z"] == insight["matrix"]
+    assert [len(row) for row in matrix["z"]] == [CLIENTS] * CLIENTS
+    titles = [values["title"] for tag, values in html.tags if tag == "span" and "--a:" in (values.get("style") or "")]
+    rows = [row["tokens"] for seen in insight["alpha"]["clients"].values() for row in seen["rows"]]
+    assert titles == [f"{a:.2f}" for tokens in rows for _, a in tokens]
+    assert len(rows) == 2 * CLIENTS and min(map(len, rows)) > 10
+    assert sum(values.get("class") == "tokens" for _, values in html.tags) == len(rows)
+
+
 # ----------------------------------------------------------------------------------------------------- comparisons
 
 

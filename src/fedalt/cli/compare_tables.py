@@ -14,10 +14,10 @@ from rich.text import Text
 from fedalt.cli.show import grouped
 from fedalt.evaluation.metrics import LABELS
 from fedalt.experiment.tables import (
-    INTERVAL,
     Cell,
     Grid,
     average,
+    conditions,
     difference,
     gain,
     harmed,
@@ -100,7 +100,7 @@ def _by_client(comparison: Mapping[str, Any]) -> Group:
     table.add_section()
     table.add_row("sent, MB", "", *(f"{(b['bytes_up'] + b['bytes_down']) / 1e6:.1f}" for b in blocks))
     table.add_row("training, s", "", *(f"{b['seconds']:.0f}" for b in blocks))
-    notes = [INTERVAL] if len(comparison["seeds"]) > 1 else []
+    notes = conditions(comparison)
     notes += verdict_grid(comparison).notes if len(methods) > 1 else []
     return Group(table, *(Text(note, style="dim") for note in notes))
 

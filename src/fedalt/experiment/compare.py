@@ -14,13 +14,11 @@ from fedalt.experiment.folder import IfExists, check_folder, final_scores
 from fedalt.experiment.jobs import train_in_jobs
 from fedalt.experiment.members import Bases, Budget, Member, train
 from fedalt.experiment.statistics import against, half_width
-from fedalt.experiment.tables import write_comparison
+from fedalt.experiment.tables import LOCAL, write_comparison
 from fedalt.experiment.workers import check_devices
 from fedalt.files import read_json
 from fedalt.methods.registry import METHODS, configured, get_method, title_of
 
-LOCAL = "local"
-"""The method that gains are measured against."""
 REFERENCE = "fedalt"
 """The method that others are tested against; the first one where it is not among them."""
 REFERENCE_ROWS = ("centralized", "zero_shot")

@@ -13,7 +13,10 @@ from fedalt.evaluation.metrics import LABELS
 from fedalt.files import write_json, write_text
 
 INTERVAL = "± is half of the 95 % interval over seeds (Student's t)"
+EQUAL = "equal are rounds and local epochs, not trained parameters or bytes: see --match-budget"
 NOTHING = "–"
+LOCAL = "local"
+"""The method that gains are measured against."""
 MOST = 20
 """Columns of tasks that a table can have."""
 
@@ -87,12 +90,37 @@ def score_grid(comparison: Mapping[str, Any], most: int = MOST) -> Grid:
 
     rows, below = _parted(comparison, row)
     title = f"{LABELS[comparison['metric']]} on each client's own test rows, {seeds(comparison)}"
-    notes = [INTERVAL] if len(comparison["seeds"]) > 1 else []
-    if comparison["budget"]:
-        notes.append(f"ranks are chosen for equal {comparison['budget']}")
+    notes = conditions(comparison)
     if not groups:
         notes.append("scores of every client: comparison.csv")
     return Grid(title, ["method", *groups, "average"], rows, below, notes)
+
+
+def conditions(comparison: Mapping[str, Any]) -> list[str]:
+    """What ± is, and what is equal for all methods."""
+    notes = [INTERVAL] if len(comparison["seeds"]) > 1 else []
+    if comparison["budget"]:
+        notes.append(f"ranks are chosen for equal {comparison['budget']}")
+    elif len(comparison["methods"]) > 1:
+        notes.append(EQUAL)
+    return notes
+
+
+def gain_grid(comparison: Mapping[str, Any]) -> Grid | None:
+    """Methods × tasks once more, as points over Local; nothing where there is no Local or too many tasks."""
+    groups, methods = columns(comparison), comparison["methods"]
+    others = {name: block for name, block in methods.items() if name != LOCAL}
+    if LOCAL not in methods or not others or not groups:
+        return None
+
+    def row(block: Mapping[str, Any]) -> list[Cell]:
+        gains = block["gain_per_client"]
+        means = [sum(gains[c] for c in mine) / len(mine) for mine in groups.values()]
+        scores = [*means, block["gain_over_local"]]
+        return [block["title"], *(Score(round(m, 1), f"{m:+.1f}") for m in scores)]
+
+    rows, below = _parted({**comparison, "methods": others}, row)
+    return Grid("Gain over Local, client by client", ["method", *groups, "average"], rows, below)
 
 
 def verdict_grid(comparison: Mapping[str, Any]) -> Grid:
@@ -184,13 +212,14 @@ def write_comparison(out: Path, comparison: Mapping[str, Any]) -> None:
     """Write ``comparison.json``, ``comparison.csv`` (a line per method, seed and client) and ``comparison.md``."""
     write_json(out / "comparison.json", comparison)
     write_csv(out / "comparison.csv", _client_lines(comparison))
-    text = "\n".join(markdown(grid) for grid in (score_grid(comparison), verdict_grid(comparison)))
+    grids = (score_grid(comparison), verdict_grid(comparison), gain_grid(comparison))
+    text = "\n".join(markdown(grid) for grid in grids if grid)
     write_text(out / "comparison.md", f"# Comparison on {comparison['source']}\n\n{text}")
 
 
 def _client_lines(comparison: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     methods = comparison["methods"]
-    local = methods.get("local")
+    local = methods.get(LOCAL)
     for name, block in methods.items():
         for seed, scores in block["per_seed"].items():
             for client, score in scores.items():
