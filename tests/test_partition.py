@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from fedalt.cli import show
 from micro import CLIENTS, TRAIN, call, refused, settings, shared_data, write_yaml
+from report.test_html import page
 
 DIGITS = ("partition", "--data", "digits", "--clients", 6, "--set", "data.partition.by=dirichlet")
 
@@ -23,11 +27,25 @@ def test_a_table_of_clients_and_labels_with_bars(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     lines = [line for line in done.out.splitlines() if "│" in line]
     assert len(lines) == 6
-    assert "5 (held" in done.out
+    assert "5 (held out)" in done.out
     assert "█" in lines[0]
     assert "3 of 10 labels are others" in done.out
     assert "rows dealt to 6 clients: dirichlet, alpha 0.5; by label" in done.out
     assert not list(tmp_path.iterdir()), "nothing is written without --out"
+    numbers = [list(map(int, re.findall(r"\d+", line.replace("(held out)", "")))) for line in lines]
+    assert all(n[1] == sum(n[3:]) for n in numbers), "labels and others add up to the training rows"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_narrow_tables_show_fewer_labels_and_whole_numbers(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(show, "out", Console(width=width))
+    done = call(*DIGITS, "--set", "data.held_out=1", "--set", "data.validation_rows=20")
+    assert done.code == 0, done.err
+    table = done.out.split("note:")[0]
+    lines = [line for line in table.splitlines() if "│" in line]
+    assert len(lines) == 6 and "…" not in table
+    assert max(map(len, table.splitlines())) <= width
+    assert all(name in table for name in ("client", "train", "validation", "test", "others", "5 (held out)", "█"))
     numbers = [list(map(int, re.findall(r"\d+", line.replace("(held out)", "")))) for line in lines]
     assert all(n[1] == sum(n[4:]) for n in numbers), "labels and others add up to the training rows"
 
@@ -50,6 +68,24 @@ def test_json_and_files(tmp_path: Path) -> None:
     assert "<script src" not in page and "<link" not in page, "one file"
     again = call("partition", "--data", "digits", "--set", "data.partition.file=p/partition.json", "--json")
     assert again.json["counts"] == written["counts"]
+
+
+def test_the_pictures_numbers_are_the_counts(tmp_path: Path) -> None:
+    assert call(*DIGITS, "--set", "data.held_out=1", "--out", "p").code == 0
+    counts = json.loads((tmp_path / "p" / "partition.json").read_text())["counts"]
+    figures = page(tmp_path / "p" / "partition.html").figures
+    [cells] = figures["labels-by-client"]
+    labels = [str(n) for n in range(10)]
+    assert cells["z"] == [[mine["train"].get(label, 0) for label in labels] for mine in counts.values()]
+    drawn = Counter[tuple[str, str]]()
+    for bar in figures["partition"]:
+        split = "test" if bar["xaxis"] == "x2" else "train"
+        for client, rows in zip(bar["y"], bar["x"], strict=True):
+            drawn[client.removesuffix(" held out"), split] += rows
+            assert bar["name"] == "others" or rows == counts[client.split()[0]][split].get(bar["name"], 0)
+    for client, mine in counts.items():
+        for split in ("train", "test"):
+            assert drawn[client, split] == sum(mine[split].values())
 
 
 def test_clients_with_tasks_are_shown_as_they_are() -> None:
@@ -77,8 +113,9 @@ def test_a_run_keeps_its_partition_and_leaves_clients_out(tmp_path: Path) -> Non
     assert (list(written["clients"]), list(written["held_out"])) == (["0", "1"], ["2"])
     assert (tmp_path / "run" / "clients" / "1").is_dir()
     assert not (tmp_path / "run" / "clients" / "2").exists()
-    again = call("partition", config, "--set", "data.partition.file=run/partition.json", "--out", "again")
-    assert again.code == 0, again.err
+    changes |= {"data__held_out": 0, "data__partition": {"file": "run/partition.json"}}
+    assert call("run", write_yaml(tmp_path / "y.yaml", settings(tmp_path / "again", **changes))).code == 0
+    assert not (tmp_path / "again" / "clients" / "2").exists()
     repeated = json.loads((tmp_path / "again" / "partition.json").read_text())
     for name in ("clients", "held_out", "counts"):
         assert repeated[name] == written[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fedalt.data.clients import to_clients
 from fedalt.data.load import load_federation, load_held_out
 from fedalt.data.mirror import held_out, largest_remainder, mirrored
 from fedalt.data.options import DataConfig, PartitionConfig
-from fedalt.data.partition import cover
+from fedalt.data.partition import ALPHA, cover
 from fedalt.data.pool import Pool, pooled
 from fedalt.data.record import in_order, label_counts, record, reproduce, row_digest
 from fedalt.data.rows import SPLITS, ClientData, Federation, Row
@@ -176,6 +177,59 @@ def test_superclasses_are_concentrated() -> None:
     made = to_clients(pool(200, 40), one, 5, None)
     assert all(len({row.category for row in data.train}) == 1 for data in made.clients.values())
     assert {row.category for data in made.clients.values() for row in data.train} == {"c0", "c1"}
+
+
+def by_twelve(train: int) -> Pool:
+    """Rows of twelve labels, two in each of six categories."""
+    return Pool(tuple(Row(f"{i}", f"l{i % 12}", "", f"c{i % 12 // 2}") for i in range(train)), (), (), "here")
+
+
+def trained(rows: Pool, by: str, clients: int, seed: int = 0, **options: Any) -> list[tuple[Row, ...]]:
+    """Every client's training rows, none of them held out."""
+    tested = replace(rows, test=rows.train)
+    settings = DataConfig(clients=clients, partition=PartitionConfig(by=by, min_rows=1, test="shared", **options))
+    return [data.train for data in to_clients(tested, settings, seed, None).clients.values()]
+
+
+def test_superclasses_are_one_or_two_each_where_there_are_many() -> None:
+    counts = set[int]()
+    for seed in range(3):
+        held = [{row.category for row in mine} for mine in trained(by_twelve(600), "sc_dir", 8, seed)]
+        assert set.union(*held) == {f"c{i}" for i in range(6)}
+        counts |= set(map(len, held))
+    assert counts == {1, 2}
+
+
+def test_superclasses_are_shared_whole_or_label_by_label() -> None:
+    """Where a category is shared by one draw, a client has equal shares of its two labels."""
+
+    def apart(level: str) -> float:
+        gaps = []
+        for mine in trained(by_twelve(6000), "sc_dir", 6, dir_level=level, superclasses_per_client=2, alpha=1.0):
+            counts = Counter(row.output for row in mine)
+            gaps += [abs(counts[f"l{2 * i}"] - counts[f"l{2 * i + 1}"]) / 500 for i in range(6)]
+        return max(gaps)
+
+    assert apart("superclass") < 0.1
+    assert apart("class_in_superclass") > 0.3
+
+
+@pytest.mark.parametrize(("by", "usual"), ALPHA.items())
+def test_alpha_has_the_papers_value_where_none_is_given(by: str, usual: float) -> None:
+    rows = by_twelve(600)
+    assert trained(rows, by, 6) == trained(rows, by, 6, alpha=usual) != trained(rows, by, 6, alpha=10 * usual)
+    assert ALPHA["sc_dir"] == 3
+
+
+def test_sizes_vary_and_labels_do_not() -> None:
+    rows, even = pool(4000), 1000
+    uneven = trained(rows, "quantity", 4, alpha=0.5)
+    sizes = sorted(map(len, uneven))
+    assert sum(sizes) == 4000 and sizes[-1] > 2 * sizes[0]
+    assert all(abs(len(mine) - even) < 50 for mine in trained(rows, "quantity", 4, alpha=1e5))
+    for mine in uneven:
+        shares = [count / len(mine) for count in Counter(row.output for row in mine).values()]
+        assert len(mine) < 100 or all(abs(share - 1 / 4) < 0.1 for share in shares)
 
 
 def test_a_small_alpha_is_less_even_than_a_large_one() -> None:

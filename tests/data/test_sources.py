@@ -50,6 +50,14 @@ def image(path: Path, shade: int) -> Path:
     return path
 
 
+def photo(path: Path, cut: float = 0) -> Path:
+    """A JPEG without its last bytes, or without its last part."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 48, 3), "uint8")).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - int(cut if cut >= 1 else cut * len(whole))])
+    return path
+
+
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
@@ -207,6 +215,21 @@ def test_a_folder_that_load_dataset_reads(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(pool.train) == 4
 
 
+@pytest.mark.parametrize(("name", "part"), [("ag_news", None), ("glue", "sst2"), ("some-body/mood.2", None)])
+def test_a_data_set_of_the_hub_by_name(name: str, part: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: Any) -> datasets.DatasetDict:
+        asked.append(args)
+        return datasets.DatasetDict({"train": hub_rows(4), "test": hub_rows(2)})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    pool = read(name, config=part)
+    assert asked == [(name, part)]
+    assert pool.source == (f"{name}/{part}" if part else name)
+    assert [row.output for row in pool.test] == LABELS
+
+
 def test_rows_without_any_label_are_refused(tmp_path: Path) -> None:
     hub_rows(3, unlabelled=True).save_to_disk(tmp_path / "set")
     assert "the training rows have no labels" in refusal(tmp_path / "set")
@@ -230,6 +253,18 @@ def test_an_image_column_is_decoded_when_it_is_needed(tmp_path: Path) -> None:
     assert np.asarray(second.open()).tolist() == pictures[1].tolist()
     assert len({first.digest(), second.digest()}) == 2
     assert first.digest() == read(tmp_path / "set").train[0].image.digest()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("cut", [0, 0.1, 20])
+def test_a_broken_image_is_found_before_it_is_needed(tmp_path: Path, cut: float) -> None:
+    whole, other = photo(tmp_path / "a.jpg").read_bytes(), photo(tmp_path / "b.jpg", cut).read_bytes()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    values = {"image": [{"bytes": whole, "path": None}, {"bytes": other, "path": None}], "label": [0, 1]}
+    datasets.Dataset.from_dict(values, features).save_to_disk(tmp_path / "set")
+    if cut:
+        assert "set: train row 1: no image, or a broken one" in refusal(tmp_path / "set")
+    else:
+        assert [row.output for row in read(tmp_path / "set").train] == ["cat", "dog"]
 
 
 def test_a_name_that_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,6 +331,8 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: (f / "cat" / "a.png").write_bytes((f / "cat" / "a.png").read_bytes()[:-20]),
         ["cat/a.png: no image, or a broken one"],
     ),
+    "most of a JPEG": (lambda f: photo(f / "cat" / "c.jpg", cut=0.1), ["cat/c.jpg: no image, or a broken one"]),
+    "all but the end of a JPEG": (lambda f: photo(f / "cat" / "c.jpg", cut=20), ["cat/c.jpg: no image, or a broken"]),
     "a class without images": (lambda f: (f / "eel").mkdir(), ["eel: no images of this class"]),
     "two names for a split": (
         lambda f: [image(f / split / "cat" / "a.png", 1) for split in ("train", "dev", "valid")],

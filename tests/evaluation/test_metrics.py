@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
+from math import log
 
-from fedalt.evaluation.metrics import group_mean, mean_scores, score_answer, summarise
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedalt.evaluation.metrics import (
+    Judged,
+    class_scores,
+    group_mean,
+    mean_scores,
+    over_clients,
+    percentile,
+    score_answer,
+    summarise,
+)
 from micro import METRICS
+from support import quick
 
 
 def test_rouge_by_hand() -> None:
@@ -64,3 +79,25 @@ def test_means_of_nothing() -> None:
     assert summarise([], mean_scores) == {"rows": 0, "categories": {}}
     assert group_mean([]) is None
     assert group_mean(iter([1.0, 2.0])) == 1.5
+
+
+def test_classes_by_hand() -> None:
+    """a: TP 1, FN 1, F1 2/3. b: TP 1, FP 1, F1 2/3. c is a reference only, d is chosen only: F1 0, and both count."""
+    rows = [Judged("a", "a", 0.5), Judged("d", "a", 0.25), Judged("b", "b", 1.0), Judged("b", "c", 0.0)]
+    scores = class_scores(rows)
+    assert scores["accuracy"] == 50
+    assert scores["macro_f1"] == pytest.approx(100 * (2 / 3 + 2 / 3 + 0 + 0) / 4)
+    assert scores["log_loss"] == pytest.approx((log(2) + log(4) + 0 + 12 * log(10)) / 4), "p = 0 counts as 1e-12"
+    assert class_scores([]) == {}
+
+
+@quick
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.sampled_from([0, 10, 37.5, 50, 100]))
+def test_percentiles_are_those_of_numpy(values: list[float], percent: float) -> None:
+    assert percentile(values, percent) == pytest.approx(np.percentile(values, percent), abs=1e-6)
+
+
+def test_mean_worst_and_tenth_percentile() -> None:
+    found = over_clients([90.0, 10.0, 50.0])
+    assert (found["mean"], found["worst"]) == (50, 10)
+    assert found["p10"] == pytest.approx(18)  # a fifth of the way from 10 to 50

@@ -196,6 +196,11 @@ def test_compare_and_validate(tmp_path: Path) -> None:
     [
         ({"model__name": "tiny-base", "evaluation__metric": "rouge1"}, r"metric: rouge1 does not suit the task"),
         ({"model__labels": ["small", "large"]}, r'client 0: label "middling" is on no training row'),
+        (
+            {"model__labels": [*LABELS, "never"]},
+            r'model.labels: no training row of .* has the label "never"; labels: la',
+        ),
+        ({"model__labels": [*LABELS, "Small"]}, r'has the label "Small" \(did you mean "small"\?\)'),
         ({"model__task": "image_classification"}, r"is not an image classifier that can be loaded"),
         ({"model__task": "regression"}, r'"model.task" = \'regression\''),
     ],
@@ -216,6 +221,17 @@ def test_a_label_that_nobody_trains_on_is_refused(tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "c.yaml", values(tmp_path / "run", data__source=str(data)))
     assert 'client 1: label "smal" is on no training row' in refused("run", config)
     assert 'did you mean "small"' in refused("run", config)
+
+
+def test_a_label_of_held_out_clients_alone_is_a_class(tmp_path: Path) -> None:
+    for client, labels in enumerate((("yes", "no"), ("yes", "no"), ("yes", "maybe"))):
+        some = [{"instruction": f"{i}", "output": label} for i, label in enumerate(labels)]
+        write_rows(tmp_path / f"data/train/local_training_{client}.json", some, False)
+        write_rows(tmp_path / f"data/test/local_testing_{client}.jsonl", some, True)
+    changes = {"data__source": str(tmp_path / "data"), "data__held_out": 1, "federation__rounds": 1}
+    found, _ = run_here(values(tmp_path / "found", **changes))
+    assert "- maybe" in (found.path / "config.yaml").read_text()
+    run_here(values(tmp_path / "named", model__labels=["no", "yes", "maybe"], **changes))
 
 
 def test_answers_in_free_text_are_no_labels(tmp_path: Path) -> None:

@@ -146,6 +146,20 @@ def test_shared_heads_need_consent(tmp_path: Path) -> None:
     assert "head" in {key.slot for key in unpack(good(agreed.answer(request)).block)}
 
 
+def test_a_site_needs_no_row_of_the_others_classes(tmp_path: Path) -> None:
+    table = tmp_path / "mine.csv"
+    table.write_text("text,label\n7,0\n8,0\n9,0\n")
+    changes: dict[str, Any] = {
+        "data__source": str(micro.labelled_data()),
+        "data__label_names": {0: "small", 1: "large"},
+        "model__name": str(micro.shared_classifier()),
+        "model__task": "sequence_classification",
+        "model__labels": ["large", "small"],
+    }
+    request = asking("train", tmp_path, 1, **changes)
+    good(site(tmp_path, Bases(), rows=SiteRows(data=str(table))).answer(request))
+
+
 def test_two_clients_are_two_if_the_site_agrees(tmp_path: Path, bases: Bases) -> None:
     good(site(tmp_path, bases, consent=Consent(allow_two=True)).answer(asking("train", tmp_path, 1, 2)))
 

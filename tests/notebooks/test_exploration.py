@@ -9,29 +9,33 @@ from typing import Any
 
 import pytest
 
-from micro import CLIENTS, finished, shared_data
+from micro import CLIENTS, answers, finished, run_here, settings, shared_classifier, shared_data
 
 nbformat = pytest.importorskip("nbformat")
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "exploration.ipynb"
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The cells with their outputs, from a kernel of this very interpreter."""
+def execute(run: Path, folder: Path) -> Any:
+    """The cells with their outputs on a run, from a kernel of this very interpreter."""
     pytest.importorskip("ipykernel")
     client = pytest.importorskip("nbclient")
     jupyter = pytest.importorskip("jupyter_client")
-    folder = tmp_path_factory.mktemp("notebook")
     paths = os.pathsep.join(path for path in sys.path if path)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     manager = jupyter.AsyncKernelManager(kernel_name="python3")
     manager.kernel_spec.argv[0] = sys.executable
     executor = client.NotebookClient(notebook, km=manager, timeout=60, resources={"metadata": {"path": str(folder)}})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDALT_RUN", str(finished()))
+        patch.setenv("FEDALT_RUN", str(run))
         patch.setenv("PYTHONPATH", paths)
         patch.setenv("IPYTHONDIR", str(folder / "ipython"))
         return executor.execute(cleanup_kc=True)  # a kernel manager of ours is not shut down otherwise
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The notebook on a run that answers in free text."""
+    return execute(finished(), tmp_path_factory.mktemp("notebook"))
 
 
 def text_of(notebook: Any, cell: str) -> str:
@@ -69,6 +73,23 @@ def test_two_clients_answer_the_same_prompt(executed: Any) -> None:
     for client in (0, CLIENTS - 1):
         assert f"\nclient {client} (task{client}): {Chat(finished(), client).ask(prompt).text}\n" in said
     assert said.count("mean weight of its own LoRA: 0.") == 2
+
+
+def test_a_run_that_classifies_images(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "model__task": "image_classification",
+        "data__clients": 2,
+        "data__train_limit": 60,
+        "data__test_limit": 4,
+        "training__local_epochs": 1,
+    }
+    folder, _ = run_here(settings(tmp_path / "run", shared_classifier("vit"), Path("digits"), **changes))
+    read = execute(folder.path, tmp_path)
+    assert not [output for cell in read.cells for output in cell.get("outputs", ()) if output.output_type == "error"]
+    assert "accuracy" in text_of(read, "table")
+    said = text_of(read, "chat").splitlines()
+    (first, *_) = answers(folder.path, 3, [0])
+    assert said[0] == first["text"] and f"client 0 (digits): {first['answer']}" in said
 
 
 def test_outputs_are_stripped() -> None:

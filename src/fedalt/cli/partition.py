@@ -52,4 +52,4 @@ def _write(out: Path, written: dict[str, Any]) -> dict[str, Path]:
 def _table(written: dict[str, Any]) -> Any:
     from fedalt.cli.partition_table import partition_table
 
-    return partition_table(written)
+    return partition_table(written, show.out.width)

@@ -250,25 +250,6 @@ def encode_federation(federation: Federation, encoder: Encoder, config: DataConf
     return clients
 
 
-def labels_of(federation: Federation, others: Federation) -> tuple[str, ...]:
-    """The outputs of all training rows, sorted; also of clients that join later.
-
-    Raises:
-        UserError: There is one only, or so many that they are no labels.
-    """
-    clients = (*federation.clients.values(), *others.clients.values())
-    outputs = [row.output for data in clients for row in data.train]
-    labels = tuple(sorted(set(outputs)))
-    if len(labels) < 2:
-        raise UserError(f'{federation.source}: all training rows have the label "{labels[0]}"; nothing to classify')
-    if len(labels) > max(20, len(outputs) // 2):
-        raise UserError(
-            f"{federation.source}: {len(labels)} different outputs in {len(outputs)} training rows are no labels; "
-            "for answers in free text use model.task=causal_lm"
-        )
-    return labels
-
-
 def laid_out(inputs: Sequence[Input]) -> Tensor:
     """Token ids one after another, or images in a stack."""
     images = [value.pixels for value in inputs if isinstance(value, Image)]

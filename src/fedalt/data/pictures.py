@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,17 +32,12 @@ class FilePicture:
         return hashlib.sha256(self._bytes()).hexdigest()
 
     def verify(self) -> None:
-        """Look through the file without decoding its pixels.
+        """Look through the file and decode its pixels.
 
         Raises:
             UserError: It is no image, or a broken one.
         """
-        image_class = _pillow()
-        try:
-            with image_class.open(self.path) as image:
-                image.verify()
-        except (*_BROKEN, image_class.DecompressionBombError):
-            raise UserError(f"{self.path}: no image, or a broken one") from None
+        _verify(self._bytes(), str(self.path))
 
     def _bytes(self) -> bytes:
         try:
@@ -96,6 +93,14 @@ class HubPicture:
         """SHA-256 of the encoded image."""
         return hashlib.sha256(self._bytes()).hexdigest()
 
+    def verify(self) -> None:
+        """Look through the encoded image and decode its pixels.
+
+        Raises:
+            UserError: It is no image, or a broken one.
+        """
+        _verify(self._bytes(), self.name)
+
     def _bytes(self) -> bytes:
         value = self.rows[self.index][self.column]
         if value["bytes"] is not None:
@@ -103,14 +108,27 @@ class HubPicture:
         return FilePicture(Path(value["path"]))._bytes()
 
 
+def _verify(data: bytes, name: str) -> None:
+    """Checksums and the end of the file, which loading passes over; and pixels, which ``verify`` of PIL does."""
+    with _readable(name) as image_class, image_class.open(io.BytesIO(data)) as image:
+        image.verify()
+    _decoded(data, name)
+
+
 def _decoded(data: bytes, name: str) -> Any:
-    image_class = _pillow()
-    try:
+    with _readable(name) as image_class:
         image = image_class.open(io.BytesIO(data))
         image.load()
+    return image
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[Any]:
+    image_class = _pillow()
+    try:
+        yield image_class
     except (*_BROKEN, image_class.DecompressionBombError):
         raise UserError(f"{name}: no image, or a broken one") from None
-    return image
 
 
 def _pillow() -> Any:

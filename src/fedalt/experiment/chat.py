@@ -58,13 +58,13 @@ class Chat:
         self.encoder = self.resident.encoder(self.config)
         self.state = personal.state
 
-    def ask(self, instruction: str) -> Answer:
-        """Answer one instruction, or classify one text, or the image in one file.
+    def ask(self, asked: str | Row) -> Answer:
+        """Answer one instruction, or classify one text, or the image in one file; or the same of a row.
 
         Raises:
             UserError: Prompt and answer do not fit the model's positions; no such image.
         """
-        read = self._read(instruction)
+        read = self._read(asked)
         model = self.resident.model
         weights = load_to_answer(model, [self.state], [[read]], self.placement)
         if self.config.classifies:
@@ -77,13 +77,11 @@ class Chat:
         (text,) = answer(model, self.resident.base.tokenizer, [read], [0], self.config.evaluation, mine)
         return Answer(text, self._alpha(read, text), self.placement.slots, {})
 
-    def _read(self, instruction: str) -> Input:
+    def _read(self, asked: str | Row) -> Input:
         if isinstance(self.encoder, ImageEncoder):
-            from fedalt.data.pictures import FilePicture
-
-            return self.encoder.image(Row(instruction, "", image=FilePicture(Path(instruction))))
+            return self.encoder.image(asked if isinstance(asked, Row) else _in_file(asked))
         assert isinstance(self.encoder, AnswerEncoder | TextEncoder)
-        prompt = self.encoder.prompt(instruction)
+        prompt = self.encoder.prompt(asked.instruction if isinstance(asked, Row) else asked)
         return prompt if self.config.classifies else self._fitting(prompt)
 
     def _fitting(self, prompt: Prompt) -> Prompt:
@@ -102,3 +100,9 @@ class Chat:
         weights = mixer_weights(self.resident.model, [[ids]])
         mean = torch.stack([alpha[:, 0] for alpha in weights.layers.values()]).mean(0).tolist()
         return list(zip(pieces(tokenizer, ids), mean, strict=True))
+
+
+def _in_file(path: str) -> Row:
+    from fedalt.data.pictures import FilePicture
+
+    return Row(path, "", image=FilePicture(Path(path)))

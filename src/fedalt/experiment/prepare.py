@@ -20,8 +20,8 @@ from fedalt.data.encode import (
     ImageEncoder,
     TextEncoder,
     encode_federation,
-    labels_of,
 )
+from fedalt.data.labels import check_labels, labels_of
 from fedalt.data.load import load_both, load_held_out
 from fedalt.data.record import digests, record
 from fedalt.data.rows import Federation
@@ -195,10 +195,13 @@ def load_rows(config: RunConfig) -> tuple[RunConfig, Federation]:
     """The rows; and the settings with the classes that training rows have, where rows are classified and none are set.
 
     Raises:
-        UserError: See ``load_both`` and ``labels_of``.
+        UserError: See ``load_both``, ``labels_of`` and ``check_labels``.
     """
     federation, held_out = load_both(config.data, config.seed)
-    if not config.classifies or config.model.labels is not None:
+    if not config.classifies:
+        return config, federation
+    if config.model.labels is not None:
+        check_labels(config.model.labels, federation, held_out)
         return config, federation
     labels = labels_of(federation, held_out)
     return config.model_copy(update={"model": config.model.model_copy(update={"labels": labels})}), federation

@@ -117,6 +117,9 @@ def _records(rows: Any, where: str, config: DataConfig) -> list[Record] | None:
         return None
     names = [f"{where} row {i}" for i in range(len(values))]
     pictures = [HubPicture(rows, column, i, name) if column else None for i, name in enumerate(names)]
+    for picture in pictures:
+        if picture:
+            picture.verify()
     return [
         Record(_with_names(value, classes), name, name, picture)
         for value, name, picture in zip(values, names, pictures, strict=True)
