@@ -265,6 +265,11 @@ def test_a_site_joins_is_seen_and_leaves(federation, tmp_path: Path) -> None:
         assert seen["runs"] == []
         table = call(*ask[:-1]).out
         assert "online" in table and "registered" in table
+        said = ["$ flwr supernode list fedalt --format json", "$ flwr list fedalt --format json"]
+        assert table.splitlines()[:2] == said and call(*ask).err.splitlines() == said
+        trust = f"--root-certificates {folder}/tls/ca.crt --auth-supernode-private-key {folder}/tls/keys/client_0"
+        line = f"$ flower-supernode {trust} --superlink 127.0.0.1:{port} --node-config 'client-id=0 state="
+        assert joined.text.startswith(line)
         assert "another fedalt site uses this folder" in refused(*site(tmp_path, 0, port, *more))
         below = joined.children()
         assert len(below) >= 3, "SuperNode, SuperExec, trainer"
@@ -314,6 +319,7 @@ def test_a_server_that_is_killed_leaves_nothing_and_its_run_can_be_resumed(tmp_p
         server.until("at site N: ")
         with running(tmp_path / "submit.log", "submit", config, "--server", f"127.0.0.1:{port}") as run:
             run.until("flwr run: run ")
+            assert re.match(r"\$ flwr run \S+ fedalt --stream\n", run.text)
             server.until("Started task")
             below = server.children()
             server.end(signal.SIGKILL)
@@ -420,6 +426,7 @@ def test_a_run_across_sites_one_of_which_is_killed(tmp_path: Path) -> None:
         assert run.popen.wait(PATIENCE) == 0, run.text
         assert "SuperNode ID: " in again.text
         assert "finished: mean" in run.text
+        assert run.text.count("$ flwr list fedalt --format json") == 1
         assert "scores after round 3" in run.text
         assert [event["round"] for event in events(tmp_path / "run") if event["event"] == "round"] == [1, 2, 3]
         assert "holds a run already; add --resume" in refused(*submit)

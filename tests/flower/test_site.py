@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import micro
-from fedalt.config import parse_config
+from fedalt.config import RunConfig, parse_config
 from fedalt.experiment.members import Bases
 from fedalt.flower.consent import Consent
 from fedalt.flower.requests import Reply, Request
@@ -80,6 +80,27 @@ def test_a_request_of_an_earlier_round_changes_nothing(tmp_path: Path, bases: Ba
     assert mine.answer(asking("train", tmp_path, 1)).error == "client 1: round 1 is over, round 2 is done"
     assert "asked for round 1" in (mine.answer(asking("score", tmp_path, 1)).error or "")
     assert micro.tree(tmp_path / "state/run-1/checkpoints") == files
+
+
+def test_the_base_is_loaded_once_for_all_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedalt.experiment import members
+
+    load, loaded = members.load_resident, list[members.Resident]()
+
+    def counted(config: RunConfig) -> members.Resident:
+        loaded.append(load(config))
+        return loaded[-1]
+
+    monkeypatch.setattr(members, "load_resident", counted)
+    mine = site(tmp_path, Bases())
+    good(mine.answer(asking("join", tmp_path)))
+    one = good(mine.answer(asking("train", tmp_path, 1)))
+    good(mine.answer(told(asking("train", tmp_path, 2), one.block)))
+    good(mine.answer(replace(asking("train", tmp_path, 1), run="run-2")))
+    assert len(loaded) == 1
+    other = asking("join", tmp_path, model__name=str(micro.shared_model("llama", seed=5)))
+    good(mine.answer(replace(other, run="run-3")))
+    assert len(loaded) == 2
 
 
 def test_rounds_may_be_missed(tmp_path: Path, bases: Bases) -> None:

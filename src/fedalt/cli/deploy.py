@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -168,7 +169,7 @@ def status(
 
     from fedalt.cli.deploy_tables import node_table, run_table
 
-    nodes, runs = now(connection(server, ca), Names.read(state))
+    nodes, runs = now(connection(server, ca), Names.read(state), teller(as_json))
     if as_json:
         print_json({"server": server, "sites": nodes, "runs": runs})
         return
@@ -185,6 +186,11 @@ def connection(server: str, ca: Path | None) -> Connection:
     if ca:
         check_ca(ca)
     return Connection(parse_address(server, "--server"), ca)
+
+
+def teller(as_json: bool) -> Callable[[str], None]:
+    """Where to say what goes on: on stderr where stdout is for JSON."""
+    return (lambda line: show.err.print(line, soft_wrap=True, highlight=False, markup=False)) if as_json else say
 
 
 def _rows(data: str | None) -> str | None:

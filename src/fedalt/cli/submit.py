@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedalt.cli import show
-from fedalt.cli.deploy import NEEDS, SERVER, Ca, Json, ServerAt, connection
+from fedalt.cli.deploy import NEEDS, SERVER, Ca, Json, ServerAt, connection, teller
 from fedalt.cli.options import settings
 from fedalt.cli.show import complain, print_json, say
 from fedalt.config import RunConfig, with_settings
@@ -56,7 +55,7 @@ def submit(
         _simulate(config, if_exists)
     else:
         try:
-            hand_over(config, connection(server, tls / "ca.crt" if tls else ca), if_exists, _log(as_json))
+            hand_over(config, connection(server, tls / "ca.crt" if tls else ca), if_exists, teller(as_json))
         except RunFailedError as error:
             complain(str(error))
             raise typer.Exit(1) from None
@@ -71,10 +70,6 @@ def _simulate(config: RunConfig, if_exists: IfExists) -> None:
 
     with show.live(config.federation.rounds) as progress:
         simulate([config], if_exists, progress)
-
-
-def _log(as_json: bool) -> Callable[[str], None]:
-    return (lambda line: show.err.print(line, soft_wrap=True, highlight=False, markup=False)) if as_json else say
 
 
 def _show(config: RunConfig, since: float, as_json: bool) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,25 @@ class Control:
     Args:
         home: Folder for Flower's configuration.
         connection: How to reach the SuperLink.
+        tell: Called with every command, as one would type it; once where it is repeated.
     """
 
-    def __init__(self, home: Path, connection: Connection) -> None:
-        self.address = connection.address
+    def __init__(self, home: Path, connection: Connection, tell: Callable[[str], None]) -> None:
+        self.address, self.tell, self._told = connection.address, tell, ""
         self.environment = flower_environment(home)
         trust: dict[str, Any] = (
             {"root-certificates": str(connection.ca.absolute())} if connection.ca else {"insecure": True}
         )
         there = {"address": str(connection.address), **trust}
         (home / "config.toml").write_text(tomli_w.dumps({"superlink": {NAME: there}}), encoding="utf-8")
+
+    def command(self, *arguments: str) -> list[str]:
+        """A command of ``flwr``'s, told and ready to be started."""
+        line = f"$ {shlex.join(['flwr', *arguments])}"
+        if line != self._told:
+            self.tell(line)
+        self._told = line
+        return [program("flwr"), *arguments]
 
     def runs(self) -> list[dict[str, Any]]:
         """Every run, the latest first."""
@@ -74,7 +84,7 @@ class Control:
         self._ask("stop", run)
 
     def _ask(self, *arguments: str, options: tuple[str, ...] = ()) -> dict[str, Any]:
-        command = [program("flwr"), *arguments, NAME, *options, "--format", "json"]
+        command = self.command(*arguments, NAME, *options, "--format", "json")
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
         try:
             answer: dict[str, Any] = json.loads(done.stdout)
@@ -87,12 +97,12 @@ class Control:
 
 
 @contextmanager
-def control(connection: Connection) -> Iterator[Control]:
-    """A ``Control`` for a SuperLink that answers.
+def control(connection: Connection, tell: Callable[[str], None] = lambda line: None) -> Iterator[Control]:
+    """A ``Control`` for a SuperLink that answers; what it runs is told.
 
     Raises:
         UserError: It does not, or is not the one that is meant.
     """
     check_server(connection)
     with tempfile.TemporaryDirectory(prefix="fedalt-") as home:
-        yield Control(Path(home), connection)
+        yield Control(Path(home), connection, tell)

@@ -18,7 +18,6 @@ from fedalt.errors import UserError
 from fedalt.experiment.folder import IfExists
 from fedalt.flower.deploy.control import NAME, Control, control
 from fedalt.flower.deploy.lines import plain, shortened
-from fedalt.flower.deploy.processes import program
 from fedalt.flower.deploy.reach import Connection
 
 _STARTED = re.compile(r"Successfully started run (\d+)")
@@ -38,14 +37,14 @@ def submit(config: RunConfig, connection: Connection, if_exists: IfExists, tell:
         config: Settings; the run folder is one of the server's machine.
         connection: How to reach the server.
         if_exists: What to do with a run that is there already.
-        tell: Called with every line of the ServerApp.
+        tell: Called with Flower's commands and every line of the ServerApp.
 
     Raises:
         UserError: The server cannot be reached, or says that the input is wrong.
         RunFailedError: The run failed for another reason, or the server has gone.
         KeyboardInterrupt: The user has stopped it, here and at the server.
     """
-    with control(connection) as superlink, tempfile.TemporaryDirectory(prefix="fedalt-app-") as app:
+    with control(connection, tell) as superlink, tempfile.TemporaryDirectory(prefix="fedalt-app-") as app:
         write_app(Path(app), config, if_exists)
         log = _Log(tell)
         try:
@@ -102,9 +101,8 @@ class _Log:
 
 
 def _follow(superlink: Control, arguments: list[str], log: _Log) -> None:
-    command = [program("flwr"), *arguments]
     with subprocess.Popen(
-        command,
+        superlink.command(*arguments),
         env=superlink.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -156,13 +156,15 @@ class Names:
         return Names({node["node"]: site for site, node in known.items()})
 
 
-def now(connection: Connection, names: Names) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A server's sites and runs.
+def now(
+    connection: Connection, names: Names, tell: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A server's sites and runs; the commands that ask for them are told.
 
     Raises:
         UserError: It cannot be reached.
     """
-    with control(connection) as superlink:
+    with control(connection, tell) as superlink:
         nodes, runs = superlink.nodes(), superlink.runs()
     return [_site(node, names) for node in nodes], [_run(run) for run in runs]
 
