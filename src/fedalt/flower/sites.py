@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from fedalt.config import RunConfig
-from fedalt.errors import UserError
+from fedalt.errors import UserError, listed
 from fedalt.evaluation.metrics import metrics_in
 from fedalt.experiment.checkpoint import Checkpoint
 from fedalt.experiment.crew import Facts, Outcome
@@ -58,6 +58,7 @@ class Sites:
     common: Common
     members: dict[int, Member] = field(default_factory=dict)
     refused: dict[int, tuple[str, int]] = field(default_factory=dict)
+    _withheld: int = field(default=0, init=False)
 
     def train(
         self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
@@ -207,10 +208,11 @@ class Sites:
         """What members are asked, with what they are told."""
         requests, tensors, packed = {}, None, b""
         asked = joining(self.facts.config, self.run, len(self.facts.clients))
+        withheld = self._withhold(clients)
         for client in clients:
             if client not in self.members:
                 continue
-            message = messages.get(client)
+            message = None if client in withheld else messages.get(client)
             upload = self.server.uploads.get(client)
             request = replace(asked, do=do, round=round_, common=self.common.digest)
             request = replace(request, counts=upload.round if upload else 0)
@@ -220,6 +222,22 @@ class Sites:
                 request = replace(request, share=message.share, told=True, block=packed)
             requests[client] = request
         return requests
+
+    def _withhold(self, clients: Sequence[int]) -> set[int]:
+        """Clients who may not be told what is made of one other upload alone, which they would see as it is."""
+        counts, number = set(self.server.uploads), self.server.round
+        found = {client for client in clients if len(counts - {client}) == 1}
+        if not found or self.facts.config.flower.allow_two:
+            return set()
+        if self._withheld != number:
+            self._withheld = number
+            self.log.emit(
+                "note",
+                round=number,
+                text=f"nothing is told to {_clients(found)}: only one other upload counts, which would be seen as it "
+                "is; more sites, or flower.allow_two and --allow-two at all sites",
+            )
+        return found
 
     def _ask(
         self, requests: dict[int, Request], messages: Mapping[int, Message], least: int
@@ -247,6 +265,10 @@ class Sites:
 def joining(config: RunConfig, run: str, clients: int) -> Request:
     """The request to join a run."""
     return Request("join", run, json.dumps(config.model_dump(mode="json")), clients)
+
+
+def _clients(clients: set[int]) -> str:
+    return f"client{'s' * (len(clients) > 1)} {listed(sorted(clients))}"
 
 
 def _failed(outcome: Outcome, why: str) -> Outcome:
