@@ -51,6 +51,7 @@ class LocalGrid(Grid):
         self.tamper: Callable[[int, Request, Reply], Reply] = lambda client, request, reply: reply
         self.seen: list[tuple[int, Request]] = []
         self.sent: list[tuple[int, Request, Reply]] = []
+        self.ttls: set[float] = set()
         self._inbox: dict[str, Message] = {}
         self._count = 0
 
@@ -94,6 +95,7 @@ class LocalGrid(Grid):
         name = f"message-{self._count}"
         message.metadata.__dict__["_message_id"] = name
         node = message.metadata.dst_node_id
+        self.ttls.add(message.metadata.ttl)
         client = next((c for c, mine in self.node.items() if mine == node), None)
         request = request_in(copy.deepcopy(message))
         fault = "gone" if client is None else self.fault(client, request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,16 @@ import pytest
 import torch
 
 import micro
-from fedalt.config import parse_config
 from fedalt.errors import UserError
 from fedalt.experiment.checkpoint import load_checkpoint
 from fedalt.experiment.members import Bases
 from fedalt.flower.requests import Reply, Request
-from fedalt.flower.rows import SiteRows
-from fedalt.flower.server_app import serve
 from fedalt.flower.wire import pack, unpack
 from fedalt.names import INDIVIDUAL, ROW, Key
 from flower.grid import Clock, LocalGrid
+from flower.rounds import LATE, KilledError, elsewhere_trained, failures, killed_at, models, once, run, same
 
-QUICK: dict[str, Any] = {"evaluation__every": 3}
-LATE = QUICK | {"flower__round_deadline": 1.5, "flower__min_sites": 2}
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Deadlines pass while the server waits, however long the sites take on this machine."""
-    time = Clock()
-    for module in ("nodes", "sites", "server_app"):
-        monkeypatch.setattr(f"fedalt.flower.{module}.time", time)
-    return time
+pytestmark = pytest.mark.usefixtures("clock")
 
 
 @pytest.fixture(scope="module")
@@ -44,48 +32,6 @@ def bases() -> Bases:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, bases: Bases) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("undisturbed")
     return models(run(folder, bases)[0])
-
-
-def run(
-    folder: Path,
-    bases: Bases,
-    arrange: Callable[[LocalGrid], None] = lambda grid: None,
-    if_exists: Any = "ask",
-    sink: Callable[[dict[str, Any]], None] = lambda event: None,
-    **changes: Any,
-) -> tuple[LocalGrid, list[dict[str, Any]]]:
-    grid = LocalGrid(folder / "sites", range(3), bases)
-    arrange(grid)
-    values = micro.settings(folder / "run", data__clients=3, **QUICK | changes)
-    serve(grid, parse_config(values, "s").model_dump(mode="json"), if_exists, sink)
-    return grid, micro.events(folder / "run")
-
-
-def models(grid: LocalGrid) -> dict[str, torch.Tensor]:
-    """Every client's saved model."""
-    found = {}
-    for client in grid.sites:
-        for path in (grid.folder / str(client)).glob("run-*"):
-            found |= micro.adapters(path)
-    return found
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def once(client: int, round_: int, fault: str, do: str = "train") -> Callable[[int, Request], str | None]:
-    """A fault that happens to one request, the first time."""
-    left = iter([fault])
-
-    def wrong(who: int, request: Request) -> str | None:
-        return next(left, None) if (who, request.do, request.round) == (client, do, round_) else None
-
-    return wrong
-
-
-def failures(events: list[dict[str, Any]]) -> Iterator[tuple[int, int, str]]:
-    return ((e["round"], e["client"], e["reason"]) for e in events if e["event"] == "client_failed")
 
 
 @pytest.mark.parametrize("do", ["join", "train", "score", "save"])
@@ -157,18 +103,11 @@ def test_a_late_upload_is_not_taken_out_of_a_mean_that_it_is_not_in(tmp_path: Pa
 def test_late_rows_are_exact_after_the_server_was_resumed(tmp_path: Path, bases: Bases) -> None:
     """What a site holds is asked anew: the server that comes back knows it from the site alone."""
 
-    class KilledError(Exception):
-        pass
-
     def arrange(grid: LocalGrid) -> None:
         grid.fault = once(2, 2, "late")
 
-    def sink(event: dict[str, Any]) -> None:
-        if event["event"] == "round_started" and event["round"] == 3:
-            raise KilledError
-
     with pytest.raises(KilledError):
-        run(tmp_path, bases, arrange, sink=sink, **LATE)
+        run(tmp_path, bases, arrange, sink=killed_at("round_started", 3), **LATE)
     grid, _ = run(tmp_path, bases, if_exists="resume", **LATE)
     told = next(r for c, r in grid.seen if c == 2 and r.do == "train" and r.round == 3)
     last = load_checkpoint(tmp_path / "run/checkpoints")
@@ -179,15 +118,8 @@ def test_late_rows_are_exact_after_the_server_was_resumed(tmp_path: Path, bases:
 def test_a_server_that_ended_inside_a_round_is_resumed_without_a_trace(
     moment: str, tmp_path: Path, bases: Bases, undisturbed: dict[str, torch.Tensor]
 ) -> None:
-    class KilledError(Exception):
-        pass
-
-    def sink(event: dict[str, Any]) -> None:
-        if event["event"] == moment and event["round"] == (3 if moment == "evaluated" else 2):
-            raise KilledError
-
     with pytest.raises(KilledError):
-        run(tmp_path, bases, sink=sink)
+        run(tmp_path, bases, sink=killed_at(moment, 3 if moment == "evaluated" else 2))
     grid, _ = run(tmp_path, bases, if_exists="resume")
     if moment == "round":
         assert [r.round for c, r in grid.seen if c == 0 and r.do == "train"] == [2, 3]
@@ -271,6 +203,46 @@ def test_a_site_with_another_base_is_refused_and_the_rest_go_on(tmp_path: Path, 
     assert micro.tree(tmp_path / "run")["results/final_scores.json"].count(b"rouge1") >= 2
 
 
+def test_a_refused_site_that_went_and_came_as_it_should_be_is_let_in(
+    tmp_path: Path, bases: Bases, clock: Clock
+) -> None:
+    """With a key it comes back under the same node."""
+
+    def arrange(grid: LocalGrid) -> None:
+        right, node = grid.sites[1], grid.node[1]
+        grid.sites[1] = elsewhere_trained(grid)
+
+        def change(client: int, request: Request) -> None:
+            if request.do == "train" and client == 0:
+                clock.sleep(1)  # the server looks for nodes once a second
+                if request.round == 1:
+                    del grid.node[1]
+                elif request.round == 2:
+                    grid.node[1], grid.sites[1] = node, right
+
+        grid.fault = change
+
+    _, events = run(tmp_path, bases, arrange, **LATE | {"federation__rounds": 4, "evaluation__every": 4})
+    trained = {n: [e["client"] for e in events if e["event"] == "client" and e["round"] == n] for n in (1, 2, 3, 4)}
+    assert trained[1] == trained[2] == [0, 2] and trained[4] == [0, 1, 2]
+
+
+def test_a_model_that_a_site_could_not_save_is_said_with_its_own_error(tmp_path: Path, bases: Bases) -> None:
+    def arrange(grid: LocalGrid) -> None:
+        grid.tamper = lambda client, request, reply: (
+            Reply(error="disk full") if (client, request.do) == (1, "save") else reply
+        )
+
+    _, events = run(tmp_path, bases, arrange)
+    assert list(failures(events)) == [(3, 1, "model not saved: disk full")]
+
+
+def test_a_request_is_forgotten_a_minute_after_its_deadline(tmp_path: Path, bases: Bases) -> None:
+    """Or a site that comes back after hours would train every round that it has missed."""
+    grid, _ = run(tmp_path, bases, flower__round_deadline=300)
+    assert grid.ttls == {360.0}
+
+
 def test_too_few_sites_end_the_run_with_a_line(tmp_path: Path, bases: Bases) -> None:
     def arrange(grid: LocalGrid) -> None:
         grid.sites[1] = elsewhere_trained(grid)
@@ -323,9 +295,3 @@ def test_the_uploads_on_the_wire_are_the_shared_factors(tmp_path: Path, bases: B
     for _, request, reply in grid.sent:
         slots = {key.slot for key in unpack(reply.block)}
         assert slots == ({INDIVIDUAL} if request.do == "train" else set())
-
-
-def elsewhere_trained(grid: LocalGrid) -> Any:
-    other = str(micro.shared_model("llama", seed=5))
-    grid.bases = Bases()
-    return grid.site(1, rows=SiteRows(model=other))

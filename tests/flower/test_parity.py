@@ -18,7 +18,7 @@ from flower.grid import LocalGrid
 
 METHODS_HERE = [name for name, method in METHODS.items() if not method.pooled]
 VARIANTS_HERE = ["fedalt_stack", "fedalt_clusters", "fedalt_row_update", "fedalt_averaged_mixer"]
-MIXERS = Consent(frozenset(("mixer",)))
+AGREED = Consent(frozenset(("mixer",)), allow_two=True)
 """FedIT-split averages its routers, an ablation of FedALT its mixers; see test_site.py for what happens without."""
 CHANGES: dict[str, dict[str, Any]] = {
     "pf2lora": {"pf2lora__private_lr": 0.02},  # at its default of 2 here a last digit becomes another model
@@ -37,7 +37,7 @@ def bases() -> Bases:
 def across(out: Path, bases: Bases, if_exists: str = "ask", **changes: Any) -> tuple[LocalGrid, list[dict[str, Any]]]:
     """A run across sites in this process; its events."""
     values = micro.settings(out, data__clients=3, **changes)
-    grid = LocalGrid(out.with_name(f"{out.name}-sites"), range(3), bases, consent=MIXERS)
+    grid = LocalGrid(out.with_name(f"{out.name}-sites"), range(3), bases, consent=AGREED)
     seen: list[dict[str, Any]] = []
     serve(grid, parse_config(values, "s").model_dump(mode="json"), if_exists, seen.append)  # type: ignore[arg-type]
     return grid, seen
@@ -84,7 +84,8 @@ def test_the_server_logs_what_one_machine_logs(tmp_path: Path, bases: Bases) -> 
 
 
 def test_partial_participation_is_the_same(tmp_path: Path, bases: Bases) -> None:
-    changes = {"federation__fraction": 0.7, "federation__rounds": 4, "flower__min_sites": 1}
+    changes: dict[str, Any] = {"federation__fraction": 0.7, "federation__rounds": 4, "flower__min_sites": 1}
+    changes["flower__allow_two"] = True  # or the two of a round are not told each other's upload
     grid, _ = across(tmp_path / "far", bases, **changes)
     here = on_one_machine(tmp_path / "here", **changes)
     for run, client in zip(site_runs(grid), grid.sites, strict=True):

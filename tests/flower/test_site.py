@@ -38,9 +38,9 @@ def good(reply: Reply) -> Reply:
     return reply
 
 
-def told(request: Request, upload: bytes, share: float = 1 / 3) -> Request:
-    """A later request whose mean is, for simplicity, this upload."""
-    return replace(request, told=True, share=share, block=upload)
+def told(request: Request, upload: bytes, share: float = 1 / 3, counts: int = 1) -> Request:
+    """A later request whose mean is, for simplicity, this upload of round 1."""
+    return replace(request, told=True, share=share, counts=counts, block=upload)
 
 
 def site(tmp_path: Path, bases: Bases, client: int = 1, **named: Any) -> Site:
@@ -140,7 +140,9 @@ def test_what_a_site_saved_answers_there(tmp_path: Path, bases: Bases) -> None:
         ({"method": "fedalt_averaged_mixer"}, 3, "would upload this site's mixer"),
         ({"method": "fedit_split"}, 3, "would upload this site's mixer"),
         ({"method": "centralized"}, 3, "trains on everybody's rows"),
-        ({}, 2, "hands each one's individual LoRA to the other"),
+        ({}, 2, "lets each one have the LoRA that the other shares"),
+        ({"method": "fedit"}, 2, "lets each one have the LoRA that the other shares"),
+        ({"flower__allow_two": True}, 3, "a site that agrees is started with --allow-two"),
         ({"method": "no_such"}, 3, '"no_such" is unknown'),
         ({"data__clients": 1}, 3, "client 1 is not among clients [0]"),
     ],
@@ -197,6 +199,21 @@ def test_other_rows_are_another_run(tmp_path: Path, bases: Bases) -> None:
     other = micro.data_folder(tmp_path / "other", clients=1, train=5)
     changed = site(tmp_path, bases, rows=SiteRows(data=str(other)))
     assert "checkpoint of another run" in (changed.answer(asking("train", tmp_path, 2)).error or "")
+
+
+@pytest.mark.parametrize("changes", [{"training__lr": 0.01}, {"method": "fedit"}, {"data__cutoff": 60}])
+def test_other_settings_are_another_run(changes: dict[str, Any], tmp_path: Path, bases: Bases) -> None:
+    """Or the upload that was made under the first ones would be given again."""
+    good(site(tmp_path, bases).answer(asking("train", tmp_path, 1)))
+    again = site(tmp_path, bases).answer(asking("train", tmp_path, 1, **changes))
+    assert "checkpoint of another run" in (again.error or "")
+
+
+def test_how_long_the_server_waits_is_no_matter_of_the_run(tmp_path: Path, bases: Bases) -> None:
+    first = good(site(tmp_path, bases).answer(asking("train", tmp_path, 1)))
+    changes = {"flower__min_sites": 1, "flower__round_deadline": 5, "federation__rounds": 9}
+    again = good(site(tmp_path, bases).answer(asking("train", tmp_path, 1, **changes)))
+    assert again.block == first.block
 
 
 def test_a_site_with_one_client_of_its_own_is_whatever_client_it_is(tmp_path: Path, bases: Bases) -> None:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
 
 import pytest
 
@@ -24,8 +28,10 @@ from fedalt.experiment.members import Bases
 from fedalt.flower import trainer
 from fedalt.flower.requests import Reply, Request
 from fedalt.flower.site import Site
+from flower.grid import Clock
 
 CLIENT = 1
+BECOME = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 ROUND = "run-1/checkpoints/.round_0002.tmp"
 KILLS = [
     ("training", "before"),
@@ -52,7 +58,7 @@ def state(folder: Path) -> Path:
 
 
 def told(request: Request, reply: Reply) -> Request:
-    return Request(request.do, request.run, request.settings, 3, request.round, 1 / 3, True, reply.block)
+    return replace(request, share=1 / 3, counts=1, told=True, block=reply.block)
 
 
 def rounds(ask: Callable[[Request], Reply], folder: Path) -> list[Reply]:
@@ -106,6 +112,53 @@ def test_a_trainer_ends_with_whoever_started_it(tmp_path: Path) -> None:
         assert socket.parent.stat().st_mode & 0o777 == 0o700
     assert process.wait(10) == 0
     assert not socket.parent.exists()
+
+
+def test_a_trainer_that_dies_after_hours_of_training_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patience begins when it is gone, not when it was asked."""
+    clock = Clock()
+    monkeypatch.setattr(trainer, "time", clock)
+    home = state(tmp_path / "state")
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/s")
+        listener.listen()
+        (home / trainer.TRAINER).write_text(json.dumps({"socket": f"{folder}/s"}))
+
+        def serve() -> None:
+            for dies in (True, False):
+                line, _ = listener.accept()
+                with line:
+                    trainer._receive(line)
+                    if dies:
+                        clock.sleep(3600)
+                    else:
+                        trainer._send(line, Reply({"done": True}).header, b"")
+
+        thread = Thread(target=serve, daemon=True)
+        thread.start()
+        assert trainer.ask(home, Request("join")).body == {"done": True}
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("room", "said"), [(0, "nothing can be written where temporary files go"), (20, "trainer.json: disk full")]
+)
+def test_a_disk_that_is_full_from_the_beginning_is_one_line(room: int, said: str, tmp_path: Path) -> None:
+    home = state(tmp_path / "state")
+    limited = f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room})); {BECOME}"
+    with subprocess.Popen(
+        [sys.executable, "-c", limited, "-P", "-m", "fedalt.flower.trainer", home],
+        env=os.environ | micro.ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr
+        [line] = process.stderr.read().splitlines()
+        assert process.wait() == trainer.WRONG
+    assert line.startswith("error: ") and said in line
 
 
 def test_a_trainer_that_never_comes_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,10 @@ def site(
     ] = None,
     allow_two: Annotated[
         bool,
-        typer.Option("--allow-two", help="take part even if there is only one other site, which then sees our LoRA"),
+        typer.Option(
+            "--allow-two",
+            help="take part even where a site may be told what is made of our LoRA alone, as with two sites",
+        ),
     ] = False,
     share: Annotated[
         str | None, typer.Option("--share", metavar="mixer,heads", help="private parts that this site agrees to upload")

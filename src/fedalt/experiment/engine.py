@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fedalt.config import RunConfig
 from fedalt.errors import UserError
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, prune, run_id
 from fedalt.experiment.crew import Crew, Facts
@@ -18,10 +19,15 @@ from fedalt.experiment.residents import Residents
 from fedalt.experiment.workers import started
 from fedalt.federation.server import Server
 from fedalt.files import write_json
+from fedalt.methods.base import Method
 
-_FREE = {"out", "report"}
-"""Settings that may differ when a run is resumed; rounds may be raised, unless the method plans by them, and the cohort
-and the devices may change, too."""
+_FREE: dict[str, Any] = {
+    "out": True,
+    "report": True,
+    "federation": {"cohort", "devices"},
+    "flower": {"min_sites", "round_deadline", "allow_two", "client_gpus"},
+}
+"""Settings that may differ when a run is resumed; rounds may be raised, too, unless the method plans by them."""
 
 _MEMORY = "peak memory is that of the process that aggregates; the worker on each device holds a base besides"
 
@@ -63,10 +69,7 @@ def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | 
         UserError: The folder holds another run, or one that has gone further.
     """
     config = facts.config
-    frozen_settings = config.model_dump(mode="json", exclude={*_FREE, "federation"})
-    free = {"cohort", "devices"} | (set() if facts.method.foresees else {"rounds"})
-    frozen_settings["federation"] = config.federation.model_dump(mode="json", exclude=free)
-    run_ = run_id(frozen_settings, facts.base, facts.rows)
+    run_ = run_id(frozen_settings(config, facts.method), facts.base, facts.rows)
     checkpoint = load_checkpoint(folder.checkpoints, run_)
     if checkpoint and checkpoint.round > config.federation.rounds:
         raise UserError(
@@ -74,6 +77,14 @@ def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | 
             f"{checkpoint.round} rounds"
         )
     return run_, checkpoint
+
+
+def frozen_settings(config: RunConfig, method: Method) -> dict[str, Any]:
+    """The settings that a run's numbers depend on, as JSON."""
+    values = config.model_dump(mode="json", exclude=_FREE)
+    if not method.foresees:
+        del values["federation"]["rounds"]
+    return values
 
 
 def start(

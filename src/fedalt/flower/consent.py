@@ -24,14 +24,14 @@ class Consent:
 
     Attributes:
         share: Parts that may leave it, besides LoRA factors.
-        allow_two: Whether it takes part where there is only one other client, whose row is then its LoRA as it is.
+        allow_two: Whether it takes part where another client may be told what is made of its LoRA alone.
     """
 
     share: frozenset[Private] = frozenset()
     allow_two: bool = False
 
     def check_settings(self, config: RunConfig, clients: int) -> None:
-        """Refuse what needs its rows elsewhere, and a federation of two.
+        """Refuse what needs its rows elsewhere, a federation of two, and settings that let single uploads be told.
 
         Raises:
             UserError: It is refused.
@@ -39,6 +39,11 @@ class Consent:
         method = get_method(config.method)(clients, config)
         check_pooled(method)
         check_two(method, self.allow_two)
+        if config.flower.allow_two and _shares(method) and not self.allow_two:
+            raise UserError(
+                "refused: flower.allow_two lets a client be told what is made of one other upload alone; a site that "
+                "agrees is started with --allow-two"
+            )
 
     def check_uploads(self, keys: Iterable[Key]) -> None:
         """Refuse to upload what is private.
@@ -61,9 +66,13 @@ def check_pooled(method: Method) -> None:
 
 
 def check_two(method: Method, allowed: bool) -> None:
-    """Refuse to hand a client's LoRA to the only other one, unless that is wanted."""
-    if method.clients == 2 and method.leave_one_out and not allowed:
+    """Refuse to hand a client's LoRA to the only other one, as it is or by subtraction, unless that is wanted."""
+    if method.clients == 2 and _shares(method) and not allowed:
         raise UserError(
-            f"refused: with two clients {method.name} hands each one's individual LoRA to the other as it is; "
+            f"refused: with two clients {method.name} lets each one have the LoRA that the other shares; "
             "add a third, or --allow-two at the server and at both sites"
         )
+
+
+def _shares(method: Method) -> bool:
+    return any(slot.share for slot in method.slots)

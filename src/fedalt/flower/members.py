@@ -1,11 +1,13 @@
 """Who takes part in a run across sites: what sites say when they join, and whether they agree.
 
-The server has neither rows nor base model. What it must know it is told: the base's fingerprint and the shapes of
-uploads, which have to be the same for all, and each site's number of rows and name of its task.
+The server has neither rows nor base model. What it must know it is told: the fingerprints of base and method and the
+shapes of uploads, which have to be the same for all, and each site's number of rows and name of its task.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +16,7 @@ from typing import Any
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
 from fedalt.experiment.crew import Facts
+from fedalt.experiment.engine import frozen_settings
 from fedalt.flower.requests import Reply
 from fedalt.methods.base import Method
 from fedalt.names import Key
@@ -29,6 +32,7 @@ class Common:
         shared: Parameters that a client sends per round.
         trainable: Parameters that a client trains.
         fedalt: Version of this package.
+        method: Fingerprint of the method and its settings; see ``rule_of``.
     """
 
     base: str
@@ -36,13 +40,19 @@ class Common:
     shared: int
     trainable: int
     fedalt: str
+    method: str
 
     @staticmethod
     def parse(value: Mapping[str, Any]) -> Common:
         """From JSON."""
         shapes = tuple((str(key), tuple(map(int, shape))) for key, shape in value["shapes"])
         numbers = (int(value["shared"]), int(value["trainable"]))
-        return Common(str(value["base"]), shapes, *numbers, str(value["fedalt"]))
+        return Common(str(value["base"]), shapes, *numbers, str(value["fedalt"]), str(value["method"]))
+
+    @property
+    def digest(self) -> str:
+        """All of it in a word, which every later request carries."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
     def differs(self, other: Common) -> str:
         """In what this is unlike another, in words; nothing where they are equal."""
@@ -53,6 +63,8 @@ class Common:
         odd = next((mine for mine, others in zip(self.shapes, other.shapes, strict=False) if mine != others), None)
         if odd or len(self.shapes) != len(other.shapes):
             return f"its uploads would have other shapes than this run's ({odd or len(self.shapes)})"
+        if self.method != other.method:
+            return f"its method and settings are {self.method[:12]}, this run's are {other.method[:12]}"
         return "" if self == other else "its adapters are of another size"
 
 
@@ -95,6 +107,14 @@ class Member:
     def to_json(self) -> dict[str, Any]:
         """For a reply."""
         return asdict(self)
+
+
+def rule_of(config: RunConfig, method: Method) -> str:
+    """Fingerprint of a method and its resolved settings, without rows, their scoring, and what is a site's own."""
+    settings = frozen_settings(config, method)
+    settings = {name: value for name, value in settings.items() if name not in ("data", "evaluation")}
+    settings["model"] = {name: value for name, value in settings["model"].items() if name not in ("name", "device")}
+    return hashlib.sha256(json.dumps([method.name, settings], sort_keys=True).encode()).hexdigest()
 
 
 def common_to(members: Mapping[int, Member]) -> Common:

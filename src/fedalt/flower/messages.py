@@ -12,10 +12,10 @@ KINDS = {"who": "query", "join": "query", "train": "train", "score": "evaluate",
 _HEADER, _BLOCK = "header", "block"
 
 
-def to_node(request: Request, node: int) -> Message:
-    """The message that carries a request."""
-    content = _content(request.header, request.block)
-    return Message(content, dst_node_id=node, message_type=KINDS[request.do], group_id=str(request.round))
+def to_node(request: Request, node: int, ttl: float | None = None) -> Message:
+    """The message that carries a request; nobody gets it when it is older than ``ttl`` seconds."""
+    content, kind = _content(request.header, request.block), KINDS[request.do]
+    return Message(content, dst_node_id=node, message_type=kind, ttl=ttl, group_id=str(request.round))
 
 
 def request_in(message: Message) -> Request:

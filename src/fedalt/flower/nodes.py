@@ -8,6 +8,7 @@ reply of a finished round again.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -31,12 +32,17 @@ class Nodes:
         grid: Flower's end of the line.
         clients: Number of clients in the run.
         note: Called with (client, what happened) when a site comes, comes back or is not heard of.
+        ttl: Seconds after which a site that has not taken a message does not get it any more.
+        node_of: Client → its present node.
+        came: Client → how often a site has said to be this client.
     """
 
     grid: Grid
     clients: int
     note: Callable[[int, str], None] = lambda client, line: None
+    ttl: float | None = None
     node_of: dict[int, int] = field(default_factory=dict)
+    came: Counter[int] = field(default_factory=Counter)
     _asked: dict[str, int] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
     _looked: float = 0.0
@@ -83,7 +89,7 @@ class Nodes:
     def _push(self, requests: Mapping[int, Request], to: Mapping[int, int]) -> dict[str, int]:
         """Send requests by whom they are for, to these nodes; message id → whom. What Flower refuses is left out."""
         names = list(requests)
-        ids = list(self.grid.push_messages([to_node(requests[name], to[name]) for name in names]))
+        ids = list(self.grid.push_messages([to_node(requests[name], to[name], self.ttl) for name in names]))
         return {str(id_): name for id_, name in zip(ids, names, strict=False) if id_} if len(ids) == len(names) else {}
 
     def _forget(self, client: int) -> None:
@@ -125,3 +131,4 @@ class Nodes:
             self._known.discard(before)
             self.note(client, "back under another node")
         self.node_of[client] = node
+        self.came[client] += 1

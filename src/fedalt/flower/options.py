@@ -23,7 +23,7 @@ class FlowerConfig(Section):
         100, gt=1, description="an upload longer than this many times the median of its round is set aside"
     )
     allow_two: bool = Field(
-        False, description="let two clients run a method whose row would then be the other's LoRA as it is"
+        False, description="let a client be told what is made of one other's upload alone, as always with two clients"
     )
     client_gpus: float = Field(
         0, ge=0, description="GPUs that a site of a simulation has (Ray's num_gpus; .5: two share one); 0 for the CPU"

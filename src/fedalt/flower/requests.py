@@ -6,7 +6,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fedalt.errors import UserError
+
 Do = Literal["who", "join", "train", "score", "save"]
+
+
+class ApartError(UserError):
+    """A site holds another upload than the one that counts, so that it cannot take itself out of a mean."""
 
 
 class Frame:
@@ -36,6 +42,8 @@ class Request(Frame):
         settings: The run's settings, as JSON.
         clients: Number of clients in the run.
         round: The round to train, or the last finished one.
+        common: Digest of what all sites of the run have in common, for a site that has joined.
+        counts: The round of the client's upload in what it is told, 0 for none.
         share: The client's weight in what it is told; see ``Message``.
         told: Whether it is told anything; the tensors are in ``block``.
         block: See ``wire.py``.
@@ -46,6 +54,8 @@ class Request(Frame):
     settings: str = "{}"
     clients: int = 0
     round: int = 0
+    common: str = ""
+    counts: int = 0
     share: float = 0.0
     told: bool = False
     block: bytes = b""
@@ -66,7 +76,8 @@ class Reply(Frame):
     """What a site answers.
 
     Attributes:
-        body: What was asked for; ``run`` and ``round`` as in the request.
+        body: What was asked for; ``run`` and ``round`` as in the request. ``apart`` where the site needs a row of its
+            own.
         error: Why there is no answer, in one line, or nothing.
         block: An upload; see ``wire.py``.
     """

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from flwr.app import Context
@@ -15,13 +15,14 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedalt.config import RunConfig, parse_config
 from fedalt.errors import UserError
-from fedalt.experiment.engine import find_checkpoint, go, start
+from fedalt.experiment.checkpoint import load_checkpoint, run_id
+from fedalt.experiment.engine import find_checkpoint, frozen_settings, go, start
 from fedalt.experiment.events import Event, EventLog, Sink
 from fedalt.experiment.folder import IfExists, RunFolder, claim_folder
 from fedalt.federation.server import Server
 from fedalt.files import read_json, write_json
 from fedalt.flower.consent import check_pooled, check_two
-from fedalt.flower.members import Common, Member, common_to, facts_of
+from fedalt.flower.members import Common, Member, common_to, facts_of, rule_of
 from fedalt.flower.nodes import Nodes
 from fedalt.flower.requests import Reply
 from fedalt.flower.sites import Sites, joining
@@ -31,8 +32,11 @@ from fedalt.methods.registry import configured, get_method
 
 app = ServerApp()
 RUN = "flower.json"
-"""File in a run's folder for a server that resumes it: the run's name at the sites, and what they have in common."""
+"""File in a run's folder for a server that resumes it: its name at the sites, of which settings it is, and what sites
+have in common."""
 GRID = "flwr.superlink.grid.http_grid"
+LATE = 60.0
+"""Seconds beyond the deadline in which a site may still be given what it was asked; then it is let go."""
 _log = logging.getLogger("flwr")
 
 
@@ -61,18 +65,20 @@ def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink)
     retry_soon(GRID, "pull_objects", config.flower.round_deadline)
     folder = claim_folder(config.folder, if_exists)
     log = EventLog(folder.events, sink)
-    nodes = Nodes(grid, method.clients, lambda client, line: sink({"event": "node", "client": client, "text": line}))
-    name, common = _known(folder) or (f"{folder.path.name}-{secrets.token_hex(4)}", None)
+    nodes = Nodes(grid, method.clients, ttl=config.flower.round_deadline + LATE)
+    nodes.note = lambda client, line: sink({"event": "node", "client": client, "text": line})
+    of = run_id(frozen_settings(config, method), "", "")
+    name, common = _known(folder, of) or (f"{folder.path.name}-{secrets.token_hex(4)}", None)
     replies = _gather(nodes, config, name, method.clients)
     members = _members(replies)
-    common = common or common_to(members)
+    common = common or replace(common_to(members), method=rule_of(config, method))
     fitting = {client: member for client, member in members.items() if member.common == common}
     facts = facts_of(config, method, fitting, common)
     run_, checkpoint = find_checkpoint(facts, folder)
     server = Server(method, config.federation, facts.samples, facts.shapes)
     sites = Sites(facts, name, nodes, folder, log, server, common)
     loop = start(facts, sites, folder, log, run_, checkpoint, server=server)
-    write_json(folder.path / RUN, {"run": name, "common": asdict(common)})
+    write_json(folder.path / RUN, {"run": name, "settings": of, "common": asdict(common)})
     for client, reply in replies.items():
         sites.admit(client, reply)
     if len(sites.members) < min(config.flower.min_sites, method.clients):
@@ -108,13 +114,18 @@ def checked(config: RunConfig) -> tuple[RunConfig, Method]:
     return config, method
 
 
-def _known(folder: RunFolder) -> tuple[str, Common] | None:
-    """The name and what sites have in common, of a run that is resumed."""
+def _known(folder: RunFolder, settings: str) -> tuple[str, Common] | None:
+    """The name and what sites have in common, of a run that is resumed; nothing where it starts anew.
+
+    Raises:
+        UserError: Rounds have finished with other settings.
+    """
     path = folder.path / RUN
-    if not path.is_file():
-        return None
-    known = read_json(path)
-    return known["run"], Common.parse(known["common"])
+    known = read_json(path) if path.is_file() else {}
+    if known.get("settings") == settings:
+        return known["run"], Common.parse(known["common"])
+    load_checkpoint(folder.checkpoints, settings)  # what finished is of other settings
+    return None
 
 
 def _gather(nodes: Nodes, config: RunConfig, name: str, clients: int) -> dict[int, Reply]:
@@ -164,6 +175,7 @@ _LINES: dict[str, Callable[[Event], str]] = {
     "run_started": _started,
     "run_resumed": _started,
     "node": lambda event: f"client {event['client']}: {event['text']}",
+    "note": lambda event: f"round {event['round']}: {event['text']}",
     "client_failed": lambda event: f"round {event['round']}: client {event['client']} left out: {event['reason']}",
     "round": _round,
     "evaluated": lambda event: f"round {event['round']}: scored in {event['seconds']:.1f} s",

@@ -14,13 +14,16 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-from fedalt.config import RunConfig
+from fedalt.config import RunConfig, parse_config
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metrics_in, over_clients
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
 from fedalt.experiment.clients import write_client
+from fedalt.experiment.crew import Facts
+from fedalt.experiment.engine import frozen_settings
 from fedalt.experiment.events import EventLog
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.machine import versions
@@ -32,8 +35,8 @@ from fedalt.federation.client import client_round, installed
 from fedalt.federation.diagnostics import row_drift
 from fedalt.files import read_json, write_bytes, write_json
 from fedalt.flower.consent import Consent
-from fedalt.flower.members import Common, Member
-from fedalt.flower.requests import Reply, Request
+from fedalt.flower.members import Common, Member, rule_of
+from fedalt.flower.requests import ApartError, Reply, Request
 from fedalt.flower.rows import SiteRows
 from fedalt.flower.wire import pack, unpack
 from fedalt.methods.base import Message
@@ -73,10 +76,11 @@ class Site:
         """
         try:
             work = self._working(request)
+            work.check(request)
             done: Reply = getattr(work, request.do)(request)
         except UserError as error:
             self.note(f"{request.do}: {error}")
-            return Reply(error=str(error))
+            return Reply({"apart": True} if isinstance(error, ApartError) else {}, str(error))
         return replace(done, body={**done.body, "run": request.run, "round": request.round})
 
     def _working(self, request: Request) -> _Work:
@@ -114,17 +118,38 @@ class _Work:
 
     @property
     def identity(self) -> str:
-        """What this site's checkpoints are of: the run, the base, the rows."""
-        text = "\0".join((self.key[0], self.experiment.resident.base.sha256, self.experiment.rows_digest))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """What this site's checkpoints are of: the run and its settings, the base, the rows."""
+        run, settings, _ = self.key
+        asked = frozen_settings(parse_config(json.loads(settings), "the server's settings"), self.experiment.method)
+        parts = (run, json.dumps(asked, sort_keys=True), self.common.base, self.experiment.rows_digest)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What there is to know of the run, by this site."""
+        return self.experiment.facts
+
+    @cached_property
+    def common(self) -> Common:
+        """What must be the same at all sites."""
+        facts, experiment = self.facts, self.experiment
+        shapes = tuple((str(key), tuple(shape)) for key, shape in facts.shapes.items())
+        rule = rule_of(experiment.config, experiment.method)
+        return Common(facts.base, shapes, facts.shared, facts.trainable, versions()["fedalt"], rule)
+
+    def check(self, request: Request) -> None:
+        """Refuse to go on as another site than the one that joined."""
+        if request.common and request.common != self.common.digest:
+            raise UserError(
+                f"client {self.client}: refused: this site's base model, shapes, method or version are no longer those "
+                f"with which it joined (base {self.common.base[:12]}, fedalt {self.common.fedalt}); start it as it was"
+            )
 
     def join(self, request: Request) -> Reply:
         """Say what the server must know before the first round; nothing of it tells a row."""
-        facts, last = self.experiment.facts, self._last()
-        shapes = tuple((str(key), tuple(shape)) for key, shape in facts.shapes.items())
-        common = Common(facts.base, shapes, facts.shared, facts.trainable, versions()["fedalt"])
+        facts, last = self.facts, self._last()
         task = facts.tasks[str(self.client)]
-        member = Member(facts.samples[self.client], task, self._holds(last), common, facts.notes)
+        member = Member(facts.samples[self.client], task, self._holds(last), self.common, facts.notes)
         self.note(f"joined {request.run}: {facts.config.method}, {request.clients} clients, round {last.round} done")
         return Reply({"client": self.client, **member.to_json()})
 
@@ -141,7 +166,7 @@ class _Work:
         [result] = client_round(
             experiment.resident.model,
             [states_in(last, experiment)[self.client]],
-            [_told(request)],
+            [self._told(request, last)],
             [plans],
             experiment.settings,
             request.round,
@@ -167,8 +192,7 @@ class _Work:
 
     def score(self, request: Request) -> Reply:
         """Score the client as it left training and as it would start the next round; answers stay at the site."""
-        before = self._state(request)
-        after = installed(self.experiment.method, before, _told(request))
+        before, after = self._states(request)
         scoring = Scoring(self.experiment, self.folder, self.log)
         client, number = self.client, request.round
         scoring.score(number, {client: before}, {client: after}, changed=request.told)
@@ -179,7 +203,7 @@ class _Work:
 
     def save(self, request: Request) -> Reply:
         """Write the personal model."""
-        state = installed(self.experiment.method, self._state(request), _told(request))
+        _, state = self._states(request)
         [personal] = self.experiment.personalised([state])
         path = self.folder.client(self.client)
         write_client(path, personal, self.experiment, request.round)
@@ -196,11 +220,25 @@ class _Work:
         found = load_checkpoint(self.own.checkpoints, self.identity)
         return found or Checkpoint(self.own.checkpoints / "round_0000", 0)
 
-    def _state(self, request: Request) -> ClientState:
+    def _states(self, request: Request) -> tuple[ClientState, ClientState]:
+        """The client's state as it left training, and as it would start the next round."""
         last = self._last()
         if last.round > request.round:
             raise UserError(f"client {self.client}: asked for round {request.round}, but round {last.round} is done")
-        return states_in(last, self.experiment)[self.client]
+        state = states_in(last, self.experiment)[self.client]
+        return state, installed(self.experiment.method, state, self._told(request, last))
+
+    def _told(self, request: Request, last: Checkpoint) -> Message | None:
+        """What the server tells, if this site can do with it what it must."""
+        if not request.told:
+            return None
+        holds = self._holds(last)
+        if self.experiment.method.leave_one_out and request.share > 0 and holds != request.counts:
+            raise ApartError(
+                f"client {self.client}: holds the upload of round {holds}, and that of round {request.counts} counts; "
+                "its state was lost or is an older copy"
+            )
+        return Message(unpack(request.block), request.share)
 
     def _holds(self, last: Checkpoint) -> int:
         """The round of what it uploaded last, which is what it takes out of a mean."""
@@ -208,7 +246,3 @@ class _Work:
 
     def _reply(self, last: Checkpoint) -> Reply:
         return Reply(read_json(last.path / _REPLY), block=(last.path / _BLOCK).read_bytes())
-
-
-def _told(request: Request) -> Message | None:
-    return Message(unpack(request.block), request.share) if request.told else None

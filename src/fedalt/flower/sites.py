@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from fedalt.config import RunConfig
-from fedalt.errors import UserError
+from fedalt.errors import UserError, listed
 from fedalt.evaluation.metrics import metrics_in
 from fedalt.experiment.checkpoint import Checkpoint
 from fedalt.experiment.crew import Facts, Outcome
@@ -46,7 +46,7 @@ class Sites:
         server: Checks uploads, and is told who cannot take itself out of a mean.
         common: What all sites must have in common.
         members: Client → what it said when it joined.
-        refused: Client → why it takes no part, and the node that it was then.
+        refused: Client → why it takes no part, and how often its site had come by then.
     """
 
     facts: Facts
@@ -58,6 +58,7 @@ class Sites:
     common: Common
     members: dict[int, Member] = field(default_factory=dict)
     refused: dict[int, tuple[str, int]] = field(default_factory=dict)
+    _withheld: int = field(default=0, init=False)
 
     def train(
         self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
@@ -68,7 +69,7 @@ class Sites:
         requests = self._requests("train", chosen, messages, new.round)
         found: dict[int, Outcome] = {}
         norms: dict[int, float] = {}
-        for client, reply in self._ask(requests, least):
+        for client, reply in self._ask(requests, messages, least):
             found[client], norms[client] = self._take(client, reply, new, requests[client].size)
         for client, factor in self._oversized({c: norms[c] for c in norms if found[c].delivered}).items():
             found[client] = _failed(found[client], f"upload is {factor:.0f} times as long as the median of this round")
@@ -82,8 +83,9 @@ class Sites:
     def _welcome(self, clients: Sequence[int]) -> None:
         """Let sites join that were not there at the start, if they are now."""
         self.nodes.look()
-        known = self.nodes.node_of
-        here = [c for c in clients if c in known and (c not in self.refused or self.refused[c][1] != known[c])]
+        came = self.nodes.came
+        again = [c for c in clients if c not in self.refused or self.refused[c][1] != came[c]]
+        here = [client for client in again if client in self.nodes.node_of]
         if not here:
             return
         asked = joining(self.facts.config, self.run, len(self.facts.clients))
@@ -98,7 +100,7 @@ class Sites:
             if odd := member.common.differs(self.common):
                 raise UserError(f"refused: {odd}")
         except UserError as error:
-            self.refused[client] = str(error), self.nodes.node_of.get(client, 0)
+            self.refused[client] = str(error), self.nodes.came[client]
             self.log.emit("client_failed", round=self.server.round, client=client, reason=f"cannot join: {error}")
             return
         self.members[client] = member
@@ -131,9 +133,7 @@ class Sites:
     def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
         """Let every site score its client; answers stay there."""
         points: Points = {"after": {}, "before": {}, "validation": {}}
-        answered = dict(self._ask(self._requests("score", self.facts.clients, messages, new.round), 1))
-        for client in self.facts.clients:
-            reply = answered.get(client, Reply(error="its site is away"))
+        for client, reply in self._answers("score", messages, new.round):
             scores = None if reply.error else _scores_in(reply)
             if scores is None:
                 reason = f"not scored: {reply.error or 'no scores in its answer'}"
@@ -148,11 +148,16 @@ class Sites:
 
     def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
         """Let every site write its client's personal model."""
-        requests = self._requests("save", self.facts.clients, messages, last.round)
-        done = {client for client, reply in self._ask(requests, 1) if not reply.error}
-        for client in self.facts.clients:
-            if client not in done:
-                self.log.emit("note", round=last.round, text=f"client {client}: its site has not saved its model yet")
+        for client, reply in self._answers("save", messages, last.round):
+            if reply.error:
+                reason = f"model not saved: {reply.error}"
+                self.log.emit("client_failed", round=last.round, client=client, reason=reason)
+
+    def _answers(self, do: Do, messages: Mapping[int, Message], round_: int) -> Iterator[tuple[int, Reply]]:
+        """Every client's answer, in order, or the error that it is away."""
+        clients = self.facts.clients
+        answered = dict(self._ask(self._requests(do, clients, messages, round_), messages, 1))
+        return ((client, answered.get(client, Reply(error="its site is away"))) for client in clients)
 
     def _take(self, client: int, reply: Reply, new: Checkpoint, down: int) -> tuple[Outcome, float]:
         """One answer to a round: an upload that fits goes into the checkpoint."""
@@ -203,11 +208,14 @@ class Sites:
         """What members are asked, with what they are told."""
         requests, tensors, packed = {}, None, b""
         asked = joining(self.facts.config, self.run, len(self.facts.clients))
+        withheld = self._withhold(clients)
         for client in clients:
             if client not in self.members:
                 continue
-            message = messages.get(client)
-            request = replace(asked, do=do, round=round_)
+            message = None if client in withheld else messages.get(client)
+            upload = self.server.uploads.get(client)
+            request = replace(asked, do=do, round=round_, common=self.common.digest)
+            request = replace(request, counts=upload.round if upload else 0)
             if message is not None:
                 if message.tensors is not tensors:  # the broadcast mean is one object for all
                     tensors, packed = message.tensors, pack(message.tensors, self.facts.config.flower.wire)
@@ -215,15 +223,52 @@ class Sites:
             requests[client] = request
         return requests
 
-    def _ask(self, requests: Mapping[int, Request], least: int) -> Iterator[tuple[int, Reply]]:
-        """Answers until the deadline, and beyond it while there are too few."""
-        deadline = time.monotonic() + self.facts.config.flower.round_deadline
-        return self.nodes.ask(requests, lambda got: deadline if got >= least else float("inf"))
+    def _withhold(self, clients: Sequence[int]) -> set[int]:
+        """Clients who may not be told what is made of one other upload alone, which they would see as it is."""
+        counts, number = set(self.server.uploads), self.server.round
+        found = {client for client in clients if len(counts - {client}) == 1}
+        if not found or self.facts.config.flower.allow_two:
+            return set()
+        if self._withheld != number:
+            self._withheld = number
+            self.log.emit(
+                "note",
+                round=number,
+                text=f"nothing is told to {_clients(found)}: only one other upload counts, which would be seen as it "
+                "is; more sites, or flower.allow_two and --allow-two at all sites",
+            )
+        return found
+
+    def _ask(
+        self, requests: dict[int, Request], messages: Mapping[int, Message], least: int
+    ) -> Iterator[tuple[int, Reply]]:
+        """Answers until the deadline, and beyond it while there are too few.
+
+        A site that cannot take itself out of the mean is asked again, with a row of its own.
+        """
+        deadline, good = time.monotonic() + self.facts.config.flower.round_deadline, 0
+        apart = list[int]()
+        for client, reply in self.nodes.ask(requests, lambda got: deadline if got >= least else float("inf")):
+            if reply.body.get("apart"):
+                apart.append(client)
+                self.log.emit("note", round=requests[client].round, text=f"{reply.error}; its row comes from here")
+            else:
+                good += reply.error is None
+                yield client, reply
+        if apart:
+            self.server.apart.update(apart)
+            first = requests[apart[0]]
+            again = self._requests(first.do, apart, messages, first.round)
+            yield from self.nodes.ask(again, lambda got: deadline if good + got >= least else float("inf"))
 
 
 def joining(config: RunConfig, run: str, clients: int) -> Request:
     """The request to join a run."""
     return Request("join", run, json.dumps(config.model_dump(mode="json")), clients)
+
+
+def _clients(clients: set[int]) -> str:
+    return f"client{'s' * (len(clients) > 1)} {listed(sorted(clients))}"
 
 
 def _failed(outcome: Outcome, why: str) -> Outcome:

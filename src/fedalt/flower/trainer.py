@@ -27,7 +27,9 @@ from fedalt.flower.requests import Reply, Request
 
 SITE, TRAINER = "site.json", "trainer.json"
 PATIENCE = 120.0
-"""Seconds to wait for a trainer that is being started anew."""
+"""Seconds to wait for a trainer that is being started anew, from when the last one was gone."""
+WRONG = 2
+"""Status with which a trainer ends that cannot begin; its last line says why."""
 _FRAME = struct.Struct(">QQ")
 
 
@@ -41,30 +43,51 @@ def ask(state: Path, request: Request) -> Reply:
     while time.monotonic() < until:
         with suppress(OSError, UserError, EOFError, KeyError), socket.socket(socket.AF_UNIX) as line:
             line.connect(read_json(state / TRAINER)["socket"])
-            _send(line, request.header, request.block)
-            return Reply.parse(*_receive(line))
+            try:
+                _send(line, request.header, request.block)
+                return Reply.parse(*_receive(line))
+            finally:
+                until = time.monotonic() + PATIENCE
         time.sleep(0.2)
     raise UserError(f"{state}: no trainer answers; is fedalt site running?")
 
 
 def main() -> NoReturn:
-    """Serve until the standard input closes."""
+    """Serve until the standard input closes; what is wrong from the beginning is one line and ``WRONG``."""
     from fedalt.allocator import keep_freed_memory
     from fedalt.quiet import keep_libraries_quiet
 
     keep_libraries_quiet()
     keep_freed_memory()
-    state = Path(sys.argv[1]).absolute()
+    try:
+        _run(Path(sys.argv[1]).absolute())
+    except UserError as error:
+        _say(f"error: {error}")
+        os._exit(WRONG)  # a thread waits for the standard input, and Python would wait for the thread
+
+
+def _run(state: Path) -> NoReturn:
     with suppress(UserError, KeyError):  # what a kill left
         shutil.rmtree(Path(read_json(state / TRAINER)["socket"]).parent, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix="fedalt-")  # a socket's path may have no more than 107 bytes
+    folder = _short_folder()
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
-    with socket.socket(socket.AF_UNIX) as listener:
-        path = f"{folder}/trainer.sock"
-        listener.bind(path)
-        listener.listen()
-        write_json(state / TRAINER, {"socket": path, "pid": os.getpid()})
-        _serve(listener, _site(state))
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            path = f"{folder}/trainer.sock"
+            listener.bind(path)
+            listener.listen()
+            write_json(state / TRAINER, {"socket": path, "pid": os.getpid()})
+            _serve(listener, _site(state))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short_folder() -> str:
+    """A socket's path may have no more than 107 bytes."""
+    try:
+        return tempfile.mkdtemp(prefix="fedalt-")
+    except OSError as error:
+        raise UserError(f"nothing can be written where temporary files go ({error.strerror})") from None
 
 
 def _site(state: Path) -> Any:

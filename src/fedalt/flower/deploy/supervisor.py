@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedalt.errors import UserError
+from fedalt.files import disk_errors
 from fedalt.flower.deploy.folders import claim_site, locked
 from fedalt.flower.deploy.lines import plain, shortened
 from fedalt.flower.deploy.processes import end, flower_environment, start
 from fedalt.flower.deploy.reach import Connection, UnreachableError, check_server
 from fedalt.flower.deploy.watch import Happened, Watch
 from fedalt.flower.tls import check_ca, check_site_key
+from fedalt.flower.trainer import WRONG
 
 _TRAINER, _NODE = "trainer", "flower-supernode"
 _REFUSED, _JOINED, _PARTING = "Failed to activate SuperNode", "SuperNode ID:", "Exit Code:"
@@ -166,7 +168,8 @@ class _Supervisor:
         if _REFUSED in happened.text:
             self.refused = True
         if _JOINED in happened.text:
-            self.online.touch()
+            with disk_errors(self.online):
+                self.online.touch()
             self.refused_since = None
         line = shortened(happened.text) if happened.name == _NODE else plain(happened.text)
         if line and happened.name == _NODE and (self.parting or line.startswith(_PARTING)):
@@ -178,6 +181,8 @@ class _Supervisor:
     def _revive(self, name: str) -> None:
         """Start a process again that has died, unless it does so again and again."""
         now, status, deaths = time.monotonic(), self.processes[name].returncode, self.deaths[name]
+        if name == _TRAINER and status == WRONG:
+            raise UserError(f"{name}: {self.last[name].removeprefix('error: ')}")
         why = f"(signal {-status})" if status < 0 else f"with status {status}"
         deaths.append(now)
         if len(deaths) == _DEATHS and now - deaths[0] < _WITHIN:
