@@ -5,7 +5,7 @@ import os
 import pytest
 from flwr.supercore.task_identity import TaskIdentity
 
-from flower.grid import Clock
+from flower.grid import Clock, count_time
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -17,7 +17,4 @@ TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = (
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Deadlines pass while the server waits, however long the sites take on this machine."""
-    time = Clock()
-    for module in ("nodes", "sites", "server_app"):
-        monkeypatch.setattr(f"fedalt.flower.{module}.time", time)
-    return time
+    return count_time(monkeypatch)

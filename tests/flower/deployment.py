@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,21 +18,24 @@ import psutil
 import micro
 from fedalt.flower.deploy.address import free_port
 
-FEDALT = str(Path(sys.executable).with_name("fedalt"))
+FEDALT = (str(Path(sys.executable).with_name("fedalt")),)
+SPOILT = (sys.executable, str(Path(__file__).with_name("spoilt_site.py")))
+
+PATIENCE = 300.0
+"""Seconds; machines may be slow."""
 
 
 class Deployment:
-    """One server and some sites; all of it ends with the ``with`` block."""
+    """One server and some sites; all of it ends with the ``with`` block, and may serve several runs before."""
 
     def __init__(self, folder: Path, clients: int = 3, tls: Path | None = None) -> None:
         self.folder, self.clients, self.tls = folder, clients, tls
         self.address = f"127.0.0.1:{free_port()}"
         self.processes: dict[str, subprocess.Popen[str]] = {}
+        self._from: dict[str, int] = {}
 
     def __enter__(self) -> Deployment:
-        self.start_server()
-        for client in range(self.clients):
-            self.start_site(client)
+        self.restore()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,17 +46,29 @@ class Deployment:
                 self.processes[name].wait(30)
             self.kill(name)
 
+    def restore(self) -> None:
+        """Start whatever does not run."""
+        if not self.runs("server"):
+            self.start_server()
+        for client in range(self.clients):
+            if not self.runs(f"site{client}"):
+                self.start_site(client)
+
+    def runs(self, name: str) -> bool:
+        return name in self.processes and self.processes[name].poll() is None
+
     def start_server(self) -> None:
         trust = ["--tls", str(self.tls)] if self.tls else []
         self._start("server", ["server", "--address", self.address, "--state", str(self.folder / "server"), *trust])
         self.wait_for("server", "at site N: fedalt site")
 
-    def start_site(self, client: int, *extra: str) -> None:
+    def start_site(self, client: int, *extra: str, spoilt: str = "") -> None:
         trust = ["--ca", f"{self.tls}/ca.crt", "--key", f"{self.tls}/keys/client_{client}"] if self.tls else []
         state = str(self.state(client))
         self._start(
             f"site{client}",
             ["site", "--server", self.address, "--client-id", str(client), "--state", state, *trust, *extra],
+            (*SPOILT, spoilt) if spoilt else FEDALT,
         )
 
     def state(self, client: int) -> Path:
@@ -62,13 +78,20 @@ class Deployment:
         name = Path(values["out"]).name
         path = micro.write_yaml(self.folder / f"{name}.yaml", values)
         trust = ["--ca", f"{self.tls}/ca.crt"] if self.tls else []
+        for other in self.processes:
+            self._mark(other)
         return self._start("submit", ["submit", str(path), "--server", self.address, *trust, *extra])
 
     def finish(self, values: dict[str, Any], *extra: str, code: int = 0) -> str:
         """Submit and wait; what it printed."""
         process = self.submit(values, *extra)
-        assert process.wait(240) == code, self.log("submit")
+        assert process.wait(PATIENCE) == code, self.log("submit")
         return self.log("submit")
+
+    def end(self, name: str) -> None:
+        """Ask a process to end, and see it end."""
+        self.processes[name].terminate()
+        self.processes[name].wait(60)
 
     def kill(self, name: str) -> None:
         """``kill -9`` of a process and of everything that it started."""
@@ -80,10 +103,27 @@ class Deployment:
         self.processes[name].wait()
 
     def log(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text()
+        """What a process has printed since it was started, or since the last run was submitted."""
+        return (self.folder / f"{name}.log").read_bytes()[self._from[name] :].decode()
 
-    def wait_for(self, name: str, text: str, seconds: float = 120) -> None:
-        wait(lambda: text in self.log(name), seconds, lambda: f"{text!r} not in {name}.log:\n{self.log(name)}")
+    def _mark(self, name: str) -> None:
+        path = self.folder / f"{name}.log"
+        self._from[name] = path.stat().st_size if path.exists() else 0
+
+    def wait_for(self, name: str, text: str, times: int = 1) -> None:
+        def said() -> bool:
+            return self.log(name).count(text) >= times
+
+        wait(said, lambda: f"{text!r} not in {name}.log:\n{self.log(name)}")
+
+    def trainer(self, client: int) -> psutil.Process:
+        return psutil.Process(json.loads((self.state(client) / "trainer.json").read_text())["pid"])
+
+    def wait_for_training(self, client: int, seconds: float = 1.0) -> None:
+        """Wait until a site's trainer has computed for so long from now on."""
+        process = self.trainer(client)
+        before = process.cpu_times().user
+        wait(lambda: process.cpu_times().user > before + seconds, lambda: f"site {client} does not train")
 
     def models(self, run: str) -> dict[str, Any]:
         """Every client's saved model, of a run whose folder has this name."""
@@ -93,11 +133,12 @@ class Deployment:
             found |= micro.adapters(path)
         return found
 
-    def _start(self, name: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    def _start(self, name: str, arguments: Sequence[str], program: Sequence[str] = FEDALT) -> subprocess.Popen[str]:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._mark(name)
         with (self.folder / f"{name}.log").open("a") as log:
             self.processes[name] = subprocess.Popen(
-                [FEDALT, *arguments],
+                [*program, *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -108,8 +149,8 @@ class Deployment:
         return self.processes[name]
 
 
-def wait(until: Callable[[], bool], seconds: float, why: Callable[[], str]) -> None:
-    end = time.monotonic() + seconds
+def wait(until: Callable[[], bool], why: Callable[[], str]) -> None:
+    end = time.monotonic() + PATIENCE
     while not until():
         assert time.monotonic() < end, why()
         time.sleep(0.1)

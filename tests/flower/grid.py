@@ -12,9 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
+import micro
 from fedalt.experiment.members import Bases
 from fedalt.flower.consent import Consent
 from fedalt.flower.messages import reply_in, request_in, to_server
@@ -38,6 +41,14 @@ class Clock:
         self._now += seconds
 
 
+def count_time(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Deadlines pass while the server waits, however long the sites take on this machine."""
+    time = Clock()
+    for module in ("nodes", "sites", "server_app"):
+        monkeypatch.setattr(f"fedalt.flower.{module}.time", time)
+    return time
+
+
 class LocalGrid(Grid):
     """Sites of this process behind Flower's interface."""
 
@@ -52,11 +63,17 @@ class LocalGrid(Grid):
         self.seen: list[tuple[int, Request]] = []
         self.sent: list[tuple[int, Request, Reply]] = []
         self.ttls: set[float] = set()
+        self.messages: list[tuple[int, Message, Message]] = []
         self._inbox: dict[str, Message] = {}
         self._count = 0
 
     def site(self, client: int, **named: Any) -> Site:
         return Site(client, self.folder / str(client), self.bases, **{"consent": self.consent, **named})
+
+    def models(self) -> dict[str, torch.Tensor]:
+        """Every client's saved model, of the one run."""
+        paths = [path for client in self.sites for path in (self.folder / str(client)).iterdir() if path.is_dir()]
+        return {name: value for path in paths for name, value in micro.adapters(path).items()}
 
     def restart(self, client: int, node: int | None = None) -> None:
         """A site's processes begin anew; what is on its disk stays."""
@@ -109,6 +126,7 @@ class LocalGrid(Grid):
         reply = self.tamper(client, request, reply)
         if fault != "late":
             answer = to_server(reply, message)
+            self.messages.append((client, message, answer))
             self.sent.append((client, request, reply_in(answer)))
             self._inbox[name] = answer
         return name

@@ -37,15 +37,6 @@ def run(
     return grid, micro.events(folder / "run")
 
 
-def models(grid: LocalGrid) -> dict[str, torch.Tensor]:
-    """Every client's saved model."""
-    found = {}
-    for client in grid.sites:
-        for path in (grid.folder / str(client)).glob("run-*"):
-            found |= micro.adapters(path)
-    return found
-
-
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 

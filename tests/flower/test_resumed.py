@@ -9,7 +9,7 @@ import pytest
 
 from fedalt.errors import UserError
 from fedalt.experiment.members import Bases
-from flower.rounds import KilledError, killed_at, models, run, same
+from flower.rounds import KilledError, killed_at, run, same
 
 pytestmark = pytest.mark.usefixtures("clock")
 OTHER: dict[str, dict[str, Any]] = {
@@ -35,7 +35,7 @@ def test_uploads_made_under_other_settings_are_not_taken(kind: str, tmp_path: Pa
     new = {path for client in range(3) for path in (tmp_path / "sites" / str(client)).glob("run-*")} - old
     assert len(old) == len(new) == 3
     assert not any((path / "clients").exists() for path in old)
-    assert same(models(grid), models(fresh))
+    assert same(grid.models(), fresh.models())
 
 
 def test_a_finished_round_keeps_its_settings(tmp_path: Path, bases: Bases) -> None:
@@ -50,5 +50,5 @@ def test_how_many_sites_and_how_long_may_change(tmp_path: Path, bases: Bases) ->
     with pytest.raises(KilledError):
         run(tmp_path, bases, sink=killed_at("client", 2), flower__min_sites=3)
     grid, _ = run(tmp_path, bases, if_exists="resume", flower__min_sites=2, flower__round_deadline=60)
-    assert same(models(grid), models(undisturbed))
+    assert same(grid.models(), undisturbed.models())
     assert [r.round for c, r in grid.seen if c == 0 and r.do == "train"] == [2, 3]
