@@ -310,6 +310,20 @@ def test_the_help_names_everything_that_can_be_measured():
     assert f"one of {', '.join(WHATS)}." in text
 
 
+@pytest.mark.slow
+def test_two_clients_in_flowers_simulation(monkeypatch):
+    """In processes of their own: the server, and an actor for each thread."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
+    spec = Spec(side="flower", model="tiny", clients=2, rows=3, batch_size=2, threads=2, dropout=0.0)
+    flower, peft = (bench.run_worker(replace(spec, side=side)) for side in ("flower", "peft"))
+    assert flower["tokens"] == peft["tokens"] > 0
+    assert 0 < flower["seconds"] < flower["elapsed"], "start-up and the first round are not in it"
+    assert flower["memory"]["process"] > peft["memory"]["process"], "that of the server and of all actors"
+    assert len(flower["values"]) == 2
+    assert flower["values"] == pytest.approx(peft["values"], rel=0.1)  # one step ahead of it
+
+
 def test_flower_is_asked_for_only_where_it_is_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'flwr[simulation]'" in refused("bench", "--against", "flower")
