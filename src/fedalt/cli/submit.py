@@ -29,7 +29,7 @@ def submit(
     ca: Ca = None,
     tls: Annotated[Path | None, typer.Option("--tls", metavar="DIR", help="the same as --ca DIR/ca.crt")] = None,
     allow_two: Annotated[
-        bool, typer.Option("--allow-two", help="the same as --set flower.allow_two=true; both sites must agree, too")
+        bool, typer.Option("--allow-two", help="the same as --set flower.allow_two=true; all sites must agree, too")
     ] = False,
     simulation: Annotated[
         bool, typer.Option("--simulation", help="Flower's simulation on this machine instead of a server")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
@@ -38,8 +40,14 @@ def reply_in(message: Message) -> Reply:
 def _content(header: str, block: bytes) -> RecordDict:
     content = RecordDict({_HEADER: ConfigRecord({_HEADER: header})})
     if block:
-        content[_BLOCK] = ArrayRecord({_BLOCK: Array(np.frombuffer(block, np.uint8))})
+        content[_BLOCK] = _record(block)
     return content
+
+
+@lru_cache(maxsize=1)
+def _record(block: bytes) -> ArrayRecord:
+    """One record for all who are told the same: it is copied and hashed once, and sent to the SuperLink once."""
+    return ArrayRecord({_BLOCK: Array(np.frombuffer(block, np.uint8))})
 
 
 def _parts(message: Message) -> tuple[str, bytes]:

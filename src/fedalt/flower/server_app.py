@@ -45,8 +45,10 @@ def main(grid: Grid, context: Context) -> None:
     """Serve the run that ``fedalt submit`` has sent."""
     given = context.run_config
     exists: IfExists = "resume" if given["resume"] else "overwrite" if given["overwrite"] else "ask"
+    settings = json.loads(str(given["settings"]))
+    retry_soon(GRID, "pull_objects", settings["flower"]["round_deadline"])
     try:
-        serve(grid, json.loads(str(given["settings"])), exists, _tell)
+        serve(grid, settings, exists, _tell)
     except UserError as error:
         _log.error("error: %s", error)
         raise
@@ -62,7 +64,6 @@ def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink)
         UserError: Settings that do not suit sites, a folder that is taken, too few sites, or sites that do not fit.
     """
     config, method = checked(parse_config(settings, "settings"))
-    retry_soon(GRID, "pull_objects", config.flower.round_deadline)
     folder = claim_folder(config.folder, if_exists)
     log = EventLog(folder.events, sink)
     nodes = Nodes(grid, method.clients, ttl=config.flower.round_deadline + LATE)
