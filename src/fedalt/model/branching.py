@@ -48,6 +48,8 @@ def branches_exactly(base: Any, context: RowContext, clients: int) -> bool:
             out = base(
                 input_ids=row, attention_mask=additive(seen, base.dtype), position_ids=positions, use_cache=False
             )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception:  # whatever a model makes of such a mask
         return False
     tolerance = 1e-4 if base.dtype in (torch.float32, torch.float64) else 5e-2
