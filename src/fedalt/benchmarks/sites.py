@@ -4,7 +4,8 @@ Two things, printed as JSON:
 
 - ``round``: one server and ``--sites`` sites on loopback, started as ``fedalt server`` and ``fedalt site`` do, with
   adapters of ``--megabytes`` each. For every round but the first: its seconds at the server, less those of the slowest
-  site's training.
+  site's training, what it writes to its disk before it replies included; and the processor time of the server's
+  processes, joining and scoring included, over the number of rounds.
 - ``server``: seconds and bytes of the server for ``--clients`` uploads in a round: reading them off the wire, checking,
   summing, and packing the answer; without a network and with one core.
 """
@@ -24,6 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import psutil
 
 from fedalt.config import RunConfig, load_config
 from fedalt.experiment.events import read_events
@@ -61,8 +64,10 @@ def _rounds(folder: Path, sites: int, megabytes: float, rounds: int) -> dict[str
             ("out", str(folder / "run")),
         ],
     )
-    with _federation(folder, sites) as address:
+    with _federation(folder, sites) as (address, server):
+        before = _core_seconds(server)
         _submit(folder, config, address)
+        core = _core_seconds(server) - before
     seconds = {e["round"]: e["seconds"] for e in read_events(folder / "run/events.jsonl") if e["event"] == "round"}
     up = [e["bytes_up"] for e in read_events(folder / "run/events.jsonl") if e["event"] == "client"]
     training: dict[int, list[float]] = {}
@@ -72,7 +77,19 @@ def _rounds(folder: Path, sites: int, megabytes: float, rounds: int) -> dict[str
                 training.setdefault(event["round"], []).append(event["seconds"])
     beside = [seconds[number] - max(training[number]) for number in seconds if number > 1]
     spread = {"median": median(beside), "min": min(beside), "max": max(beside)}
-    return {"sites": sites, "bytes_up_per_site": median(up), "rounds": len(beside), "seconds_beside_training": spread}
+    return {
+        "sites": sites,
+        "bytes_up_per_site": median(up),
+        "rounds": len(beside),
+        "seconds_beside_training": spread,
+        "server_core_seconds": core / rounds,
+    }
+
+
+def _core_seconds(process: subprocess.Popen[bytes]) -> float:
+    """Processor time of a process and all below it, those that have ended included."""
+    here = psutil.Process(process.pid)
+    return sum(sum(one.cpu_times()[:4]) for one in (here, *here.children(recursive=True)))
 
 
 def _rank(megabytes: float) -> int:
@@ -84,7 +101,7 @@ def _rank(megabytes: float) -> int:
 
 
 @contextmanager
-def _federation(folder: Path, sites: int) -> Iterator[str]:
+def _federation(folder: Path, sites: int) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     from fedalt.flower.deploy.address import free_port
 
     address = f"127.0.0.1:{free_port()}"
@@ -96,7 +113,7 @@ def _federation(folder: Path, sites: int) -> Iterator[str]:
             state = str(folder / f"state{site}")
             command = ["site", "--server", address, "--client-id", str(site), "--state", state]
             processes.append(_start(folder, f"site{site}", command))
-        yield address
+        yield address, processes[0]
     finally:
         for process in processes:
             process.send_signal(signal.SIGTERM)
