@@ -9,8 +9,11 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import threading
+import time
 from typing import Any
 
+import psutil
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 from flwr.supernode.runtime.run_clientapp import run_clientapp
@@ -26,14 +29,22 @@ class Forks(SubprocessExecutor):
 
     def launch(self, spec: ExecutionSpec) -> LaunchResult:
         """Start a ClientApp."""
-        named = {"insecure": spec.insecure, "parent_pid": spec.parent_pid}
-        _FORKS.Process(target=_client_app, args=(spec.runtime_api_address, spec.token), kwargs=named).start()
+        arguments = (spec.runtime_api_address, spec.token, spec.insecure, os.getpid())
+        _FORKS.Process(target=_client_app, args=arguments).start()
         return LaunchResult.accepted()
 
 
-def _client_app(*args: Any, **kwargs: Any) -> None:
+def _client_app(address: str, token: str, insecure: bool, parent_pid: int) -> None:
+    threading.Thread(target=end_with, args=(parent_pid,), daemon=True).start()
     retry_soon(CLIENT_APP, "pull_and_inflate_object_from_tree")
-    run_clientapp(*args, **kwargs)
+    run_clientapp(address, token, insecure=insecure, parent_pid=parent_pid)
+
+
+def end_with(process: int) -> None:
+    """End this process when another has ended: a ClientApp would ask a killed SuperNode for its message for ever."""
+    while psutil.pid_exists(process):
+        time.sleep(1)
+    os._exit(1)
 
 
 def main() -> None:
