@@ -85,14 +85,13 @@ class Batch:
 
     def grow(self, beams: int) -> None:
         """So many beams for every prompt from here on."""
-        self.cache.batch_repeat_interleave(beams)
-        self.mask, self.answers = self.mask.repeat_interleave(beams, 0), self.answers.repeat_interleave(beams, 0)
+        self.answers = self.answers.repeat_interleave(beams, 0)
+        self._grow(beams)
 
     def add(self, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n vocab"]:
         """Add one token to every answer; scores of the next one."""
         self.answers = torch.cat([self.answers, tokens[:, None]], 1)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        return self._read(tokens[:, None], self.mask, self.mask.sum(1, keepdim=True) - 1, self.prompts)
+        return self._add(tokens)
 
     def keep(self, prompts: Bool[Tensor, " p"]) -> None:
         """Let go of all other prompts."""
@@ -101,27 +100,34 @@ class Batch:
         self._keep(prompts, rows)
         self.prompts = [prompt for prompt, stays in zip(self.prompts, prompts.tolist(), strict=True) if stays]
 
+    def reorder(self, source: Int[Tensor, " n"]) -> None:
+        """Go on from other beams of the same prompts."""
+        self.answers = self.answers[source]
+        self._reorder(source)
+
+    def _grow(self, beams: int) -> None:
+        self.cache.batch_repeat_interleave(beams)
+        self.mask = self.mask.repeat_interleave(beams, 0)
+
+    def _add(self, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n vocab"]:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        return self._read(tokens[:, None], self.mask, self.mask.sum(1, keepdim=True) - 1, self.prompts)
+
     def _keep(self, prompts: Bool[Tensor, " p"], rows: Bool[Tensor, " n"]) -> None:
         self.cache.batch_select_indices(rows.nonzero()[:, 0])
         self.mask = self.mask[rows]
 
-    def reorder(self, source: Int[Tensor, " n"]) -> None:
-        """Go on from other beams of the same prompts."""
-        self.answers = self.answers[source]
+    def _reorder(self, source: Int[Tensor, " n"]) -> None:
         self.cache.reorder_cache(source)  # type: ignore[arg-type]
 
 
 class Branched(Batch):
     """Beams of a prompt are branches of one row: nothing is kept twice, and nothing moves when beams change."""
 
-    def grow(self, beams: int) -> None:
-        """So many beams for every prompt from here on."""
-        self.answers = self.answers.repeat_interleave(beams, 0)
+    def _grow(self, beams: int) -> None:
         self._seen = self.mask.bool().repeat_interleave(beams, 0)
 
-    def add(self, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n vocab"]:
-        """Add one token to every answer; scores of the next one."""
-        self.answers = torch.cat([self.answers, tokens[:, None]], 1)
+    def _add(self, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n vocab"]:
         rows = len(self.prompts)
         beams = len(tokens) // rows
         itself = torch.eye(beams, dtype=torch.bool, device=tokens.device).repeat(rows, 1)
@@ -134,6 +140,5 @@ class Branched(Batch):
         self.cache.batch_select_indices(prompts.nonzero()[:, 0])
         self._seen = self._seen[rows]
 
-    def reorder(self, source: Int[Tensor, " n"]) -> None:
-        """Go on from other beams of the same prompts."""
-        self.answers, self._seen = self.answers[source], self._seen[source]
+    def _reorder(self, source: Int[Tensor, " n"]) -> None:
+        self._seen = self._seen[source]

@@ -31,12 +31,11 @@ class Search:
         owners: Tells the adapters whose rows they see.
         beams: 1 for greedy search.
         longest: Most new tokens.
-        branched: Whether beams share a row; that must be exact for this model.
+        branched: Whether beams, more than one, share a row; that must be exact for this model.
     """
 
     def __init__(self, owners: Owners, beams: int, longest: int, branched: bool) -> None:
-        self.owners, self.beams, self.longest = owners, beams, longest
-        self.branched = branched and beams > 1
+        self.owners, self.beams, self.longest, self.branched = owners, beams, longest, branched
 
     def __call__(
         self,

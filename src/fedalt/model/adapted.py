@@ -24,6 +24,7 @@ from fedalt.model.packing import enable_packing
 from fedalt.model.rowmap import MixerProbe, RowContext, RowMap
 from fedalt.model.state import ClientState
 from fedalt.model.targets import find_targets, is_linear
+from fedalt.model.trial import agree
 from fedalt.model.trimming import enable_trimming
 from fedalt.names import Key
 
@@ -122,9 +123,7 @@ class AdaptedModel:
             raise
         except Exception as error:  # whatever a model makes of one long row
             return f"{type(error).__name__}: {error}".strip(": ").split("\n")[0]
-        tolerance = 1e-4 if self.base.dtype in (torch.float32, torch.float64) else 5e-2
-        same = bool((packed - padded).abs().max() <= tolerance * padded.abs().max())
-        return "" if same else "its rows see each other when they are packed"
+        return "" if agree(packed, padded, self.base.dtype) else "its rows see each other when they are packed"
 
     @cached_property
     def branches(self) -> bool:
