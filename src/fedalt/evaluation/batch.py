@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from inspect import signature
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from fedalt.model.branching import additive
 
-_TOKENS = 4_096
+_TOKENS = 2_048
 """Tokens of prompts that are read at a time."""
 
 Owners = Callable[[Sequence[int], Tensor | None], AbstractContextManager[None]]
@@ -46,25 +46,23 @@ class Batch:
         self._known = signature(model.forward).parameters
 
     def read_prompts(self) -> Float[Tensor, "n vocab"]:
-        """Read the prompts, some rows at a time without the padding they share; scores of the next token."""
-        lengths, scores = self.mask.sum(1).tolist(), []
+        """Read the prompts, those of like length together, without shared padding; scores of the next token."""
         layers: Any = self.cache.layers
-        start = 0
-        while start < len(lengths):
-            end, width = start + 1, lengths[start]
-            while end < len(lengths) and (end + 1 - start) * max(width, lengths[end]) <= _TOKENS:
-                width = max(width, lengths[end])
-                end += 1
+        parts = []
+        for rows in _alike(self.mask.sum(1).tolist()):
+            width = int(self.mask[rows].sum(1).max())
             for layer in layers:
-                layer.rows = slice(start, end)
-            ids, mask = self.ids[start:end, -width:], self.mask[start:end, -width:]
+                layer.rows = rows
+            ids, mask = self.ids[rows, -width:], self.mask[rows, -width:]
             last = torch.tensor([width - 1], device=ids.device)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            scores.append(self._read(ids, mask, positions, self.prompts[start:end], last))
-            start = end
+            parts.append((rows, self._read(ids, mask, positions, [self.prompts[row] for row in rows], last)))
         for layer in layers:
             layer.close()
-        return torch.cat(scores)
+        scores = parts[0][1].new_empty(len(self.ids), parts[0][1].shape[1])
+        for rows, some in parts:
+            scores[rows] = some
+        return scores
 
     def _read(
         self,
@@ -142,3 +140,12 @@ class Branched(Batch):
 
     def _reorder(self, source: Int[Tensor, " n"]) -> None:
         self._seen = self._seen[source]
+
+
+def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows of like length, longest first, in parts of ``_TOKENS`` with their padding; a part keeps the rows' order."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    while order:
+        fit = max(1, _TOKENS // max(1, lengths[order[0]]))
+        yield sorted(order[:fit])
+        order = order[fit:]

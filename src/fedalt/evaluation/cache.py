@@ -24,7 +24,7 @@ class AnswerLayer(DynamicLayer):
     def __init__(self, rows: int, prompt: int, room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.shape, self.prompt = (rows, prompt + room), prompt
-        self.rows: slice | None = None
+        self.rows: list[int] | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add tokens; returns all keys and values of the rows that are being read."""

@@ -15,8 +15,10 @@ from fedalt.data.batches import Batch
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.rowmap import MixerProbe
 
-_LOGITS = 1 << 24
-"""Most logits at a time (64 MiB in fp32)."""
+_LOGITS = 1 << 22
+"""Logits at a time (16 MiB in fp32): larger pieces cost fresh memory and gain nothing."""
+_TOKENS = 64
+"""Tokens at a time at least, whatever the vocabulary: fewer would wait for the head's weights."""
 
 
 def client_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None = None) -> Float[Tensor, " k"]:
@@ -41,7 +43,7 @@ def _class_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None) -
 def token_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None = None) -> Float[Tensor, " s"]:
     """Cross-entropy of every answer token."""
     out = model.hidden(batch.inputs, batch.rows, batch.place, probe)
-    chunk = max(1, _LOGITS // model.base.config.get_text_config().vocab_size)
+    chunk = max(_TOKENS, _LOGITS // model.base.config.get_text_config().vocab_size)
     head = partial(logits, model.base, out)
     losses: Tensor = TokenLosses.apply(out.last_hidden_state, batch.target, head, chunk)  # type: ignore[no-untyped-call]
     return losses
@@ -58,8 +60,8 @@ def logits(base: Any, out: Any, hidden: Float[Tensor, "s d"]) -> Float[Tensor, "
     replaced = type(out)(last_hidden_state=hidden[None])
     backbone, ids = base.get_decoder(), torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     with patch.object(backbone, "forward", lambda *args, **kwargs: replaced):
-        scores: Tensor = base(input_ids=ids).logits[0]
-    return scores
+        scores: Tensor = base(input_ids=ids).logits
+    return scores.squeeze(0)  # an index would fill its gradient with zeros first
 
 
 class TokenLosses(torch.autograd.Function):
@@ -85,11 +87,13 @@ class TokenLosses(torch.autograd.Function):
             with torch.set_grad_enabled(needed):
                 scores = head(states.requires_grad_(needed))
                 scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-            total, at = scores.detach().logsumexp(-1, keepdim=True), targets[:, None]
-            losses.append((total - scores.detach().gather(1, at))[:, 0])
+            z, at = scores.detach(), targets[:, None]
+            top = z.amax(-1, keepdim=True)
+            slope = (z - top).exp_()
+            total = slope.sum(-1, keepdim=True)
+            losses.append((total.log() + top - z.gather(1, at))[:, 0])
             if needed:
-                slope = (scores.detach() - total).exp_()
-                slope.scatter_add_(1, at, -torch.ones_like(total))
+                slope.div_(total).scatter_add_(1, at, -torch.ones_like(total))
                 grads += torch.autograd.grad(scores, states, slope)
         if needed:
             ctx.save_for_backward(torch.cat(grads))
