@@ -30,7 +30,8 @@ from fedalt.federation.client import ClientResult, RoundSettings
 from fedalt.federation.cohort import cohort_size
 from fedalt.federation.executor import run_clients
 from fedalt.federation.server import Server
-from fedalt.methods.base import Message, Method
+from fedalt.methods.base import Method
+from fedalt.methods.exchange import Message
 from fedalt.methods.registry import configured, get_method
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement

@@ -21,7 +21,7 @@ from fedalt.experiment.engine import run as run_engine
 from fedalt.experiment.folder import claim_folder
 from fedalt.experiment.messages import Outbox, read
 from fedalt.experiment.prepare import prepare
-from fedalt.methods.base import Message
+from fedalt.methods.exchange import Message
 from fedalt.names import Key
 from micro import (
     ENVIRONMENT,

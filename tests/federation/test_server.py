@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from fedalt.config import FederationConfig
 from fedalt.errors import UserError
 from fedalt.federation.server import Server
-from fedalt.methods.base import Message, Method
+from fedalt.methods.base import Method
+from fedalt.methods.exchange import Message
 from fedalt.methods.mean import WeightedSum
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, INDIVIDUAL, ROW, A, B, Key, Tensors

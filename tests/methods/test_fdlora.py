@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fedalt.data.batches import collate
 from fedalt.methods import fdlora
-from fedalt.methods.base import Gathered, Method
+from fedalt.methods.base import Method
+from fedalt.methods.exchange import Gathered
 from fedalt.methods.fdlora import VELOCITY, fused
 from fedalt.methods.search import BOUND, best_pairs
 from fedalt.model.adapted import AdaptedModel

@@ -13,8 +13,9 @@ from fedalt.config import FederationConfig
 from fedalt.errors import UserError
 from fedalt.federation.client import ClientResult
 from fedalt.federation.server import Server
-from fedalt.methods.base import Gathered, Message, Method, Phase, Slot
+from fedalt.methods.base import Method, Phase, Slot
 from fedalt.methods.clusters import cluster_rows
+from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.fedalt import FedALT
 from fedalt.methods.fedsa_lora import FedSALoRA
 from fedalt.model.adapted import AdaptedModel

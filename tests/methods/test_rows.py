@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedalt.methods.base import Gathered
 from fedalt.methods.clusters import cluster_rows, groups, similarities
+from fedalt.methods.exchange import Gathered
 from fedalt.methods.rows import AGGREGATORS
 from fedalt.model.state import ClientState
 from fedalt.names import INDIVIDUAL, ROW, A, B, Key, Tensors

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedalt.data.batches import collate
-from fedalt.methods.unequal import HetLoRA
+from fedalt.methods.hetlora import HetLoRA
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState

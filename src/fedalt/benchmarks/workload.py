@@ -15,7 +15,8 @@ from fedalt.config import FederationConfig, LoraConfig, TrainingConfig
 from fedalt.data.batches import Plan, plan_round
 from fedalt.data.encode import Example, Prompt
 from fedalt.federation.server import Server
-from fedalt.methods.base import Message, Method
+from fedalt.methods.base import Method
+from fedalt.methods.exchange import Message
 from fedalt.methods.registry import get_method
 from fedalt.model.base import positions
 from fedalt.model.state import AdapterShape, ClientState, initial_state

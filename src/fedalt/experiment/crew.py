@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from fedalt.config import RunConfig
 from fedalt.experiment.checkpoint import Checkpoint
-from fedalt.methods.base import Message, Method
+from fedalt.methods.base import Method
+from fedalt.methods.exchange import Message
 from fedalt.names import Key
 from fedalt.training.local import TrainingStats
 

@@ -15,7 +15,7 @@ from fedalt.experiment.scoring import Points, log_points
 from fedalt.experiment.workers import Workers
 from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.files import scratch_folder
-from fedalt.methods.base import Message
+from fedalt.methods.exchange import Message
 
 
 @dataclass(frozen=True)

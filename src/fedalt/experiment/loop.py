@@ -18,7 +18,7 @@ from fedalt.federation.diagnostics import row_gap
 from fedalt.federation.participation import sample_clients
 from fedalt.federation.server import Server
 from fedalt.files import read_json, write_json
-from fedalt.methods.base import Message
+from fedalt.methods.exchange import Message
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedalt.methods.base import Message
+from fedalt.methods.exchange import Message
 from fedalt.model.state import load_tensors, save_tensors
 from fedalt.names import Tensors
 

@@ -23,7 +23,7 @@ from fedalt.federation.client import installed, train_phases
 from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.federation.server import Server
 from fedalt.files import write_json
-from fedalt.methods.base import Message
+from fedalt.methods.exchange import Message
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
 

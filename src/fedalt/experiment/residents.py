@@ -20,7 +20,7 @@ from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.federation.diagnostics import row_drift
 from fedalt.federation.executor import run_clients
 from fedalt.federation.per_client import PerClient
-from fedalt.methods.base import Message
+from fedalt.methods.exchange import Message
 from fedalt.model.state import ClientState
 from fedalt.names import ROW
 

@@ -9,7 +9,8 @@ from functools import partial
 
 from fedalt.config import LoraConfig, TrainingConfig
 from fedalt.data.batches import Plan
-from fedalt.methods.base import Message, Method, Phase
+from fedalt.methods.base import Method, Phase
+from fedalt.methods.exchange import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState

@@ -8,7 +8,7 @@ from functools import partial
 from fedalt.data.batches import Plan
 from fedalt.federation.client import ClientResult, RoundSettings, client_round
 from fedalt.federation.cohort import cohorts
-from fedalt.methods.base import Message
+from fedalt.methods.exchange import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState
 from fedalt.training.local import OnStep

@@ -12,7 +12,8 @@ from torch import Tensor
 from fedalt.config import FederationConfig
 from fedalt.errors import UserError
 from fedalt.federation.per_client import PerClient
-from fedalt.methods.base import Gathered, Message, Method
+from fedalt.methods.base import Method
+from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.mean import mean_of
 from fedalt.names import HEAD, RANK_AXIS, Key, Tensors, parted
 

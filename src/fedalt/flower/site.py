@@ -39,7 +39,7 @@ from fedalt.flower.members import Common, Member, rule_of
 from fedalt.flower.requests import ApartError, Reply, Request
 from fedalt.flower.rows import SiteRows
 from fedalt.flower.wire import pack, unpack
-from fedalt.methods.base import Message
+from fedalt.methods.exchange import Message
 from fedalt.model.state import ClientState
 from fedalt.names import ROW, parted
 

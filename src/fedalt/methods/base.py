@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from fedalt.config import LoraConfig, RunConfig
 from fedalt.data.encode import Example
 from fedalt.errors import UserError
-from fedalt.methods.products import Factors
+from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.resize import cut, padded
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.mixing import SUM, Mixing
 from fedalt.model.state import AdapterShape, ClientState
-from fedalt.names import GLOBAL, RANK_AXIS, A, B, Key, Tensors
+from fedalt.names import GLOBAL, A, B, Key, Tensors
 from fedalt.seeding import rng
 from fedalt.training.rules import PLAIN, Rule
 
@@ -59,53 +59,6 @@ class Phase:
     def trains(self, key: Key) -> bool:
         """Whether this tensor is trained."""
         return key.factor in self.train.get(key.slot, NONE)
-
-
-@dataclass(frozen=True)
-class Message:
-    """What the server tells one client at the start of a round.
-
-    Attributes:
-        tensors: A mean of uploads, or whatever the method makes of them.
-        share: This client's weight p in that mean, 0 when it is not in it (late, failed, or left out on purpose).
-    """
-
-    tensors: Tensors
-    share: float = 0.0
-
-    @property
-    def bytes(self) -> int:
-        """Size of the tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """What the server has to make an answer of.
-
-    Attributes:
-        uploads: Client → its latest upload that counts.
-        weights: Client → its unnormalised weight.
-        memory: What the method remembers from round to round.
-        round: The round whose uploads came last.
-    """
-
-    uploads: Mapping[int, Tensors]
-    weights: Mapping[int, float]
-    memory: Tensors
-    round: int
-
-    def shares(self, without: int | None = None) -> dict[int, float]:
-        """Normalised weights, perhaps of everybody but one client."""
-        others = {client: weight for client, weight in self.weights.items() if client != without}
-        total = sum(others.values())
-        return {client: weight / total for client, weight in others.items()}
-
-    def factors(self, slot: str) -> dict[str, dict[int, Factors]]:
-        """Module → client → (A, B) of a slot; every upload is read once."""
-        uploads = {client: self.uploads[client] for client in self.weights}
-        modules = dict.fromkeys(key.module for key in next(iter(uploads.values())))
-        return {m: {c: (t[Key(m, slot, A)], t[Key(m, slot, B)]) for c, t in uploads.items()} for m in modules}
 
 
 class Method:
@@ -294,24 +247,3 @@ def drawn(rows: Sequence[Example], count: int, seed: int, *purpose: str | int) -
 def copied(state: ClientState, source: str, to: str) -> ClientState:
     """The state with one slot's factors in another's place, too."""
     return state.with_tensors({k._replace(slot=to): v.clone() for k, v in state.tensors.items() if k.slot == source})
-
-
-def cut(tensors: Tensors, rank: int) -> dict[Key, Tensor]:
-    """Factors down to a rank: the first rows of A, the first columns of B."""
-    return {key: value.narrow(RANK_AXIS[key.factor], 0, rank).contiguous() for key, value in tensors.items()}
-
-
-def padded(tensors: Tensors, like: Tensors) -> dict[Key, Tensor]:
-    """Factors padded with zeros to the ranks of others.
-
-    Raises:
-        ValueError: A factor is larger than what it is padded to.
-    """
-    result = dict(tensors)
-    for key, value in tensors.items():
-        rows, columns = (want - have for want, have in zip(like[key].shape, value.shape, strict=True))
-        if rows < 0 or columns < 0:
-            raise ValueError(f"{key} is {tuple(value.shape)}, larger than {tuple(like[key].shape)}")
-        if rows or columns:
-            result[key] = torch.nn.functional.pad(value, (0, columns, 0, rows))
-    return result

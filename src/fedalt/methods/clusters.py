@@ -10,7 +10,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from fedalt.methods.base import Gathered
+from fedalt.methods.exchange import Gathered
 from fedalt.methods.mean import mean_of
 from fedalt.methods.products import inner
 from fedalt.names import A, B, Key

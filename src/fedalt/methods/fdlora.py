@@ -10,7 +10,8 @@ from torch import Tensor
 from fedalt.config import RunConfig
 from fedalt.data.batches import collate
 from fedalt.data.encode import Example
-from fedalt.methods.base import BOTH, NONE, Gathered, Message, Method, Phase, Slot, copied, drawn
+from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot, copied, drawn
+from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.mean import mean_of
 from fedalt.methods.search import best_pairs
 from fedalt.model.adapted import AdaptedModel

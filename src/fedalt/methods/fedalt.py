@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fedalt.config import LoraConfig, RunConfig
 from fedalt.errors import UserError
-from fedalt.methods.base import BOTH, NONE, Gathered, Message, Method, Phase, Slot
+from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot
 from fedalt.methods.clusters import cluster_rows
+from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.mean import refuse_weighting
 from fedalt.methods.rows import AGGREGATORS, ROBUST
 from fedalt.model.mixing import SOFTMAX, SUM, Mixing

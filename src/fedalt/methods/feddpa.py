@@ -8,7 +8,8 @@ from dataclasses import replace
 from fedalt.config import RunConfig
 from fedalt.data.encode import Example
 from fedalt.evaluation.likeness import anchors
-from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot, copied, drawn
+from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot, copied, drawn
+from fedalt.methods.exchange import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.mixing import Mixing

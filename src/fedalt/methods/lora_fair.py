@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedalt.config import RunConfig
-from fedalt.methods.base import Gathered, Message, Method
+from fedalt.methods.base import Method
+from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.options import LoRAFairConfig
 from fedalt.methods.products import Factors, Weighted, factor_means, fit_b, norm, onto, stacked
 from fedalt.names import GLOBAL, A, B, Key

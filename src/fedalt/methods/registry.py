@@ -16,11 +16,14 @@ from fedalt.methods.fedit import FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.fedsa_lora import FedSALoRA
 from fedalt.methods.ffa_lora import FFALoRA
+from fedalt.methods.flexlora import FlexLoRA
+from fedalt.methods.flora import FLoRA
+from fedalt.methods.hetlora import HetLoRA
 from fedalt.methods.local import Local
 from fedalt.methods.lora_fair import LoRAFair
 from fedalt.methods.pf2lora import PF2LoRA
 from fedalt.methods.references import Centralized, ZeroShot
-from fedalt.methods.unequal import FlexLoRA, FLoRA, HetLoRA, ZeroPad
+from fedalt.methods.zero_pad import ZeroPad
 
 METHODS: dict[str, type[Method]] = {
     method.name: method

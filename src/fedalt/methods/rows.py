@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fedalt.methods.base import Gathered
+from fedalt.methods.exchange import Gathered
 from fedalt.methods.options import FedALTConfig
 from fedalt.methods.products import Factors, fit_b, stacked, truncated
 from fedalt.names import INDIVIDUAL, ROW, A, B, Key

@@ -1,0 +1,74 @@
+"""FLoRA: stacks of all LoRAs, merged into everybody's base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.products import stacked
+from fedalt.methods.unequal import Unequal
+from fedalt.model.state import AdapterShape, ClientState
+from fedalt.names import GLOBAL, MERGED, A, B, Key, Tensors, W
+from fedalt.seeding import rng
+
+
+class FLoRA(Unequal):
+    """Wang et al., NeurIPS 2024, arXiv 2409.05976: stacks of all LoRAs are merged into everybody's base.
+
+        A = [p_1 A_1; …; p_n A_n],   B = [B_1, …, B_n],   W0 ← W0 + s B A,   B A = Σ p_k B_k A_k
+
+    A new LoRA starts on the new base: A random, B zero. The merged part is kept beside the frozen base, dense and for
+    each client, so that quantised bases and other methods are not disturbed; the message is the stack, or all stacks
+    that an absent client has missed.
+    """
+
+    name = "flora"
+    title = "FLoRA"
+    source = "NeurIPS 2024, arXiv 2409.05976"
+    stateful = True
+
+    def shape(self, r: int, layers: Mapping[str, tuple[int, int]]) -> AdapterShape:
+        """With room for what is merged."""
+        return replace(super().shape(r, layers), merged=True)
+
+    def serve(self, gathered: Gathered) -> Tensors:
+        """Remember this round's stack."""
+        shares, memory = gathered.shares(), dict(gathered.memory)
+        for module, parts in gathered.factors(GLOBAL).items():
+            a, b = stacked([(*parts[c], share) for c, share in shares.items()])
+            memory[Key(module, f"round{gathered.round}", A)] = a
+            memory[Key(module, f"round{gathered.round}", B)] = b
+        return memory
+
+    def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
+        """All stacks since the client last took part."""
+        rounds = {key: int(key.slot.removeprefix("round")) for key in gathered.memory}
+
+        def answer(client: int, last: int) -> Message:
+            return Message({key: value for key, value in gathered.memory.items() if rounds[key] >= last})
+
+        return answer
+
+    def install(self, state: ClientState, message: Message) -> ClientState:
+        """Merge, and start a new LoRA."""
+        changes: dict[Key, Tensor] = {}
+        for key, a in message.tensors.items():
+            if key.factor == A:
+                merged = Key(key.module, MERGED, W)
+                product = message.tensors[key._replace(factor=B)].double() @ a.double()
+                changes[merged] = changes.get(merged, state.tensors[merged].double()) + product
+        changes = {key: value.float() for key, value in changes.items()}
+        rank, seed = self.rank_of(state.client), self.config.seed
+        for key, old in state.tensors.items():
+            if key.slot == GLOBAL:
+                changes[key] = torch.zeros_like(old)
+                if key.factor == A:
+                    draw = torch.rand(
+                        rank, old.shape[1], generator=rng(seed, "init", state.round, state.client, key.module)
+                    )
+                    changes[key][:rank] = (2 * draw - 1) / old.shape[1] ** 0.5
+        return state.with_tensors(changes)

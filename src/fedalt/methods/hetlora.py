@@ -1,0 +1,104 @@
+"""HetLoRA: ranks that shrink, and means weighed by size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fedalt.config import RunConfig
+from fedalt.methods.base import Phase
+from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.mean import mean_of, refuse_weighting
+from fedalt.methods.products import norm
+from fedalt.methods.resize import cut, padded
+from fedalt.methods.unequal import Unequal
+from fedalt.model.state import ClientState
+from fedalt.names import A, B, Tensors
+from fedalt.training.rules import Plain, Trainable
+
+
+class HetLoRA(Unequal):
+    """Cho et al., EMNLP 2024: padding with weights by size, and ranks that shrink.
+
+    The loss of a client of rank r has + λ ‖B[:, ⌊γr⌋:]‖ ‖A[⌊γr⌋:]‖ in every layer; when the tail's product is smaller
+    after training than it was received, the tail is dropped for good. Uploads are weighed by ‖B_k A_k‖ over all layers.
+    λ and the rule for dropping could not be checked against the paper.
+    """
+
+    name = "hetlora"
+    title = "HetLoRA"
+    source = "EMNLP 2024"
+
+    def __init__(self, clients: int, config: RunConfig | None = None) -> None:
+        super().__init__(clients, config)
+        refuse_weighting(self.config, "hetlora", "whose uploads are weighed by their size")
+        self.options = self.config.hetlora
+        self.client_ranks = self.client_ranks or (self.config.lora.r,)  # it shrinks, even when all start alike
+
+    def phases(self, round_: int) -> tuple[Phase, ...]:
+        """FedIT's, with the tail's norm in the loss."""
+        (phase,) = super().phases(round_)
+        return (Phase(phase.slots, phase.train, rule=Plain(self._penalty)),)
+
+    def _penalty(self, trainable: Trainable) -> Tensor:
+        total = torch.zeros(())
+        for key, a in trainable.items():
+            if key.factor == A:
+                b = trainable[key._replace(factor=B)]
+                present = a.detach().abs().sum(2) > 0
+                ranks = (present * torch.arange(1, a.shape[1] + 1, device=a.device)).amax(1)
+                start = (self.options.tail * ranks.double()).floor()  # in fp64, as ``after`` counts
+                tail = torch.arange(a.shape[1], device=a.device) >= start[:, None]
+                total = total + _norm(b * tail[:, None]) * _norm(a * tail[:, :, None])
+        return self.options.decay * total
+
+    def after(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
+        """Drop a tail that has become smaller."""
+        rank = rank_in(state.tensors)
+        kept = max(1, int(self.options.tail * rank))
+        if not self.options.prune or kept == rank or self._tail(state, kept) >= self._tail(began, kept):
+            return state
+        return state.with_tensors(padded(cut(state.tensors, kept), state.tensors))
+
+    def _tail(self, state: ClientState, start: int) -> float:
+        parts = {
+            k: v.narrow(1 if k.factor == B else 0, start, v.shape[k.factor == B] - start)
+            for k, v in state.tensors.items()
+        }
+        return sum(norm(a, parts[key._replace(factor=B)]) for key, a in parts.items() if key.factor == A)
+
+    def upload(self, state: ClientState) -> Tensors:
+        """Factors of the rank that is left."""
+        return cut(state.tensors, rank_in(state.tensors))
+
+    def install(self, state: ClientState, message: Message) -> ClientState:
+        """As much of the mean as the client holds."""
+        rank = min(rank_in(state.tensors), self.rank_of(state.client))
+        return super().install(state, Message(cut(message.tensors, rank)))
+
+    def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
+        """The mean weighed by size, cut to the rank a client last sent."""
+        full = self.full(gathered)
+        sizes = {client: size(tensors) for client, tensors in full.items()}
+        mean = mean_of(full, sizes if sum(sizes.values()) > 0 else dict.fromkeys(full, 1.0))
+        left = {client: rank_in(gathered.uploads[client]) for client in full}
+        return lambda client, last: Message(cut(mean, left.get(client, self.rank_of(client))))
+
+
+def rank_in(tensors: Tensors) -> int:
+    """Rank of a client's factors without the zeros behind it: the last row of any A that is not zero; at least 1."""
+    rows = [value.abs().sum(1).nonzero() for key, value in tensors.items() if key.factor == A]
+    return max([1, *(int(row.max()) + 1 for row in rows if len(row))])
+
+
+def size(tensors: Tensors) -> float:
+    """‖B A‖_F over all layers together."""
+    norms = [norm(value, tensors[key._replace(factor=B)]) for key, value in tensors.items() if key.factor == A]
+    return float(sum(value**2 for value in norms) ** 0.5)
+
+
+def _norm(values: Tensor) -> Tensor:
+    """Per client; its gradient at zero is zero."""
+    return (values.flatten(1).square().sum(1) + 1e-24).sqrt()
