@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fedalt.config import EvaluationConfig
@@ -140,6 +143,19 @@ def test_prompts_read_in_parts_give_the_same_answers(name: str, beams: int, monk
     for tokens in (1, 20):
         monkeypatch.setattr(batch, "_TOKENS", tokens)
         assert ours(make(), PROMPTS, beams, [2]) == whole
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=40), st.integers(1, 100))
+def test_parts_hold_every_row_once_longest_first_and_fit(lengths: list[int], tokens: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "_TOKENS", tokens)
+        parts = list(batch._alike(lengths))
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    for part in parts:
+        assert part == sorted(part), "clients' rows must stay in blocks"
+        assert len(part) == 1 or len(part) * max(lengths[row] for row in part) <= tokens
+    for one, other in pairwise(parts):
+        assert min(lengths[row] for row in one) >= max(lengths[row] for row in other)
 
 
 def test_settings_of_the_model_are_respected() -> None:

@@ -12,11 +12,12 @@ from fedalt.config import EvaluationConfig
 from fedalt.data.batches import Prompt
 from fedalt.data.encode import Example
 from fedalt.data.rows import Row
-from fedalt.evaluation import generate
+from fedalt.evaluation import batch, generate
 from fedalt.evaluation.evaluate import evaluate
 from fedalt.evaluation.generate import answer_all, chunks
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.memory import cache_bytes
+from fedalt.model.rowmap import RowMap
 from fedalt.model.state import ClientState
 from fedalt.names import INDIVIDUAL
 from oracle.reference import merged
@@ -81,6 +82,25 @@ def test_mixed_adapters_answer_alike_alone_and_together(name: str, beams: int) -
         single, _ = with_clients(MODELS[name](), "fedalt", [k])
         one_by_one = [answer_all(single, tok, [[prompt]], config(beams))[0][0] for prompt in PROMPTS[k]]
         assert one_by_one == together[k]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_of_several_clients_are_read_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of like length, in parts: each under its own client's adapters all the same."""
+    model, _ = with_clients(MODELS[name](), "fedalt")
+    whole = answer_all(model, tokenizer(), PROMPTS, config(batch=8))
+    parts: list[tuple[int, ...]] = []
+    rows = model.rows
+
+    def watched(rowmap: RowMap, *rest: Any) -> Any:
+        parts.append(rowmap.sizes)
+        return rows(rowmap, *rest)
+
+    monkeypatch.setattr(batch, "_TOKENS", 30)
+    monkeypatch.setattr(model, "rows", watched)
+    assert answer_all(model, tokenizer(), PROMPTS, config(batch=8)) == whole
+    reads = parts[: len(parts) - TOKENS + 1]
+    assert len(reads) > 1 and any(sum(size > 0 for size in sizes) > 1 for sizes in reads)
 
 
 def test_a_batch_of_one_is_one_answer() -> None:

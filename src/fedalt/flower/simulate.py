@@ -19,6 +19,7 @@ from fedalt.errors import UserError
 from fedalt.experiment.events import Sink
 from fedalt.experiment.folder import IfExists, RunFolder
 from fedalt.experiment.members import Bases
+from fedalt.flower.actors import usual_priority
 from fedalt.flower.consent import PRIVATE, Consent
 from fedalt.flower.messages import request_in, to_server
 from fedalt.flower.requests import Reply
@@ -63,7 +64,7 @@ def simulate(
         except UserError as error:
             errors.append(error)
 
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors wherever something else runs
+    usual_priority()
     each: Any = {"num_cpus": 1, "num_gpus": configs[0].flower.client_gpus}
     here: Any = {} if os.environ.get(_CLUSTER) else {"num_cpus": min(clients, os.cpu_count() or 1)}
     run_simulation(server, app, num_supernodes=clients, backend_config={"client_resources": each, "init_args": here})

@@ -22,10 +22,9 @@ from fedalt.benchmarks.sides.peft_lora import PeftLora
 from fedalt.benchmarks.sides.round_peft import PeftClient
 from fedalt.benchmarks.task import Job, Outcome, Spec, require
 from fedalt.experiment.machine import peak_memory
+from fedalt.flower.actors import usual_priority
 
 _MEASURED = 2
-_NICENESS = "RAY_worker_niceness"
-"""Ray gives its actors the priority 15, at which they starve on a busy machine; every other side has the usual one."""
 
 
 def prepare(spec: Spec) -> Job:
@@ -68,7 +67,7 @@ def _train(message: Any, context: Any) -> Any:
 
 
 def _simulate(spec: Spec) -> Outcome:
-    os.environ.setdefault(_NICENESS, "0")
+    usual_priority()
     app, serverapp = import_module("flwr.app"), import_module("flwr.serverapp")
     fedavg: Any = import_module("flwr.serverapp.strategy").FedAvg
 
