@@ -15,8 +15,8 @@ from fedalt.data.batches import Batch
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.rowmap import MixerProbe
 
-_LOGITS = 1 << 22
-"""Logits at a time (16 MiB in fp32): larger pieces cost fresh memory and gain nothing."""
+_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 24}
+"""Logits at a time (16 MiB in fp32): on a CPU larger pieces cost fresh memory and gain nothing. A guess for GPUs."""
 _TOKENS = 64
 """Tokens at a time at least, whatever the vocabulary: fewer would wait for the head's weights."""
 
@@ -43,7 +43,7 @@ def _class_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None) -
 def token_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None = None) -> Float[Tensor, " s"]:
     """Cross-entropy of every answer token."""
     out = model.hidden(batch.inputs, batch.rows, batch.place, probe)
-    chunk = max(_TOKENS, _LOGITS // model.base.config.get_text_config().vocab_size)
+    chunk = max(_TOKENS, _LOGITS[model.device.type] // model.base.config.get_text_config().vocab_size)
     head = partial(logits, model.base, out)
     losses: Tensor = TokenLosses.apply(out.last_hidden_state, batch.target, head, chunk)  # type: ignore[no-untyped-call]
     return losses
