@@ -385,6 +385,17 @@ def test_validate_as_json(tmp_path: Path) -> None:
     assert estimate["peak_memory"]["process"] > 0
 
 
+def test_validate_takes_the_options_of_run(tmp_path: Path) -> None:
+    folder = data_folder(tmp_path / "rows")
+    options = ("--data", folder, "--rounds", "3", "--set", "lora.alpha=7")
+    done = call("validate", config_file(tmp_path), *options, "--out", tmp_path / "nowhere", "--json")
+    assert done.code == 0, done.err
+    assert [row["task"] for row in done.json["clients"]] == ["task0", "task1", "task2"]
+    settings = done.json["config"]
+    assert (settings["federation"]["rounds"], settings["lora"]["alpha"]) == (3, 7)
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_validate_needs_no_free_run_folder(tmp_path: Path) -> None:
     before = tree(finished())
     assert call("validate", finished() / "config.yaml").code == 0
@@ -709,6 +720,7 @@ def test_help_of_run_shows_every_default() -> None:
         assert f"(default: {value})" in text
     for flag in (*FLAGS, *OFFICIAL.values(), "--resume", "--overwrite", "--set", "--json"):
         assert flag in text
+    assert "fedalt[minilm]" in " ".join(done.out.replace("│", " ").split()), "brackets are no markup"
 
 
 @pytest.mark.parametrize("command", ["run", "compare", "evaluate", "generate", "export", "report", "validate"])

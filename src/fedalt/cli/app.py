@@ -18,7 +18,7 @@ from fedalt.cli.partition import partition
 from fedalt.cli.prepare import prepare as prepare_group
 from fedalt.cli.show import print_json, say
 from fedalt.cli.submit import submit
-from fedalt.config import RunConfig, load_config
+from fedalt.config import RunConfig
 from fedalt.errors import UserError
 from fedalt.experiment.folder import IfExists
 
@@ -169,22 +169,21 @@ def report(
 
 
 @app.command()
-def validate(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="settings")], as_json: Json = False
-) -> None:
-    """Check everything that can be checked before the first step, and estimate memory and time."""
+@settings(starts=False)
+def validate(config: RunConfig, as_json: Json = False) -> None:
+    """Check everything that can be checked before the first step, and estimate memory and time. Writes nothing."""
     from fedalt.experiment.estimate import estimate, row_table
     from fedalt.experiment.prepare import prepare
     from fedalt.experiment.workers import check_devices
     from fedalt.report.trackers import check_trackers
 
-    config = load_config(config_file)
     check_trackers(config.report.trackers)
     check_devices(config)
     experiment = prepare(config)
     rows, cost = row_table(experiment), estimate(experiment)
     if as_json:
-        print_json({"config": str(config_file), "clients": rows, "notes": experiment.notes, "estimate": asdict(cost)})
+        told = {"config": config.model_dump(mode="json"), "clients": rows, "notes": experiment.notes}
+        print_json({**told, "estimate": asdict(cost)})
         return
     show.out.print(show.row_table(rows))
     for note in experiment.notes:

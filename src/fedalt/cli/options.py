@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
+from rich.markup import escape
 from typer.core import TyperCommand
 
 from fedalt.cli.show import complain
@@ -112,7 +113,7 @@ def _if_exists(resume: bool, overwrite: bool) -> IfExists:
 def _option(name: str) -> Any:
     key, kind, flags = _OPTIONS[name]
     description, default = _describe(key)
-    return Annotated[kind | None, typer.Option(*flags, help=f"{description} (default: {default})")]
+    return Annotated[kind | None, typer.Option(*flags, help=escape(f"{description} (default: {default})"))]
 
 
 def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
