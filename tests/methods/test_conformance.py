@@ -27,14 +27,15 @@ EXECUTORS: dict[str, dict[str, Any]] = {
 }
 
 
-LIMITS = {"lora_fair": 1e-3, "pf2lora": 5e-4, "fedit_split": 5e-4}
-"""A thousand steps on the server add to the one's rounding; the other's private step is 100 times the others'; and of
-the third, one entry in a thousand has next to no gradient on Bloom, of which AdamW makes a step by its rounding."""
+LIMITS = {"lora_fair": 1e-3, "pf2lora": 5e-4}
+"""A thousand steps on the server add to the one's rounding; the other's private step is 100 times the others'."""
+ROUNDED = {("fedit_split", "bloom"): 5e-4}
+"""One entry of 1,152 has a gradient of 1e-8, AdamW's own ε, so its step is rounding; all others are within 1e-5."""
 
 
-def limit(name: str) -> float:
+def limit(name: str, base: str = "llama") -> float:
     """How far executors may be apart in what they sum in another order."""
-    return LIMITS.get(name, 1e-4)
+    return ROUNDED.get((name, base), LIMITS.get(name, 1e-4))
 
 
 def rounds(
@@ -58,10 +59,10 @@ def test_executors_agree(name: str, base: str) -> None:
     for history, other in runs.values():
         for results, same in zip(history, expected, strict=True):
             for result, single in zip(results, same, strict=True):
-                assert distance(result.state.tensors, single.state.tensors) < limit(name)
+                assert distance(result.state.tensors, single.state.tensors) < limit(name, base)
                 assert result.upload.keys() == single.upload.keys()
         if server.uploads:
-            assert distance(other.mean(), server.mean()) < limit(name)
+            assert distance(other.mean(), server.mean()) < limit(name, base)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

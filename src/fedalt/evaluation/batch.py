@@ -48,9 +48,9 @@ class Batch:
     def read_prompts(self) -> Float[Tensor, "n vocab"]:
         """Read the prompts, those of like length together, without shared padding; scores of the next token."""
         layers: Any = self.cache.layers
-        parts = []
-        for rows in _alike(self.mask.sum(1).tolist()):
-            width = int(self.mask[rows].sum(1).max())
+        lengths, parts = self.mask.sum(1).tolist(), []
+        for rows in _alike(lengths):
+            width = max(lengths[row] for row in rows)
             for layer in layers:
                 layer.rows = rows
             ids, mask = self.ids[rows, -width:], self.mask[rows, -width:]

@@ -15,7 +15,7 @@ from fedalt.methods.products import norm
 from fedalt.methods.resize import cut, padded
 from fedalt.methods.unequal import Unequal
 from fedalt.model.state import ClientState
-from fedalt.names import A, B, Tensors
+from fedalt.names import RANK_AXIS, A, B, Tensors
 from fedalt.training.rules import Plain, Trainable
 
 
@@ -63,10 +63,10 @@ class HetLoRA(Unequal):
         return state.with_tensors(padded(cut(state.tensors, kept), state.tensors))
 
     def _tail(self, state: ClientState, start: int) -> float:
-        parts = {
-            k: v.narrow(1 if k.factor == B else 0, start, v.shape[k.factor == B] - start)
-            for k, v in state.tensors.items()
-        }
+        parts = {}
+        for key, value in state.tensors.items():
+            axis = RANK_AXIS[key.factor]
+            parts[key] = value.narrow(axis, start, value.shape[axis] - start)
         return sum(norm(a, parts[key._replace(factor=B)]) for key, a in parts.items() if key.factor == A)
 
     def upload(self, state: ClientState) -> Tensors:

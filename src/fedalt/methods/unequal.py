@@ -8,13 +8,12 @@ beyond its own, which never get a gradient; what it sends and receives has its o
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Gathered, Message
-from fedalt.methods.resize import padded
+from fedalt.methods.resize import padded, widened
 from fedalt.model.state import ClientState
-from fedalt.names import GLOBAL, A, B, Key, Tensors
+from fedalt.names import GLOBAL, A, Tensors
 
 
 class Unequal(Method):
@@ -39,12 +38,4 @@ class Unequal(Method):
     def full(self, gathered: Gathered) -> dict[int, Tensors]:
         """All uploads, padded with zeros to the largest rank."""
         most = self.ranks(self.config.lora.r)[GLOBAL]
-        return {client: _widened(gathered.uploads[client], most) for client in gathered.weights}
-
-
-def _widened(tensors: Tensors, rank: int) -> Tensors:
-    def pad(key: Key, value: Tensor) -> Tensor:
-        short = rank - value.shape[key.factor == B]
-        return torch.nn.functional.pad(value, (0, short) if key.factor == B else (0, 0, 0, short))
-
-    return {key: pad(key, value) for key, value in tensors.items()}
+        return {client: widened(gathered.uploads[client], most) for client in gathered.weights}
