@@ -136,7 +136,8 @@ def _say(line: str) -> None:
 def _send(line: socket.socket, header: str, block: bytes) -> None:
     text = header.encode()
     line.sendall(_FRAME.pack(len(text), len(block)) + text)
-    line.sendall(block)
+    if block:  # the other end may have answered and gone when there is nothing more to come
+        line.sendall(block)
 
 
 def _receive(line: socket.socket) -> tuple[str, bytes]:
