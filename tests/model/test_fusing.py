@@ -36,7 +36,7 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 def value_and_gradient(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.clone().requires_grad_()
     y = module(x)
-    return y.detach(), torch.autograd.grad(y, x, drawn(*y.shape, dtype=y.dtype, seed=1))[0]
+    return y.detach(), torch.autograd.grad(y, x, drawn(*y.shape, dtype=y.dtype, seed=1).to(y.device))[0]
 
 
 def llama_norm() -> LlamaRMSNorm:
@@ -54,6 +54,17 @@ def test_a_fused_module_gives_its_own_values_and_gradients(make: Any) -> None:
     assert module.forward != own
     for mine, plain in zip(value_and_gradient(module, x), expected, strict=True):
         assert relative(mine, plain) < 1e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_in_half_precision_on_a_gpu_rounds_as_its_own(dtype: torch.dtype) -> None:
+    module, x = llama_norm().to("cuda", dtype), drawn(2, 5, 24, dtype=dtype).cuda()
+    fuse(nn.Sequential(module))
+    value, gradient = (part.float() for part in value_and_gradient(module, x))
+    plain, slope = (part.float() for part in value_and_gradient(LlamaRMSNorm.forward.__get__(module), x))
+    assert relative(value, plain) < torch.finfo(dtype).eps
+    assert relative(gradient, slope) < 4 * torch.finfo(dtype).eps
 
 
 def test_formulas_of_gradients() -> None:

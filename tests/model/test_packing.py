@@ -81,7 +81,7 @@ def by_the_book(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *rest: Any, **o
     assert torch.equal(starts, rest[0])
     assert rest[1:] == (max(LENGTHS), max(LENGTHS))
     assert starts.dtype == torch.int32
-    assert options["enable_gqa"] or q.shape[1] == k.shape[1]
+    assert options.get("enable_gqa") or q.shape[1] == k.shape[1]
     causal = {(-1, 0): True, (-1, -1): False}[options["window_size"]]
     scale = options["scale"] or q.shape[-1] ** -0.5
     each = [x.transpose(0, 1)[None] for x in (q * scale * q.shape[-1] ** 0.5, k, v)]

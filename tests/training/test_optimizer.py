@@ -19,8 +19,8 @@ def draw(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> Tensor:
 
 
 def everything(optimizer: StackedAdamW, client: int) -> Snapshot:
-    tensors = [*optimizer.parameters, *optimizer.first, *optimizer.second, optimizer.steps]
-    return [tensor[client].detach().clone() for tensor in tensors]
+    moments = [moment for group in optimizer.groups for both in zip(group.first, group.second) for moment in both]
+    return [tensor[client].detach().clone() for tensor in [*optimizer.parameters, *moments, optimizer.steps]]
 
 
 def same(one: Snapshot, other: Snapshot) -> bool:

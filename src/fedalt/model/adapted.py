@@ -24,7 +24,7 @@ from fedalt.model.packing import enable_packing
 from fedalt.model.rowmap import MixerProbe, RowContext, RowMap
 from fedalt.model.state import ClientState
 from fedalt.model.targets import find_targets, is_linear
-from fedalt.model.trial import agree
+from fedalt.model.trial import agree, untouched
 from fedalt.model.trimming import enable_trimming
 from fedalt.names import Key
 
@@ -110,20 +110,30 @@ class AdaptedModel:
         return device
 
     def _why_unpacked(self) -> str:
-        """Try packed rows on this very model, before it has adapters: they must give what padded rows give."""
+        """Try packed rows on this very model, before it has adapters.
+
+        They must give what padded rows give, and two of them must not care what the row between them says.
+        """
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.base.get_input_embeddings().num_embeddings
-        ids = torch.randint(vocabulary, (23,), generator=generator).to(self.device)
+        ids, others = (torch.randint(vocabulary, (23,), generator=generator).to(self.device) for _ in range(2))
+        others[:9], others[12:] = ids[:9], ids[12:]
         rows = RowMap((1,), (9, 3, 11))
+        wanted = torch.tensor([0, 8, 10, 12, 22], device=self.device)
+        outer = [0, 1, 3, 4]
         try:
             with torch.no_grad():
-                wanted = torch.tensor([0, 8, 10, 12, 22], device=self.device)
-                packed, padded = (self.hidden(ids, rows, wanted, packed=how)[0].float() for how in (True, False))
+                packed, padded, changed = (
+                    self.hidden(read, rows, wanted, packed=how)[0].float()
+                    for read, how in ((ids, True), (ids, False), (others, True))
+                )
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model makes of one long row
             return f"{type(error).__name__}: {error}".strip(": ").split("\n")[0]
-        return "" if agree(packed, padded, self.base.dtype) else "its rows see each other when they are packed"
+        if not untouched(changed[outer], packed[outer], self.base.dtype):
+            return "its rows see each other when they are packed"
+        return "" if agree(packed, padded, self.base.dtype) else "packed rows give other states than padded ones"
 
     @cached_property
     def branches(self) -> bool:

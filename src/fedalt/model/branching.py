@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fedalt.model.rowmap import RowContext, RowMap
-from fedalt.model.trial import agree
+from fedalt.model.trial import agree, untouched
 
 _NEEDS = {"position_ids", "attention_mask"}
 
@@ -42,15 +42,19 @@ def branches_exactly(base: Any, context: RowContext, clients: int) -> bool:
         own = base(input_ids=torch.cat([text.expand(2, -1), branches], 1), use_cache=False).logits[:, -1]
     seen = torch.ones(1, 7, 7, dtype=torch.bool, device=device).tril()
     seen[:, 6, 5] = False
+    options = {
+        "attention_mask": additive(seen, base.dtype),
+        "position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 5]], device=device),
+        "use_cache": False,
+    }
     row = torch.cat([text, branches[:, 0]])[None]
-    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 5]], device=device)
+    changed = row.clone()
+    changed[0, 5] = 8
     try:
         with context.rows(RowMap((1, *others))):
-            out = base(
-                input_ids=row, attention_mask=additive(seen, base.dtype), position_ids=positions, use_cache=False
-            )
+            tried, beside = (base(input_ids=ids, **options).logits[0] for ids in (row, changed))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # whatever a model makes of such a mask
         return False
-    return agree(out.logits[0, 5:], own, base.dtype)
+    return untouched(beside[6], tried[6], base.dtype) and agree(tried[5:], own, base.dtype)

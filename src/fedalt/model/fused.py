@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedalt.model.rowmap import Dropout
@@ -23,6 +25,8 @@ def per_client(x: Float[Tensor, "n i"], w: Float[Tensor, "k i o"], counts: Count
     """Multiply every token by the matrix of its own client: ``y[n] = x[n] · w[client of n]``."""
     if len(set(counts)) == 1:
         return torch.bmm(x.view(len(counts), -1, x.shape[1]), w).view(len(x), -1)
+    if _has_kernel(x):
+        return grouped(x, w, counts)
     y = x.new_empty(len(x), w.shape[2])
     for x_k, w_k, y_k in zip(x.split(list(counts)), w, y.split(list(counts)), strict=True):
         torch.mm(x_k, w_k, out=y_k)
@@ -36,6 +40,8 @@ def add_per_client(
     if len(set(counts)) == 1:
         k = len(counts)
         return torch.baddbmm(y.view(k, -1, y.shape[1]), x.view(k, -1, x.shape[1]), w).view_as(y)
+    if _has_kernel(x):
+        return y + grouped(x, w, counts)
     out = torch.empty_like(y)
     parts = [tensor.split(list(counts)) for tensor in (y, x, out)]
     for y_k, x_k, out_k, w_k in zip(*parts, w, strict=True):
@@ -48,10 +54,41 @@ def outer_per_client(x: Float[Tensor, "n i"], y: Float[Tensor, "n o"], counts: C
     if len(set(counts)) == 1:
         k = len(counts)
         return torch.bmm(x.view(k, -1, x.shape[1]).transpose(1, 2), y.view(k, -1, y.shape[1]))
+    if _has_kernel(x):
+        return grouped_outer(x, y, counts)
     out = x.new_empty(len(counts), x.shape[1], y.shape[1])
     for x_k, y_k, out_k in zip(x.split(list(counts)), y.split(list(counts)), out, strict=True):
         torch.mm(x_k.t(), y_k, out=out_k)
     return out
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether torch multiplies groups of unequal size in one call: bf16 on a GPU of 2020 or later."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def grouped(x: Float[Tensor, "n i"], w: Float[Tensor, "k i o"], counts: Counts) -> Float[Tensor, "n o"]:
+    """``per_client`` in one call."""
+    y = F.grouped_mm(_padded(x), _padded(_padded(w, 1)), offs=_ends(tuple(counts), x.device))
+    return y[:, : w.shape[2]]
+
+
+def grouped_outer(x: Float[Tensor, "n i"], y: Float[Tensor, "n o"], counts: Counts) -> Float[Tensor, "k i o"]:
+    """``outer_per_client`` in one call."""
+    out = F.grouped_mm(_padded(x).t(), _padded(y), offs=_ends(tuple(counts), x.device))
+    return out[:, : x.shape[1], : y.shape[1]]
+
+
+def _padded(x: Tensor, dim: int = -1) -> Tensor:
+    """Zeros up to a multiple of eight numbers: the kernel wants rows that start at 16 bytes."""
+    lacking = -x.shape[dim] % 8
+    return F.pad(x, (0, lacking) if dim == -1 else (0, 0, 0, lacking)) if lacking else x
+
+
+@lru_cache(maxsize=64)
+def _ends(counts: tuple[int, ...], device: torch.device) -> Int[Tensor, " k"]:
+    """Where each client's tokens end; the same for all layers of a step."""
+    return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -113,6 +150,10 @@ class Adapt(torch.autograd.Function):
 
     Only the factors that ask for a gradient get one (a frozen row costs none). Apart from x and a byte per input for
     dropout only h and α are kept, R + m numbers a token. Not differentiable twice.
+
+    Everything is in the factors' own dtype, fp32, with one exception: on a GPU, the products over d_in and d_out take a
+    bf16 base's tokens as they are, and the factors in bf16, as under autocast. What is per token and slot (h, α, u, β)
+    stays fp32.
     """
 
     @staticmethod
@@ -125,16 +166,19 @@ class Adapt(torch.autograd.Function):
         *factors: Tensor,
     ) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, "n m"] | None]:
         """Args after g: A ``[k, r, d_in]`` of every slot, then B ``[k, d_out, r]`` of every slot."""
-        a, b = _stack(factors)
-        inner = x.to(a.dtype)
-        h = per_client(how.drop(inner), a.transpose(1, 2), how.counts).mul_(how.keep)
-        alpha = how.weights if g is None else torch.softmax(per_client(inner, g.transpose(1, 2), how.counts), dim=-1)
-        weighted = (h if alpha is None else h * how.spread(alpha)) * how.scale
+        full, working = factors[0].dtype, _working_dtype(x, factors[0])
+        a, b = _stack(factors, working)
+        inner = x.to(working)
+        h = per_client(how.drop(inner), a.transpose(1, 2), how.counts).to(full).mul_(how.keep)
+        alpha = how.weights
+        if g is not None:
+            alpha = torch.softmax(per_client(inner, g.to(working).transpose(1, 2), how.counts).to(full), dim=-1)
+        weighted = ((h if alpha is None else h * how.spread(alpha)) * how.scale).to(working)
         ctx.how = how
         ctx.save_for_backward(x, g, h, alpha, *factors)
         if alpha is not None:
             ctx.mark_non_differentiable(alpha)
-        if y.dtype == weighted.dtype:
+        if y.dtype == working:
             return add_per_client(y, weighted, b.transpose(1, 2), how.counts), alpha
         return y + per_client(weighted, b.transpose(1, 2), how.counts).to(y.dtype), alpha
 
@@ -144,30 +188,39 @@ class Adapt(torch.autograd.Function):
         x, g, h, alpha, *factors = ctx.saved_tensors
         how: Adaptation = ctx.how
         needs: Sequence[bool] = ctx.needs_input_grad[4:]
-        a, b = _stack(factors)
-        delta, inner = grad.to(a.dtype), x.to(a.dtype)
+        full, working = factors[0].dtype, _working_dtype(x, factors[0])
+        a, b = _stack(factors, working)
+        delta, inner = grad.to(working), x.to(working)
         dropped = how.drop(inner)
-        u = per_client(delta, b, how.counts) * how.scale
+        u = per_client(delta, b, how.counts).to(full) * how.scale
         spread = None if alpha is None else how.spread(alpha)
         wu, wh = (u * how.keep, h) if spread is None else (u * spread * how.keep, h * spread)
         grads: list[Tensor | None] = [None] * len(needs)
         for i, span in enumerate(how.spans):
             if needs[i]:
-                grads[i] = outer_per_client(wu[:, span].contiguous(), dropped, how.counts)
+                grads[i] = outer_per_client(wu[:, span].to(working).contiguous(), dropped, how.counts).to(full)
             if needs[len(how.ranks) + i]:
-                grads[len(how.ranks) + i] = outer_per_client(delta, wh[:, span] * how.scale, how.counts)
+                seen = (wh[:, span] * how.scale).to(working)
+                grads[len(how.ranks) + i] = outer_per_client(delta, seen, how.counts).to(full)
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = how.drop(per_client(how.passed(wu), a, how.counts))
+            dx = how.drop(per_client(how.passed(wu).to(working), a, how.counts))
         dg = None
         if g is not None:
             beta = torch.stack([(u[:, s] * h[:, s]).sum(1) for s in how.spans], 1)
-            dz = alpha * (beta - (alpha * beta).sum(1, keepdim=True))
-            dg = outer_per_client(dz, inner, how.counts) if ctx.needs_input_grad[3] else None
-            dx = add_per_client(dx, dz, g, how.counts) if dx is not None else None
+            dz = (alpha * (beta - (alpha * beta).sum(1, keepdim=True))).to(working)
+            dg = outer_per_client(dz, inner, how.counts).to(full) if ctx.needs_input_grad[3] else None
+            dx = add_per_client(dx, dz, g.to(working), how.counts) if dx is not None else None
         return None, None if dx is None else dx.to(x.dtype), grad, dg, *grads
 
 
-def _stack(factors: Sequence[Tensor]) -> tuple[Float[Tensor, "k R d_in"], Float[Tensor, "k d_out R"]]:
+def _working_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
+    """What the long products are computed in."""
+    return x.dtype if x.is_cuda and x.dtype == torch.bfloat16 else factor.dtype
+
+
+def _stack(
+    factors: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Float[Tensor, "k R d_in"], Float[Tensor, "k d_out R"]]:
     m = len(factors) // 2
-    return torch.cat(tuple(factors[:m]), 1), torch.cat(tuple(factors[m:]), 2)
+    return torch.cat(tuple(factors[:m]), 1).to(dtype), torch.cat(tuple(factors[m:]), 2).to(dtype)

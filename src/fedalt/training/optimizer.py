@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+
+_TOGETHER = {"cpu": 1 << 18, "cuda": 1 << 27}
+"""Numbers that are moved together: a CPU keeps a megabyte near by, a GPU waits for every launch."""
 
 
 class StackedAdamW:
@@ -27,8 +33,10 @@ class StackedAdamW:
         self.parameters = list(parameters)
         self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm
-        self.first = [torch.zeros_like(p) for p in self.parameters]
-        self.second = [torch.zeros_like(p) for p in self.parameters]
+        alike = defaultdict[tuple[int, ...], list[nn.Parameter]](list)
+        for parameter in self.parameters:
+            alike[tuple(parameter.shape)].append(parameter)
+        self.groups = [Group.of(part) for members in alike.values() for part in _parts(members)]
         self.steps = torch.zeros(len(self.parameters[0]), device=self.parameters[0].device, dtype=torch.float64)
 
     @torch.no_grad()
@@ -42,35 +50,63 @@ class StackedAdamW:
             raise RuntimeError("an adapter got no gradient: the base model's layers do not pass gradients through")
         self.steps += active
         clip = self.clip_factors()
-        for parameter, first, second in zip(self.parameters, self.first, self.second, strict=True):
-            self._update(parameter, first, second, clip, lr, active)
-            parameter.grad = None
+        for group in self.groups:
+            self._update(group, clip, lr, active)
+            for parameter in group.members:
+                parameter.grad = None
 
     def clip_factors(self) -> Float[Tensor, " k"]:
         """min(1, limit / ‖g_k‖), the rule of ``torch.nn.utils.clip_grad_norm_``, one norm per client."""
-        squares = [_grad(p).flatten(1).double().square().sum(1) for p in self.parameters]
-        norms = torch.stack(squares).sum(0).sqrt()
+        squares = [group.grad().flatten(2).double().square().sum(2) for group in self.groups]
+        norms = torch.cat(squares).sum(0).sqrt()
         return (self.max_grad_norm / (norms + 1e-6)).clamp(max=1)
 
-    def _update(
-        self, parameter: nn.Parameter, first: Tensor, second: Tensor, clip: Tensor, lr: Tensor, active: Tensor
-    ) -> None:
+    def _update(self, group: Group, clip: Tensor, lr: Tensor, active: Tensor) -> None:
         def column(values: Tensor) -> Tensor:
-            shaped = values.view(-1, *[1] * (parameter.dim() - 1))
-            return shaped.to(parameter.dtype) if values.is_floating_point() else shaped
+            shaped = values.view(-1, *[1] * (group.values.dim() - 2))
+            return shaped.to(group.values.dtype) if values.is_floating_point() else shaped
 
-        grad = _grad(parameter) * column(clip)
+        grad = group.grad() * column(clip)
         beta1, beta2 = self.betas
-        m = first.lerp(grad, 1 - beta1)
-        v = second * beta2 + grad.square() * (1 - beta2)
+        m = group.first.lerp(grad, 1 - beta1)
+        v = group.second * beta2 + grad.square() * (1 - beta2)
         corrected = column((1 - beta2**self.steps).sqrt())
         denominator = v.sqrt() / corrected + self.eps
-        decayed = parameter * (1 - column(lr) * self.weight_decay)
+        decayed = group.values * (1 - column(lr) * self.weight_decay)
         moved = decayed - column(lr / (1 - beta1**self.steps)) * m / denominator
-        for old, new in ((parameter, moved), (first, m), (second, v)):
+        for old, new in ((group.values, moved), (group.first, m), (group.second, v)):
             old.copy_(torch.where(column(active), new, old))
 
 
-def _grad(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
+@dataclass(frozen=True)
+class Group:
+    """Parameters of one shape, moved together.
+
+    Attributes:
+        members: The p parameters; what they hold are parts of ``values``.
+        values: ``[p, k, …]``.
+        first, second: Moments, likewise.
+    """
+
+    members: list[nn.Parameter]
+    values: Float[Tensor, "p k ..."]
+    first: Float[Tensor, "p k ..."]
+    second: Float[Tensor, "p k ..."]
+
+    @classmethod
+    def of(cls, members: list[nn.Parameter]) -> Group:
+        """Move parameters next to each other."""
+        values = torch.stack([parameter.detach() for parameter in members])
+        for parameter, value in zip(members, values, strict=True):
+            parameter.data = value
+        return cls(members, values, torch.zeros_like(values), torch.zeros_like(values))
+
+    def grad(self) -> Float[Tensor, "p k ..."]:
+        """Their gradients."""
+        grads = [parameter.grad for parameter in self.members if parameter.grad is not None]
+        return grads[0][None] if len(grads) == 1 else torch.stack(grads)
+
+
+def _parts(members: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    size = max(1, _TOGETHER[members[0].device.type] // members[0].numel())
+    return [members[start : start + size] for start in range(0, len(members), size)]

@@ -45,6 +45,7 @@ class PeftClient:
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
+            bf16=torch.cuda.is_available() and spec.dtype == "bfloat16",  # as its users do
         )
 
     def train(self, plan: Plan) -> float:
