@@ -19,7 +19,9 @@ def draw(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> Tensor:
 
 
 def everything(optimizer: StackedAdamW, client: int) -> Snapshot:
-    moments = [moment for group in optimizer.groups for both in zip(group.first, group.second) for moment in both]
+    moments = [
+        moment for group in optimizer.groups for both in zip(group.first, group.second, strict=True) for moment in both
+    ]
     return [tensor[client].detach().clone() for tensor in [*optimizer.parameters, *moments, optimizer.steps]]
 
 

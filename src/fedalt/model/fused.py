@@ -137,7 +137,19 @@ class Adaptation:
 
     def spread(self, alpha: Float[Tensor, "#n m"]) -> Float[Tensor, "#n R"]:
         """Repeat each slot's weight over that slot's rank."""
-        return torch.cat([alpha[:, i : i + 1].expand(-1, rank) for i, rank in enumerate(self.ranks)], 1)
+        return alpha.index_select(1, _slots(self.ranks, alpha.device))
+
+    def gathered(self, x: Float[Tensor, "n R"]) -> Float[Tensor, "n m"]:
+        """Add up what belongs to each slot."""
+        if len(set(self.ranks)) == 1:
+            return x.view(len(x), len(self.ranks), -1).sum(2)
+        return torch.stack([x[:, span].sum(1) for span in self.spans], 1)
+
+
+@lru_cache(maxsize=64)
+def _slots(ranks: tuple[int, ...], device: torch.device) -> Int[Tensor, " R"]:
+    """Slot of every column."""
+    return torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(device)
 
 
 class Adapt(torch.autograd.Function):
@@ -168,14 +180,15 @@ class Adapt(torch.autograd.Function):
         """Args after g: A ``[k, r, d_in]`` of every slot, then B ``[k, d_out, r]`` of every slot."""
         full, working = factors[0].dtype, _working_dtype(x, factors[0])
         a, b = _stack(factors, working)
+        mixer = None if g is None else g.to(working)
         inner = x.to(working)
         h = per_client(how.drop(inner), a.transpose(1, 2), how.counts).to(full).mul_(how.keep)
         alpha = how.weights
-        if g is not None:
-            alpha = torch.softmax(per_client(inner, g.to(working).transpose(1, 2), how.counts).to(full), dim=-1)
+        if mixer is not None:
+            alpha = torch.softmax(per_client(inner, mixer.transpose(1, 2), how.counts).to(full), dim=-1)
         weighted = ((h if alpha is None else h * how.spread(alpha)) * how.scale).to(working)
-        ctx.how = how
-        ctx.save_for_backward(x, g, h, alpha, *factors)
+        ctx.how, ctx.full = how, full
+        ctx.save_for_backward(x, mixer, h, alpha, a, b)
         if alpha is not None:
             ctx.mark_non_differentiable(alpha)
         if y.dtype == working:
@@ -185,32 +198,32 @@ class Adapt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, "n d_out"], _: Any) -> tuple[Tensor | None, ...]:
         """The formulas above."""
-        x, g, h, alpha, *factors = ctx.saved_tensors
+        x, g, h, alpha, a, b = ctx.saved_tensors
         how: Adaptation = ctx.how
+        full, working = ctx.full, a.dtype
         needs: Sequence[bool] = ctx.needs_input_grad[4:]
-        full, working = factors[0].dtype, _working_dtype(x, factors[0])
-        a, b = _stack(factors, working)
         delta, inner = grad.to(working), x.to(working)
         dropped = how.drop(inner)
         u = per_client(delta, b, how.counts).to(full) * how.scale
         spread = None if alpha is None else how.spread(alpha)
         wu, wh = (u * how.keep, h) if spread is None else (u * spread * how.keep, h * spread)
+        passed = wu.to(working)
         grads: list[Tensor | None] = [None] * len(needs)
         for i, span in enumerate(how.spans):
             if needs[i]:
-                grads[i] = outer_per_client(wu[:, span].to(working).contiguous(), dropped, how.counts).to(full)
+                grads[i] = outer_per_client(passed[:, span].contiguous(), dropped, how.counts).to(full)
             if needs[len(how.ranks) + i]:
                 seen = (wh[:, span] * how.scale).to(working)
                 grads[len(how.ranks) + i] = outer_per_client(delta, seen, how.counts).to(full)
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = how.drop(per_client(how.passed(wu).to(working), a, how.counts))
+            dx = how.drop(per_client(how.passed(passed), a, how.counts))
         dg = None
         if g is not None:
-            beta = torch.stack([(u[:, s] * h[:, s]).sum(1) for s in how.spans], 1)
+            beta = how.gathered(u * h)
             dz = (alpha * (beta - (alpha * beta).sum(1, keepdim=True))).to(working)
             dg = outer_per_client(dz, inner, how.counts).to(full) if ctx.needs_input_grad[3] else None
-            dx = add_per_client(dx, dz, g.to(working), how.counts) if dx is not None else None
+            dx = add_per_client(dx, dz, g, how.counts) if dx is not None else None
         return None, None if dx is None else dx.to(x.dtype), grad, dg, *grads
 
 

@@ -32,7 +32,7 @@ Attention = Callable[..., tuple[Tensor, None]]
 
 
 def fuse(model: nn.Module) -> None:
-    """Let RMS norms (in fp32, and in half precision on a GPU) and approximate GELUs of a frozen model take fewer passes."""
+    """Let RMS norms (fp32; half precision on a GPU) and approximate GELUs of a frozen model take fewer passes."""
     for module in model.modules():
         known = _name(module)
         if known in _NORMS:

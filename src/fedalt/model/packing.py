@@ -130,7 +130,7 @@ def attend_by_kernel(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [t, heads, c]
     longest = how.groups[0].width
     window = (-1, 0) if causal else (-1, -1)
-    options = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+    options: dict[str, Any] = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
     y: Any = varlen_attn(
         q, k, v, how.starts, how.starts, longest, longest, scale=scaling, window_size=window, **options
     )

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-
 _TOGETHER = {"cpu": 1 << 18, "cuda": 1 << 27}
 """Numbers that are moved together: a CPU keeps a megabyte near by, a GPU waits for every launch."""
 
