@@ -18,7 +18,7 @@ from fedalt.methods.base import Method
 from fedalt.methods.exchange import Message
 from fedalt.methods.mean import WeightedSum
 from fedalt.model.state import AdapterShape, ClientState
-from fedalt.names import GLOBAL, INDIVIDUAL, ROW, A, B, Key, Tensors
+from fedalt.names import GLOBAL, INDIVIDUAL, ROW, A, B, Key, Tensors, finite
 from oracle.reference import mean_of_others
 from support import bitwise, distance, method_of, quick
 
@@ -314,3 +314,11 @@ def test_install_touches_the_row_alone() -> None:
     for key, value in after.items():
         assert (value is state.tensors[key]) == (key.slot != ROW)
     assert float(after[Key("x.one", ROW, B)].min()) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "so"),
+    [([3e38, 3e38], True), ([1.0, torch.inf], False), ([torch.inf, -torch.inf], False), ([0.0, torch.nan], False)],
+)
+def test_finite_looks_at_every_number_even_where_their_sum_is_too_large(values: list[float], so: bool) -> None:
+    assert finite(torch.tensor(values)) is so

@@ -14,7 +14,7 @@ from fedalt.methods.exchange import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
-from fedalt.names import Tensors, parted
+from fedalt.names import Tensors, finite, parted
 from fedalt.training.local import OnStep, TrainingStats, train
 
 
@@ -129,7 +129,7 @@ def _result(
 ) -> ClientResult:
     failure = None if math.isfinite(stats.loss) else f"loss is {stats.loss}"
     everything = {**new.tensors, **new.heads}
-    bad = next((key for key, value in everything.items() if not value.isfinite().all()), None)
+    bad = next((key for key, value in everything.items() if not finite(value)), None)
     if failure is None and bad is not None:
         failure = f"{bad} is not finite after training"
     if failure:

@@ -15,7 +15,7 @@ from fedalt.federation.per_client import PerClient
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.mean import mean_of
-from fedalt.names import HEAD, RANK_AXIS, Key, Tensors, parted
+from fedalt.names import HEAD, RANK_AXIS, Key, Tensors, finite, parted
 
 DOMINANT = 0.5
 """Share of a mean beyond which a client gets its row from the server: subtraction multiplies rounding by 1/(1 − p)."""
@@ -189,7 +189,7 @@ class Server:
                 raise UserError(f"client {client}: {key} is {tuple(value.shape)}, this run has {self.shapes[key]}")
             if value.dtype != torch.float32:
                 raise UserError(f"client {client}: {key} is {value.dtype}, this run has torch.float32")
-            if not torch.isfinite(value).all():
+            if not finite(value):
                 raise UserError(f"client {client}: {key} is not finite")
 
     def _fits(self, key: Key, shape: tuple[int, ...]) -> bool:
