@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from fedalt import config
 from fedalt.config import RunConfig, load_config, parse_config, parse_override
 from fedalt.errors import UserError
 from fedalt.experiment.compare import plan
@@ -153,6 +154,10 @@ TYPOS = {
     "federation.round": "rounds",
     "evaluation.num_beam": "num_beams",
     "federation.clients": "data.clients",
+    "federation.client": "data.clients",
+    "federation.batchsize": "training.batch_size",
+    "lora.rank": "lora.r",
+    "data.partition.dirichlet_alpha": "data.partition.alpha",
     "training.rounds": "federation.rounds",
     "rounds": "federation.rounds",
 }
@@ -164,6 +169,13 @@ def test_an_unknown_key_gets_a_suggestion_at_every_level(typo: str) -> None:
     assert line.startswith(f'x.yaml: unknown key "{typo}"')
     if TYPOS[typo]:
         assert line.endswith(f'(did you mean "{TYPOS[typo]}"?)')
+
+
+def test_every_name_of_another_library_stands_for_a_key_and_is_none_itself() -> None:
+    for key, names in config._ALIASES.items():
+        assert all(complaint(nested(name, 1)).endswith(f'(did you mean "{key}"?)') for name in names)
+        *sections, last = key.split(".")
+        assert last in config._keys_at(sections)
 
 
 def test_without_a_close_name_the_known_ones_are_listed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,25 @@ from fedalt.methods.options import (
     PF2LoRAConfig,
 )
 from fedalt.section import Section
+
+_ALIASES = {
+    "lora.r": {"rank", "lora_r"},
+    "lora.alpha": {"lora_alpha"},
+    "lora.dropout": {"lora_dropout"},
+    "lora.targets": {"target_modules", "lora_target_modules"},
+    "training.lr": {"learning_rate"},
+    "training.local_epochs": {"epochs", "num_train_epochs", "local_num_epochs"},
+    "training.batch_size": {"per_device_train_batch_size", "local_batch_size", "micro_batch_size"},
+    "training.schedule": {"lr_scheduler_type"},
+    "federation.rounds": {"num_rounds", "num_server_rounds", "communication_rounds", "num_communication_rounds"},
+    "federation.fraction": {"fraction_fit", "fraction_train", "client_selection_frac"},
+    "data.clients": {"num_clients", "num_supernodes", "client_num"},
+    "data.source": {"dataset", "dataset_name", "data_path"},
+    "data.partition.alpha": {"dirichlet_alpha"},
+    "model.name": {"model_name", "model_name_or_path", "base_model", "global_model"},
+    "model.dtype": {"torch_dtype"},
+}
+"""What Hugging Face, PEFT, Flower and federated LoRA scripts call a key."""
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
 Metric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "option_accuracy", "accuracy", "macro_f1"]
@@ -278,11 +298,23 @@ def _explain(error: Any) -> str:
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         known = _keys_at(location[:-1])
-        elsewhere = [f"{name}.{location[-1]}" for name in RunConfig.model_fields if location[-1] in _keys_at([name])]
-        hint = f' (did you mean "{elsewhere[0]}"?)' if elsewhere else did_you_mean(location[-1], known)
-        return f'unknown key "{key}"{hint or "; known here: " + ", ".join(known)}'
+        hint = _meant(location[-1], known) or "; known here: " + ", ".join(known)
+        return f'unknown key "{key}"{hint}'
     message = error["msg"].removeprefix("Value error, ")
     return f'"{key}" = {error["input"]!r}: {message}' if key else message
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    """A hint at the key that was meant: of this name elsewhere, of other libraries' name, or the closest one."""
+    keys = {f"{section}.{key}": key for section in RunConfig.model_fields for key in _keys_at([section])}
+    called = [key for key, last in keys.items() if last == name] or [key for key in _ALIASES if name in _ALIASES[key]]
+    if called:
+        return f' (did you mean "{called[0]}"?)'
+    near = did_you_mean(name, known)
+    if not near:
+        found = get_close_matches(name, keys.values(), n=1, cutoff=0.75)
+        near = "".join([f' (did you mean "{key}"?)' for key, last in keys.items() if [last] == found][:1])
+    return near
 
 
 def _keys_at(path: Iterable[str]) -> list[str]:
