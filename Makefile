@@ -30,7 +30,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # by file: set-ups and finished runs serve a whole file
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations=12
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedalt.training.optimizer import StackedAdamW
+from fedalt.training.optimizer import _TOGETHER, StackedAdamW
 from support import quick
 
 Snapshot = list[Tensor]
@@ -36,14 +38,17 @@ def same(one: Snapshot, other: Snapshot) -> bool:
     decay=st.sampled_from([0.0, 0.05, 0.5]),
     scale=st.sampled_from([1e-3, 1.0, 1e3]),
     turns=st.lists(st.integers(1, 15), min_size=1, max_size=6),
+    together=st.sampled_from([1, 40, 1 << 18]),
 )
 def test_equals_torch_per_client(
-    shapes: list[tuple[int, int]], rates: list[float], decay: float, scale: float, turns: list[int]
+    shapes: list[tuple[int, int]], rates: list[float], decay: float, scale: float, turns: list[int], together: int
 ) -> None:
     """``turns`` holds one bit mask of active clients per step; inactive clients have no step in the reference."""
     k = len(rates)
+    shapes = [*shapes, *shapes]  # some are alike and move together, as far as ``together`` goes
     start = [draw((k, *shape), seed) for seed, shape in enumerate(shapes)]
-    stacked = StackedAdamW([nn.Parameter(p.clone()) for p in start], decay, max_grad_norm=1.0)
+    with mock.patch.dict(_TOGETHER, cpu=together):
+        stacked = StackedAdamW([nn.Parameter(p.clone()) for p in start], decay, max_grad_norm=1.0)
     alone = [[nn.Parameter(p[i].clone()) for p in start] for i in range(k)]
     references = [torch.optim.AdamW(mine, lr=1.0, weight_decay=decay) for mine in alone]
     lr = torch.tensor(rates)
