@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from fedalt import config
+from fedalt import hints
 from fedalt.config import RunConfig, load_config, parse_config, parse_override
 from fedalt.errors import UserError
 from fedalt.experiment.compare import plan
@@ -172,10 +172,10 @@ def test_an_unknown_key_gets_a_suggestion_at_every_level(typo: str) -> None:
 
 
 def test_every_name_of_another_library_stands_for_a_key_and_is_none_itself() -> None:
-    for key, names in config._ALIASES.items():
+    for key, names in hints.ALIASES.items():
         assert all(complaint(nested(name, 1)).endswith(f'(did you mean "{key}"?)') for name in names)
         *sections, last = key.split(".")
-        assert last in config._keys_at(sections)
+        assert last in hints.keys_at(sections, RunConfig)
 
 
 def test_without_a_close_name_the_known_ones_are_listed() -> None:

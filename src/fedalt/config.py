@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fedalt.data.options import DataConfig
-from fedalt.errors import UserError, did_you_mean
+from fedalt.errors import UserError
 from fedalt.flower.options import FlowerConfig
+from fedalt.hints import explain
 from fedalt.methods.options import (
     FDLoRAConfig,
     FedALTConfig,
@@ -23,25 +23,6 @@ from fedalt.methods.options import (
     PF2LoRAConfig,
 )
 from fedalt.section import Section
-
-_ALIASES = {
-    "lora.r": {"rank", "lora_r"},
-    "lora.alpha": {"lora_alpha"},
-    "lora.dropout": {"lora_dropout"},
-    "lora.targets": {"target_modules", "lora_target_modules"},
-    "training.lr": {"learning_rate"},
-    "training.local_epochs": {"epochs", "num_train_epochs", "local_num_epochs"},
-    "training.batch_size": {"per_device_train_batch_size", "local_batch_size", "micro_batch_size"},
-    "training.schedule": {"lr_scheduler_type"},
-    "federation.rounds": {"num_rounds", "num_server_rounds", "communication_rounds", "num_communication_rounds"},
-    "federation.fraction": {"fraction_fit", "fraction_train", "client_selection_frac"},
-    "data.clients": {"num_clients", "num_supernodes", "client_num"},
-    "data.source": {"dataset", "dataset_name", "data_path"},
-    "data.partition.alpha": {"dirichlet_alpha"},
-    "model.name": {"model_name", "model_name_or_path", "base_model", "global_model"},
-    "model.dtype": {"torch_dtype"},
-}
-"""What Hugging Face, PEFT, Flower and federated LoRA scripts call a key."""
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
 Metric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "option_accuracy", "accuracy", "macro_f1"]
@@ -246,7 +227,7 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
+        raise UserError("\n".join(f"{where}: {explain(e, RunConfig)}" for e in error.errors())) from None
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "settings") -> RunConfig:
@@ -291,37 +272,3 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
             raise UserError(f'"{dotted}": "{parent}" is a value, not a section')
         values = child
     values[last] = value
-
-
-def _explain(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(location[:-1])
-        hint = _meant(location[-1], known) or "; known here: " + ", ".join(known)
-        return f'unknown key "{key}"{hint}'
-    message = error["msg"].removeprefix("Value error, ")
-    return f'"{key}" = {error["input"]!r}: {message}' if key else message
-
-
-def _meant(name: str, known: Sequence[str]) -> str:
-    """A hint at the key that was meant: of this name elsewhere, of other libraries' name, or the closest one."""
-    keys = {f"{section}.{key}": key for section in RunConfig.model_fields for key in _keys_at([section])}
-    called = [key for key, last in keys.items() if last == name] or [key for key in _ALIASES if name in _ALIASES[key]]
-    if called:
-        return f' (did you mean "{called[0]}"?)'
-    near = did_you_mean(name, known)
-    if not near:
-        found = get_close_matches(name, keys.values(), n=1, cutoff=0.75)
-        near = "".join([f' (did you mean "{key}"?)' for key, last in keys.items() if [last] == found][:1])
-    return near
-
-
-def _keys_at(path: Iterable[str]) -> list[str]:
-    section: type[BaseModel] = RunConfig
-    for part in path:
-        annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        section = annotation
-    return list(section.model_fields)
