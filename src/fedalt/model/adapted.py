@@ -28,6 +28,9 @@ from fedalt.model.trial import agree, untouched
 from fedalt.model.trimming import enable_trimming
 from fedalt.names import Key
 
+_KEPT = {"cpu": 3, "cuda": 2}
+"""Times what linear layers put out that a step keeps; 1.6 to 1.8 on an H100, where attention and norms keep less."""
+
 
 class AdaptedModel:
     """A frozen model whose target layers hold K clients' adapters, stacked ``[K, …]``.
@@ -142,9 +145,9 @@ class AdaptedModel:
 
     @property
     def bytes_per_token(self) -> int:
-        """About what a training step keeps of every token: three times what all linear layers put out."""
+        """About what a training step keeps of every token, in terms of what all linear layers put out."""
         linear = [features(module)[1] for module in self.backbone.modules() if is_linear(module)]
-        return 3 * sum(linear) * int(self.base.dtype.itemsize)
+        return _KEPT[self.device.type] * sum(linear) * int(self.base.dtype.itemsize)
 
     @property
     def layer_sizes(self) -> dict[str, tuple[int, int]]:
