@@ -59,10 +59,11 @@ def keys_at(path: Sequence[str], root: type[BaseModel]) -> list[str]:
 def _meant(name: str, sections: Sequence[str], root: type[BaseModel]) -> str:
     """The key of this name elsewhere, what others call so, the closest one here, or elsewhere; or all keys here."""
     known = keys_at(sections, root)
-    keys = {f"{section}.{key}": key for section in root.model_fields for key in keys_at([section], root)}
+    keys = {name: name for name in root.model_fields}
+    keys |= {f"{section}.{key}": key for section in root.model_fields for key in keys_at([section], root)}
     called = [key for key, last in keys.items() if last == name] or [key for key in ALIASES if name in ALIASES[key]]
     if not called and (near := did_you_mean(name, known)):
         return near
     alike = get_close_matches(name, keys.values(), n=1, cutoff=0.75)
-    called = called or [key for key, last in keys.items() if [last] == alike]
+    called = called or [key for key, last in keys.items() if last in alike]
     return f' (did you mean "{called[0]}"?)' if called else f"; known here: {', '.join(known)}"

@@ -60,8 +60,3 @@ def parted(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """Adapters, and heads."""
     adapters = {key: value for key, value in tensors.items() if key.slot != HEAD}
     return adapters, {key: value for key, value in tensors.items() if key.slot == HEAD}
-
-
-def finite(value: Tensor) -> bool:
-    """Whether every number is; a sum that is finite says so in one pass, and one that is not may only be too large."""
-    return bool(value.sum().isfinite()) or bool(value.isfinite().all())

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from fedalt.config import FederationConfig
 from fedalt.errors import UserError
+from fedalt.federation.finite import finite
 from fedalt.federation.server import Server
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Message
 from fedalt.methods.mean import WeightedSum
 from fedalt.model.state import AdapterShape, ClientState
-from fedalt.names import GLOBAL, INDIVIDUAL, ROW, A, B, Key, Tensors, finite
+from fedalt.names import GLOBAL, INDIVIDUAL, ROW, A, B, Key, Tensors
 from oracle.reference import mean_of_others
 from support import bitwise, distance, method_of, quick
 

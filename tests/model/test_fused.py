@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedalt.model import fused
+from fedalt.model import fused, grouped
 from fedalt.model.layer import AdaptedLinear, Placement
 from fedalt.model.mixing import SOFTMAX, SUM
 from fedalt.model.rowmap import RowContext, RowMap
@@ -86,6 +86,42 @@ def test_every_gradient_under_dropout_is_that_of_autograd(
         else:
             assert grad is not None and leaves[key].grad is not None
             assert relative(grad, leaves[key].grad) < 1e-5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ranks", [(8, 8), (8, 4), (16, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 1, 3), (2, 0, 1), (1, 0, 0), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("length", [1, 5])
+def test_in_bf16_as_on_a_gpu_everything_is_near_fp32(
+    ranks: tuple[int, int], sizes: tuple[int, ...], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dtypes and the kernel of a GPU, on the CPU."""
+    generator = torch.Generator().manual_seed(4)
+    rows = RowMap(sizes, (length,) * sum(sizes), packed=True)
+    tensors = {
+        key: (0.5 * torch.randn(len(sizes), *shape, generator=generator)).bfloat16().float()
+        for slot, r in zip(SLOTS, ranks, strict=True)
+        for key, shape in ((Key("w", slot, A), (r, D_IN)), (Key("w", slot, B), (D_OUT, r)))
+    } | {Key("w", MIXER, G): torch.randn(len(sizes), 2, D_IN, generator=generator).bfloat16().float()}
+    drawn = torch.randn(length * sum(sizes), D_IN, generator=generator).bfloat16()
+    base = nn.Linear(D_IN, D_OUT).requires_grad_(False).bfloat16()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype == torch.bfloat16:
+            monkeypatch.setattr(fused, "_working_dtype", lambda x, factor: x.dtype)
+            monkeypatch.setattr(grouped, "_joins", lambda x: True)
+        layer = AdaptedLinear(base.to(dtype), "w", INDEX, RowContext())
+        layer.place(Placement(SLOTS, SOFTMAX, S, 0.0), {k: v.clone() for k, v in tensors.items()}, list(tensors))
+        x = drawn.to(dtype).requires_grad_()
+        with layer.context.rows(rows):
+            y = layer(x[None])[0]
+        y.sum().backward()
+        assert y.dtype == dtype
+        grads = [layer.factor(key.slot, key.factor).grad for key in tensors]
+        assert all(grad is not None and grad.dtype == torch.float32 for grad in grads)
+        found.append([y.detach(), x.grad, *grads])
+    for exact, half in zip(*found, strict=True):
+        assert exact is not None and half is not None
+        assert float((half.float() - exact).norm()) < 0.03 * float(exact.norm())
 
 
 def test_a_frozen_row_costs_no_product_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

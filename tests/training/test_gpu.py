@@ -18,15 +18,15 @@ from support import MODELS, RANK, example, method_of, placement, random_states, 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-SIZES = [(9, 3, 5), (4,), (8, 2)]
+SIZES = [(9, 3, 5), (4,), (8, 2), ()]
 GROUPS = [tuple(example(size, 3, 10 * k + i) for i, size in enumerate(sizes)) for k, sizes in enumerate(SIZES)]
-"""Tokens per client are unequal."""
+"""Tokens per client are unequal, and the last client sits out."""
 
 
 def gradients(
     base: Any,
     groups: list[tuple[Example, ...]] = GROUPS,
-    clients: tuple[int, ...] = (0, 1, 2),
+    clients: tuple[int, ...] = (0, 1, 2, 3),
     dropout: float = 0.0,
     spoilt: int | None = None,
 ) -> tuple[AdaptedModel, dict[Key, Tensor]]:
@@ -66,7 +66,8 @@ def test_gradients_in_bf16_are_near_those_of_the_same_weights_in_fp32(name: str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_client_in_a_stack_has_the_gradient_of_the_client_alone(name: str, dropout: float) -> None:
     _, stacked = gradients(MODELS[name]().bfloat16().cuda(), dropout=dropout)
-    for k, rows in enumerate(GROUPS):
+    assert not any(value[3].any() for value in stacked.values())
+    for k, rows in enumerate(GROUPS[:3]):
         _, alone = gradients(MODELS[name]().bfloat16().cuda(), [rows], (k,), dropout)
         for key, value in alone.items():
             assert float((stacked[key][k] - value[0]).norm() / value.norm()) < 0.03

@@ -9,12 +9,13 @@ from functools import partial
 
 from fedalt.config import LoraConfig, TrainingConfig
 from fedalt.data.batches import Plan
+from fedalt.federation.finite import finite
 from fedalt.methods.base import Method, Phase
 from fedalt.methods.exchange import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
-from fedalt.names import Tensors, finite, parted
+from fedalt.names import Tensors, parted
 from fedalt.training.local import OnStep, TrainingStats, train
 
 

@@ -11,8 +11,8 @@ from fedalt.model.adapted import AdaptedModel
 from fedalt.model.memory import free_memory
 
 _TOKENS = {"cpu": 2_048, "cuda": 16_384}
-"""Tokens in a step beyond which more clients at a time are hardly faster. Measured on two cores, and on an H100 with a
-7B model: 17,800 tokens a second with 5,000 of them in a step, 19,700 with 10,000."""
+"""Tokens in a step beyond which more clients at a time are no faster on two cores. A guess for GPUs: on an H100 with a
+7B model 17,800 tokens a second with 5,000 of them in a step, 19,700 with 10,000; more were not tried."""
 _SHARE = 0.5
 """Most of the free memory that a step may take: activations, adapters, optimiser."""
 _COPIES, _TRAINED = 2, 4

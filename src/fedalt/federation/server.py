@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fedalt.config import FederationConfig
 from fedalt.errors import UserError
+from fedalt.federation.finite import finite
 from fedalt.federation.per_client import PerClient
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.mean import mean_of
-from fedalt.names import HEAD, RANK_AXIS, Key, Tensors, finite, parted
+from fedalt.names import HEAD, RANK_AXIS, Key, Tensors, parted
 
 DOMINANT = 0.5
 """Share of a mean beyond which a client gets its row from the server: subtraction multiplies rounding by 1/(1 − p)."""

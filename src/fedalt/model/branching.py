@@ -57,4 +57,4 @@ def branches_exactly(base: Any, context: RowContext, clients: int) -> bool:
         raise
     except Exception:  # whatever a model makes of such a mask
         return False
-    return untouched(beside[6], tried[6], base.dtype) and agree(tried[5:], own, base.dtype)
+    return untouched(beside[5:], tried[5:], 0, base.dtype) and agree(tried[5:], own, base.dtype)

@@ -91,9 +91,9 @@ class Adapt(torch.autograd.Function):
     Only the factors that ask for a gradient get one (a frozen row costs none). Apart from x and a byte per input for
     dropout only h and α are kept, R + m numbers a token. Not differentiable twice.
 
-    Everything is in the factors' own dtype, fp32, with one exception: on a GPU, the products over d_in and d_out take a
-    bf16 base's tokens as they are, and the factors in bf16, as under autocast. What is per token and slot (h, α, u, β)
-    stays fp32.
+    Everything is in the factors' own dtype, fp32, with one exception: on a GPU, the products with a bf16 base's tokens
+    are in bf16, each rounded to it, as under autocast. Sums and the softmax of what comes out of them (h, α, u, β) are
+    fp32, and gradients are kept in fp32.
     """
 
     @staticmethod
@@ -108,15 +108,14 @@ class Adapt(torch.autograd.Function):
         """Args after g: A ``[k, r, d_in]`` of every slot, then B ``[k, d_out, r]`` of every slot."""
         full, working = factors[0].dtype, _working_dtype(x, factors[0])
         a, b = _stack(factors, working)
-        mixer = None if g is None else g.to(working)
         inner = x.to(working)
         h = per_client(how.drop(inner), a.transpose(1, 2), how.counts).to(full).mul_(how.keep)
         alpha = how.weights
-        if mixer is not None:
-            alpha = torch.softmax(per_client(inner, mixer.transpose(1, 2), how.counts).to(full), dim=-1)
+        if g is not None:
+            alpha = torch.softmax(per_client(inner, g.to(working).transpose(1, 2), how.counts).to(full), dim=-1)
         weighted = ((h if alpha is None else h * how.spread(alpha)) * how.scale).to(working)
-        ctx.how, ctx.full = how, full
-        ctx.save_for_backward(x, mixer, h, alpha, a, b)
+        ctx.how = how
+        ctx.save_for_backward(x, g, h, alpha, *factors)
         if alpha is not None:
             ctx.mark_non_differentiable(alpha)
         if y.dtype == working:
@@ -126,38 +125,44 @@ class Adapt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, "n d_out"], _: Any) -> tuple[Tensor | None, ...]:
         """The formulas above."""
-        x, g, h, alpha, a, b = ctx.saved_tensors
+        x, g, h, alpha, *factors = ctx.saved_tensors
         how: Adaptation = ctx.how
-        full, working = ctx.full, a.dtype
+        full, working = factors[0].dtype, _working_dtype(x, factors[0])
+        a, b = _stack(factors, working)
         needs: Sequence[bool] = ctx.needs_input_grad[4:]
         delta, inner = grad.to(working), x.to(working)
         dropped = how.drop(inner)
         u = per_client(delta, b, how.counts).to(full) * how.scale
         spread = None if alpha is None else how.spread(alpha)
         wu, wh = (u * how.keep, h) if spread is None else (u * spread * how.keep, h * spread)
-        passed = wu.to(working)
+        below = wu.to(working)
         grads: list[Tensor | None] = [None] * len(needs)
         for i, span in enumerate(how.spans):
             if needs[i]:
-                grads[i] = outer_per_client(passed[:, span].contiguous(), dropped, how.counts).to(full)
+                grads[i] = outer_per_client(_rows(below[:, span]), dropped, how.counts).to(full)
             if needs[len(how.ranks) + i]:
                 seen = (wh[:, span] * how.scale).to(working)
                 grads[len(how.ranks) + i] = outer_per_client(delta, seen, how.counts).to(full)
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = how.drop(per_client(how.passed(passed), a, how.counts))
+            dx = how.drop(per_client(how.passed(below), a, how.counts))
         dg = None
         if g is not None:
             beta = how.gathered(u * h)
             dz = (alpha * (beta - (alpha * beta).sum(1, keepdim=True))).to(working)
             dg = outer_per_client(dz, inner, how.counts).to(full) if ctx.needs_input_grad[3] else None
-            dx = add_per_client(dx, dz, g, how.counts) if dx is not None else None
+            dx = add_per_client(dx, dz, g.to(working), how.counts) if dx is not None else None
         return None, None if dx is None else dx.to(x.dtype), grad, dg, *grads
 
 
 def _working_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
     """What the long products are computed in."""
     return x.dtype if x.is_cuda and x.dtype == torch.bfloat16 else factor.dtype
+
+
+def _rows(x: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
+    """Without gaps between rows, even where there is one row only and torch sees no gap."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _stack(

@@ -21,8 +21,8 @@ def per_client(x: Float[Tensor, "n i"], w: Float[Tensor, "k i o"], counts: Count
     """Multiply every token by the matrix of its own client: ``y[n] = x[n] · w[client of n]``."""
     if len(set(counts)) == 1:
         return torch.bmm(x.view(len(counts), -1, x.shape[1]), w).view(len(x), -1)
-    if _has_kernel(x):
-        return grouped(x, w, counts)
+    if _joins(x):
+        return joint(x, w, counts)
     y = x.new_empty(len(x), w.shape[2])
     for x_k, w_k, y_k in zip(x.split(list(counts)), w, y.split(list(counts)), strict=True):
         torch.mm(x_k, w_k, out=y_k)
@@ -36,8 +36,8 @@ def add_per_client(
     if len(set(counts)) == 1:
         k = len(counts)
         return torch.baddbmm(y.view(k, -1, y.shape[1]), x.view(k, -1, x.shape[1]), w).view_as(y)
-    if _has_kernel(x):
-        return y + grouped(x, w, counts)
+    if _joins(x):
+        return y + joint(x, w, counts)
     out = torch.empty_like(y)
     parts = [tensor.split(list(counts)) for tensor in (y, x, out)]
     for y_k, x_k, out_k, w_k in zip(*parts, w, strict=True):
@@ -50,29 +50,40 @@ def outer_per_client(x: Float[Tensor, "n i"], y: Float[Tensor, "n o"], counts: C
     if len(set(counts)) == 1:
         k = len(counts)
         return torch.bmm(x.view(k, -1, x.shape[1]).transpose(1, 2), y.view(k, -1, y.shape[1]))
-    if _has_kernel(x):
-        return grouped_outer(x, y, counts)
+    if _joins(x):
+        return joint_outer(x, y, counts)
     out = x.new_empty(len(counts), x.shape[1], y.shape[1])
     for x_k, y_k, out_k in zip(x.split(list(counts)), y.split(list(counts)), out, strict=True):
         torch.mm(x_k.t(), y_k, out=out_k)
     return out
 
 
-def _has_kernel(x: Tensor) -> bool:
-    """Whether torch multiplies groups of unequal size in one call: bf16 on a GPU of 2020 or later."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-
-def grouped(x: Float[Tensor, "n i"], w: Float[Tensor, "k i o"], counts: Counts) -> Float[Tensor, "n o"]:
+def joint(x: Float[Tensor, "n i"], w: Float[Tensor, "k i o"], counts: Counts) -> Float[Tensor, "n o"]:
     """``per_client`` in one call."""
     y = F.grouped_mm(_padded(x), _padded(_padded(w, 1)), offs=_ends(tuple(counts), x.device))
     return y[:, : w.shape[2]]
 
 
-def grouped_outer(x: Float[Tensor, "n i"], y: Float[Tensor, "n o"], counts: Counts) -> Float[Tensor, "k i o"]:
-    """``outer_per_client`` in one call."""
+def joint_outer(x: Float[Tensor, "n i"], y: Float[Tensor, "n o"], counts: Counts) -> Float[Tensor, "k i o"]:
+    """``outer_per_client`` in one call; clients without tokens get zeros, which torch leaves to the card."""
     out = F.grouped_mm(_padded(x).t(), _padded(y), offs=_ends(tuple(counts), x.device))
+    for mine, count in zip(out, counts, strict=True):
+        if not count:
+            mine.zero_()
     return out[:, : x.shape[1], : y.shape[1]]
+
+
+def _joins(x: Tensor) -> bool:
+    """Whether torch has a kernel for groups of unequal size: bf16 on Hopper and on Blackwell for data centres.
+
+    On other cards it is a loop that asks the card for the sizes first, each time.
+    """
+    return x.is_cuda and x.dtype == torch.bfloat16 and _generation(x.device) in (9, 10)
+
+
+@lru_cache(maxsize=64)
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _padded(x: Tensor, dim: int = -1) -> Tensor:

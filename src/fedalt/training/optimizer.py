@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-_TOGETHER = {"cpu": 1 << 18, "cuda": 1 << 27}
+_TOGETHER = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Numbers that are moved together: a CPU keeps a megabyte near by, a GPU waits for every launch."""
 
 
@@ -35,7 +35,7 @@ class StackedAdamW:
         alike = defaultdict[tuple[int, ...], list[nn.Parameter]](list)
         for parameter in self.parameters:
             alike[tuple(parameter.shape)].append(parameter)
-        self.groups = [Group.of(part) for members in alike.values() for part in _parts(members)]
+        self.groups = [Alike.of(part) for members in alike.values() for part in _parts(members)]
         self.steps = torch.zeros(len(self.parameters[0]), device=self.parameters[0].device, dtype=torch.float64)
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class StackedAdamW:
         norms = torch.cat(squares).sum(0).sqrt()
         return (self.max_grad_norm / (norms + 1e-6)).clamp(max=1)
 
-    def _update(self, group: Group, clip: Tensor, lr: Tensor, active: Tensor) -> None:
+    def _update(self, group: Alike, clip: Tensor, lr: Tensor, active: Tensor) -> None:
         def column(values: Tensor) -> Tensor:
             shaped = values.view(-1, *[1] * (group.values.dim() - 2))
             return shaped.to(group.values.dtype) if values.is_floating_point() else shaped
@@ -78,7 +78,7 @@ class StackedAdamW:
 
 
 @dataclass(frozen=True)
-class Group:
+class Alike:
     """Parameters of one shape, moved together.
 
     Attributes:
@@ -93,7 +93,7 @@ class Group:
     second: Float[Tensor, "p k ..."]
 
     @classmethod
-    def of(cls, members: list[nn.Parameter]) -> Group:
+    def of(cls, members: list[nn.Parameter]) -> Alike:
         """Move parameters next to each other."""
         values = torch.stack([parameter.detach() for parameter in members])
         for parameter, value in zip(members, values, strict=True):
@@ -102,8 +102,13 @@ class Group:
 
     def grad(self) -> Float[Tensor, "p k ..."]:
         """Their gradients."""
-        grads = [parameter.grad for parameter in self.members if parameter.grad is not None]
+        grads = [_grad(parameter) for parameter in self.members]
         return grads[0][None] if len(grads) == 1 else torch.stack(grads)
+
+
+def _grad(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _parts(members: list[nn.Parameter]) -> list[list[nn.Parameter]]:
