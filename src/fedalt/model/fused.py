@@ -162,7 +162,7 @@ def _working_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
 
 def _rows(x: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
     """Without gaps between rows, even where there is one row only and torch sees no gap."""
-    return x.clone(memory_format=torch.contiguous_format)
+    return x if x.stride(0) == x.shape[1] else x.clone(memory_format=torch.contiguous_format)
 
 
 def _stack(
