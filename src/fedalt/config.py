@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedalt.compat import settings_today, today
 from fedalt.data.options import DataConfig
 from fedalt.errors import UserError
 from fedalt.flower.options import FlowerConfig
@@ -62,7 +63,7 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
-    """Adapters on the frozen base; the same rank for the individual and the row LoRA."""
+    """Adapters on the frozen base; the same rank for the individual and the RoW LoRA."""
 
     r: int = Field(8, ge=1, description="rank (paper: 8; 4, 6 and 8 studied)")
     ranks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
@@ -100,11 +101,11 @@ class FederationConfig(Section):
     weighting: Literal["method", "uniform", "samples"] = Field(
         "method", description="weights of the mean: the method's own rule, 1, or rows per client"
     )
-    row_participation: Literal["last_known", "participants", "staleness_decay"] = Field(
+    rest_of_world_participation: Literal["last_known", "participants", "staleness_decay"] = Field(
         "last_known", description="whose uploads form the row when not every client takes part"
     )
     staleness_decay: float = Field(0.9, gt=0, le=1, description="weight factor per round of age (staleness_decay)")
-    row_delivery: Literal["broadcast", "unicast"] = Field(
+    rest_of_world_delivery: Literal["broadcast", "unicast"] = Field(
         "broadcast", description="one mean for all with subtraction at the client, or each client's own row"
     )
     heads: Literal["private", "shared"] = Field(
@@ -248,9 +249,9 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     Raises:
         UserError: The file is missing or no YAML mapping, a key is unknown, or a value is not allowed.
     """
-    values = _read_yaml(path) if path else {}
+    values = settings_today(_read_yaml(path)) if path else {}
     for key, value in overrides:
-        _assign(values, key, value)
+        _assign(values, *today(key, value))
     return parse_config(values, str(path) if path else "settings")
 
 
@@ -262,7 +263,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
     Raises:
         UserError: An unknown key, a value that is not allowed, a plugin that cannot be imported.
     """
-    values = _with_plugins(values)
+    values = _with_plugins(settings_today(values))
     known = sections() if values.keys() - RunConfig.model_fields.keys() else {}
     problems, own = list[Any](), dict[str, Section]()
     for name in values.keys() & known.keys():
@@ -345,7 +346,7 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "
     """The same configuration with some dotted keys set, validated; errors start with ``where``."""
     values = config.model_dump()
     for key, value in settings.items():
-        _assign(values, key, value)
+        _assign(values, *today(key, value))
     return parse_config(values, where)
 
 

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fedalt.compat import slot_today
+
 INDIVIDUAL = "individual"
 """Slot that only its client trains and nothing global overwrites (paper: Individual LoRA)."""
-ROW = "row"
+REST_OF_WORLD = "rest_of_world"
 """Frozen slot: the mean of the other clients' individual LoRAs (paper: rest-of-world LoRA)."""
 GLOBAL = "global"
 """Slot that the server's mean overwrites at the start of every round (FedAvg)."""
@@ -49,7 +51,7 @@ class Key(NamedTuple):
     def parse(cls, text: str) -> Key:
         """Invert ``str(key)``; module paths may hold dots, slots and factors may not."""
         module, slot, factor = text.rsplit(".", 2)
-        return cls(module, slot, factor)
+        return cls(module, slot_today(slot), factor)
 
 
 Tensors = Mapping[Key, Tensor]

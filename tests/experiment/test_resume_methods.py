@@ -24,7 +24,7 @@ SHORT = {
     "evaluation__max_new_tokens": 2,
 }
 OWN: dict[str, dict[str, Any]] = {
-    "fedalt_clusters": {"federation__row_participation": "staleness_decay"},
+    "fedalt_clusters": {"federation__rest_of_world_participation": "staleness_decay"},
     "fdlora": {"fdlora__budget": 9, "fdlora__sync_every": 2, "fdlora__few_shot": 2},
     "feddpa_f": {"feddpa__samples": 2},
     "feddpa_t": {"feddpa__samples": 2},

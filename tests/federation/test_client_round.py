@@ -16,7 +16,7 @@ from fedalt.federation.client import ClientResult, client_round
 from fedalt.methods.exchange import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState, initial_state
-from fedalt.names import INDIVIDUAL, MIXER, ROW, A, B, G, Key, Tensors
+from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, A, B, G, Key, Tensors
 from support import (
     RANK,
     VOCAB,
@@ -78,7 +78,7 @@ def test_training_moves_individual_and_mixer_and_nothing_else(model: AdaptedMode
     told = messages(states)
     for state, message, result in zip(states, told, one_round(model, states, told=told), strict=True):
         installed, after = METHOD.receive(state, message).tensors, result.state.tensors
-        assert bitwise(part(after, ROW), part(installed, ROW))
+        assert bitwise(part(after, REST_OF_WORLD), part(installed, REST_OF_WORLD))
         assert not any(torch.equal(after[key], installed[key]) for key in part(after, INDIVIDUAL, MIXER))
         assert result.state.round == 1
     base = {name: value for name, value in model.base.state_dict().items() if name in weights and "base_layer" in name}
@@ -117,7 +117,7 @@ def test_individual_and_mixer_continue_where_the_last_round_ended(model: Adapted
     for state, message, result in zip(end, told, one_round(model, end, STILL, told), strict=True):
         for tensors in (METHOD.receive(state, message).tensors, result.state.tensors):
             assert digest(part(tensors, INDIVIDUAL, MIXER)) == digest(part(state.tensors, INDIVIDUAL, MIXER))
-            assert digest(part(tensors, ROW)) != digest(part(state.tensors, ROW))
+            assert digest(part(tensors, REST_OF_WORLD)) != digest(part(state.tensors, REST_OF_WORLD))
 
 
 def test_payload_is_the_individual_lora_alone(model: AdaptedModel) -> None:
@@ -154,7 +154,7 @@ def test_identical_clients_have_a_row_like_their_individual(model: AdaptedModel)
     mean = {key: torch.stack([u[key] for u in uploads]).mean(0) for key in uploads[0]}
     for result in results:
         after = method.receive(result.state, Message(mean, 1 / 8)).tensors
-        row = {key._replace(slot=INDIVIDUAL): value for key, value in part(after, ROW).items()}
+        row = {key._replace(slot=INDIVIDUAL): value for key, value in part(after, REST_OF_WORLD).items()}
         assert distance(row, part(after, INDIVIDUAL)) < 1e-5
         assert max(float(value.abs().max()) for key, value in row.items() if key.factor == B) > 1e-3
 
@@ -170,7 +170,7 @@ def test_a_federation_of_one_equals_local_bit_for_bit() -> None:
     assert {key.slot for key in runs[0][0]} == {INDIVIDUAL}
 
 
-@pytest.mark.parametrize("slot", [INDIVIDUAL, ROW, MIXER])
+@pytest.mark.parametrize("slot", [INDIVIDUAL, REST_OF_WORLD, MIXER])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_client_that_is_not_finite_is_set_aside_alone(model: AdaptedModel, slot: str, value: float) -> None:
     states = prepared(model)

@@ -29,7 +29,7 @@ M = 2 * D_IN
 LORA, IND, ROW2 = (
     {("global", "A"), ("global", "B")},
     {("individual", "A"), ("individual", "B")},
-    {("row", "A"), ("row", "B")},
+    {("rest_of_world", "A"), ("rest_of_world", "B")},
 )
 MIX = {("mixer", "G")}
 PARTS = {(f"part{i}", factor) for i in range(2) for factor in "AB"}
@@ -91,9 +91,9 @@ def test_payloads_and_bytes_of_a_round(name: str) -> None:
         ("fedit_split", {"fedit_split__router_average": False}, n(), n()),
         ("fedit_split", {"fedit_split__router": "none"}, n(), n()),
         ("fedit_split", {"fedit_split__parts": 4}, n() + 2 * M, n() + 2 * M),
-        ("fedalt", {"fedalt__row_update": "average_rows"}, 2 * n(), 2 * n()),
-        ("fedalt_svd", {"fedalt__row_rank": 2}, n(), n(2)),
-        ("fedalt_svd", {"fedalt__row_rank": 6}, n(), n(6)),
+        ("fedalt", {"fedalt__rest_of_world_update": "average"}, 2 * n(), 2 * n()),
+        ("fedalt_svd", {"fedalt__rest_of_world_rank": 2}, n(), n(2)),
+        ("fedalt_svd", {"fedalt__rest_of_world_rank": 6}, n(), n(6)),
         ("pf2lora", {"pf2lora__private_rank": 3}, n(), n()),
     ],
 )
@@ -190,7 +190,7 @@ def test_unknown_options_are_refused(section: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("fedalt.row_aggregator", "mean"),
+        ("fedalt.rest_of_world_aggregator", "mean"),
         ("fedalt.trim", 0.5),
         ("fedalt.clusters", 0),
         ("fedit_split.parts", 1),
@@ -213,12 +213,12 @@ def test_values_out_of_range_are_refused(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"fedalt__row_aggregator": "svd", "fedalt__row_from": "all"},
-        {"fedalt__row_aggregator": "median", "fedalt__row_update": "average_rows"},
+        {"fedalt__rest_of_world_aggregator": "svd", "fedalt__rest_of_world_from": "all"},
+        {"fedalt__rest_of_world_aggregator": "median", "fedalt__rest_of_world_update": "average"},
         {"fedalt__clusters": 2, "fedalt__mixer_average": True},
         {"fedalt__clusters": 2, "fedalt__mixing": "half"},
-        {"fedalt__clusters": 2, "fedalt__row_aggregator": "stack"},
-        {"fedalt__row_from": "all", "fedalt__row_update": "average_rows"},
+        {"fedalt__clusters": 2, "fedalt__rest_of_world_aggregator": "stack"},
+        {"fedalt__rest_of_world_from": "all", "fedalt__rest_of_world_update": "average"},
     ],
     ids=str,
 )

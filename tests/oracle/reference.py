@@ -45,7 +45,7 @@ class LiteralLayer(nn.Module):
         self.base_layer, self.s, self.names = base_layer, s, list(slots)
         for name, (a, b) in slots.items():
             for factor, value in (("A", a), ("B", b)):
-                if name == "row":
+                if name == "rest_of_world":
                     self.register_buffer(f"{name}_{factor}", value.clone())
                 else:
                     self.register_parameter(f"{name}_{factor}", nn.Parameter(value.clone()))
