@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from fedalt.data.options import DataConfig
 from fedalt.errors import UserError
@@ -28,12 +29,22 @@ Task = Literal["causal_lm", "sequence_classification", "image_classification"]
 Metric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "option_accuracy", "accuracy", "macro_f1"]
 
 
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_device)]
 
 
 def _names(value: Any) -> Any:
     """A command line has ``cuda:0,cuda:1``."""
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+"""A list, or one text with commas."""
 
 
 class ModelConfig(Section):
@@ -67,7 +78,12 @@ class LoraConfig(Section):
     )
     alpha: float = Field(32, gt=0, description="LoRA numerator; scale is alpha/r on both LoRAs (paper code: 32)")
     dropout: float = Field(0.05, ge=0, lt=1, description="one mask shared by both LoRAs (paper code: .05)")
-    targets: tuple[str, ...] | None = Field(None, description="module names; by architecture when not given")
+    targets: Names | None = Field(
+        None,
+        min_length=1,
+        description="linear layers with adapters, for example q_proj,v_proj, or all-linear; by architecture when not "
+        "given",
+    )
     init: Literal["shared", "code_like", "per_client"] = Field(
         "shared", description="who starts from the same A and mixer: all, all but client 0 (paper code), nobody"
     )
@@ -210,8 +226,15 @@ class RunConfig(Section):
         return Path(self.out or f"runs/{self.method}-{Path(self.data.source).name}-seed{self.seed}")
 
 
-def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
+def load_config(
+    path: Path | None, overrides: Sequence[tuple[str, Any]] = (), typed: Mapping[str, str] | None = None
+) -> RunConfig:
     """Read a YAML file, apply ``(dotted key, value)`` overrides on top, and validate.
+
+    Args:
+        path: The file; the defaults when not given.
+        overrides: Later ones win.
+        typed: Dotted key → what was typed to set it, for errors.
 
     Raises:
         UserError: The file is missing or no YAML mapping, a key is unknown, or a value is not allowed.
@@ -219,15 +242,16 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     values = _read_yaml(path) if path else {}
     for key, value in overrides:
         _assign(values, key, value)
-    return parse_config(values, str(path) if path else "settings")
+    return parse_config(values, str(path) if path else "settings", typed)
 
 
-def parse_config(values: dict[str, Any], where: str) -> RunConfig:
+def parse_config(values: dict[str, Any], where: str, typed: Mapping[str, str] | None = None) -> RunConfig:
     """Validate a nested mapping; every problem becomes one line naming its key."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(f"{where}: {explain(e, RunConfig)}" for e in error.errors())) from None
+        lines = (explain(problem, RunConfig, where, typed) for problem in error.errors())
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "settings") -> RunConfig:
