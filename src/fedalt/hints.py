@@ -57,6 +57,8 @@ def explain(error: Any, root: type[BaseModel], where: str, typed: Mapping[str, s
         where: The file, or whatever the values come from.
         typed: Dotted key → what was typed to set it, such as ``--rank 0``; named in place of file, key and value.
     """
+    if error["type"] == "invalid_key":
+        return f"{where}: {shortened(str(error['loc'][-1]))}: keys are text"
     inside = any(isinstance(part, int) for part in error["loc"])
     *path, last = [part for part in error["loc"] if not isinstance(part, int) and part != "[key]"] or [""]
     key, value = ".".join([*path, last]), error["input"]
@@ -122,13 +124,18 @@ def _shown(value: Any) -> str:
 
 def keys_at(path: Sequence[str], root: type[BaseModel]) -> list[str]:
     """The keys of a section; none where there is no section."""
+    return list(fields_at(path, root))
+
+
+def fields_at(path: Sequence[str], root: type[BaseModel]) -> Mapping[str, FieldInfo]:
+    """Key → field of a section; none where there is no section."""
     section = root
     for part in path:
         annotation = section.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
+            return {}
         section = annotation
-    return list(section.model_fields)
+    return section.model_fields
 
 
 def _meant(name: str, sections: Sequence[str], root: type[BaseModel]) -> str:
