@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from fedalt.data.options import DataConfig
-from fedalt.errors import UserError
+from fedalt.errors import UserError, shortened
 from fedalt.flower.options import FlowerConfig
 from fedalt.hints import explain
 from fedalt.methods.options import (
@@ -158,11 +158,12 @@ class EvaluationConfig(Section):
         "by task when not given",
     )
 
-    @model_validator(mode="after")
-    def _final_point(self) -> EvaluationConfig:
-        if "after" not in self.points:
-            raise ValueError('points must contain "after": the final scores are those after aggregation')
-        return self
+    @field_validator("points")
+    @classmethod
+    def _final_point(cls, points: tuple[str, ...]) -> tuple[str, ...]:
+        if "after" not in points:
+            raise ValueError('must contain "after": the final scores are those after aggregation')
+        return points
 
 
 class ReportConfig(Section):
@@ -266,11 +267,11 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Turn ``key.path=value`` into a key and a YAML value."""
     key, sign, value = text.partition("=")
     if not sign or not key:
-        raise UserError(f"--set {text}: write key.path=value, for example --set lora.r=4")
+        raise UserError(f"--set {shortened(text)}: write key.path=value, for example --set lora.r=4")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {text}: the value is not valid YAML") from None
+    except (yaml.YAMLError, ValueError):  # the latter from dates and numbers that cannot be
+        raise UserError(f"--set {shortened(text)}: the value is not valid YAML") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -278,7 +279,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such configuration file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter from bytes, dates and numbers that cannot be
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML") from None
     if values is None:

@@ -119,7 +119,10 @@ def _shown(value: Any) -> str:
         return f'"{shortened(value)}"'
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return shortened(str(value))
+    try:
+        return shortened(str(value))
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a very large number"
 
 
 def keys_at(path: Sequence[str], root: type[BaseModel]) -> list[str]:

@@ -20,7 +20,7 @@ def main() -> None:
     keep_libraries_quiet()
     keep_freed_memory()
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="fedalt", standalone_mode=False)
     except (UserError, click.UsageError) as error:
         complain(usage_line(error) if isinstance(error, click.UsageError) else str(error))
         sys.exit(2)

@@ -62,9 +62,9 @@ class Command(TyperCommand):
         return super().parse_args(ctx, full)
 
 
-def spelt(flag: str) -> str:
-    """An option as it was typed."""
-    context = click.get_current_context(silent=True)
+def spelt(flag: str, context: click.Context | None = None) -> str:
+    """An option as it was typed, in this context or the present one."""
+    context = context or click.get_current_context(silent=True)
     return (context.meta.get(_SPELT, {}) if context else {}).get(flag, flag)
 
 
@@ -76,14 +76,18 @@ def usage_line(error: click.UsageError) -> str:
     if isinstance(error, click.NoSuchOption):
         return f"{error.option_name}: no such option{did_you_mean(error.option_name, error.possibilities or ())}{see}"
     if isinstance(error, click.MissingParameter) and error.param:
-        return f"{_name(error.param)} is missing{see}"
+        return f"{_name(error.param, error.ctx)} is missing{see}"
     if isinstance(error, click.BadParameter) and error.param:
-        return f"{_name(error.param)}: {_wanted(error.param.type) or error.message.rstrip('.')}{see}"
+        return f"{_name(error.param, error.ctx)}: {_wanted(error.param.type) or error.message.rstrip('.')}{see}"
     return f"{error.format_message().rstrip('.')}{see}"
 
 
-def _name(param: click.Parameter) -> str:
-    return spelt(param.opts[0]) if isinstance(param, click.Option) else param.metavar or (param.name or "").upper()
+def _name(param: click.Parameter, context: click.Context | None) -> str:
+    return (
+        spelt(param.opts[0], context)
+        if isinstance(param, click.Option)
+        else param.metavar or (param.name or "").upper()
+    )
 
 
 def _wanted(kind: click.ParamType) -> str:

@@ -57,7 +57,7 @@ def _table(kind: str, facts: Mapping[str, dict[str, Any]]) -> Table:
     """All but the long text and the settings, in two columns, so that nothing is cut in a narrow terminal."""
     table = Table(title=f"{kind}; fedalt {kind} NAME says more", title_justify="left", show_header=False, box=None)
     for name, one in facts.items():
-        short = ", ".join(_labelled(head, value) for head, value in one.items() if head not in _LONG)
+        short = "; ".join(_labelled(head, value) for head, value in one.items() if head not in _LONG)
         table.add_row(f"[bold]{name}[/]", f"{escape(short)}\n[dim]{escape(one['what it is'])}[/]")
     return table
 
@@ -76,9 +76,8 @@ def _page(one: Mapping[str, Any]) -> None:
             show.out.print(f"{head}: {escape(str(value))}", highlight=False)
     for paragraph in one["text"].replace("``", "").split("\n\n"):
         equation = paragraph.startswith(" ")
-        say(f"\n{paragraph}") if equation else show.out.print(
-            "\n" + " ".join(escape(paragraph).split()), highlight=False
-        )
+        text = paragraph if equation else " ".join(paragraph.split())
+        show.out.print(f"\n{escape(text)}", highlight=False, soft_wrap=equation)
     for setting in one.get("settings", ()):
         show.out.print(f"\n[bold]{setting['key']}[/] = {escape(setting['default'])}", highlight=False)
         for line in (setting["what it may be"], setting["what it does"]):
