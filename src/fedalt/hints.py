@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from fedalt.errors import alternatives, did_you_mean, shortened
+from fedalt.registry import Registry, sections
 
 ALIASES = {
     "lora.r": {"rank", "lora_r"},
@@ -81,6 +82,8 @@ def in_words(field: FieldInfo) -> str:
 
 def _in_words(kind: Any, bounds: Sequence[Any] = ()) -> str:
     origin, inner = get_origin(kind), get_args(kind)
+    for registry in (bound for bound in bounds if isinstance(bound, Registry)):
+        return alternatives(registry.names())
     if origin is Annotated:
         return _in_words(inner[0], inner[1:])
     if origin in (Union, UnionType):
@@ -134,18 +137,21 @@ def fields_at(path: Sequence[str], root: type[BaseModel]) -> Mapping[str, FieldI
     """Key → field of a section; none where there is no section."""
     section = root
     for part in path:
-        annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        field = section.model_fields.get(part)
+        found = field.annotation if field else sections().get(part) if section is root else None
+        if not (isinstance(found, type) and issubclass(found, BaseModel)):
             return {}
-        section = annotation
+        section = found
     return section.model_fields
 
 
-def _meant(name: str, sections: Sequence[str], root: type[BaseModel]) -> str:
+def _meant(name: str, path: Sequence[str], root: type[BaseModel]) -> str:
     """The key of this name elsewhere, what others call so, the closest one here, or elsewhere; or all keys here."""
-    known = keys_at(sections, root)
-    keys = {name: name for name in root.model_fields}
-    keys |= {f"{section}.{key}": key for section in root.model_fields for key in keys_at([section], root)}
+    known = keys_at(path, root)
+    tops = dict.fromkeys((*root.model_fields, *sections()))
+    known = known if path else [name for name in tops if name != "sections"]
+    keys = {name: name for name in tops}
+    keys |= {f"{section}.{key}": key for section in tops for key in keys_at([section], root)}
     called = [key for key, last in keys.items() if last == name] or [key for key in ALIASES if name in ALIASES[key]]
     if not called and (near := did_you_mean(name, known)):
         return near

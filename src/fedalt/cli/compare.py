@@ -141,7 +141,7 @@ def _write_reports(out: Path, comparison: Mapping[str, Any], config: RunConfig) 
 
 
 def _methods(text: str | None, ablations: bool) -> list[str]:
-    from fedalt.methods.registry import ABLATIONS
+    from fedalt.methods.fedalt_variants import ABLATIONS
 
     given = _names(_METHODS if text is None and not ablations else text or "")
     return [*given, *(ABLATIONS if ablations else ())]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from pydantic.fields import FieldInfo
+
 Offers = Iterator[str | tuple[str, str]]
 """Words, some with what they mean."""
 
@@ -53,12 +55,12 @@ def settings(incomplete: str) -> Offers:
     if equals:
         yield from (f"{key}={choice}" for choice in choices(key)(""))
     else:
-        yield from ((f"{name}=", field.description or "") for name, field in _fields())
+        yield from ((f"{name}=", field.description or "") for name, field in fields().items())
 
 
 def choices(key: str) -> Callable[[str], Offers]:
     """What a setting may be, where that is one of a few words."""
-    return lambda incomplete: iter(_choices(dict(_fields())[key].annotation) if key in dict(_fields()) else ())
+    return lambda incomplete: iter(_choices(fields().get(key)))
 
 
 def listed(offer: Callable[[str], Offers]) -> Callable[[str], Offers]:
@@ -75,18 +77,32 @@ def listed(offer: Callable[[str], Offers]) -> Callable[[str], Offers]:
     return offers
 
 
-def _fields(path: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+def fields(path: Sequence[str] = ()) -> dict[str, FieldInfo]:
+    """Dotted key → field of every setting."""
     from fedalt.config import RunConfig
     from fedalt.hints import fields_at
+    from fedalt.registry import sections
 
-    for name, field in fields_at(path, RunConfig).items():
-        inner = list(_fields([*path, name]))
-        yield from inner or [(".".join([*path, name]), field)]
+    found: dict[str, FieldInfo] = {}
+    names = dict(fields_at(path, RunConfig)) | ({} if path else dict.fromkeys(sections()))
+    for name, field in names.items():
+        inner = fields([*path, name])
+        found |= inner or ({".".join([*path, name]): field} if name != "sections" else {})
+    return found
 
 
-def _choices(kind: Any) -> list[str]:
+def _choices(field: FieldInfo | None) -> list[str]:
+    from fedalt.registry import Registry
+
+    if field is None:
+        return []
+    names = [name for one in field.metadata if isinstance(one, Registry) for name in one.names()]
+    return names or _words(field.annotation)
+
+
+def _words(kind: Any) -> list[str]:
     if kind is bool:
         return ["true", "false"]
     if get_origin(kind) is Literal:
         return [str(choice) for choice in get_args(kind)]
-    return [choice for part in get_args(kind) for choice in _choices(part)]
+    return [choice for part in get_args(kind) for choice in _words(part)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
@@ -14,6 +15,8 @@ from rich.table import Table
 from fedalt.cli import complete, show
 from fedalt.cli.show import print_json
 from fedalt.errors import UserError, did_you_mean
+from fedalt.hints import in_words
+from fedalt.registry import METHODS
 
 _Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 
@@ -21,12 +24,15 @@ _Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for m
 def methods(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="say all about this one", autocompletion=complete.methods),
+        typer.Argument(
+            metavar="[NAME]", help="say all about this one; FILE.py:Name, too", autocompletion=complete.methods
+        ),
     ] = None,
     as_json: _Json = False,
 ) -> None:
     """List methods, and variants that are a method with other settings: what they send, where they come from."""
-    _show("methods", method_facts(), name, as_json)
+    chosen = METHODS.resolve(name) if name else None
+    _show("methods", method_facts(), chosen, as_json)
 
 
 def metrics(
@@ -86,29 +92,28 @@ def _page(one: Mapping[str, Any]) -> None:
 
 def method_titles() -> dict[str, str]:
     """Name → title of methods and variants."""
-    from fedalt.methods.registry import METHODS, VARIANTS
-
-    return {name: one.title for name, one in (METHODS | VARIANTS).items()}
+    return {entry.name: entry.value.title or entry.name for entry in METHODS.entries()}
 
 
 def method_facts() -> dict[str, dict[str, Any]]:
     """Name → everything that is shown of a method or a variant."""
-    from fedalt.methods.registry import METHODS, VARIANTS, get_method
+    from fedalt.methods.registry import Variant, get_method, section_of
 
     facts: dict[str, dict[str, Any]] = {}
-    for name in (*METHODS, *VARIANTS):
-        kind, text = get_method(name), inspect.cleandoc(get_method(name).__doc__ or "")
-        if name in VARIANTS:
-            changed = ", ".join(f"{key}={_yaml(value)}" for key, value in VARIANTS[name].settings.items())
-            text = f"{METHODS[VARIANTS[name].method].title} with {changed}"
-        facts[name] = {
-            "name": name,
-            "title": method_titles()[name],
-            "sends": _sent(name),
-            "source": kind.source,
+    for entry in METHODS.entries():
+        kind = get_method(entry.name)
+        text = inspect.cleandoc(kind.__doc__ or "")
+        if isinstance(entry.value, Variant):
+            changed = ", ".join(f"{key}={_yaml(value)}" for key, value in entry.value.settings.items())
+            text = f"{method_titles()[entry.value.method]} with {changed}\n\n{text}"
+        facts[entry.name] = {
+            "name": entry.name,
+            "title": method_titles()[entry.name],
+            "sends": _sent(entry.name),
+            "source": kind.source or entry.origin,
             "what it is": _first_sentence(text),
             "text": text,
-            "settings": _settings(VARIANTS[name].method if name in VARIANTS else name),
+            "settings": _settings(section_of(kind), kind.Settings),
         }
     return facts
 
@@ -116,32 +121,28 @@ def method_facts() -> dict[str, dict[str, Any]]:
 def _sent(name: str) -> str:
     """What a client uploads in a round, by the method's own rule."""
     from fedalt.config import RunConfig
-    from fedalt.methods.registry import configured, get_method
+    from fedalt.methods.registry import build, configured
     from fedalt.names import MIXER
 
-    method = get_method(name)(2, configured(RunConfig(), name))
-    if method.pooled:
+    method = build(configured(RunConfig(), name), 2, {"layer": (4, 4)})
+    if method.centralised:
         return "its rows"
-    keys = [key for key in method.shape(2, {"layer": (4, 4)}).shapes() if method.shares(key)]
+    keys = [key for key in method.shape.shapes() if method.shares(key)]
     parts = sorted({key.factor for key in keys if key.slot != MIXER})
     parts += ["mixer"] if any(key.slot == MIXER for key in keys) else []
     return ", ".join(parts) or "nothing"
 
 
-def _settings(name: str) -> list[dict[str, Any]]:
+def _settings(section: str, kind: type[BaseModel]) -> list[dict[str, Any]]:
     """The settings of a method, in words."""
-    from fedalt.config import RunConfig
-    from fedalt.hints import fields_at, in_words
-
-    section = next((key for key in sorted(RunConfig.model_fields, reverse=True) if name.startswith(key)), "")
     return [
         {
             "key": f"{section}.{key}",
             "what it may be": in_words(field),
-            "default": _yaml(field.default),
+            "default": "required" if field.is_required() else _yaml(field.default),
             "what it does": field.description or "",
         }
-        for key, field in (fields_at([section], RunConfig) if section else {}).items()
+        for key, field in kind.model_fields.items()
     ]
 
 
