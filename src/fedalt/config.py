@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     SerializeAsAny,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
 from fedalt.compat import settings_today, today
 from fedalt.data.options import DataConfig
-from fedalt.errors import UserError
+from fedalt.errors import UserError, shortened
 from fedalt.flower.options import FlowerConfig
 from fedalt.hints import explain
 from fedalt.registry import METHODS, Registry, held_plugins, import_plugin, sections, split_reference
@@ -32,12 +35,23 @@ Metric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "option_accuracy",
 NAMED: Mapping[str, Registry[Any]] = {"method": METHODS}
 """Settings whose value is a registered name; each may be ``FILE.py:Name`` or ``module:Name`` instead."""
 
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_device)]
 
 
 def _names(value: Any) -> Any:
     """A command line has ``cuda:0,cuda:1``."""
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+"""A list, or one text with commas."""
 
 
 class ModelConfig(Section):
@@ -71,7 +85,12 @@ class LoraConfig(Section):
     )
     alpha: float = Field(32, gt=0, description="LoRA numerator; scale is alpha/r on both LoRAs (paper code: 32)")
     dropout: float = Field(0.05, ge=0, lt=1, description="one mask shared by both LoRAs (paper code: .05)")
-    targets: tuple[str, ...] | None = Field(None, description="module names; by architecture when not given")
+    targets: Names | None = Field(
+        None,
+        min_length=1,
+        description="linear layers with adapters, for example q_proj,v_proj, or all-linear; by architecture when not "
+        "given",
+    )
     init: Literal["shared", "code_like", "per_client"] = Field(
         "shared", description="who starts from the same A and mixer: all, all but client 0 (paper code), nobody"
     )
@@ -146,11 +165,12 @@ class EvaluationConfig(Section):
         "by task when not given",
     )
 
-    @model_validator(mode="after")
-    def _final_point(self) -> EvaluationConfig:
-        if "after" not in self.points:
-            raise ValueError('points must contain "after": the final scores are those after aggregation')
-        return self
+    @field_validator("points")
+    @classmethod
+    def _final_point(cls, points: tuple[str, ...]) -> tuple[str, ...]:
+        if "after" not in points:
+            raise ValueError('must contain "after": the final scores are those after aggregation')
+        return points
 
 
 class ReportConfig(Section):
@@ -243,8 +263,15 @@ class RunConfig(Section):
         return Path(self.out or f"runs/{self.method}-{Path(self.data.source).name}-seed{self.seed}")
 
 
-def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
+def load_config(
+    path: Path | None, overrides: Sequence[tuple[str, Any]] = (), typed: Mapping[str, str] | None = None
+) -> RunConfig:
     """Read a YAML file, apply ``(dotted key, value)`` overrides on top, and validate.
+
+    Args:
+        path: The file; the defaults when not given.
+        overrides: Later ones win.
+        typed: Dotted key → what was typed to set it, for errors.
 
     Raises:
         UserError: The file is missing or no YAML mapping, a key is unknown, or a value is not allowed.
@@ -252,10 +279,10 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     values = settings_today(_read_yaml(path)) if path else {}
     for key, value in overrides:
         _assign(values, *today(key, value))
-    return parse_config(values, str(path) if path else "settings")
+    return parse_config(values, str(path) if path else "settings", typed)
 
 
-def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
+def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str] | None = None) -> RunConfig:
     """Validate a nested mapping; every problem becomes one line naming its key.
 
     Plugins are imported, and ``FILE.py:Name`` becomes a registered name, before anything else is looked at.
@@ -266,9 +293,9 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
     values = _with_plugins(settings_today(values))
     known = sections() if values.keys() - RunConfig.model_fields.keys() else {}
     problems, own = list[Any](), dict[str, Section]()
-    for name in values.keys() & known.keys():
+    for name in (name for name in values if name in known):
         try:
-            own[name] = known[name].model_validate(values[name] or {})
+            own[name] = known[name].model_validate({} if values[name] is None else values[name])
         except ValidationError as error:
             problems += [{**one, "loc": (name, *one["loc"])} for one in error.errors()]
     try:
@@ -276,7 +303,8 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
     except ValidationError as error:
         problems += error.errors()
     if problems:
-        raise UserError("\n".join(f"{where}: {explain(problem, RunConfig)}" for problem in problems))
+        lines = (explain(problem, RunConfig, where, typed) for problem in problems)
+        raise UserError("\n".join(dict.fromkeys(lines)))
     return config
 
 
@@ -310,9 +338,12 @@ def _at(values: Any, dotted: str) -> Any:
 def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with names in place of references; ``plugins`` has every file and module that is needed."""
     named: dict[str, Any] = copy.deepcopy(dict(values))
-    given, plugins = named.get("plugins") or (), list[str]()
-    for place in [given] if isinstance(given, str) else given:
-        plugins.append(_absolute(str(place)))
+    given, plugins = named.get("plugins"), list[str]()
+    given = [given] if isinstance(given, str) else given
+    if given is not None and not _are_texts(given):
+        return named  # the field's own validation says so
+    for place in given or ():
+        plugins.append(_absolute(place))
         import_plugin(plugins[-1])
     for key, registry in NAMED.items():
         *parents, last = key.split(".")
@@ -325,6 +356,10 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
             plugins.append(_absolute(reference[0]))
             section[last] = registry.name_in(plugins[-1], reference[1])
     return {**named, **({"plugins": tuple(dict.fromkeys(plugins))} if plugins else {})}
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
 
 
 def _absolute(place: str) -> str:
@@ -354,11 +389,11 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Turn ``key.path=value`` into a key and a YAML value."""
     key, sign, value = text.partition("=")
     if not sign or not key:
-        raise UserError(f"--set {text}: write key.path=value, for example --set lora.r=4")
+        raise UserError(f"--set {shortened(text)}: write key.path=value, for example --set lora.r=4")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {text}: the value is not valid YAML") from None
+    except (yaml.YAMLError, ValueError):  # the latter from dates and numbers that cannot be
+        raise UserError(f"--set {shortened(text)}: the value is not valid YAML") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -366,7 +401,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such configuration file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter from bytes, dates and numbers that cannot be
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML") from None
     if values is None:

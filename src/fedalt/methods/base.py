@@ -140,8 +140,8 @@ class Method:
         try:
             self.settings = self.Settings(**values)
         except ValidationError as error:
-            lines = (explain(one, self.Settings) for one in error.errors())
-            raise UserError("\n".join(f"{type(self).__name__}: {line}" for line in lines)) from None
+            lines = (explain(one, self.Settings, type(self).__name__) for one in error.errors())
+            raise UserError("\n".join(dict.fromkeys(lines))) from None
 
     def bind(self, clients: int, config: RunConfig, layers: Mapping[str, tuple[int, int]] | None = None) -> Self:
         """This method as a run takes it.
