@@ -59,7 +59,7 @@ def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
         tracked(config.report.trackers, folder.path, progress) as sink,
     ):
         scores = train(experiment, folder, sink)
-    look(folder, config.report.insight, experiment.resident, experiment.federation)
+    look(folder, config.report.insight, experiment.resident, experiment.rows)
     write_report(folder)
     if as_json:
         print_json({"run": str(folder.path), "report": str(folder.report), **scores})
