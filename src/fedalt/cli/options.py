@@ -14,9 +14,9 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from fedalt.cli.show import complain
-from fedalt.config import RunConfig, load_config, parse_override
+from fedalt.config import RunConfig, parse_override
 from fedalt.errors import UserError
-from fedalt.experiment.folder import IfExists
+from fedalt.experiment.folder import IfExists, settings_of
 
 _OPTIONS: dict[str, tuple[str, type, tuple[str, ...]]] = {
     "model": ("model.name", str, ("--model", "--model_name")),
@@ -77,7 +77,7 @@ def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None
             overrides += [parse_override(text) for text in sets or ()]
             given = {"if_exists": exists} if starts else {}
             try:
-                command(config=_config(path, overrides, exists), **given, **values)
+                command(config=settings_of(path, overrides, exists), **given, **values)
             except KeyboardInterrupt:
                 complain("stopped; finished rounds are safe, --resume goes on from there")
                 raise typer.Exit(1) from None
@@ -94,14 +94,6 @@ def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None
 
 
 _GIVEN = ("config", "if_exists")
-
-
-def _config(path: Path | None, overrides: list[tuple[str, Any]], exists: IfExists) -> RunConfig:
-    """The settings; a run that is resumed without a YAML takes them from its own folder."""
-    out = dict(overrides).get("out")
-    if path is None and exists == "resume" and out and (Path(out) / "config.yaml").is_file():
-        path = Path(out) / "config.yaml"
-    return load_config(path, overrides)
 
 
 def _if_exists(resume: bool, overwrite: bool) -> IfExists:
