@@ -53,7 +53,7 @@ class Given:
         if not isinstance(self.rows, Mapping) or (
             _is_rows(self.rows.get("train")) and not isinstance(self.rows["train"], tuple)  # that is a client's pair
         ):
-            return _pool(self.rows, config, config.source)
+            return _pool(self.rows, config, config.source, "")
         if not self.rows:
             raise UserError("load_data: no clients")
         pools = {str(name): _client(str(name), rows, config) for name, rows in self.rows.items()}
@@ -119,7 +119,7 @@ def _client(name: str, rows: Any, config: DataConfig) -> Pool:
     return pool
 
 
-def _pool(rows: Any, config: DataConfig, where: str, task: str | None = None) -> Pool:
+def _pool(rows: Any, config: DataConfig, where: str, task: str) -> Pool:
     """Rows of one client, or of nobody, by split."""
     splits = rows if isinstance(rows, Mapping) else {"train": rows}
     for split, mine in splits.items():
