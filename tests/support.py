@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import hypothesis
@@ -32,7 +33,7 @@ from fedalt.federation.executor import run_clients
 from fedalt.federation.server import Server
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Message
-from fedalt.methods.registry import configured, get_method
+from fedalt.methods.registry import build, configured, method_names, variant_names
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.mixing import SOFTMAX, SUM
@@ -135,6 +136,7 @@ def examples(count: int, seed: int, longest: int = 9) -> tuple[Example, ...]:
     return tuple(example(draw.randint(3, longest), draw.randint(1, 4), 1000 * seed + i) for i in range(count))
 
 
+METHODS, VARIANTS = method_names(), variant_names()
 LORA = LoraConfig(r=RANK, alpha=SCALE * RANK, dropout=0.0)
 
 
@@ -142,7 +144,15 @@ def method_of(name: str, clients: int = 3, **settings: Any) -> Method:
     """A method or a variant; settings are dotted keys with ``__`` for the dot."""
     changes = {key.replace("__", "."): value for key, value in settings.items()}
     config = with_settings(RunConfig(lora=LORA), changes)
-    return get_method(name)(clients, configured(config, name))
+    return build(configured(config, name), clients)
+
+
+def shape_of(method: Method, layers: Mapping[str, tuple[int, int]], r: int | None = None) -> AdapterShape:
+    """The tensors of one client of a method, on these layers and perhaps of this rank."""
+    config = method.config if r is None else with_settings(method.config, {"lora.r": r})
+    placed = copy(method)
+    placed.config, placed.layers = config, layers
+    return placed.shape
 
 
 def random_states(shape: AdapterShape, clients: Sequence[int] = (0, 1, 2), spread: float = 0.2) -> list[ClientState]:
@@ -172,7 +182,10 @@ def training(**changes: Any) -> TrainingConfig:
 
 
 def round_settings(method: Method, shape: AdapterShape, config: TrainingConfig, dropout: float = 0.0) -> RoundSettings:
-    return RoundSettings(method, LORA.model_copy(update={"dropout": dropout}), config)
+    dropped = with_settings(method.config, {"lora.dropout": dropout})
+    method = copy(method)
+    method.config = dropped
+    return RoundSettings(method, config)
 
 
 def plans_of(
@@ -219,7 +232,7 @@ def run_rounds(
 
     Clients start from ``states``, or as in a run; ``chosen`` are those of each round, or all take part in all.
     """
-    shape = method.shape(RANK, model.layer_sizes)
+    shape = shape_of(method, model.layer_sizes)
     now = {state.client: state for state in states or start_states(method, shape, list(rows))}
     shared = {key: size for key, size in shape.shapes().items() if method.shares(key)}
     server = Server(method, federation or FederationConfig(), {c: len(mine) for c, mine in rows.items()}, shared)

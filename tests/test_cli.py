@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from fedalt.config import RunConfig
-from fedalt.methods.registry import ABLATIONS, METHODS, VARIANTS
+from fedalt.methods.fedalt_variants import ABLATIONS
+from fedalt.registry import METHODS
 from micro import (
     CLIENTS,
     ENVIRONMENT,
@@ -594,7 +595,7 @@ def test_compare_checks_every_folder_before_the_first_run(tmp_path: Path) -> Non
 
 def test_an_unknown_method_gets_a_suggestion(tmp_path: Path) -> None:
     line = refused("run", config_file(tmp_path), "--method", "fedallt")
-    assert line == f'method: "fedallt" is unknown (did you mean "fedalt"?); known: {", ".join([*METHODS, *VARIANTS])}'
+    assert line == f'method: "fedallt" is unknown (did you mean "fedalt"?); known: {", ".join(METHODS.names())}'
     assert not (tmp_path / "run").exists()
 
 

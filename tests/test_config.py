@@ -14,8 +14,8 @@ from fedalt.config import RunConfig, load_config, parse_config, parse_override
 from fedalt.errors import UserError
 from fedalt.experiment.compare import plan
 from fedalt.experiment.sweep import parse_axis, points
-from fedalt.methods.registry import METHODS
 from micro import labelled_table, refused
+from support import METHODS
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedalt.config import load_config
-from fedalt.methods.registry import ABLATIONS
+from fedalt.methods.fedalt_variants import ABLATIONS
 from micro import call, labelled_table, shared_classifier, shared_data, shared_model
 
 ROOT = Path(__file__).parents[1]

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from fedalt.data.options import DataConfig
 from fedalt.errors import UserError
 from fedalt.flower.options import FlowerConfig
 from fedalt.hints import explain
-from fedalt.methods.options import (
-    FDLoRAConfig,
-    FedALTConfig,
-    FedDPAConfig,
-    FedITSplitConfig,
-    HetLoRAConfig,
-    LoRAFairConfig,
-    PF2LoRAConfig,
-)
+from fedalt.registry import METHODS, Registry, import_plugin, sections, split_reference
 from fedalt.section import Section
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
 Metric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "option_accuracy", "accuracy", "macro_f1"]
 
+
+NAMED: Mapping[str, Registry[Any]] = {"method": METHODS}
+"""Settings whose value is a registered name; each may be ``FILE.py:Name`` or ``module:Name`` instead."""
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
@@ -162,10 +165,16 @@ class ReportConfig(Section):
     )
 
 
+S = TypeVar("S", bound=Section)
+
+
 class RunConfig(Section):
     """Everything that determines a run."""
 
-    method: str = Field("fedalt", description="name in the method registry")
+    method: str = Field("fedalt", description="name of a method, or FILE.py:Name, or module:Name")
+    plugins: tuple[str, ...] = Field(
+        (), description="Python files and modules that register methods, metrics and other things of your own"
+    )
     seed: int = Field(42, ge=0, description="seed of everything random (paper code: 42)")
     out: str | None = Field(None, description="run folder; runs/<method>-<source>-seed<seed> when not given")
     model: ModelConfig = ModelConfig()
@@ -175,14 +184,33 @@ class RunConfig(Section):
     federation: FederationConfig = FederationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
-    fedalt: FedALTConfig = FedALTConfig()
-    fedit_split: FedITSplitConfig = FedITSplitConfig()
-    feddpa: FedDPAConfig = FedDPAConfig()
-    pf2lora: PF2LoRAConfig = PF2LoRAConfig()
-    fdlora: FDLoRAConfig = FDLoRAConfig()
-    hetlora: HetLoRAConfig = HetLoRAConfig()
-    lora_fair: LoRAFairConfig = LoRAFairConfig()
     flower: FlowerConfig = FlowerConfig()
+    sections: dict[str, SerializeAsAny[Section]] = Field(
+        {}, description="settings of single methods and of other registered things; in YAML at the top, by their names"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_sections(cls, value: Any) -> Any:
+        """Sections that have been validated by their own class stand at the top, as in YAML."""
+        if not isinstance(value, dict):
+            return value
+        own = {name: part for name, part in value.items() if name not in cls.model_fields and isinstance(part, Section)}
+        rest = {name: part for name, part in value.items() if name not in own}
+        return {**rest, "sections": {**rest.get("sections", {}), **own}}
+
+    @model_serializer(mode="wrap")
+    def _spread_sections(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        values = handler(self)
+        own = values.pop("sections", {})
+        plugins = {"plugins": values.pop("plugins")} if values.get("plugins") else {}
+        values.pop("plugins", None)
+        return {**values, **plugins, **own}
+
+    def section(self, name: str, kind: type[S]) -> S:
+        """The settings of a registered thing: those given, or its defaults."""
+        found = self.sections.get(name)
+        return found if isinstance(found, kind) else kind()
 
     @model_validator(mode="after")
     def _metric_of_task(self) -> RunConfig:
@@ -222,12 +250,66 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     return parse_config(values, str(path) if path else "settings")
 
 
-def parse_config(values: dict[str, Any], where: str) -> RunConfig:
-    """Validate a nested mapping; every problem becomes one line naming its key."""
+def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Validate a nested mapping; every problem becomes one line naming its key.
+
+    Plugins are imported, and ``FILE.py:Name`` becomes a registered name, before anything else is looked at.
+
+    Raises:
+        UserError: An unknown key, a value that is not allowed, a plugin that cannot be imported.
+    """
+    values = _with_plugins(values)
+    known = sections() if values.keys() - RunConfig.model_fields.keys() else {}
+    problems, own = list[Any](), dict[str, Section]()
+    for name in values.keys() & known.keys():
+        try:
+            own[name] = known[name].model_validate(values[name] or {})
+        except ValidationError as error:
+            problems += [{**one, "loc": (name, *one["loc"])} for one in error.errors()]
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate({key: value for key, value in values.items() if key not in known} | own)
     except ValidationError as error:
-        raise UserError("\n".join(f"{where}: {explain(e, RunConfig)}" for e in error.errors())) from None
+        problems += error.errors()
+    if problems:
+        raise UserError("\n".join(f"{where}: {explain(problem, RunConfig)}" for problem in problems))
+    return config
+
+
+def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with names in place of references; ``plugins`` has every file and module that is needed."""
+    named: dict[str, Any] = copy.deepcopy(dict(values))
+    given, plugins = named.get("plugins") or (), list[str]()
+    for place in [given] if isinstance(given, str) else given:
+        plugins.append(_absolute(str(place)))
+        import_plugin(plugins[-1])
+    for key, registry in NAMED.items():
+        *parents, last = key.split(".")
+        section: Any = named
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        text = section.get(last) if isinstance(section, dict) else None
+        reference = split_reference(text) if isinstance(text, str) else None
+        if reference:
+            plugins.append(_absolute(reference[0]))
+            section[last] = registry.name_in(plugins[-1], reference[1])
+    return {**named, **({"plugins": tuple(dict.fromkeys(plugins))} if plugins else {})}
+
+
+def _absolute(place: str) -> str:
+    return str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
+
+
+def used_code(config: RunConfig) -> dict[str, str]:
+    """Kind and name of every outside thing that the settings name → digest of its source."""
+    values, found = config.model_dump(), {}
+    for key, registry in NAMED.items():
+        value: Any = values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        entry = registry.entry(value) if isinstance(value, str) else None
+        if entry and entry.digest:
+            found[f"{registry.kind} {entry.name}"] = entry.digest
+    return found
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "settings") -> RunConfig:

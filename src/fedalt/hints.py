@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from fedalt.errors import did_you_mean
+from fedalt.registry import sections
 
 ALIASES = {
     "lora.r": {"rank", "lora_r"},
@@ -37,10 +38,10 @@ def explain(error: Any, root: type[BaseModel]) -> str:
         error: From ``ValidationError.errors()``.
         root: The configuration that was validated.
     """
-    *sections, last = [str(part) for part in error["loc"]] or [""]
-    key = ".".join([*sections, last])
+    *path, last = [str(part) for part in error["loc"]] or [""]
+    key = ".".join([*path, last])
     if error["type"] == "extra_forbidden":
-        return f'unknown key "{key}"{_meant(last, sections, root)}'
+        return f'unknown key "{key}"{_meant(last, path, root)}'
     message = error["msg"].removeprefix("Value error, ")
     return f'"{key}" = {error["input"]!r}: {message}' if key else message
 
@@ -49,6 +50,11 @@ def keys_at(path: Sequence[str], root: type[BaseModel]) -> list[str]:
     """The keys of a section; none where there is no section."""
     section = root
     for part in path:
+        if section is root and part in (own := sections()):
+            section = own[part]
+            continue
+        if part not in section.model_fields:
+            return []
         annotation = section.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
@@ -56,11 +62,13 @@ def keys_at(path: Sequence[str], root: type[BaseModel]) -> list[str]:
     return list(section.model_fields)
 
 
-def _meant(name: str, sections: Sequence[str], root: type[BaseModel]) -> str:
+def _meant(name: str, path: Sequence[str], root: type[BaseModel]) -> str:
     """The key of this name elsewhere, what others call so, the closest one here, or elsewhere; or all keys here."""
-    known = keys_at(sections, root)
-    keys = {name: name for name in root.model_fields}
-    keys |= {f"{section}.{key}": key for section in root.model_fields for key in keys_at([section], root)}
+    known = keys_at(path, root)
+    tops = dict.fromkeys((*root.model_fields, *sections()))
+    known = known if path else [name for name in tops if name != "sections"]
+    keys = {name: name for name in tops}
+    keys |= {f"{section}.{key}": key for section in tops for key in keys_at([section], root)}
     called = [key for key, last in keys.items() if last == name] or [key for key in ALIASES if name in ALIASES[key]]
     if not called and (near := did_you_mean(name, known)):
         return near

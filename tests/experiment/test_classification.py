@@ -15,7 +15,6 @@ from transformers import AutoModelForSequenceClassification
 
 from fedalt.data.folder import read_folder
 from fedalt.experiment.chat import Chat
-from fedalt.methods.registry import METHODS
 from micro import (
     CLIENTS,
     adapters,
@@ -38,6 +37,7 @@ from micro import (
     write_rows,
     write_yaml,
 )
+from support import METHODS
 
 TASK = {"model__task": "sequence_classification"}
 LABELS = ["large", "middling", "small"]

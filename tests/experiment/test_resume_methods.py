@@ -11,8 +11,8 @@ from fedalt.config import parse_config
 from fedalt.experiment.engine import run as run_engine
 from fedalt.experiment.folder import claim_folder
 from fedalt.experiment.prepare import prepare
-from fedalt.methods.registry import METHODS, VARIANTS
 from micro import left_behind, of_kind, run_here, settings
+from support import METHODS, VARIANTS
 
 SHORT = {
     "federation__rounds": 3,

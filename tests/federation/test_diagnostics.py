@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedalt.federation.diagnostics import row_drift, row_gap
 from fedalt.names import INDIVIDUAL, MIXER, ROW, A, B, G, Key, Tensors
-from support import method_of, quick, start_states
+from support import method_of, quick, shape_of, start_states
 
 SIZES = {"one": (7, 5), "two": (4, 6)}
 R = 3
@@ -69,7 +69,7 @@ def test_gap_is_a_real_number_where_deviations_cancel(seed: int) -> None:
 @pytest.mark.parametrize("drift", [0.02, 0.1])
 def test_gap_orders_the_ways_to_start(drift: float) -> None:
     """Shared starts keep factor means close to product means; separate starts make them nearly orthogonal."""
-    shape, gaps = method_of("fedalt", 8).shape(8, {"w": (256, 128)}), {}
+    shape, gaps = shape_of(method_of("fedalt", 8), {"w": (256, 128)}, 8), {}
     for init in ("shared", "code_like", "per_client"):
         generator = torch.Generator().manual_seed(1)
         tensors = []

@@ -21,7 +21,7 @@ from fedalt.methods.mean import WeightedSum
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, INDIVIDUAL, ROW, A, B, Key, Tensors
 from oracle.reference import mean_of_others
-from support import bitwise, distance, method_of, quick
+from support import bitwise, distance, method_of, quick, shape_of
 
 LAYERS = {"x.one": (6, 4), "x.two": (4, 8)}
 R = 3
@@ -35,7 +35,7 @@ class Federation:
         self, clients: int, samples: Sequence[int] | None = None, method: str = "fedalt", **config: Any
     ) -> None:
         self.method: Method = method_of(method, clients)
-        self.shape: AdapterShape = self.method.shape(R, LAYERS)
+        self.shape: AdapterShape = shape_of(self.method, LAYERS, R)
         shared = {key: size for key, size in self.shape.shapes().items() if self.method.shares(key)}
         rows = dict(enumerate(samples or [1] * clients))
         self.server = Server(self.method, FederationConfig(**config), rows, shared)
@@ -49,7 +49,7 @@ class Federation:
             generator = torch.Generator().manual_seed(10_000 * seed + 100 * round_ + client)
             state = self.states[client]
             new = {k: torch.randn(v.shape, generator=generator) for k, v in self.method.upload(state).items()}
-            self.states[client] = self.method.sent(replace(state.with_tensors(new), round=round_))
+            self.states[client] = self.method.uploaded(replace(state.with_tensors(new), round=round_))
         self.receive({c: self.method.upload(self.states[c]) for c in clients}, round_)
 
     def receive(self, arrived: Mapping[int, Tensors], round_: int) -> None:
@@ -61,7 +61,7 @@ class Federation:
     def install(self) -> None:
         messages = self.server.messages(tuple(self.states))
         for client, message in messages.items():
-            self.states[client] = self.method.install(self.states[client], message)
+            self.states[client] = self.method.receive(self.states[client], message)
 
     def row(self, client: int) -> dict[Key, torch.Tensor]:
         """A client's row, with the keys of the individuals it is the mean of."""
@@ -130,7 +130,7 @@ def test_a_client_subtracts_what_it_sent_and_not_what_it_has_become() -> None:
     message = federation.server.messages((0,))[0]
     state = federation.states[0]
     moved = state.with_tensors({key: value + 1 for key, value in federation.method.upload(state).items()})
-    rows = [federation.method.install(s, message).tensors for s in (state, moved)]
+    rows = [federation.method.receive(s, message).tensors for s in (state, moved)]
     assert all(torch.equal(rows[0][key], rows[1][key]) for key in rows[0] if key.slot == ROW)
 
 
@@ -311,7 +311,7 @@ def test_install_touches_the_row_alone() -> None:
     federation.upload(range(3), 1)
     state = federation.states[1]
     mean = {key: torch.ones(size) for key, size in federation.server.shapes.items()}
-    after = federation.method.install(state, Message(mean, 0.0)).tensors
+    after = federation.method.receive(state, Message(mean, 0.0)).tensors
     for key, value in after.items():
         assert (value is state.tensors[key]) == (key.slot != ROW)
     assert float(after[Key("x.one", ROW, B)].min()) == 1

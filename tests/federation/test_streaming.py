@@ -20,10 +20,10 @@ from fedalt.federation.per_client import PerClient
 from fedalt.federation.server import Server
 from fedalt.model.adapted import AdaptedModel
 from fedalt.names import Key, Tensors
-from support import RANK, examples, llama, method_of, plans_of, quick, random_states, round_settings, training
+from support import examples, llama, method_of, plans_of, quick, random_states, round_settings, shape_of, training
 
 METHOD = method_of("fedalt", 6)
-SHAPE = METHOD.shape(RANK, {"x.one": (6, 4), "x.two": (4, 8)})
+SHAPE = shape_of(METHOD, {"x.one": (6, 4), "x.two": (4, 8)})
 SHARED = {key: size for key, size in SHAPE.shapes().items() if METHOD.shares(key)}
 
 
@@ -183,7 +183,7 @@ def test_cohorts_are_all_clients_in_order() -> None:
 def test_clients_are_pulled_cohort_by_cohort() -> None:
     rows = {client: examples(3, seed=client) for client in range(5)}
     model, config = AdaptedModel(llama()), training(local_epochs=1)
-    shape = METHOD.shape(RANK, model.layer_sizes)
+    shape = shape_of(METHOD, model.layer_sizes)
     pulled: list[int] = []
     states = {state.client: state for state in random_states(shape, range(5))}
     results = run_clients(

@@ -12,14 +12,15 @@ from fedalt.config import RunConfig
 from fedalt.errors import UserError
 from fedalt.experiment.members import Bases
 from fedalt.flower.consent import Consent, check_two
-from fedalt.methods.registry import METHODS, get_method
+from fedalt.methods.registry import build, get_method
 from flower.grid import LocalGrid
 from flower.rounds import LATE, failures, notes, run
+from support import METHODS
 
 pytestmark = pytest.mark.usefixtures("clock")
 AGREED = Consent(allow_two=True)
 NOTHING_SHARED = ("local", "zero_shot")
-HERE = [name for name, method in METHODS.items() if not method.pooled]
+HERE = [name for name in METHODS if not get_method(name).centralised]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def bases() -> Bases:
 
 @pytest.mark.parametrize("name", HERE)
 def test_two_clients_are_refused_by_every_method_that_shares(name: str) -> None:
-    method = get_method(name)(2, RunConfig())
+    method = build(RunConfig(method=name), 2)
     check_two(method, allowed=True)
     if name in NOTHING_SHARED:
         check_two(method, allowed=False)

@@ -17,13 +17,14 @@ from fedalt.experiment.members import Bases
 from fedalt.flower.consent import Consent
 from fedalt.flower.messages import reply_in, request_in
 from fedalt.flower.server_app import serve
-from fedalt.methods.registry import METHODS, VARIANTS, get_method
+from fedalt.methods.registry import get_method
 from fedalt.model.state import load_state
 from fedalt.names import Key
 from flower.grid import LocalGrid
 from flower.wired import raw, size, wired
+from support import METHODS, VARIANTS
 
-METHODS_HERE = [name for name in (*METHODS, *VARIANTS) if not get_method(name).pooled]
+METHODS_HERE = [name for name in (*METHODS, *VARIANTS) if not get_method(name).centralised]
 AGREED = Consent(frozenset(("mixer",)), allow_two=True)
 """FedIT-split averages its routers, an ablation of FedALT its mixers; see test_site.py for what happens without."""
 CHANGES: dict[str, dict[str, Any]] = {

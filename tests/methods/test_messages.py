@@ -10,10 +10,9 @@ import torch
 from fedalt.config import FederationConfig, parse_config
 from fedalt.errors import UserError
 from fedalt.methods.exchange import Message
-from fedalt.methods.registry import METHODS, VARIANTS
 from fedalt.model.adapted import AdaptedModel
 from fedalt.names import A, B
-from support import RANK, bitwise, examples, llama, method_of, run_rounds, training
+from support import METHODS, RANK, VARIANTS, bitwise, examples, llama, method_of, run_rounds, training
 
 ROWS = {client: examples(count, seed=client) for client, count in enumerate((4, 6, 3))}
 CONFIG = training(local_epochs=1)
@@ -134,7 +133,7 @@ def test_nothing_grows_beyond_a_clients_own_rank(name: str) -> None:
     history, server = run_rounds(AdaptedModel(llama()), method, ROWS, training(weight_decay=0.5), 3)
     last = [result.state for result in history[-1]]
     messages = server.messages([0, 1, 2])
-    installed = [method.install(s, messages[s.client]) for s in last if s.client in messages]
+    installed = [method.receive(s, messages[s.client]) for s in last if s.client in messages]
     for state in [*(result.state for results in history for result in results), *installed]:
         for key, value in state.tensors.items():
             if key.slot in ("global", "individual"):
@@ -163,7 +162,7 @@ def test_fedsas_b_stays_with_its_client() -> None:
     method = method_of("fedsa_lora")
     history, server = run_rounds(AdaptedModel(llama()), method, ROWS, CONFIG, 2, federation=FederationConfig())
     messages = server.messages([0, 1, 2])
-    after = [method.install(result.state, messages[result.state.client]) for result in history[-1]]
+    after = [method.receive(result.state, messages[result.state.client]) for result in history[-1]]
     for result, state in zip(history[-1], after, strict=True):
         for key, value in state.tensors.items():
             assert torch.equal(value, result.state.tensors[key]) == (key.factor == B)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from fedalt.methods.clusters import cluster_rows, groups, similarities
 from fedalt.methods.exchange import Gathered
-from fedalt.methods.rows import AGGREGATORS
 from fedalt.model.state import ClientState
 from fedalt.names import INDIVIDUAL, ROW, A, B, Key, Tensors
-from support import method_of, quick
+from fedalt.registry import AGGREGATORS
+from support import method_of, quick, shape_of
 
 Array = np.ndarray[Any, Any]
 Factors = tuple[Array, Array]
@@ -52,7 +52,7 @@ def rows(
     if aggregator == "factor_mean":
         build = cluster_rows(known, (ROW,))  # FedALT's own rows, answered one by one
     else:
-        answer = method.answers(known)
+        answer = method.client_messages(known)
         build = lambda client: dict(answer(client, 1).tensors)  # noqa: E731
 
     def row(client: int) -> dict[str, Factors]:
@@ -194,7 +194,7 @@ def test_krum(clients: int, faulty: int, seed: int) -> None:
             assert (b == chosen[Key(module, INDIVIDUAL, B)].numpy()).all()
 
 
-@pytest.mark.parametrize("aggregator", ["factor_mean", *AGGREGATORS])
+@pytest.mark.parametrize("aggregator", AGGREGATORS.names())
 def test_a_row_depends_on_everybody_but_its_own_client(aggregator: str) -> None:
     """Krum takes one upload as it is; the one that changes is the one that it took for somebody else."""
     sent = uploads(5, 7)
@@ -257,7 +257,7 @@ def test_krum_of_one_or_two_others_takes_the_first(clients: int) -> None:
             assert (b == sent[first][Key(module, INDIVIDUAL, B)].numpy()).all()
 
 
-@pytest.mark.parametrize("aggregator", ["factor_mean", *AGGREGATORS])
+@pytest.mark.parametrize("aggregator", AGGREGATORS.names())
 def test_rows_of_untrained_uploads_are_zero_and_finite(aggregator: str) -> None:
     sent = uploads(4, 6)
     sent = {c: {k: v * (k.factor == A) for k, v in tensors.items()} for c, tensors in sent.items()}
@@ -269,10 +269,10 @@ def test_rows_of_untrained_uploads_are_zero_and_finite(aggregator: str) -> None:
 def test_a_narrower_row_leaves_nothing_of_the_old_one() -> None:
     """Four uploads in one round, two in the next: a stack has fewer rows."""
     method = method_of("fedalt_stack", 4, lora__r=2)
-    old = {key: torch.ones(size) for key, size in method.shape(2, LAYERS).shapes().items()}
+    old = {key: torch.ones(size) for key, size in shape_of(method, LAYERS, 2).shapes().items()}
     state = ClientState(0, 1, old)
     sent = {c: tensors for c, tensors in uploads(4, 8).items() if c in (0, 3)}
-    row = method.install(state, method.answers(gathered(sent))(0, 1)).tensors
+    row = method.receive(state, method.client_messages(gathered(sent))(0, 1)).tensors
     for module in LAYERS:
         a, b = row[Key(module, ROW, A)], row[Key(module, ROW, B)]
         assert a.shape == old[Key(module, ROW, A)].shape
@@ -312,7 +312,7 @@ def test_planted_groups_are_found_and_the_own_one_comes_first() -> None:
     assert len({labels[c] for c in (0, 2, 4)}) == len({labels[c] for c in (1, 3)}) == 1
     assert labels[0] != labels[1]
     method = method_of("fedalt_clusters", 5)
-    answer = method.answers(gathered(sent))
+    answer = method.client_messages(gathered(sent))
     assert method.slot_names == (INDIVIDUAL, ROW, "row1")
     for client in sent:
         tensors = answer(client, 1).tensors

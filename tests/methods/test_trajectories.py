@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedalt.methods.registry import METHODS, VARIANTS
 from fedalt.model.adapted import AdaptedModel
 from fedalt.names import Tensors
-from support import RANK, examples, llama, method_of, run_rounds, start_states, training
+from support import METHODS, VARIANTS, examples, llama, method_of, run_rounds, shape_of, start_states, training
 
 RECORD = Path(__file__).with_name("trajectories.json")
 ROWS = {client: examples(count, seed=30 + client) for client, count in enumerate((10, 6, 4, 8))}
@@ -39,11 +38,11 @@ def moved(tensors: Tensors, start: Tensors) -> float:
 def trajectory(name: str) -> dict[str, list[float]]:
     """Losses of both rounds, and how far the first upload and the next round's start have moved, client by client."""
     method, model = method_of(name, len(ROWS), **SETTINGS.get(name, {})), AdaptedModel(llama())
-    starts = [state.tensors for state in start_states(method, method.shape(RANK, model.layer_sizes), list(ROWS))]
+    starts = [state.tensors for state in start_states(method, shape_of(method, model.layer_sizes), list(ROWS))]
     history, server = run_rounds(model, method, ROWS, CONFIG, 2, dropout=0.2)
     messages = server.messages(tuple(ROWS))
     states = [
-        method.install(r.state, messages[r.state.client]) if r.state.client in messages else r.state
+        method.receive(r.state, messages[r.state.client]) if r.state.client in messages else r.state
         for r in history[-1]
     ]
     numbers = {

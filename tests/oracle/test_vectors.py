@@ -20,7 +20,7 @@ from fedalt.model.mixing import SOFTMAX
 from fedalt.model.rowmap import RowContext
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, INDIVIDUAL, MERGED, MIXER, ROW, A, B, G, Key, W
-from support import method_of
+from support import method_of, shape_of
 
 FACTORS_A, FACTORS_B, ROWS = (1, 2, 4), (2, 1, 3), {0: 1, 1: 1, 2: 2}
 Weighting = Literal["uniform", "samples"]
@@ -60,16 +60,16 @@ def federation(
     keys = {A: Key("w", slot, A), B: Key("w", slot, B)}
     config = FederationConfig(weighting=weighting, row_delivery=delivery)
     server = Server(method, config, ROWS, dict.fromkeys(keys.values(), (1, 1)))
-    shape = method.shape(1, {"w": (1, 1)})
+    shape = shape_of(method, {"w": (1, 1)}, 1)
     states = []
     for client, (a, b) in enumerate(zip(FACTORS_A, FACTORS_B, strict=True)):
         zeros = {key: torch.zeros(size) for key, size in shape.shapes().items()}
         state = ClientState(client, 1, zeros).with_tensors({keys[A]: one(a), keys[B]: one(b)})
-        states.append(method.sent(state))
+        states.append(method.uploaded(state))
     uploads = {state.client: method.upload(state) for state in states}
     server.receive(uploads, uploads.__getitem__, 1)
     messages = server.messages((0, 1, 2))
-    return method, server, [method.install(state, messages[state.client]) for state in states]
+    return method, server, [method.receive(state, messages[state.client]) for state in states]
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -103,7 +103,7 @@ def test_row_gap_is_the_share_of_the_product_mean_that_factor_means_miss() -> No
 def test_fedalt_forward_of_client_0(row_logit: float, expected: Fraction) -> None:
     method, _, states = federation("fedalt", INDIVIDUAL, "uniform")
     mixer = torch.zeros(2, 1)
-    mixer[method.shape(1, {}).slots.index(ROW)] = row_logit
+    mixer[shape_of(method, {}, 1).slots.index(ROW)] = row_logit
     state = states[0].with_tensors({Key("w", MIXER, G): mixer})
     assert forward(state, Placement((INDIVIDUAL, ROW), SOFTMAX, 1.0, 0.0)) == near(expected)
 

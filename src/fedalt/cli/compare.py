@@ -126,7 +126,7 @@ def _show_sweep(out: Path, result: Mapping[str, Any], reports: Reports, as_json:
 
 
 def _methods(text: str | None, ablations: bool) -> list[str]:
-    from fedalt.methods.registry import ABLATIONS
+    from fedalt.methods.fedalt_variants import ABLATIONS
 
     given = _names(_METHODS if text is None and not ablations else text or "")
     return [*given, *(ABLATIONS if ablations else ())]

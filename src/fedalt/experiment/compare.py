@@ -18,7 +18,7 @@ from fedalt.experiment.statistics import against, half_width
 from fedalt.experiment.tables import LOCAL, write_comparison
 from fedalt.experiment.workers import check_devices
 from fedalt.files import read_json
-from fedalt.methods.registry import METHODS, configured, get_method, title_of
+from fedalt.methods.registry import build, configured, method_names, title_of
 
 REFERENCE = "fedalt"
 """The method that others are tested against; the first one where it is not among them."""
@@ -79,8 +79,8 @@ def plan(
     _check_lists(methods, seeds)
     check_devices(config)
     configs = {name: configured(config, name) for name in methods}
-    for name, mine in configs.items():
-        get_method(name)(_ANY, mine).rank_of(0)  # refuses settings that it has no use for
+    for mine in configs.values():
+        build(mine, _ANY).rank_of(0)  # refuses settings that it has no use for
     members = []
     for seed in seeds:
         for name, mine in configs.items():
@@ -112,7 +112,7 @@ def finish(
 
 def _check_lists(methods: Sequence[str], seeds: Sequence[int]) -> None:
     if not methods:
-        raise UserError(f"--methods: name at least one of {', '.join(METHODS)}")
+        raise UserError(f"--methods: name at least one of {', '.join(method_names())}")
     negative = [seed for seed in seeds if seed < 0]
     if negative:
         raise UserError(f"--seeds {negative[0]}: a seed is 0 or more")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fedalt.config import RunConfig
+from fedalt.config import RunConfig, used_code
 from fedalt.errors import UserError
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, prune, run_id
 from fedalt.experiment.crew import Crew, Facts
@@ -20,10 +20,12 @@ from fedalt.experiment.workers import started
 from fedalt.federation.server import Server
 from fedalt.files import write_json
 from fedalt.methods.base import Method
+from fedalt.methods.registry import section_of, title_of
 
 _FREE: dict[str, Any] = {
     "out": True,
     "report": True,
+    "plugins": True,
     "federation": {"cohort", "devices"},
     "flower": {"min_sites", "round_deadline", "allow_two", "client_gpus"},
 }
@@ -80,9 +82,13 @@ def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | 
 
 
 def frozen_settings(config: RunConfig, method: Method) -> dict[str, Any]:
-    """The settings that a run's numbers depend on, as JSON."""
+    """The settings that a run's numbers depend on, as JSON: of code its text, wherever it lies."""
     values = config.model_dump(mode="json", exclude=_FREE)
-    if not method.foresees:
+    for name in config.sections.keys() - {section_of(type(method))}:
+        del values[name]
+    if code := used_code(config):
+        values["code"] = code
+    if not method.depends_on_rounds:
         del values["federation"]["rounds"]
     return values
 
@@ -124,6 +130,8 @@ def _write_start(loop: Loop, resumed: bool) -> None:
         "run_resumed" if resumed else "run_started",
         round=done,
         method=facts.config.method,
+        title=title_of(facts.config.method),
+        code=used_code(facts.config),
         clients=list(facts.clients),
         tasks=dict(facts.tasks),
         rounds=facts.config.federation.rounds,

@@ -33,7 +33,7 @@ from fedalt.federation.client import RoundSettings
 from fedalt.federation.cohort import fitting_cohort
 from fedalt.methods.base import Method
 from fedalt.methods.budget import trainable
-from fedalt.methods.registry import configured, get_method
+from fedalt.methods.registry import build, configured
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.base import Base, load_base, positions
 from fedalt.model.heads import drawn_heads
@@ -79,7 +79,6 @@ class Experiment:
         examples: The same in tokens.
         resident: The base model.
         method: The method, for this number of clients.
-        shape: Shapes of one client's adapters.
         settings: What ``client_round`` needs besides states.
         notes: What the user should know: skipped rows, a federation of two.
         rows: Where the rows came from; other runs may share it.
@@ -90,10 +89,14 @@ class Experiment:
     examples: dict[int, ClientExamples]
     resident: Resident
     method: Method
-    shape: AdapterShape
     settings: RoundSettings
     notes: tuple[str, ...]
     rows: Rows
+
+    @property
+    def shape(self) -> AdapterShape:
+        """Shapes of one client's adapters."""
+        return self.method.shape
 
     @property
     def rows_digest(self) -> str:
@@ -132,7 +135,7 @@ class Experiment:
     @property
     def trained(self) -> int:
         """Parameters that a client trains."""
-        return trainable(self.method, self.shape) + self.head_size
+        return trainable(self.method) + self.head_size
 
     def with_cohort(self, size: int) -> Experiment:
         """The same with so many clients on the model at a time."""
@@ -172,11 +175,11 @@ class Experiment:
     @property
     def trainers(self) -> tuple[int, ...]:
         """Clients that may train: everybody, or the first in the name of all."""
-        return self.federation.ids[:1] if self.method.pooled else self.federation.ids
+        return self.federation.ids[:1] if self.method.centralised else self.federation.ids
 
     def training_rows(self, client: int) -> Sequence[Example]:
         """What a client trains on: its own rows, or everybody's."""
-        if self.method.pooled:
+        if self.method.centralised:
             return [row for mine in self.examples.values() for row in mine.train]
         return self.examples[client].train
 
@@ -238,12 +241,11 @@ def prepare(
     examples = encode_federation(federation, _encoder(rows, resident, config), config.data)
     if config.metric == "option_accuracy":
         _check_options(examples)
-    method = get_method(config.method)(clients or len(federation.clients), config)
+    method = build(config, clients or len(federation.clients), resident.model.layer_sizes)
     method.rank_of(0)  # refuses ranks where there is no rule for them
-    shape = method.shape(config.lora.r, resident.model.layer_sizes)
-    settings = RoundSettings(method, config.lora, config.training, method.pooled or config.federation.heads == "shared")
+    settings = RoundSettings(method, config.training, method.centralised or config.federation.heads == "shared")
     notes = (*shortened, *_padding(config, resident.model), *_notes(config, federation, examples, method))
-    return Experiment(config, federation, examples, resident, method, shape, settings, notes, rows)
+    return Experiment(config, federation, examples, resident, method, settings, notes, rows)
 
 
 def _encoder(rows: Rows, resident: Resident, config: RunConfig) -> Encoder:

@@ -71,7 +71,7 @@ class Residents:
             new.put_state(result.state)
             new.put_upload(client, result.upload)
         up, down = Message(result.upload).bytes, result.bytes_down
-        if self.experiment.method.pooled:  # nothing crosses a network: the rows are in one place
+        if self.experiment.method.centralised:  # nothing crosses a network: the rows are in one place
             up = down = 0
         return Outcome(client, result.stats, bool(result.upload), up, down, result.failure)
 

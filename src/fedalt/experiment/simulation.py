@@ -94,7 +94,7 @@ class Rounds:
         asked = self.experiment.config.federation.rounds
         total = asked if count is None else self.number + count
         if total != asked:
-            if self.number and self.experiment.method.foresees:
+            if self.number and self.experiment.method.depends_on_rounds:
                 raise UserError(
                     f"{self.experiment.method.name} plans by the number of rounds, {asked} here; begin anew for another"
                 )

@@ -28,7 +28,7 @@ from fedalt.flower.requests import Reply
 from fedalt.flower.sites import Sites, joining
 from fedalt.flower.waits import retry_soon
 from fedalt.methods.base import Method
-from fedalt.methods.registry import configured, get_method
+from fedalt.methods.registry import build, configured
 
 app = ServerApp()
 RUN = "flower.json"
@@ -108,7 +108,7 @@ def checked(config: RunConfig) -> tuple[RunConfig, Method]:
         raise UserError("model.labels: name the classes; no site knows all rows, so they cannot be collected")
     if config.report.insight:
         config = config.model_copy(update={"report": config.report.model_copy(update={"insight": 0})})
-    method = get_method(config.method)(clients, config)
+    method = build(config, clients)
     method.rank_of(0)  # refuses ranks where there is no rule for them
     check_pooled(method)
     check_two(method, config.flower.allow_two)
