@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedalt.config import RunConfig
+from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.experiment.events import Sink, read_events
 from fedalt.experiment.folder import IfExists, check_folder, final_scores
@@ -37,6 +38,8 @@ def compare(
     sink: Sink,
     jobs: int = 1,
     budget: Budget | None = None,
+    bases: Bases | None = None,
+    rows: Rows | None = None,
 ) -> dict[str, Any]:
     """Run every method with every seed into ``out/<method>-seed<seed>`` and write ``comparison.json``, .csv and .md.
 
@@ -49,11 +52,14 @@ def compare(
         sink: Called with every event of every run.
         jobs: Processes to share the runs; more than one hold a base each.
         budget: Choose every method's rank so that it has the parameters, or sends the bytes, of the configured rank.
+        bases: Where a base may be in memory already.
+        rows: Where rows may be in memory already.
 
     Raises:
         UserError: As for a single run; checked for all methods before the first one starts.
     """
-    return finish(plan(config, methods, seeds, out, if_exists, budget), config, out, if_exists, sink, jobs, Bases())
+    members = plan(config, methods, seeds, out, if_exists, budget)
+    return finish(members, config, out, if_exists, sink, jobs, bases or Bases(), rows or Rows())
 
 
 def plan(
@@ -92,12 +98,13 @@ def finish(
     sink: Sink,
     jobs: int,
     bases: Bases,
+    rows: Rows,
 ) -> dict[str, Any]:
     """Train the runs of a comparison and put them side by side."""
     if jobs > 1:
         train_in_jobs(members, jobs, if_exists, sink)
     else:
-        train(members, if_exists, sink, bases)
+        train(members, if_exists, sink, bases, rows)
     comparison = collect(members, config)
     write_comparison(out, comparison)
     return comparison

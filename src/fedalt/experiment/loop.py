@@ -83,11 +83,7 @@ class Loop:
         for outcome in outcomes:
             if outcome.failure:
                 self.log.emit("client_failed", round=number, client=outcome.client, reason=outcome.failure)
-        if all(outcome.failure for outcome in outcomes):
-            raise UserError(
-                f"round {number}: every client failed ({outcomes[0].failure}); "
-                f"a lower training.lr than {config.training.lr:g} may help; finished rounds are safe"
-            )
+        check_some_left([outcome.failure for outcome in outcomes], number, config.training.lr)
         return outcomes
 
     def _aggregate(self, new: Checkpoint, outcomes: Sequence[Outcome]) -> None:
@@ -145,3 +141,16 @@ class Loop:
         if not clients:
             raise UserError(f"round {number}: no site could be scored; add --resume when they are back")
         return {"round": number, **over_clients([scores[metric] for scores in clients.values()]), "clients": clients}
+
+
+def check_some_left(failures: Sequence[str | None], number: int, lr: float) -> None:
+    """Refuse to go on after a round in which every client failed.
+
+    Raises:
+        UserError: Every client failed.
+    """
+    if all(failures):
+        raise UserError(
+            f"round {number}: every client failed ({failures[0]}); a lower training.lr than {lr:g} may help; "
+            "finished rounds are safe"
+        )

@@ -116,6 +116,8 @@ class Member:
                 raise UserError(f"its state is client {body['client']}'s")
             common = Common.parse(body["common"])
             return Member(int(body["samples"]), str(body["task"]), int(body["holds"]), common, tuple(body["notes"]))
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"no such answer is known ({error!r})") from None
 
