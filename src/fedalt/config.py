@@ -21,7 +21,7 @@ from fedalt.data.options import DataConfig
 from fedalt.errors import UserError
 from fedalt.flower.options import FlowerConfig
 from fedalt.hints import explain
-from fedalt.registry import METHODS, Registry, import_plugin, sections, split_reference
+from fedalt.registry import METHODS, Registry, held_plugins, import_plugin, sections, split_reference
 from fedalt.section import Section
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
@@ -207,6 +207,10 @@ class RunConfig(Section):
         values.pop("plugins", None)
         return {**values, **plugins, **own}
 
+    def portable(self) -> dict[str, Any]:
+        """The settings as JSON for another machine, which has its own files of code."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key != "plugins"}
+
     def section(self, name: str, kind: type[S]) -> S:
         """The settings of a registered thing: those given, or its defaults."""
         found = self.sections.get(name)
@@ -275,6 +279,33 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
     return config
 
 
+def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Validate settings that another machine has sent: they name things, and never bring or point at code.
+
+    What they name must be in this package, or in a file that this machine's administrator holds (``hold_plugins``).
+
+    Raises:
+        UserError: See ``parse_config``; or they point at code, or name a method that is not here.
+    """
+    if values.get("plugins"):
+        raise UserError(f"{where}: refused: plugins point at code")
+    for key in NAMED:
+        value = _at(values, key)
+        if isinstance(value, str) and split_reference(value):
+            raise UserError(f"{where}: refused: {key} points at code")
+    held = held_plugins()
+    method = values.get("method", "fedalt")
+    if method not in METHODS:
+        raise UserError(f'{where}: refused: method "{method}" is not held here; --plugin FILE.py names its file')
+    return parse_config({**values, "plugins": held} if held else values, where)
+
+
+def _at(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
 def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with names in place of references; ``plugins`` has every file and module that is needed."""
     named: dict[str, Any] = copy.deepcopy(dict(values))
@@ -303,9 +334,7 @@ def used_code(config: RunConfig) -> dict[str, str]:
     """Kind and name of every outside thing that the settings name → digest of its source."""
     values, found = config.model_dump(), {}
     for key, registry in NAMED.items():
-        value: Any = values
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        value = _at(values, key)
         entry = registry.entry(value) if isinstance(value, str) else None
         if entry and entry.digest:
             found[f"{registry.kind} {entry.name}"] = entry.digest

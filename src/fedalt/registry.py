@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import re
 import sys
@@ -28,6 +29,8 @@ from fedalt.errors import UserError, did_you_mean, listed
 
 T = TypeVar("T")
 OURS, SESSION = "fedalt", "session"
+HELD = "FEDALT_PLUGINS"
+"""Environment variable with the files of code that an administrator lets runs of others use."""
 _FILES = "fedalt_plugin_"
 """Modules made from files start with this, followed by the file's digest."""
 
@@ -233,13 +236,28 @@ def import_plugin(place: str) -> ModuleType:
     return module
 
 
-def file_digest(place: str) -> str:
-    """SHA-256 of a plugin's source file.
+def hold_plugins(places: Sequence[str]) -> None:
+    """Import the files and modules that this machine holds for runs of others, here and in processes started from here.
 
     Raises:
         UserError: See ``import_plugin``.
     """
-    return _digest(import_plugin(place)) or place
+    places = [str(Path(place).expanduser().resolve()) if place.endswith(".py") else place for place in places]
+    for place in places:
+        import_plugin(place)
+    os.environ[HELD] = os.pathsep.join(places)
+
+
+def held_plugins() -> tuple[str, ...]:
+    """What ``hold_plugins`` has named, imported.
+
+    Raises:
+        UserError: See ``import_plugin``.
+    """
+    places = tuple(place for place in os.environ.get(HELD, "").split(os.pathsep) if place)
+    for place in places:
+        import_plugin(place)
+    return places
 
 
 def _line_of(error: BaseException, path: Path) -> str:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from fedalt.config import RunConfig, parse_config
+from fedalt.config import RunConfig, parse_received, used_code
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metrics_in, over_clients
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
@@ -120,7 +120,7 @@ class _Work:
     def identity(self) -> str:
         """What this site's checkpoints are of: the run and its settings, the base, the rows."""
         run, settings, _ = self.key
-        asked = frozen_settings(parse_config(json.loads(settings), "the server's settings"), self.experiment.method)
+        asked = frozen_settings(parse_received(json.loads(settings), "the server's settings"), self.experiment.method)
         parts = (run, json.dumps(asked, sort_keys=True), self.common.base, self.experiment.rows_digest)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -135,7 +135,10 @@ class _Work:
         facts, experiment = self.facts, self.experiment
         shapes = tuple((str(key), tuple(shape)) for key, shape in facts.shapes.items())
         rule = rule_of(experiment.config, experiment.method)
-        return Common(facts.base, shapes, facts.shared, facts.trainable, versions()["fedalt"], rule)
+        sizes = (facts.shared, facts.trainable)
+        layers = tuple(experiment.method.layers.items())
+        code = tuple(used_code(experiment.config).items())
+        return Common(facts.base, shapes, *sizes, versions()["fedalt"], rule, layers, code)
 
     def check(self, request: Request) -> None:
         """Refuse to go on as another site than the one that joined."""

@@ -264,7 +264,7 @@ class Sites:
 
 def joining(config: RunConfig, run: str, clients: int) -> Request:
     """The request to join a run."""
-    return Request("join", run, json.dumps(config.model_dump(mode="json")), clients)
+    return Request("join", run, json.dumps(config.portable()), clients)
 
 
 def _clients(clients: set[int]) -> str:
