@@ -117,6 +117,10 @@ RULES = {
     "fdlora": ("fused.A fused.B", ""),
     "fedalt": ("individual.A individual.B mixer.G", "row.A row.B"),
     "lora_fair": (BOTH, BOTH),
+    "fedprox": (BOTH, BOTH),
+    "ditto": ("personal.A personal.B", BOTH),
+    "fedit_ft": (BOTH, ""),  # members have gone on alone
+    "fedrot_lora": (BOTH, BOTH),
     "zero_pad": (BOTH, BOTH),
     "hetlora": (BOTH, BOTH),
     "flexlora": (BOTH, BOTH),

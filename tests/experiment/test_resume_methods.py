@@ -39,7 +39,7 @@ UNEQUAL: dict[str, dict[str, Any]] = {
 CASES = {name: {"method": name, **OWN.get(name, {})} for name in (*METHODS, *VARIANTS)} | UNEQUAL
 
 
-PRESENT = {"centralized": [1, 1, 1], "feddpa_f": [2, 2, 3]}
+PRESENT = {"centralized": [1, 1, 1], "feddpa_f": [2, 2, 3], "fedit_ft": [2, 2, 3]}
 """Clients in each round, where it is not two: one model for all, and a private phase for everybody."""
 
 

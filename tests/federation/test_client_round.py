@@ -60,7 +60,7 @@ def prepared(model: AdaptedModel) -> list[ClientState]:
 def one_round(
     model: AdaptedModel, states: list[ClientState], config: Any = HARD, told: Any = None, **options: Any
 ) -> list[ClientResult]:
-    settings = round_settings(METHOD, shape_of(METHOD, model.layer_sizes), config, dropout=0.2)
+    settings = round_settings(METHOD, config, dropout=0.2)
     plans = [plan for plan in plans_of(ROWS, config) if plan.client in {state.client for state in states}]
     return run_all(model, states, told or [None] * len(states), plans, settings, 1, **options)
 
@@ -148,7 +148,7 @@ def test_identical_clients_have_a_row_like_their_individual(model: AdaptedModel)
     plans = [replace(twin, client=client) for client in range(8)]
     states = start_states(method, shape, range(8))
     results = client_round(
-        model, states, [None] * 8, [[plan] for plan in plans], round_settings(method, shape, HARD, 0.2), 1
+        model, states, [None] * 8, [[plan] for plan in plans], round_settings(method, HARD, 0.2), 1
     )
     uploads = [result.upload for result in results]
     mean = {key: torch.stack([u[key] for u in uploads]).mean(0) for key in uploads[0]}
@@ -199,7 +199,7 @@ def test_a_client_that_diverges_is_set_aside(model: AdaptedModel) -> None:
 
 def test_an_error_names_the_round_and_the_client(model: AdaptedModel) -> None:
     broken = Example((3, VOCAB + 5), (4,), Row("", ""))  # a token that the model does not have
-    settings = round_settings(METHOD, shape_of(METHOD, model.layer_sizes), HARD)
+    settings = round_settings(METHOD, HARD)
     plans = plans_of(ROWS | {1: (broken,)}, HARD)
     with pytest.raises(IndexError) as error:
         run_all(model, prepared(model), [None] * 3, plans, settings, 4, executor="loop")

@@ -192,7 +192,7 @@ def test_clients_are_pulled_cohort_by_cohort() -> None:
         PerClient(rows, lambda client: pulled.append(client) or states[client]),
         {},
         lambda client: plans_of({client: rows[client]}, config),
-        round_settings(METHOD, shape, config),
+        round_settings(METHOD, config),
         1,
         2,
     )

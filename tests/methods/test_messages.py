@@ -45,6 +45,10 @@ UP = {
     "fdlora": (LORA, n()),
     "fedalt": (IND, n()),
     "lora_fair": (LORA, n()),
+    "fedprox": (LORA, n()),
+    "ditto": (LORA, n()),
+    "fedit_ft": (LORA, n()),
+    "fedrot_lora": (LORA, n()),
     "zero_pad": (LORA, n()),
     "hetlora": (LORA, n()),
     "flexlora": (LORA, n()),
@@ -181,7 +185,13 @@ def test_methods_that_send_nothing_are_told_nothing(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize("section", ["fedalt", "fedit_split", "feddpa", "pf2lora", "fdlora", "hetlora", "lora_fair"])
+SECTIONS = (
+    "fedalt", "fedit_split", "feddpa", "pf2lora", "fdlora", "hetlora", "lora_fair", "fedprox", "ditto", "fedit_ft",
+    "fedrot_lora",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("section", SECTIONS)
 def test_unknown_options_are_refused(section: str) -> None:
     with pytest.raises(UserError, match=rf'unknown key "{section}\.nonesuch"'):
         parse_config({section: {"nonesuch": 1}}, "x")
@@ -201,6 +211,10 @@ def test_unknown_options_are_refused(section: str) -> None:
         ("fdlora.budget", 8),
         ("hetlora.tail", 0),
         ("lora_fair.solver", "adam"),
+        ("fedprox.mu", -0.1),
+        ("ditto.weight", -1),
+        ("fedit_ft.alone", 0),
+        ("fedrot_lora.fit", "C"),
         ("lora.ranks", [4, 0]),
     ],
 )
