@@ -63,7 +63,7 @@ class Slot:
 
     def __post_init__(self) -> None:
         if slot_today(self.name) != self.name or "." in self.name:
-            raise UserError(f'slot "{self.name}": this name is not free; row was the rest-of-world LoRA\'s in fedalt 0.1')
+            raise UserError(f'slot "{self.name}": not free; in fedalt 0.1 it named the rest-of-world LoRA')
 
 
 @dataclass(frozen=True)
