@@ -84,10 +84,9 @@ def fields(path: Sequence[str] = ()) -> dict[str, FieldInfo]:
     from fedalt.registry import sections
 
     found: dict[str, FieldInfo] = {}
-    names = dict(fields_at(path, RunConfig)) | ({} if path else dict.fromkeys(sections()))
-    for name, field in names.items():
-        inner = fields([*path, name])
-        found |= inner or ({".".join([*path, name]): field} if name != "sections" else {})
+    here = {name: field for name, field in fields_at(path, RunConfig).items() if name != "sections"}
+    for name in (*here, *(() if path else sections())):
+        found |= fields([*path, name]) or {".".join([*path, name]): here[name]}
     return found
 
 
