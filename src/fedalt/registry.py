@@ -25,7 +25,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator
 
-from fedalt.errors import UserError, did_you_mean, listed
+from fedalt.errors import UserError, alternatives, did_you_mean, listed, shortened
 
 T = TypeVar("T")
 OURS, SESSION = "fedalt", "session"
@@ -212,7 +212,8 @@ def import_plugin(place: str) -> ModuleType:
         try:
             return importlib.import_module(place)
         except Exception as error:
-            raise UserError(f"{place}: cannot be imported ({type(error).__name__}: {error})") from None
+            told = shortened(f"{type(error).__name__}: {error}", 200)
+            raise UserError(f"{shortened(place)}: cannot be imported ({told})") from None
     path = Path(place).expanduser().resolve()
     if not path.is_file():
         raise UserError(f"{place}: no such file")
@@ -335,12 +336,11 @@ def registered_name(registry: Registry[Any]) -> Any:
     """The type of a setting whose value is a name in a registry."""
 
     def known(name: str) -> str:
-        try:
-            return registry.entry(name).name
-        except UserError as error:
-            raise ValueError(str(error)) from None
+        if name not in registry:
+            raise ValueError(f"must be {alternatives(registry.names())}{did_you_mean(name, registry.names())}")
+        return name
 
-    return Annotated[str, AfterValidator(known)]
+    return Annotated[str, AfterValidator(known), registry]
 
 
 def sections() -> Mapping[str, type[Any]]:

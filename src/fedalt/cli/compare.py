@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from fedalt.cli import show
+from fedalt.cli import complete, show
 from fedalt.cli.options import settings
 from fedalt.cli.show import print_json, say
 from fedalt.config import RunConfig
@@ -25,30 +25,40 @@ def compare(
     config: RunConfig,
     if_exists: IfExists,
     methods: Annotated[
-        str | None, typer.Option(help=f"names of methods and variants, separated by commas (default: {_METHODS})")
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help=f"methods and variants, separated by commas (default: {_METHODS})",
+            autocompletion=complete.listed(complete.methods),
+        ),
     ] = None,
     ablations: Annotated[bool, typer.Option("--ablations", help="FedALT with one part changed at a time")] = False,
     seeds: Annotated[
-        str | None, typer.Option(help="numbers, separated by commas (default: the settings' seed)")
+        str | None, typer.Option(metavar="NUMBERS", help="separated by commas (default: the settings' seed)")
     ] = None,
     jobs: Annotated[
-        int, typer.Option(min=1, help="processes that share the runs; each holds a base of its own in memory")
+        int,
+        typer.Option(min=1, metavar="N", help="processes that share the runs; each holds a base of its own in memory"),
     ] = 1,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=V1,V2,…",
+            metavar="KEY=VALUES",
             help="one comparison per value, into OUT/KEY=VALUE, for example lora.r=4,6,8 (lora.alpha stays); "
             "repeatable, for every combination",
         ),
     ] = None,
     heterogeneity: Annotated[
         str | None,
-        typer.Option(metavar="M1,M2,…", help="the same as --sweep data.tasks_per_client=M1,M2,…"),
+        typer.Option(metavar="NUMBERS", help="the same as --sweep data.tasks_per_client=NUMBERS"),
     ] = None,
     match_budget: Annotated[
         str | None,
-        typer.Option(metavar="parameters|bytes", help="choose each method's rank for the same budget per client"),
+        typer.Option(
+            metavar="WHAT",
+            help="choose each method's rank for the same budget per client: parameters or bytes",
+            autocompletion=lambda incomplete: iter(("parameters", "bytes")),
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
 ) -> None:

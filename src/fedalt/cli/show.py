@@ -18,6 +18,8 @@ from fedalt.report.shown import MOST, groups
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
     from fedalt.experiment.estimate import Estimate
 
+_LONGEST = 2000
+"""Letters of an error line: enough for a list of names, and not for a file that somebody gave as a name."""
 out = Console()
 err = Console(stderr=True)
 
@@ -33,9 +35,10 @@ def print_json(value: Any) -> None:
 
 
 def complain(message: str) -> None:
-    """Print an error on stderr, one line per problem, never wrapped."""
+    """Print an error on stderr, one line per problem, never wrapped, none without end."""
     for line in message.splitlines():
-        err.print(f"[bold red]error:[/] {_plain(line)}", soft_wrap=True, highlight=False)
+        cut = line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+        err.print(f"[bold red]error:[/] {_plain(cut)}", soft_wrap=True, highlight=False)
 
 
 def live(rounds: int) -> AbstractContextManager[Callable[[Mapping[str, Any]], None]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,13 +88,19 @@ class RunFolder:
                 path.unlink()
 
 
-def settings_of(path: Path | None, overrides: Sequence[tuple[str, Any]], if_exists: IfExists) -> RunConfig:
+def settings_of(
+    path: Path | None,
+    overrides: Sequence[tuple[str, Any]],
+    if_exists: IfExists,
+    typed: Mapping[str, str] | None = None,
+) -> RunConfig:
     """The settings of a YAML file with some replaced; a run that is resumed without one takes those of its own folder.
 
     Args:
         path: The file; the defaults when not given.
         overrides: Dotted key → value.
         if_exists: What is to be done with a run that is there.
+        typed: Dotted key → how the user has given it, for errors.
 
     Raises:
         UserError: See ``load_config``.
@@ -102,7 +108,7 @@ def settings_of(path: Path | None, overrides: Sequence[tuple[str, Any]], if_exis
     out = dict(overrides).get("out")
     if path is None and if_exists == "resume" and out and (Path(out) / "config.yaml").is_file():
         path = Path(out) / "config.yaml"
-    return load_config(path, overrides)
+    return load_config(path, overrides, typed)
 
 
 def open_run(path: Path) -> tuple[RunFolder, RunConfig]:

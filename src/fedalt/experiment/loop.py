@@ -14,7 +14,7 @@ from fedalt.experiment.crew import Crew, Facts, Outcome
 from fedalt.experiment.events import EventLog
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.machine import peak_memory
-from fedalt.federation.diagnostics import row_gap
+from fedalt.federation.diagnostics import product_gap
 from fedalt.federation.participation import sample_clients
 from fedalt.federation.server import Server
 from fedalt.files import read_json, write_json
@@ -50,7 +50,7 @@ class Loop:
             outcomes = self._train(new)
             self._aggregate(new, outcomes)
             messages = self.server.messages(self.facts.clients)
-            drifts = self.crew.row_drifts(new, messages)
+            drifts = self.crew.row_lora_drifts(new, messages)
             self._log_round(new.round, outcomes, drifts, time.perf_counter() - started)
             if self._evaluates(new.round):
                 self._evaluate(new, messages)
@@ -107,15 +107,15 @@ class Loop:
                 bytes_up=outcome.bytes_up,
                 bytes_down=outcome.bytes_down,
                 alpha=list(outcome.stats.alpha),
-                row_drift=drifts.get(outcome.client),
+                row_lora_drift=drifts.get(outcome.client),
             )
         self.log.emit(
             "round",
             round=number,
             seconds=seconds,
             loss=group_mean(outcome.stats.loss for outcome in trained),
-            row_gap=row_gap(self.server.adapters.values()),
-            row_drift=group_mean(drift for drift in drifts.values() if drift is not None),
+            product_gap=product_gap(self.server.adapters.values()),
+            row_lora_drift=group_mean(drift for drift in drifts.values() if drift is not None),
             bytes_up=sum(outcome.bytes_up for outcome in outcomes),
             bytes_down=sum(outcome.bytes_down for outcome in outcomes),
             peak_memory=peak_memory(),

@@ -299,7 +299,7 @@ def _notes(
     if len(short) > _MOST_NOTES:
         notes.append(f"rows of {len(short) - _MOST_NOTES} more clients skipped, too")
     if method.leave_one_out and method.clients == 2:
-        notes.append("two clients: each one's row LoRA is the other client's individual LoRA, nothing is hidden")
+        notes.append("two clients: each one's RoW LoRA is the other client's individual LoRA, nothing is hidden")
     if method.leave_one_out and method.clients == 1:
         notes.append("one client: there is no rest of the world, so the mixer is bypassed and this equals local")
     return tuple(notes)

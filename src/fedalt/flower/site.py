@@ -32,7 +32,7 @@ from fedalt.experiment.prepare import Experiment, prepare
 from fedalt.experiment.residents import plans_of, states_in
 from fedalt.experiment.scoring import Scoring
 from fedalt.federation.client import client_round, installed
-from fedalt.federation.diagnostics import row_drift
+from fedalt.federation.diagnostics import row_lora_drift
 from fedalt.files import read_json, write_bytes, write_json
 from fedalt.flower.consent import Consent
 from fedalt.flower.members import Common, Member, rule_of
@@ -41,7 +41,7 @@ from fedalt.flower.rows import SiteRows
 from fedalt.flower.wire import pack, unpack
 from fedalt.methods.exchange import Message
 from fedalt.model.state import ClientState
-from fedalt.names import ROW, parted
+from fedalt.names import REST_OF_WORLD, parted
 
 _REPLY, _BLOCK = "reply.json", "reply.safetensors"
 
@@ -199,10 +199,10 @@ class _Work:
         scoring = Scoring(self.experiment, self.folder, self.log)
         client, number = self.client, request.round
         scoring.score(number, {client: before}, {client: after}, changed=request.told)
-        drift = row_drift(before.tensors, after.tensors) if ROW in self.experiment.shape.slots else None
+        drift = row_lora_drift(before.tensors, after.tensors) if REST_OF_WORLD in self.experiment.shape.slots else None
         scores = read_json(self.folder.scores(client, number))
         self.note(f"round {number}: {self.experiment.config.metric} {scores[self.experiment.config.metric]:.2f}")
-        return Reply({"scores": scores, "row_drift": drift})
+        return Reply({"scores": scores, "row_lora_drift": drift})
 
     def save(self, request: Request) -> Reply:
         """Write the personal model."""

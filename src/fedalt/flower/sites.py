@@ -126,7 +126,7 @@ class Sites:
             f"({failed[0].failure}); finished rounds are safe, submit with --resume to go on"
         )
 
-    def row_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
+    def row_lora_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
         """Not known here: rows are at the sites, and so is this figure, in their logs."""
         return {}
 

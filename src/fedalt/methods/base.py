@@ -150,8 +150,8 @@ class Method:
         try:
             self.settings = self.Settings(**values)
         except ValidationError as error:
-            lines = (explain(one, self.Settings) for one in error.errors())
-            raise UserError("\n".join(f"{type(self).__name__}: {line}" for line in lines)) from None
+            lines = (explain(one, self.Settings, type(self).__name__) for one in error.errors())
+            raise UserError("\n".join(dict.fromkeys(lines))) from None
 
     def bind(self, clients: int, config: RunConfig, layers: Mapping[str, tuple[int, int]] | None = None) -> Self:
         """This method as a run takes it.
@@ -246,14 +246,15 @@ class Method:
         """What is added to each client's loss at every step, from what a phase trains; None for nothing.
 
         Args:
-            trained: The tensors that train, ``[k, …]`` for k clients side by side; gradients flow through them.
+            trained: The tensors that train, ``[k, …]`` for k clients side by side; gradients flow through them. Heads
+                are among them where they are shared: a private one has nothing that it could be held to.
             start: The same as the client's round began, after ``before_training``. Frozen LoRAs of the state are in it,
                 too, so that a penalty may hold one slot against another.
         """
         return None
 
     def after_training(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
-        """What a client does between training, which began at some state, and uploading."""
+        """What a client does between training, which began at some state, and uploading; all its numbers are finite."""
         return state
 
     def shares(self, key: Key) -> bool:

@@ -44,7 +44,7 @@ def write_report(folder: RunFolder) -> Path:
         mixer += [insights.histogram(insight, tasks), insights.shaded_rows(insight, tasks)]
     others: list[str | Drawing] = [insights.matrix(insight, tasks)] if insight.get("matrix") else []
     others += [insights.similarity(insight, tasks)] if insight.get("similarity") else []
-    rows = layers or any(e["event"] == "client" and e["row_drift"] is not None for e in events)
+    rows = layers or any(e["event"] == "client" and e["row_lora_drift"] is not None for e in events)
     sections = [
         Section("scores", "Scores", [_scores_table(latest, tasks)]),
         Section("curves", "Curves", _curves(events, tasks, start["metric"], scored)),
