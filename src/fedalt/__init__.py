@@ -31,11 +31,25 @@ if TYPE_CHECKING:
     from fedalt.data.deals import Pathological as Pathological
     from fedalt.data.deals import Quantity as Quantity
     from fedalt.data.deals import SCDirichlet as SCDirichlet
+    from fedalt.decorators import aggregator as aggregator
+    from fedalt.decorators import method as method
+    from fedalt.decorators import metric as metric
+    from fedalt.decorators import partitioner as partitioner
+    from fedalt.decorators import source as source
+    from fedalt.decorators import template as template
+    from fedalt.decorators import tracker as tracker
+    from fedalt.methods.base import Method as Method
+    from fedalt.methods.base import squared_distance as squared_distance
+    from fedalt.section import Settings as Settings
 
 _DEALS = ("Column", "Dirichlet", "GLDirichlet", "Iid", "Pathological", "Quantity", "SCDirichlet")
+_NAMED = ("aggregator", "method", "metric", "partitioner", "source", "template", "tracker")
 _WHERE = {
     **dict.fromkeys(("load_data", "load_base", "run", "compare", "load_run", "Simulation"), "fedalt.api"),
     **dict.fromkeys(_DEALS, "fedalt.data.deals"),
+    **dict.fromkeys(_NAMED, "fedalt.decorators"),
+    **dict.fromkeys(("Method", "squared_distance"), "fedalt.methods.base"),
+    "Settings": "fedalt.section",
 }
 """Public name → the module that has it."""
 

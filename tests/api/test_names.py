@@ -8,11 +8,13 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import fedalt
+from fedalt.registry import ALL
 
 NAMES = sorted(fedalt._WHERE)
 HEAVY = ("torch", "numpy", "pydantic", "transformers", "rich", "yaml")
@@ -60,10 +62,20 @@ def test_every_name_is_typed_for_checkers() -> None:
     assert read == fedalt._WHERE
 
 
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """What an example gives a name is gone afterwards."""
+    before = [{entry.name: entry for entry in registry.entries()} for registry in ALL]
+    yield
+    for registry, entries in zip(ALL, before, strict=True):
+        registry._entries = entries
+
+
 @pytest.mark.parametrize("example", _examples(), ids=lambda example: example.name)
-def test_every_docstring_starts_with_an_example_that_runs(example: doctest.DocTest) -> None:
+def test_every_docstring_starts_with_an_example_that_runs(example: doctest.DocTest, registries: None) -> None:
     paragraphs = (example.docstring or "").split("\n\n")
     assert paragraphs[1].strip().startswith(">>> import fedalt as fa")
+    example.globs = {"__name__": "__main__"}  # as at a prompt
     said: list[str] = []
     failed, tried = doctest.DocTestRunner().run(example, out=said.append)
     assert tried and not failed, "".join(said)

@@ -131,11 +131,11 @@ class GLDirichlet(Deal):
 class SCDirichlet(Deal):
     """Categories are handed out, and the rows of each shared by Dir(alpha) among the clients that hold it.
 
-    SC-Dir of HiLoRA (arXiv 2603.02785).
-
     >>> import fedalt as fa
     >>> len(fa.load_data("tinyworld", clients=4, partition=fa.SCDirichlet(superclasses_per_client=2), seed=0).clients)
     4
+
+    SC-Dir of HiLoRA (arXiv 2603.02785).
 
     Attributes:
         alpha: Concentration: small is uneven. 3 when not given.

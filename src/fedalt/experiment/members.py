@@ -27,12 +27,14 @@ class Member:
         config: Settings of this run.
         folder: Where it goes.
         budget: What its rank is chosen to keep equal, if anything.
+        title: What tables call the method.
     """
 
     name: str
     config: RunConfig
     folder: RunFolder
     budget: Budget | None = None
+    title: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """For another process."""
@@ -86,4 +88,4 @@ def _matched(config: RunConfig, member: Member, resident: Resident, clients: int
         return config
     from fedalt.methods.budget import matched
 
-    return matched(config, member.name, resident.model.layer_sizes, clients, member.budget)
+    return matched(config, config.method, resident.model.layer_sizes, clients, member.budget)

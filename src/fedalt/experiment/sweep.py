@@ -22,6 +22,7 @@ from fedalt.experiment.folder import IfExists
 from fedalt.experiment.members import Bases, Budget
 from fedalt.experiment.tables import Cell, Grid, Score, average, markdown, seeds, write_csv
 from fedalt.files import write_json, write_text
+from fedalt.methods.registry import Variant
 
 Axis = tuple[str, list[Any]]
 """A setting's dotted key and its values."""
@@ -96,7 +97,7 @@ def points(config: RunConfig, axes: Sequence[Axis], rows: Rows | None = None) ->
 def sweep(
     config: RunConfig,
     axes: Sequence[Axis],
-    methods: Sequence[str],
+    methods: Sequence[str | Variant],
     seeds: Sequence[int],
     out: Path,
     if_exists: IfExists,

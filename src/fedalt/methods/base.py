@@ -92,6 +92,16 @@ class Phase:
 class Method:
     """FedAvg on LoRA unless a hook says otherwise. See the order of hooks at the head of this file.
 
+    >>> import fedalt as fa
+    >>> @fa.method("only_a")
+    ... class OnlyA(fa.Method):
+    ...     def shares(self, key):
+    ...         return super().shares(key) and key.factor == "A"
+    >>> data = fa.load_data("tinyworld", clients=2, train_limit=4, test_limit=2)
+    >>> for r in fa.Simulation(data, "tiny-base", OnlyA, epochs=1).rounds(1):
+    ...     {key.factor for key in r.uploads[0]}
+    {'A'}
+
     A method is made with its settings, ``FedProx(mu=0.1)``, and bound to a run: its clients, layers and other settings.
 
     Attributes:
@@ -329,7 +339,16 @@ def drawn(rows: Sequence[Example], count: int, seed: int, *purpose: str | int) -
 
 
 def squared_distance(trained: Tensors, start: Tensors) -> Float[Tensor, " k"]:
-    """‖w − w₀‖² of each client, over all tensors that train."""
+    """‖w − w₀‖² of each client, over all tensors that train.
+
+    >>> import fedalt as fa, torch
+    >>> fa.squared_distance({"A": torch.ones(2, 3, 4)}, {"A": torch.zeros(2, 3, 4)})
+    tensor([12., 12.])
+
+    Args:
+        trained: Tensors ``[k, …]`` of k clients.
+        start: The same keys, and perhaps others.
+    """
     parts = [(value - start[key]).flatten(1).square().sum(1) for key, value in trained.items()]
     return torch.stack(parts).sum(0)
 
