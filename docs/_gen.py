@@ -149,14 +149,15 @@ def commands_page() -> str:
     context = click.Context(root, info_name="fedalt")
     head = (
         "# Commands\n\n`fedalt COMMAND --help` says the same in a terminal. "
-        "Exit codes: 0 done, 2 something in your input is wrong (one line says what), 1 anything else.\n"
+        "Exit codes: 0 done, 2 something in your input is wrong (one line says what), 1 anything else.\n\n"
     )
+    head += "\n\n".join(filter(None, (_parameter(param, context) for param in root.params)))
     groups: dict[str, list[str]] = {}
     for command in _leaves(root, context):
         groups.setdefault(_panel(command.command) or _panel(command.parent.command), []).append(_command(command))
     if list(groups) == [""]:
-        return head + "\n" + "\n".join(groups[""])
-    return head + "".join(f"\n## {panel}\n\n" + "\n".join(entries) for panel, entries in groups.items())
+        return head + "\n\n" + "\n".join(groups[""])
+    return head + "".join(f"\n\n## {panel}\n\n" + "\n".join(entries) for panel, entries in groups.items())
 
 
 def _leaves(command: Any, context: click.Context) -> Iterator[click.Context]:
@@ -178,9 +179,15 @@ def _command(context: click.Context) -> str:
     usage = " ".join(command.collect_usage_pieces(context))
     parts = [f"### `{path}` {{ #{path.removeprefix('fedalt ').replace(' ', '-')} }}", plain(command.help or "")]
     parts += [f"```text\n{path} {usage}\n```"]
-    parts += [plain(note) for note in (command.epilog or "").split("\n\n") if note.strip()]
+    parts += [_note(plain(note)) for note in (command.epilog or "").split("\n\n") if note.strip()]
     records = [_parameter(param, context) for param in command.params]
     return "\n\n".join([*parts, *(record for record in records if record)]) + "\n"
+
+
+def _note(text: str) -> str:
+    """A paragraph under a help page; the command of an example is code."""
+    head, example, command = text.partition("Example: ")
+    return f"{escaped(head)}{example}`{command}`" if example else escaped(text)
 
 
 def _parameter(param: click.Parameter, context: click.Context) -> str:
