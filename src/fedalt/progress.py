@@ -95,19 +95,22 @@ def on_terminal(console: Console, rounds: int) -> Iterator[Callable[[Mapping[str
 @contextmanager
 def in_notebook(rounds: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """The same in the output of a notebook's cell, drawn by its own means: no widgets are needed."""
-    from IPython.display import HTML, display
+    from IPython import display as ipython
+
+    show: Any = ipython.display
+    html: Any = ipython.HTML
 
     console = Console(file=io.StringIO(), record=True, width=_WIDTH, force_jupyter=False, force_terminal=True)
     progress = _progress(console)
     sink = _sink(progress, rounds)
-    handle = display(HTML(""), display_id=True)
+    handle = show(html(""), display_id=True)
     drawn = 0.0
 
     def draw() -> None:
         page = Console(file=io.StringIO(), record=True, width=_WIDTH, force_jupyter=False, force_terminal=True)
         page.print(progress.get_renderable())
         notes = console.export_html(clear=False, inline_styles=True, code_format=_PAGE)
-        handle.update(HTML(notes + page.export_html(inline_styles=True, code_format=_PAGE)))
+        handle.update(html(notes + page.export_html(inline_styles=True, code_format=_PAGE)))
 
     def follow(event: Mapping[str, Any]) -> None:
         nonlocal drawn

@@ -67,7 +67,8 @@ def tiny_model() -> LlamaForCausalLM:
         eos_token_id=2,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).float().eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config).float().eval()
+    return model
 
 
 def example(prompt: int, answer: int, seed: int) -> Example:
