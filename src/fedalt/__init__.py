@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fedalt.quiet import keep_libraries_quiet
 
 if TYPE_CHECKING:
+    from fedalt import testing as testing
     from fedalt.api import Simulation as Simulation
     from fedalt.api import compare as compare
     from fedalt.api import load_base as load_base
@@ -50,14 +51,17 @@ _WHERE = {
     **dict.fromkeys(_NAMED, "fedalt.decorators"),
     **dict.fromkeys(("Method", "squared_distance"), "fedalt.methods.base"),
     "Settings": "fedalt.section",
+    "testing": "fedalt",
 }
-"""Public name → the module that has it."""
+"""Public name → the module or package that has it."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'fedalt' has no attribute {name!r}")
     keep_libraries_quiet()  # they look before they are imported
+    if name == "testing":
+        return importlib.import_module("fedalt.testing")
     value = globals()[name] = getattr(importlib.import_module(_WHERE[name]), name)
     return value
 
