@@ -41,10 +41,10 @@ Client = Annotated[int, typer.Option("--client", help="client id")]
 @settings()
 def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
     """Train one method, score every client, save every client's model."""
+    from fedalt.experiment.devices import check_devices
     from fedalt.experiment.engine import run as train
     from fedalt.experiment.folder import check_folder, claim_folder
     from fedalt.experiment.prepare import prepare
-    from fedalt.experiment.workers import check_devices
     from fedalt.report.html import write_report
     from fedalt.report.insights import look
     from fedalt.report.trackers import check_trackers, tracked
@@ -172,9 +172,9 @@ def report(
 @settings(starts=False)
 def validate(config: RunConfig, as_json: Json = False) -> None:
     """Check everything that can be checked before the first step, and estimate memory and time. Writes nothing."""
+    from fedalt.experiment.devices import check_devices
     from fedalt.experiment.estimate import estimate, row_table
     from fedalt.experiment.prepare import prepare
-    from fedalt.experiment.workers import check_devices
     from fedalt.report.trackers import check_trackers
 
     check_trackers(config.report.trackers)
