@@ -24,6 +24,7 @@ from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.federation.participation import sample_clients
 from fedalt.files import filling, scratch_folder
 from fedalt.methods.exchange import Message
+from fedalt.methods.registry import refuse_session
 from fedalt.model.base import resolve_device
 from fedalt.model.state import load_tensors, save_tensors
 from fedalt.names import Tensors
@@ -36,8 +37,10 @@ def check_devices(config: RunConfig) -> list[str]:
     """A run's devices by their full names; none where it names none.
 
     Raises:
-        UserError: This machine has no such device.
+        UserError: This machine has no such device, or its process could not see what was defined in this session.
     """
+    if config.federation.devices:
+        refuse_session(config, "federation.devices")
     return [resolve_device(name, "federation.devices") for name in config.federation.devices or ()]
 
 
@@ -91,9 +94,9 @@ class Devices:
         new.keep(last, states=last.clients - new.clients)
         return done
 
-    def row_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
+    def row_lora_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
         """How far the messages move every client's row."""
-        return self.here.row_drifts(new, messages)
+        return self.here.row_lora_drifts(new, messages)
 
     def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
         """Score everybody, wherever there is a free device."""
