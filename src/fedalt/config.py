@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -25,7 +25,7 @@ from fedalt.data.options import DataConfig
 from fedalt.errors import UserError, shortened
 from fedalt.flower.options import FlowerConfig
 from fedalt.hints import explain
-from fedalt.registry import METHODS, Registry, held_plugins, import_plugin, sections, split_reference
+from fedalt.registry import METHODS, Entry, Registry, held_plugins, import_plugin, sections, split_reference
 from fedalt.section import Section
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
@@ -366,15 +366,18 @@ def _absolute(place: str) -> str:
     return str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
 
 
+def used_entries(config: RunConfig) -> Iterator[tuple[str, Entry[Any]]]:
+    """Everything with a name that the settings name, after its kind."""
+    values = config.model_dump()
+    for key, registry in NAMED.items():
+        name = _at(values, key)
+        if isinstance(name, str):
+            yield registry.kind, registry.entry(name)
+
+
 def used_code(config: RunConfig) -> dict[str, str]:
     """Kind and name of every outside thing that the settings name → digest of its source."""
-    values, found = config.model_dump(), {}
-    for key, registry in NAMED.items():
-        value = _at(values, key)
-        entry = registry.entry(value) if isinstance(value, str) else None
-        if entry and entry.digest:
-            found[f"{registry.kind} {entry.name}"] = entry.digest
-    return found
+    return {f"{kind} {entry.name}": entry.digest for kind, entry in used_entries(config) if entry.digest}
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "settings") -> RunConfig:

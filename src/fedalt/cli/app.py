@@ -174,9 +174,9 @@ def report(
 @settings(starts=False)
 def validate(config: RunConfig, as_json: Json = False) -> None:
     """Check everything that can be checked before the first step, and estimate memory and time. Writes nothing."""
+    from fedalt.experiment.devices import check_devices
     from fedalt.experiment.estimate import estimate, row_table
     from fedalt.experiment.prepare import prepare
-    from fedalt.experiment.workers import check_devices
     from fedalt.report.trackers import check_trackers
 
     check_trackers(config.report.trackers)

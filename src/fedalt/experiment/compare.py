@@ -12,13 +12,12 @@ from typing import Any
 from fedalt.config import RunConfig, with_settings
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
+from fedalt.experiment.devices import check_devices
 from fedalt.experiment.events import Sink, read_events
 from fedalt.experiment.folder import IfExists, check_folder, final_scores
-from fedalt.experiment.jobs import train_in_jobs
-from fedalt.experiment.members import Bases, Budget, Member, train
+from fedalt.experiment.members import Bases, Budget, Member, train, train_in_jobs
 from fedalt.experiment.statistics import against, half_width
 from fedalt.experiment.tables import LOCAL, write_comparison
-from fedalt.experiment.workers import check_devices
 from fedalt.files import read_json
 from fedalt.methods.registry import (
     Variant,

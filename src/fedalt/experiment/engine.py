@@ -10,14 +10,13 @@ from fedalt.config import RunConfig, used_code
 from fedalt.errors import UserError
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, prune, run_id
 from fedalt.experiment.crew import Crew, Facts
-from fedalt.experiment.devices import Devices
+from fedalt.experiment.devices import Devices, fitting_cohort, started
 from fedalt.experiment.events import EventLog, Sink
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.loop import Loop
 from fedalt.experiment.machine import commit, versions
 from fedalt.experiment.prepare import Experiment
 from fedalt.experiment.residents import Residents
-from fedalt.experiment.workers import started
 from fedalt.federation.server import Server
 from fedalt.files import write_json
 from fedalt.methods.base import Method
@@ -47,13 +46,13 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
     facts, config = experiment.facts, experiment.config
     run_, checkpoint = find_checkpoint(facts, folder)
     log = EventLog(folder.events, sink)
-    with started(experiment, folder) as workers:
-        size = config.federation.cohort or (checkpoint.cohort if checkpoint else (workers or experiment).fitting_cohort)
+    with started(experiment, folder) as pool:
+        size = config.federation.cohort or (checkpoint.cohort if checkpoint else fitting_cohort(experiment, pool))
         experiment = experiment.with_cohort(size)
         here = Residents(experiment, folder, log)
-        crew = Devices(here, workers) if workers else here
+        crew = Devices(here, pool) if pool else here
         loop = start(replace(facts, config=experiment.config), crew, folder, log, run_, checkpoint, size)
-        if workers:
+        if pool:
             log.emit("note", round=loop.checkpoint.round, text=_MEMORY)
         return go(loop)
 
