@@ -18,10 +18,19 @@ from pydantic import (
 )
 
 from fedalt.data.options import DataConfig
-from fedalt.errors import UserError
+from fedalt.errors import UserError, listed
 from fedalt.flower.options import FlowerConfig
 from fedalt.hints import explain
-from fedalt.registry import METHODS, Registry, held_plugins, import_plugin, sections, split_reference
+from fedalt.registry import (
+    ALL,
+    METHODS,
+    Entry,
+    Registry,
+    held_plugins,
+    import_plugin,
+    sections,
+    split_reference,
+)
 from fedalt.section import Section
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
@@ -275,7 +284,8 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
     except ValidationError as error:
         problems += error.errors()
     if problems:
-        raise UserError("\n".join(f"{where}: {explain(problem, RunConfig)}" for problem in problems))
+        code = f"; plugins: {listed(values['plugins'])}" if values.get("plugins") else ""
+        raise UserError("\n".join(f"{where}: {explain(problem, RunConfig)}{code}" for problem in problems))
     return config
 
 
@@ -323,6 +333,8 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
         if reference:
             plugins.append(_absolute(reference[0]))
             section[last] = registry.name_in(plugins[-1], reference[1])
+        elif isinstance(text, str):
+            registry.adopt(text, plugins)
     return {**named, **({"plugins": tuple(dict.fromkeys(plugins))} if plugins else {})}
 
 
@@ -339,6 +351,12 @@ def used_code(config: RunConfig) -> dict[str, str]:
         if entry and entry.digest:
             found[f"{registry.kind} {entry.name}"] = entry.digest
     return found
+
+
+def outside_code(config: RunConfig) -> dict[str, Entry[Any]]:
+    """Kind and name of every outside thing that the settings name → what is known of it."""
+    kinds = {registry.kind: registry for registry in ALL}
+    return {thing: kinds[kind].entry(name) for thing in used_code(config) for kind, name in [thing.split()]}
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "settings") -> RunConfig:

@@ -11,7 +11,7 @@ from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, prune, run
 from fedalt.experiment.crew import Crew, Facts
 from fedalt.experiment.devices import Devices
 from fedalt.experiment.events import EventLog, Sink
-from fedalt.experiment.folder import RunFolder
+from fedalt.experiment.folder import RunFolder, check_code
 from fedalt.experiment.loop import Loop
 from fedalt.experiment.machine import commit, versions
 from fedalt.experiment.prepare import Experiment
@@ -68,9 +68,10 @@ def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | 
     """What identifies the run, and its newest checkpoint in a folder, if a round has finished.
 
     Raises:
-        UserError: The folder holds another run, or one that has gone further.
+        UserError: The folder holds another run, one that has gone further, or one of other code.
     """
     config = facts.config
+    check_code(folder, config)
     run_ = run_id(frozen_settings(config, facts.method), facts.base, facts.rows)
     checkpoint = load_checkpoint(folder.checkpoints, run_)
     if checkpoint and checkpoint.round > config.federation.rounds:
