@@ -22,7 +22,7 @@ from pydantic import (
 
 from fedalt.compat import settings_today, today
 from fedalt.data.options import DataConfig
-from fedalt.errors import UserError, shortened
+from fedalt.errors import UserError, listed, shortened
 from fedalt.flower.options import FlowerConfig
 from fedalt.hints import explain
 from fedalt.registry import METHODS, Entry, Registry, held_plugins, import_plugin, sections, split_reference
@@ -303,7 +303,8 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
     except ValidationError as error:
         problems += error.errors()
     if problems:
-        lines = (explain(problem, RunConfig, where, typed) for problem in problems)
+        code = f"; plugins: {listed(values['plugins'])}" if values.get("plugins") else ""
+        lines = (explain(problem, RunConfig, where, typed) + code for problem in problems)
         raise UserError("\n".join(dict.fromkeys(lines)))
     return config
 
@@ -355,6 +356,8 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
         if reference:
             plugins.append(_absolute(reference[0]))
             section[last] = registry.name_in(plugins[-1], reference[1])
+        elif isinstance(text, str):
+            registry.adopt(text, plugins)
     return {**named, **({"plugins": tuple(dict.fromkeys(plugins))} if plugins else {})}
 
 
@@ -375,9 +378,14 @@ def used_entries(config: RunConfig) -> Iterator[tuple[str, Entry[Any]]]:
             yield registry.kind, registry.entry(name)
 
 
+def outside_code(config: RunConfig) -> dict[str, Entry[Any]]:
+    """Kind and name of every outside thing that the settings name → what is known of it."""
+    return {f"{kind} {entry.name}": entry for kind, entry in used_entries(config) if entry.digest}
+
+
 def used_code(config: RunConfig) -> dict[str, str]:
     """Kind and name of every outside thing that the settings name → digest of its source."""
-    return {f"{kind} {entry.name}": entry.digest for kind, entry in used_entries(config) if entry.digest}
+    return {thing: str(entry.digest) for thing, entry in outside_code(config).items()}
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "settings") -> RunConfig:

@@ -12,7 +12,7 @@ from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, prune, run
 from fedalt.experiment.crew import Crew, Facts
 from fedalt.experiment.devices import Devices, fitting_cohort, started
 from fedalt.experiment.events import EventLog, Sink
-from fedalt.experiment.folder import RunFolder
+from fedalt.experiment.folder import RunFolder, check_code
 from fedalt.experiment.loop import Loop
 from fedalt.experiment.machine import commit, versions
 from fedalt.experiment.prepare import Experiment
@@ -68,9 +68,10 @@ def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | 
     """What identifies the run, and its newest checkpoint in a folder, if a round has finished.
 
     Raises:
-        UserError: The folder holds another run, or one that has gone further.
+        UserError: The folder holds another run, one that has gone further, or one of other code.
     """
     config = facts.config
+    check_code(folder, config)
     known_by = frozen_settings(config, facts.method), settings_0_1(_frozen(config, facts.method))
     run_, *older = (run_id(settings, facts.base, facts.rows) for settings in known_by if settings is not None)
     checkpoint = load_checkpoint(folder.checkpoints, run_, *older)
