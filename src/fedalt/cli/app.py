@@ -130,6 +130,7 @@ def export(
     ] = False,
 ) -> None:
     """Take one client's model away: PEFT folders and mixer, or one static LoRA."""
+    from fedalt.evaluation.metrics import metric_of
     from fedalt.experiment.export import export_folders, export_static
 
     if not static:
@@ -138,9 +139,10 @@ def export(
         return
     cost = export_static(run, client, to)
     say(f"wrote {to}")
+    text = metric_of(cost.metric).text
     show.out.print(
-        f"client {client}, own test rows: personal {cost.personal:.1f}, static {cost.static:.1f} "
-        f"({cost.static - cost.personal:+.1f})"
+        f"client {client}, own test rows: personal {text(cost.personal)}, static {text(cost.static)} "
+        f"({text(cost.static - cost.personal, sign=True)})"
     )
 
 
