@@ -223,7 +223,7 @@ def log_loss(probabilities: Sequence[float], references: Sequence[str]) -> float
 @METRICS.register("option_accuracy", title="option accuracy", task="text", reads="option", points=True)
 def option_accuracy(option: str, reference: str) -> float:
     """100 where the likeliest of the listed options is the reference, else 0."""
-    return exact_match(option, reference)
+    return float(exact_match(option, reference))
 
 
 def metrics_in(scores: Mapping[str, Any]) -> dict[str, float]:

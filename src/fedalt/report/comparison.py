@@ -160,7 +160,10 @@ def cost_plot(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
 def _gains(block: Mapping[str, Any], local: Mapping[str, Any] | None, metric: Metric) -> Mapping[str, float]:
     """Gains over Local; the scores themselves where there is no Local."""
     scores: Mapping[str, float] = block["per_client"]
-    return {c: metric.gain(score, local["per_client"][c]) for c, score in scores.items()} if local else scores
+    known: Mapping[str, float] | None = block.get("gain_per_client")
+    if known or not local:
+        return known or scores
+    return {c: metric.gain(score, local["per_client"][c]) for c, score in scores.items()}
 
 
 def _mean(block: Mapping[str, Any], text: Callable[[float], str]) -> str:
