@@ -134,6 +134,7 @@ def export(
     ] = False,
 ) -> None:
     """Take one client's model away: PEFT folders and mixer, or one static LoRA."""
+    from fedalt.evaluation.metrics import metric_of
     from fedalt.experiment.export import export_folders, export_static
 
     if not static:
@@ -142,9 +143,10 @@ def export(
         return
     cost = export_static(run, client, out)
     say(f"wrote {out}")
+    text = metric_of(cost.metric).text
     show.out.print(
-        f"client {client}, own test rows: personal {cost.personal:.1f}, static {cost.static:.1f} "
-        f"({cost.static - cost.personal:+.1f})"
+        f"client {client}, own test rows: personal {text(cost.personal)}, static {text(cost.static)} "
+        f"({text(cost.static - cost.personal, sign=True)})"
     )
 
 

@@ -148,41 +148,26 @@ def _settings(section: str, kind: type[BaseModel]) -> list[dict[str, Any]]:
 
 def metric_titles() -> dict[str, str]:
     """Name → title of everything that can be measured."""
-    from fedalt.evaluation.metrics import LABELS
+    from fedalt.evaluation.metrics import metric_of
+    from fedalt.registry import METRICS
 
-    return LABELS
+    return {name: metric_of(name).title for name in METRICS.names()}
 
 
 def metric_facts() -> dict[str, dict[str, Any]]:
     """Name → everything that is shown of a metric."""
+    from fedalt.evaluation.metrics import metric_of
+    from fedalt.registry import METRICS
+
     facts: dict[str, dict[str, Any]] = {}
-    for name, title in metric_titles().items():
-        task, text = _METRICS[name]
-        scale = "nats, lower is better" if name == "log_loss" else "0 to 100"
-        facts[name] = {"name": name, "title": title, "task": task, "scale": scale}
-        facts[name] |= {"what it is": _first_sentence(text), "text": text}
+    for entry in METRICS.entries():
+        metric, text = metric_of(entry.name), inspect.getdoc(entry.value) or ""
+        scored = {"text": "answers", "class": "classes", None: "answers, classes"}[metric.task]
+        better = "higher" if metric.higher_is_better else "lower"
+        scale = f"{'0 to 100, ' if metric.points else ''}{better} is better"
+        facts[entry.name] = {"name": entry.name, "title": metric.title, "task": scored, "scale": scale}
+        facts[entry.name] |= {"what it is": _first_sentence(text), "text": text}
     return facts
-
-
-_ROUGE = (
-    "Google's rouge_score with its default tokenizer keeps a to z and 0 to 9 only: text in other scripts scores 0. "
-    "evaluation.stemmer changes the scores."
-)
-_METRICS = {
-    "rouge1": ("answers", f"F1 of the words that answer and reference share. {_ROUGE}"),
-    "rouge2": ("answers", f"F1 of the pairs of neighbouring words that answer and reference share. {_ROUGE}"),
-    "rougeL": ("answers", f"F1 of the longest common subsequence of words of answer and reference. {_ROUGE}"),
-    "exact_match": ("answers", "Share of answers that equal their reference, spaces at both ends aside."),
-    "accuracy": ("classes", "Share of rows whose most probable class is the right one."),
-    "macro_f1": ("classes", "Mean of the classes' F1 scores, over classes among references or choices."),
-    "log_loss": ("classes", "Mean of -log p(right class). p counts as 1e-12 at least."),
-    "option_accuracy": (
-        "answers",
-        "Share of rows whose most likely option is the right one. For rows whose instruction lists OPTIONS; needs "
-        "evaluation.options=sum or mean, which says how an option's tokens are added up.",
-    ),
-}
-"""Name → what is scored, and how."""
 
 
 def _first_sentence(text: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedalt.compat import settings_0_1
-from fedalt.config import RunConfig, used_code
+from fedalt.config import RunConfig, used_code, used_sections
 from fedalt.errors import UserError
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, prune, run_id
 from fedalt.experiment.crew import Crew, Facts
@@ -86,7 +86,7 @@ def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | 
 def frozen_settings(config: RunConfig, method: Method) -> dict[str, Any]:
     """The settings that a run's numbers depend on, as JSON: of code its text, wherever it lies."""
     values = _frozen(config, method)
-    for name in config.sections.keys() - {section_of(type(method))}:
+    for name in config.sections.keys() - {section_of(type(method)), *used_sections(config)}:
         del values[name]
     if code := used_code(config):
         values["code"] = code
