@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     SerializeAsAny,
@@ -19,8 +21,9 @@ from pydantic import (
     model_validator,
 )
 
+from fedalt.compat import settings_today, today
 from fedalt.data.options import DataConfig
-from fedalt.errors import UserError
+from fedalt.errors import UserError, shortened
 from fedalt.flower.options import FlowerConfig
 from fedalt.hints import explain
 from fedalt.registry import (
@@ -32,6 +35,7 @@ from fedalt.registry import (
     TRACKERS,
     Entry,
     Registry,
+    held_plugins,
     import_plugin,
     registered_name,
     section_of,
@@ -55,7 +59,14 @@ NAMED: Mapping[str, Registry[Any]] = {
 
 _LISTS = ("evaluation.metrics", "report.trackers")
 
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_device)]
 
 
 def _names(value: Any) -> Any:
@@ -67,6 +78,8 @@ _MetricName: TypeAlias = registered_name(METRICS)  # type: ignore[valid-type]
 _TrackerName: TypeAlias = registered_name(TRACKERS)  # type: ignore[valid-type]
 _MetricNames = Annotated[tuple[_MetricName, ...], BeforeValidator(_names)]
 _TrackerNames = Annotated[tuple[_TrackerName, ...], BeforeValidator(_names)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+"""A list, or one text with commas."""
 
 
 class ModelConfig(Section):
@@ -92,7 +105,7 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
-    """Adapters on the frozen base; the same rank for the individual and the row LoRA."""
+    """Adapters on the frozen base; the same rank for the individual and the RoW LoRA."""
 
     r: int = Field(8, ge=1, description="rank (paper: 8; 4, 6 and 8 studied)")
     ranks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
@@ -100,7 +113,12 @@ class LoraConfig(Section):
     )
     alpha: float = Field(32, gt=0, description="LoRA numerator; scale is alpha/r on both LoRAs (paper code: 32)")
     dropout: float = Field(0.05, ge=0, lt=1, description="one mask shared by both LoRAs (paper code: .05)")
-    targets: tuple[str, ...] | None = Field(None, description="module names; by architecture when not given")
+    targets: Names | None = Field(
+        None,
+        min_length=1,
+        description="linear layers with adapters, for example q_proj,v_proj, or all-linear; by architecture when not "
+        "given",
+    )
     init: Literal["shared", "code_like", "per_client"] = Field(
         "shared", description="who starts from the same A and mixer: all, all but client 0 (paper code), nobody"
     )
@@ -130,11 +148,11 @@ class FederationConfig(Section):
     weighting: Literal["method", "uniform", "samples"] = Field(
         "method", description="weights of the mean: the method's own rule, 1, or rows per client"
     )
-    row_participation: Literal["last_known", "participants", "staleness_decay"] = Field(
+    rest_of_world_participation: Literal["last_known", "participants", "staleness_decay"] = Field(
         "last_known", description="whose uploads form the row when not every client takes part"
     )
     staleness_decay: float = Field(0.9, gt=0, le=1, description="weight factor per round of age (staleness_decay)")
-    row_delivery: Literal["broadcast", "unicast"] = Field(
+    rest_of_world_delivery: Literal["broadcast", "unicast"] = Field(
         "broadcast", description="one mean for all with subtraction at the client, or each client's own row"
     )
     heads: Literal["private", "shared"] = Field(
@@ -176,11 +194,12 @@ class EvaluationConfig(Named):
     )
     metrics: _MetricNames = Field((), description="more metrics to measure, besides those that fedalt has for the task")
 
-    @model_validator(mode="after")
-    def _final_point(self) -> EvaluationConfig:
-        if "after" not in self.points:
-            raise ValueError('points must contain "after": the final scores are those after aggregation')
-        return self
+    @field_validator("points")
+    @classmethod
+    def _final_point(cls, points: tuple[str, ...]) -> tuple[str, ...]:
+        if "after" not in points:
+            raise ValueError('must contain "after": the final scores are those after aggregation')
+        return points
 
 
 class ReportConfig(Named):
@@ -247,6 +266,10 @@ class RunConfig(Section):
         values.pop("plugins", None)
         return {**values, **plugins, **own}
 
+    def portable(self) -> dict[str, Any]:
+        """The settings as JSON for another machine, which has its own files of code."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key != "plugins"}
+
     def section(self, name: str, kind: type[S]) -> S:
         """The settings of a registered thing: those given, or its defaults."""
         return settings_in(self.sections, name, kind)
@@ -285,19 +308,26 @@ class RunConfig(Section):
         return Path(self.out or f"runs/{self.method}-{Path(self.data.source).name}-seed{self.seed}")
 
 
-def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
+def load_config(
+    path: Path | None, overrides: Sequence[tuple[str, Any]] = (), typed: Mapping[str, str] | None = None
+) -> RunConfig:
     """Read a YAML file, apply ``(dotted key, value)`` overrides on top, and validate.
+
+    Args:
+        path: The file; the defaults when not given.
+        overrides: Later ones win.
+        typed: Dotted key → what was typed to set it, for errors.
 
     Raises:
         UserError: The file is missing or no YAML mapping, a key is unknown, or a value is not allowed.
     """
-    values = _read_yaml(path) if path else {}
+    values = settings_today(_read_yaml(path)) if path else {}
     for key, value in overrides:
-        _assign(values, key, value)
-    return parse_config(values, str(path) if path else "settings")
+        _assign(values, *today(key, value))
+    return parse_config(values, str(path) if path else "settings", typed)
 
 
-def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
+def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str] | None = None) -> RunConfig:
     """Validate a nested mapping; every problem becomes one line naming its key.
 
     Plugins are imported, and ``FILE.py:Name`` becomes a registered name, before anything else is looked at.
@@ -305,14 +335,14 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
     Raises:
         UserError: An unknown key, a value that is not allowed, a plugin that cannot be imported.
     """
-    values = _with_plugins(values)
+    values = _with_plugins(settings_today(values))
     known = sections() if values.keys() - RunConfig.model_fields.keys() else {}
     for name in known.keys() & RunConfig.model_fields.keys():
         raise UserError(f'{where}: something registered has settings in a section "{name}", which means something else')
     problems, own = list[Any](), dict[str, Section]()
-    for name in values.keys() & known.keys():
+    for name in (name for name in values if name in known):
         try:
-            own[name] = known[name].model_validate(values[name] or {})
+            own[name] = known[name].model_validate({} if values[name] is None else values[name])
         except ValidationError as error:
             problems += [{**one, "loc": (name, *one["loc"])} for one in error.errors()]
     try:
@@ -320,16 +350,52 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
     except ValidationError as error:
         problems += error.errors()
     if problems:
-        raise UserError("\n".join(f"{where}: {explain(problem, RunConfig)}" for problem in problems))
+        lines = (explain(problem, RunConfig, where, typed) for problem in problems)
+        raise UserError("\n".join(dict.fromkeys(lines)))
     return config
+
+
+def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Validate settings that another machine has sent: they name things, and never bring or point at code.
+
+    What they name must be in this package, or in a file that this machine's administrator holds (``hold_plugins``).
+
+    Raises:
+        UserError: See ``parse_config``; or they point at code, or name a method that is not here.
+    """
+    if values.get("plugins"):
+        raise UserError(f"{where}: refused: plugins point at code")
+    for key, registry in NAMED.items():
+        if any(map(registry.points_at_code, _texts(_at(values, key)))):
+            raise UserError(f"{where}: refused: {key} points at code")
+    held = held_plugins()
+    method = values.get("method", "fedalt")
+    if method not in METHODS:
+        raise UserError(f'{where}: refused: method "{method}" is not held here; --plugin FILE.py names its file')
+    return parse_config({**values, "plugins": held} if held else values, where)
+
+
+def _at(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def _texts(value: Any) -> list[str]:
+    """The names in a setting that holds one, a list of them, or one text with commas."""
+    values = _names(value)
+    return [one for one in values if isinstance(one, str)] if isinstance(values, list | tuple) else []
 
 
 def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with names in place of references; ``plugins`` has every file and module that is needed."""
     named: dict[str, Any] = copy.deepcopy(dict(values))
-    given, plugins = named.get("plugins") or (), list[str]()
-    for place in [given] if isinstance(given, str) else given:
-        plugins.append(_absolute(str(place)))
+    given, plugins = named.get("plugins"), list[str]()
+    given = [given] if isinstance(given, str) else given
+    if given is not None and not _are_texts(given):
+        return named  # the field's own validation says so
+    for place in given or ():
+        plugins.append(_absolute(place))
         import_plugin(plugins[-1])
     for key, registry in NAMED.items():
         *parents, last = key.split(".")
@@ -355,6 +421,10 @@ def _name(value: Any, registry: Registry[Any], plugins: list[str]) -> Any:
     return registry.name_in(plugins[-1], reference[1])
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+
+
 def _absolute(place: str) -> str:
     return str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
 
@@ -378,10 +448,7 @@ def used_sections(config: RunConfig) -> set[str]:
 def _entries(values: Mapping[str, Any]) -> Iterator[tuple[Registry[Any], Entry[Any]]]:
     """Everything registered that settings name."""
     for key, registry in NAMED.items():
-        value: Any = values
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        for name in [value] if isinstance(value, str) else value or ():
+        for name in _texts(_at(values, key)):
             if not registry.open or name in registry:
                 yield registry, registry.entry(name)
 
@@ -390,7 +457,7 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "
     """The same configuration with some dotted keys set, validated; errors start with ``where``."""
     values = config.model_dump()
     for key, value in settings.items():
-        _assign(values, key, value)
+        _assign(values, *today(key, value))
     return parse_config(values, where)
 
 
@@ -398,11 +465,11 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Turn ``key.path=value`` into a key and a YAML value."""
     key, sign, value = text.partition("=")
     if not sign or not key:
-        raise UserError(f"--set {text}: write key.path=value, for example --set lora.r=4")
+        raise UserError(f"--set {shortened(text)}: write key.path=value, for example --set lora.r=4")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {text}: the value is not valid YAML") from None
+    except (yaml.YAMLError, ValueError):  # the latter from dates and numbers that cannot be
+        raise UserError(f"--set {shortened(text)}: the value is not valid YAML") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -410,7 +477,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such configuration file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter from bytes, dates and numbers that cannot be
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML") from None
     if values is None:

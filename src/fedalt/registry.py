@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import re
 import sys
@@ -29,10 +30,12 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator
 
-from fedalt.errors import UserError, did_you_mean, listed
+from fedalt.errors import UserError, alternatives, did_you_mean, listed, shortened
 
 T = TypeVar("T")
 OURS, SESSION = "fedalt", "session"
+HELD = "FEDALT_PLUGINS"
+"""Environment variable with the files of code that an administrator lets runs of others use."""
 _FILES = "fedalt_plugin_"
 """Modules made from files start with this, followed by the file's digest."""
 
@@ -194,13 +197,18 @@ class Registry(Generic[T]):
         Where paths and other names may stand, too, a reference is what has ``.py`` before the colon, or an importable
         module that holds the name; a file or folder that is called so is none.
         """
-        parts = split_reference(text)
+        parts = split_reference(text) if self.points_at_code(text) else None
         if parts is None or not self.open or parts[0].endswith(".py"):
             return parts
         place, name = parts
-        if Path(text).exists() or not _importable(place):
-            return None
         return parts if hasattr(import_plugin(place), name) else None
+
+    def points_at_code(self, text: str) -> bool:
+        """Whether a text is, or may be, a reference; nothing is imported."""
+        parts = split_reference(text)
+        if parts is None or not self.open or parts[0].endswith(".py"):
+            return parts is not None
+        return not Path(text).exists() and _importable(parts[0].partition(".")[0])
 
     def resolve(self, text: str) -> str:
         """The name behind a name, ``FILE.py:Name`` or ``module:Name``; a file or module is imported.
@@ -298,7 +306,8 @@ def import_plugin(place: str) -> ModuleType:
         try:
             return importlib.import_module(place)
         except Exception as error:
-            raise UserError(f"{place}: cannot be imported ({type(error).__name__}: {error})") from None
+            told = shortened(f"{type(error).__name__}: {error}", 200)
+            raise UserError(f"{shortened(place)}: cannot be imported ({told})") from None
     path = Path(place).expanduser().resolve()
     if not path.is_file():
         raise UserError(f"{place}: no such file")
@@ -322,13 +331,28 @@ def import_plugin(place: str) -> ModuleType:
     return module
 
 
-def file_digest(place: str) -> str:
-    """SHA-256 of a plugin's source file.
+def hold_plugins(places: Sequence[str]) -> None:
+    """Import the files and modules that this machine holds for runs of others, here and in processes started from here.
 
     Raises:
         UserError: See ``import_plugin``.
     """
-    return _digest(import_plugin(place)) or place
+    places = [str(Path(place).expanduser().resolve()) if place.endswith(".py") else place for place in places]
+    for place in places:
+        import_plugin(place)
+    os.environ[HELD] = os.pathsep.join(places)
+
+
+def held_plugins() -> tuple[str, ...]:
+    """What ``hold_plugins`` has named, imported.
+
+    Raises:
+        UserError: See ``import_plugin``.
+    """
+    places = tuple(place for place in os.environ.get(HELD, "").split(os.pathsep) if place)
+    for place in places:
+        import_plugin(place)
+    return places
 
 
 def _line_of(error: BaseException, path: Path) -> str:
@@ -401,7 +425,7 @@ METRICS: Registry[Any] = Registry(
     "metric",
     "fedalt.metrics",
     "fedalt.evaluation.metrics",
-    facts=("title", "task", "corpus", "reads", "higher_is_better", "points", "digits"),
+    facts=("title", "task", "corpus", "reads", "higher_is_better", "points", "unit", "digits"),
     reserved=("rows", "categories", "client_id", "client", "stemmer", "round", "point", "event", "time", "job"),
 )
 PARTITIONERS: Registry[Any] = Registry(
@@ -427,12 +451,11 @@ def registered_name(registry: Registry[Any]) -> Any:
     """The type of a setting whose value is a name in a registry."""
 
     def known(name: str) -> str:
-        try:
-            return registry.entry(name).name
-        except UserError as error:
-            raise ValueError(str(error)) from None
+        if name not in registry:
+            raise ValueError(f"must be {alternatives(registry.names())}{did_you_mean(name, registry.names())}")
+        return name
 
-    return Annotated[str, AfterValidator(known)]
+    return Annotated[str, AfterValidator(known), registry]
 
 
 def settings_of(value: Any) -> type[Any] | None:

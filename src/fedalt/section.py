@@ -35,6 +35,11 @@ class Named(Section):
         copy._own = dict(own)
         return copy
 
+    @property
+    def own(self) -> str:
+        """The settings of registered things as one text, for finding out whether two are equal."""
+        return str(self._own)
+
     def section(self, name: str, kind: type[S]) -> S:
         """The settings of a registered thing: those given, or its defaults."""
         return settings_in(self._own, name, kind)
@@ -44,3 +49,16 @@ def settings_in(own: Mapping[str, Section], name: str, kind: type[S]) -> S:
     """The settings of a registered thing among all that were given, or its defaults."""
     found = own.get(name)
     return found if isinstance(found, kind) else kind()
+
+
+class Settings(Section):
+    """Settings of a method of one's own, or of another thing with a name: a section of the YAML, under that name.
+
+    >>> import fedalt as fa
+    >>> class Mine(fa.Settings):
+    ...     mu: float = 0.01
+    >>> Mine(mu=1).mu
+    1.0
+
+    Fields have a type and a default; a key that is none of them is refused, and so is a value of another type.
+    """

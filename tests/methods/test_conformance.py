@@ -15,7 +15,7 @@ from fedalt.federation.client import ClientResult
 from fedalt.federation.server import Server
 from fedalt.methods.registry import get_method
 from fedalt.model.adapted import AdaptedModel
-from fedalt.names import MIXER, ROW
+from fedalt.names import MIXER, REST_OF_WORLD
 from support import (
     METHODS,
     MODELS,
@@ -99,7 +99,7 @@ def test_only_shared_tensors_leave_and_mixers_only_where_they_are_averaged(name:
     for result in history[-1]:
         assert all(method.shares(key) and method.trains(key) for key in result.upload)
         averaged = {MIXER} if name == "fedit_split" else set()
-        assert {key.slot for key in result.upload} & {MIXER, ROW} == averaged
+        assert {key.slot for key in result.upload} & {MIXER, REST_OF_WORLD} == averaged
     shape = shape_of(method, AdaptedModel(llama()).layer_sizes)
     assert set(server.shapes) == set(method.upload(start_states(method, shape, [0])[0]))
 
@@ -119,8 +119,8 @@ def test_what_others_do_reaches_a_client_only_through_the_server(name: str) -> N
 
 @pytest.mark.parametrize("name", METHODS)
 def test_broadcast_and_unicast_train_alike(name: str) -> None:
-    assert FederationConfig().row_delivery == "broadcast"
-    unicast, _ = rounds(name, federation=FederationConfig(row_delivery="unicast"))
+    assert FederationConfig().rest_of_world_delivery == "broadcast"
+    unicast, _ = rounds(name, federation=FederationConfig(rest_of_world_delivery="unicast"))
     runs = [history[-1] for history in (finished(name, "stacked")[0], unicast)]
     assert all(distance(a.state.tensors, b.state.tensors) < 1e-4 for a, b in zip(*runs, strict=True))
 

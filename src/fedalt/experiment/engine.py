@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fedalt.compat import settings_0_1
 from fedalt.config import RunConfig, used_code, used_sections
 from fedalt.errors import UserError
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, prune, run_id
@@ -71,8 +72,9 @@ def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | 
         UserError: The folder holds another run, or one that has gone further.
     """
     config = facts.config
-    run_ = run_id(frozen_settings(config, facts.method), facts.base, facts.rows)
-    checkpoint = load_checkpoint(folder.checkpoints, run_)
+    known_by = frozen_settings(config, facts.method), settings_0_1(_frozen(config, facts.method))
+    run_, *older = (run_id(settings, facts.base, facts.rows) for settings in known_by if settings is not None)
+    checkpoint = load_checkpoint(folder.checkpoints, run_, *older)
     if checkpoint and checkpoint.round > config.federation.rounds:
         raise UserError(
             f"federation.rounds: {config.federation.rounds} asked for, but {folder.path} has finished "
@@ -83,13 +85,21 @@ def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | 
 
 def frozen_settings(config: RunConfig, method: Method) -> dict[str, Any]:
     """The settings that a run's numbers depend on, as JSON: of code its text, wherever it lies."""
-    values = config.model_dump(mode="json", exclude=_FREE)
+    values = _frozen(config, method)
     for name in config.sections.keys() - {section_of(type(method)), *used_sections(config)}:
         del values[name]
     if code := used_code(config):
         values["code"] = code
+    return values
+
+
+def _frozen(config: RunConfig, method: Method) -> dict[str, Any]:
+    """The settings without those that are free, with the sections of all methods."""
+    values = config.model_dump(mode="json", exclude=_FREE)
     if not method.depends_on_rounds:
         del values["federation"]["rounds"]
+    if not config.evaluation.metrics:
+        del values["evaluation"]["metrics"]  # as before there was such a setting
     return values
 
 

@@ -12,17 +12,20 @@ from fedalt.experiment.orders import Order, described
 from fedalt.experiment.prepare import Experiment
 from fedalt.experiment.processes import Processes
 from fedalt.federation.participation import sample_clients
+from fedalt.methods.registry import refuse_session
 from fedalt.model.base import resolve_device
 
 
 def check_devices(config: RunConfig) -> None:
-    """Refuse devices that this machine does not have.
+    """Refuse devices that this machine does not have, and a method that their processes cannot see.
 
     Raises:
-        UserError: There is no such device.
+        UserError: There is no such device, or the method was defined in this session.
     """
     for name in config.federation.devices or ():
         resolve_device(name, "federation.devices")
+    if config.federation.devices:
+        refuse_session(config, "federation.devices")
 
 
 @contextmanager
