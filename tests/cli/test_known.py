@@ -13,9 +13,9 @@ from fedalt.cli.env import PACKAGES, bf16_units
 from fedalt.cli.known import method_facts
 from fedalt.config import load_config
 from fedalt.errors import UserError
-from fedalt.evaluation.metrics import LABELS
+from fedalt.evaluation.metrics import metric_of
 from fedalt.methods.registry import method_names, variant_names
-from fedalt.registry import METHODS
+from fedalt.registry import METHODS, METRICS
 from micro import call, refused
 
 
@@ -152,9 +152,10 @@ def test_a_name_that_is_none(command: str) -> None:
 
 def test_every_metric_is_explained() -> None:
     found = {one["name"]: one for one in call("metrics", "--json").json}
-    assert list(found) == list(LABELS)
+    assert tuple(found) == METRICS.names()
     table = words(call("metrics").out)
-    for name, title in LABELS.items():
+    for name in METRICS:
+        title = metric_of(name).title
         assert found[name]["title"] == title
         assert f"{title}; " in table
         assert words(found[name]["text"]) in words(call("metrics", name).out)

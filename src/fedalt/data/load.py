@@ -85,14 +85,14 @@ class Rows:
 
     def both(self, config: DataConfig, seed: int) -> tuple[Federation, Federation]:
         """As ``load_both``."""
-        key = (config.model_dump_json(exclude=_OF_PROMPTS), seed)
+        key = (config.model_dump_json(exclude=_OF_PROMPTS), config.own, seed)
         if self._dealt is None or self._dealt[0] != key:
             self._dealt = key, load_both(config, seed, self.read)
         return self._dealt[1]
 
     def read(self, config: DataConfig) -> Federation | Pool:
         """As ``read``; what is given is read in its place."""
-        key = config.model_dump_json(exclude={**dict.fromkeys(_OF_PROMPTS, True), **_OF_DEALS})
+        key = (config.model_dump_json(exclude={**dict.fromkeys(_OF_PROMPTS, True), **_OF_DEALS}), config.own)
         if self._read is None or self._read[0] != key:
             self._encoder = None
             self._read = key, self.given.read(config) if self.given else read(config)

@@ -161,7 +161,7 @@ def iid(rows: TrainingRows, clients: int, rng: np.random.Generator) -> Parts:
 
 
 @PARTITIONERS.register("dirichlet", uses=("alpha",))
-class Dirichlet:
+class DirichletPartitioner:
     """For each label, the clients' shares are drawn from Dir(alpha): Flower's, which is also GL-Dir of HiLoRA."""
 
     alpha = 0.5
@@ -173,7 +173,7 @@ class Dirichlet:
 
 
 @PARTITIONERS.register("gl_dir")
-class GlDir(Dirichlet):
+class GlDirPartitioner(DirichletPartitioner):
     """The same, as HiLoRA sets it."""
 
     alpha = 0.3
@@ -195,7 +195,7 @@ def _dirichlet(labels: Sequence[str], clients: int, alpha: float, fewest: int, s
 
 
 @PARTITIONERS.register("pathological", uses=("classes_per_client",))
-class Pathological:
+class PathologicalPartitioner:
     """A few labels each. Flower's leaves labels out where clients are fewer, so there our own assignment is used."""
 
     settings: PartitionConfig
@@ -231,7 +231,7 @@ def column(rows: TrainingRows, clients: int, rng: np.random.Generator) -> Parts:
 
 
 @PARTITIONERS.register("quantity", uses=("alpha",))
-class Quantity:
+class QuantityPartitioner:
     """Sizes are drawn from Dir(alpha), as in NIID-Bench; which rows, evenly."""
 
     alpha = 0.5
@@ -251,7 +251,7 @@ class Quantity:
 
 
 @PARTITIONERS.register("sc_dir", uses=("alpha", "superclasses_per_client", "dir_level"))
-class ScDir:
+class ScDirPartitioner:
     """Superclasses are handed out, and the rows of each shared by Dir(alpha) among the clients that hold it."""
 
     alpha = 3.0

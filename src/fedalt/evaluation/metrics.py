@@ -44,6 +44,7 @@ class Metric:
             ``option``, or the ``probability`` that the model gave the right class. Rows without it are left out.
         higher_is_better: Whether more is better.
         points: Whether it runs from 0 to 100.
+        unit: What it is counted in, for people; usually nothing.
         digits: Decimals that are shown.
     """
 
@@ -54,6 +55,7 @@ class Metric:
     reads: Literal["answer", "option", "probability"] = "answer"
     higher_is_better: bool = True
     points: bool = False
+    unit: str = ""
     digits: int = 1
 
     def text(self, value: float | None, sign: bool = False) -> str:
@@ -160,11 +162,6 @@ def _pair(measure: Measure, line: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 class _Rouge:
-    """F-measure of one answer, 0 to 100: Google's ``rouge_score`` with its default tokenizer.
-
-    That keeps a–z and 0–9 only: text in other scripts scores 0.
-    """
-
     name = ""
     task, points = "text", True
     settings: EvaluationConfig
@@ -176,34 +173,41 @@ class _Rouge:
 
 @METRICS.register("rouge1", title="ROUGE-1")
 class Rouge1(_Rouge):
-    """Words that answer and reference share."""
+    """F1 of the words that answer and reference share.
+
+    Google's rouge_score with its default tokenizer keeps a to z and 0 to 9 only: text in other scripts scores 0.
+    ``evaluation.stemmer`` changes the scores.
+    """
 
 
 @METRICS.register("rouge2", title="ROUGE-2")
 class Rouge2(_Rouge):
-    """Pairs of words that answer and reference share."""
+    """F1 of the pairs of neighbouring words that answer and reference share. See ``rouge1``."""
 
 
 @METRICS.register("rougeL", title="ROUGE-L")
 class RougeL(_Rouge):
-    """The longest common subsequence of words."""
+    """F1 of the longest common subsequence of words of answer and reference. See ``rouge1``."""
 
 
 @METRICS.register("exact_match", title="exact match", task="text", points=True)
 def exact_match(answer: str, reference: str) -> float:
-    """100 where the stripped strings are equal, else 0."""
+    """Share of answers that equal their reference, spaces at both ends aside."""
     return 100.0 * (answer.strip() == reference.strip())
 
 
 @METRICS.register("accuracy", task="class", corpus=True, points=True)
 def accuracy(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of rows whose class is right, 0 to 100."""
+    """Share of rows whose most probable class is the right one."""
     return 100 * sum(a == r for a, r in zip(answers, references, strict=True)) / len(references)
 
 
 @METRICS.register("macro_f1", title="macro-F1", task="class", corpus=True, points=True)
 def macro_f1(answers: Sequence[str], references: Sequence[str]) -> float:
-    """F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c), averaged over the classes among references or choices, 0 to 100."""
+    """Mean of the classes' F1 scores, over classes among references or choices.
+
+    F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c)
+    """
     pairs = list(zip(answers, references, strict=True))
     f1 = [
         2 * sum(a == r == label for a, r in pairs) / sum((a == label) + (r == label) for a, r in pairs)
@@ -213,16 +217,27 @@ def macro_f1(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 @METRICS.register(
-    "log_loss", title="log-loss", task="class", corpus=True, reads="probability", higher_is_better=False, digits=3
+    "log_loss",
+    title="log-loss",
+    task="class",
+    corpus=True,
+    reads="probability",
+    higher_is_better=False,
+    unit="nats",
+    digits=3,
 )
 def log_loss(probabilities: Sequence[float], references: Sequence[str]) -> float:
-    """−mean log p(reference) in nats, p no lower than 1e-12."""
+    """Mean of -log p(right class). p counts as 1e-12 at least."""
     return -sum(log(max(p, _LEAST)) for p in probabilities) / len(references)
 
 
 @METRICS.register("option_accuracy", title="option accuracy", task="text", reads="option", points=True)
 def option_accuracy(option: str, reference: str) -> float:
-    """100 where the likeliest of the listed options is the reference, else 0."""
+    """Share of rows whose most likely option is the right one.
+
+    For rows whose instruction lists OPTIONS; needs ``evaluation.options=sum`` or ``mean``, which says how an option's
+    tokens are added up.
+    """
     return float(exact_match(option, reference))
 
 

@@ -98,6 +98,8 @@ def _frozen(config: RunConfig, method: Method) -> dict[str, Any]:
     values = config.model_dump(mode="json", exclude=_FREE)
     if not method.depends_on_rounds:
         del values["federation"]["rounds"]
+    if not config.evaluation.metrics:
+        del values["evaluation"]["metrics"]  # as before there was such a setting
     return values
 
 
