@@ -367,9 +367,7 @@ def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
     if values.get("plugins"):
         raise UserError(f"{where}: refused: plugins point at code")
     for key, registry in NAMED.items():
-        given = _at(values, key)
-        names = given if isinstance(given, list | tuple) else [given]
-        if any(isinstance(name, str) and registry.points_at_code(name) for name in names):
+        if any(map(registry.points_at_code, _texts(_at(values, key)))):
             raise UserError(f"{where}: refused: {key} points at code")
     held = held_plugins()
     method = values.get("method", "fedalt")
@@ -382,6 +380,12 @@ def _at(values: Any, dotted: str) -> Any:
     for part in dotted.split("."):
         values = values.get(part) if isinstance(values, Mapping) else None
     return values
+
+
+def _texts(value: Any) -> list[str]:
+    """The names in a setting that holds one, a list of them, or one text with commas."""
+    values = _names(value)
+    return [one for one in values if isinstance(one, str)] if isinstance(values, list | tuple) else []
 
 
 def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -434,8 +438,7 @@ def used_entries(config: RunConfig) -> Iterator[tuple[str, Entry[Any]]]:
 def _named(values: Mapping[str, Any]) -> Iterator[tuple[Registry[Any], Entry[Any]]]:
     """Everything registered that settings name."""
     for key, registry in NAMED.items():
-        given = _at(values, key)
-        for name in [given] if isinstance(given, str) else given or ():
+        for name in _texts(_at(values, key)):
             if not registry.open or name in registry:
                 yield registry, registry.entry(name)
 

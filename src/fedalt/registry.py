@@ -197,12 +197,10 @@ class Registry(Generic[T]):
         Where paths and other names may stand, too, a reference is what has ``.py`` before the colon, or an importable
         module that holds the name; a file or folder that is called so is none.
         """
-        parts = split_reference(text)
+        parts = split_reference(text) if self.points_at_code(text) else None
         if parts is None or not self.open or parts[0].endswith(".py"):
             return parts
         place, name = parts
-        if Path(text).exists() or not _importable(place):
-            return None
         return parts if hasattr(import_plugin(place), name) else None
 
     def points_at_code(self, text: str) -> bool:
@@ -210,7 +208,7 @@ class Registry(Generic[T]):
         parts = split_reference(text)
         if parts is None or not self.open or parts[0].endswith(".py"):
             return parts is not None
-        return importlib.util.find_spec(parts[0].partition(".")[0]) is not None
+        return not Path(text).exists() and _importable(parts[0].partition(".")[0])
 
     def resolve(self, text: str) -> str:
         """The name behind a name, ``FILE.py:Name`` or ``module:Name``; a file or module is imported.
@@ -458,7 +456,7 @@ METRICS: Registry[Any] = Registry(
     "metric",
     "fedalt.metrics",
     "fedalt.evaluation.metrics",
-    facts=("title", "task", "corpus", "reads", "higher_is_better", "points", "digits"),
+    facts=("title", "task", "corpus", "reads", "higher_is_better", "points", "unit", "digits"),
     reserved=("rows", "categories", "client_id", "client", "stemmer", "round", "point", "event", "time", "job"),
 )
 PARTITIONERS: Registry[Any] = Registry(

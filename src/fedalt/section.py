@@ -48,6 +48,11 @@ class Named(Section):
         copy._own = dict(own)
         return copy
 
+    @property
+    def own(self) -> str:
+        """The settings of registered things as one text, for finding out whether two are equal."""
+        return str(self._own)
+
     def section(self, name: str, kind: type[S]) -> S:
         """The settings of a registered thing: those given, or its defaults."""
         return settings_in(self._own, name, kind)

@@ -17,7 +17,7 @@ from fedalt.model.state import ClientState
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of all clients on their own test rows, in points from 0 to 100.
+    """Scores of all clients on their own test rows.
 
     Attributes:
         metric: The score in tables, for example ``rouge1``.

@@ -89,8 +89,8 @@ def points(config: RunConfig, axes: Sequence[Axis], rows: Rows | None = None) ->
     if same:
         raise UserError(f"--sweep: {same} is there twice")
     rows = rows or Rows()
-    for data in {repr(point.config.data): point.config.data for point in made}.values():
-        rows.both(data, config.seed)
+    for point in made:
+        rows.both(point.config.data, config.seed)
     return made
 
 
