@@ -1,4 +1,4 @@
-"""Every command of the README's bash block runs, in order, on fewer rows."""
+"""Every command of the README's bash block runs, in order, on fewer rows; and so does its Python."""
 
 import re
 import shlex
@@ -12,12 +12,21 @@ from fedalt.cli import main
 
 ROOT = Path(__file__).parent.parent
 SMALLER = ["--rounds", "1", "--set", "data.train_limit=8", "--set", "data.test_limit=4"]
+SHORTER = {"train_limit=100": "train_limit=8, test_limit=4", "rounds=4": "rounds=1", "[0, 1, 2]": "[0]"}
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    block = re.search(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert block
-    return [shlex.split(line, comments=True) for line in block[1].splitlines() if line.strip()]
+    (block,) = blocks("bash")
+    return [shlex.split(line, comments=True) for line in block.splitlines() if line.strip()]
+
+
+def test_the_first_commands_are_the_demo_and_the_tests():
+    assert [line.split("#")[0].strip() for line in blocks("")[0].splitlines()] == ["make demo", "make test"]
 
 
 @pytest.mark.slow
@@ -33,3 +42,14 @@ def test_the_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
     assert Path("client3/mixer.safetensors").is_file()
     assert Path("client3-static/adapter_model.safetensors").is_file()
     assert Path("runs/three-seeds/comparison.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    pytest.importorskip("fedalt.api", reason="the public names are not there yet")
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks("python"))
+    for long, short in SHORTER.items():
+        code = code.replace(long, short)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert Path("table1.tex").is_file()

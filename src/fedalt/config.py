@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,11 +20,12 @@ from pydantic import (
     model_validator,
 )
 
+from fedalt.compat import settings_today, today
 from fedalt.data.options import DataConfig
-from fedalt.errors import UserError, shortened
+from fedalt.errors import UserError, listed, shortened
 from fedalt.flower.options import FlowerConfig
 from fedalt.hints import explain
-from fedalt.registry import METHODS, Registry, import_plugin, sections, split_reference
+from fedalt.registry import METHODS, Entry, Registry, held_plugins, import_plugin, sections, split_reference
 from fedalt.section import Section
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
@@ -76,7 +77,7 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
-    """Adapters on the frozen base; the same rank for the individual and the row LoRA."""
+    """Adapters on the frozen base; the same rank for the individual and the RoW LoRA."""
 
     r: int = Field(8, ge=1, description="rank (paper: 8; 4, 6 and 8 studied)")
     ranks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
@@ -119,11 +120,11 @@ class FederationConfig(Section):
     weighting: Literal["method", "uniform", "samples"] = Field(
         "method", description="weights of the mean: the method's own rule, 1, or rows per client"
     )
-    row_participation: Literal["last_known", "participants", "staleness_decay"] = Field(
+    rest_of_world_participation: Literal["last_known", "participants", "staleness_decay"] = Field(
         "last_known", description="whose uploads form the row when not every client takes part"
     )
     staleness_decay: float = Field(0.9, gt=0, le=1, description="weight factor per round of age (staleness_decay)")
-    row_delivery: Literal["broadcast", "unicast"] = Field(
+    rest_of_world_delivery: Literal["broadcast", "unicast"] = Field(
         "broadcast", description="one mean for all with subtraction at the client, or each client's own row"
     )
     heads: Literal["private", "shared"] = Field(
@@ -227,6 +228,10 @@ class RunConfig(Section):
         values.pop("plugins", None)
         return {**values, **plugins, **own}
 
+    def portable(self) -> dict[str, Any]:
+        """The settings as JSON for another machine, which has its own files of code."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key != "plugins"}
+
     def section(self, name: str, kind: type[S]) -> S:
         """The settings of a registered thing: those given, or its defaults."""
         found = self.sections.get(name)
@@ -271,9 +276,9 @@ def load_config(
     Raises:
         UserError: The file is missing or no YAML mapping, a key is unknown, or a value is not allowed.
     """
-    values = _read_yaml(path) if path else {}
+    values = settings_today(_read_yaml(path)) if path else {}
     for key, value in overrides:
-        _assign(values, key, value)
+        _assign(values, *today(key, value))
     return parse_config(values, str(path) if path else "settings", typed)
 
 
@@ -285,7 +290,7 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
     Raises:
         UserError: An unknown key, a value that is not allowed, a plugin that cannot be imported.
     """
-    values = _with_plugins(values)
+    values = _with_plugins(settings_today(values))
     known = sections() if values.keys() - RunConfig.model_fields.keys() else {}
     problems, own = list[Any](), dict[str, Section]()
     for name in (name for name in values if name in known):
@@ -298,9 +303,37 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
     except ValidationError as error:
         problems += error.errors()
     if problems:
-        lines = (explain(problem, RunConfig, where, typed) for problem in problems)
+        code = f"; plugins: {listed(values['plugins'])}" if values.get("plugins") else ""
+        lines = (explain(problem, RunConfig, where, typed) + code for problem in problems)
         raise UserError("\n".join(dict.fromkeys(lines)))
     return config
+
+
+def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Validate settings that another machine has sent: they name things, and never bring or point at code.
+
+    What they name must be in this package, or in a file that this machine's administrator holds (``hold_plugins``).
+
+    Raises:
+        UserError: See ``parse_config``; or they point at code, or name a method that is not here.
+    """
+    if values.get("plugins"):
+        raise UserError(f"{where}: refused: plugins point at code")
+    for key in NAMED:
+        value = _at(values, key)
+        if isinstance(value, str) and split_reference(value):
+            raise UserError(f"{where}: refused: {key} points at code")
+    held = held_plugins()
+    method = values.get("method", "fedalt")
+    if method not in METHODS:
+        raise UserError(f'{where}: refused: method "{method}" is not held here; --plugin FILE.py names its file')
+    return parse_config({**values, "plugins": held} if held else values, where)
+
+
+def _at(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
 
 
 def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,6 +356,8 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
         if reference:
             plugins.append(_absolute(reference[0]))
             section[last] = registry.name_in(plugins[-1], reference[1])
+        elif isinstance(text, str):
+            registry.adopt(text, plugins)
     return {**named, **({"plugins": tuple(dict.fromkeys(plugins))} if plugins else {})}
 
 
@@ -334,24 +369,30 @@ def _absolute(place: str) -> str:
     return str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
 
 
+def used_entries(config: RunConfig) -> Iterator[tuple[str, Entry[Any]]]:
+    """Everything with a name that the settings name, after its kind."""
+    values = config.model_dump()
+    for key, registry in NAMED.items():
+        name = _at(values, key)
+        if isinstance(name, str):
+            yield registry.kind, registry.entry(name)
+
+
+def outside_code(config: RunConfig) -> dict[str, Entry[Any]]:
+    """Kind and name of every outside thing that the settings name → what is known of it."""
+    return {f"{kind} {entry.name}": entry for kind, entry in used_entries(config) if entry.digest}
+
+
 def used_code(config: RunConfig) -> dict[str, str]:
     """Kind and name of every outside thing that the settings name → digest of its source."""
-    values, found = config.model_dump(), {}
-    for key, registry in NAMED.items():
-        value: Any = values
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        entry = registry.entry(value) if isinstance(value, str) else None
-        if entry and entry.digest:
-            found[f"{registry.kind} {entry.name}"] = entry.digest
-    return found
+    return {thing: str(entry.digest) for thing, entry in outside_code(config).items()}
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "settings") -> RunConfig:
     """The same configuration with some dotted keys set, validated; errors start with ``where``."""
     values = config.model_dump()
     for key, value in settings.items():
-        _assign(values, key, value)
+        _assign(values, *today(key, value))
     return parse_config(values, where)
 
 

@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 
-class UserError(Exception):
-    """What was wrong, where, and what is allowed; printed as one line, without a traceback."""
+class UserError(ValueError):
+    """What was wrong, where, and what is allowed; the command line prints it as one line, without a traceback."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

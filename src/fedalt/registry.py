@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import re
 import sys
@@ -28,8 +29,12 @@ from fedalt.errors import UserError, alternatives, did_you_mean, listed, shorten
 
 T = TypeVar("T")
 OURS, SESSION = "fedalt", "session"
+HELD = "FEDALT_PLUGINS"
+"""Environment variable with the files of code that an administrator lets runs of others use."""
 _FILES = "fedalt_plugin_"
 """Modules made from files start with this, followed by the file's digest."""
+_PLUGINS: dict[str, ModuleType] = {}
+"""File or module → what was last imported from it."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,7 @@ class Registry(Generic[T]):
         Raises:
             UserError: See ``get``.
         """
-        if name not in self._entries:
-            self._load()
-        if name not in self._entries:
+        if name not in self:
             known = self.names()
             short = name if len(name) <= 80 else name[:77] + "…"
             raise UserError(
@@ -142,9 +145,7 @@ class Registry(Generic[T]):
             UserError: See ``resolve``.
         """
         module = import_plugin(place)
-        found = vars(module)
-        own = {key: value for key, value in found.items() if getattr(value, "__module__", "") == module.__name__}
-        known = [key for key, value in own.items() if not key.startswith("_") and self._accepts(value)]
+        found, known = vars(module), list(self._own(module))
         by_name = next((e for e in self._entries.values() if e.name == name and _is_of(e.value, module)), None)
         if by_name:
             return by_name.name
@@ -155,8 +156,7 @@ class Registry(Generic[T]):
             raise UserError(f"{self.kind}: {name} in {place} is not {self._wanted}")
         entry = next((entry for entry in self._entries.values() if entry.value is value), None)
         if entry is None:
-            given = vars(value).get("name") if inspect.isclass(value) else None
-            self.add(given if isinstance(given, str) and given else _snake(name), value, module.__name__)
+            self.add(_name_of(name, value), value, module.__name__)
             entry = next(entry for entry in self._entries.values() if entry.value is value)
         return entry.name
 
@@ -169,8 +169,35 @@ class Registry(Generic[T]):
         self._load()
         return tuple(self._entries.values())
 
+    def _own(self, module: ModuleType) -> dict[str, T]:
+        """What a plugin defines that could be registered here."""
+        own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+        return {key: value for key, value in own.items() if not key.startswith("_") and self._accepts(value)}
+
+    def adopt(self, name: str, places: Sequence[str]) -> None:
+        """Register what some plugins define under a name and do not register themselves.
+
+        A run names it by ``FILE.py:Name`` once; from then on its settings have the name, and the file among plugins.
+
+        Raises:
+            UserError: Something else has this name.
+        """
+        for place in places:
+            module = _PLUGINS[place]
+            for key, value in self._own(module).items():
+                if _name_of(key, value) == name:
+                    self.add(name, value, module.__name__)
+
+    def forget(self, origin: str, digest: str) -> None:
+        """Drop what an earlier text of a file has registered."""
+        self._entries = {n: e for n, e in self._entries.items() if e.origin != origin or e.digest == digest}
+
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        if name not in self._entries:
+            self._load()
+        if name not in self._entries and isinstance(name, str):
+            self.adopt(name, list(_PLUGINS))
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -207,7 +234,8 @@ def import_plugin(place: str) -> ModuleType:
     """
     if not place.endswith(".py"):
         try:
-            return importlib.import_module(place)
+            _PLUGINS[place] = importlib.import_module(place)
+            return _PLUGINS[place]
         except Exception as error:
             told = shortened(f"{type(error).__name__}: {error}", 200)
             raise UserError(f"{shortened(place)}: cannot be imported ({told})") from None
@@ -215,9 +243,18 @@ def import_plugin(place: str) -> ModuleType:
     if not path.is_file():
         raise UserError(f"{place}: no such file")
     text = path.read_bytes()
+    digest = hashlib.sha256(text).hexdigest()
+    module, old = sys.modules.get(_FILES + digest) or _run(place, path, text), _PLUGINS.get(str(path))
+    if old is not None and old is not module:
+        sys.modules.pop(old.__name__, None)  # or it would not register anything when the file has this text again
+        for registry in ALL:
+            registry.forget(f"file {path}", digest)
+    _PLUGINS[str(path)] = module
+    return module
+
+
+def _run(place: str, path: Path, text: bytes) -> ModuleType:
     name = _FILES + hashlib.sha256(text).hexdigest()
-    if name in sys.modules:
-        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -234,13 +271,28 @@ def import_plugin(place: str) -> ModuleType:
     return module
 
 
-def file_digest(place: str) -> str:
-    """SHA-256 of a plugin's source file.
+def hold_plugins(places: Sequence[str]) -> None:
+    """Import the files and modules that this machine holds for runs of others, here and in processes started from here.
 
     Raises:
         UserError: See ``import_plugin``.
     """
-    return _digest(import_plugin(place)) or place
+    places = [str(Path(place).expanduser().resolve()) if place.endswith(".py") else place for place in places]
+    for place in places:
+        import_plugin(place)
+    os.environ[HELD] = os.pathsep.join(places)
+
+
+def held_plugins() -> tuple[str, ...]:
+    """What ``hold_plugins`` has named, imported.
+
+    Raises:
+        UserError: See ``import_plugin``.
+    """
+    places = tuple(place for place in os.environ.get(HELD, "").split(os.pathsep) if place)
+    for place in places:
+        import_plugin(place)
+    return places
 
 
 def _line_of(error: BaseException, path: Path) -> str:
@@ -286,6 +338,12 @@ def _is_of(value: Any, module: ModuleType) -> bool:
     return getattr(value, "__module__", None) == module.__name__ or any(
         value is other for other in vars(module).values()
     )
+
+
+def _name_of(key: str, value: Any) -> str:
+    """What something without a registered name is called: by its attribute ``name``, or by its own in small letters."""
+    given = vars(value).get("name") if inspect.isclass(value) else None
+    return given if isinstance(given, str) and given else _snake(key)
 
 
 def _snake(name: str) -> str:

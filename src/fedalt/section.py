@@ -18,3 +18,16 @@ class Section(BaseModel):
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("true and false are allowed for switches only")
         return value
+
+
+class Settings(Section):
+    """Settings of a method of one's own, or of another thing with a name: a section of the YAML, under that name.
+
+    >>> import fedalt as fa
+    >>> class Mine(fa.Settings):
+    ...     mu: float = 0.01
+    >>> Mine(mu=1).mu
+    1.0
+
+    Fields have a type and a default; a key that is none of them is refused, and so is a value of another type.
+    """

@@ -87,5 +87,5 @@ def test_settings_and_their_choices() -> None:
     assert not [key for key in keys if key.startswith("sections")]
     assert names(complete.settings("evaluation.stemmer=")) == ["evaluation.stemmer=true", "evaluation.stemmer=false"]
     assert names(complete.settings("training.schedule=c")) == ["training.schedule=linear", "training.schedule=constant"]
-    assert "fedalt.row_aggregator=krum" in names(complete.settings("fedalt.row_aggregator="))
+    assert "fedalt.rest_of_world_aggregator=krum" in names(complete.settings("fedalt.rest_of_world_aggregator="))
     assert names(complete.settings("nonsense=")) == names(complete.settings("lora.r=")) == []

@@ -64,7 +64,13 @@ def plain(line: str) -> None:
 
 def test_there_are_settings_of_every_kind() -> None:
     assert len(SETTINGS) > 90
-    assert {"method", "lora.targets", "data.partition.by", "fedalt.row_from", "data.label_names"} <= SETTINGS.keys()
+    assert {
+        "method",
+        "lora.targets",
+        "data.partition.by",
+        "fedalt.rest_of_world_from",
+        "data.label_names",
+    } <= SETTINGS.keys()
 
 
 @pytest.mark.parametrize("key", SETTINGS)

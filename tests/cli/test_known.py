@@ -115,10 +115,10 @@ def test_settings_are_given_with_kind_range_and_default() -> None:
     facts = {one["key"]: one for one in method_facts()["fedalt"]["settings"]}
     assert facts["fedalt.trim"]["what it may be"] == "number, at least 0, less than 0.5"
     assert facts["fedalt.trim"]["default"] == "0.2"
-    assert facts["fedalt.row_from"]["what it may be"] == "others or all"
-    assert "krum" in facts["fedalt.row_aggregator"]["what it may be"]
-    assert facts["fedalt.row_rank"] | {"what it does": ""} == {
-        "key": "fedalt.row_rank",
+    assert facts["fedalt.rest_of_world_from"]["what it may be"] == "others or all"
+    assert "krum" in facts["fedalt.rest_of_world_aggregator"]["what it may be"]
+    assert facts["fedalt.rest_of_world_rank"] | {"what it does": ""} == {
+        "key": "fedalt.rest_of_world_rank",
         "what it may be": "whole number, at least 1",
         "default": "null",
         "what it does": "",
@@ -126,7 +126,7 @@ def test_settings_are_given_with_kind_range_and_default() -> None:
 
 
 def test_a_variant_says_what_it_changes() -> None:
-    assert "FedALT with fedalt.row_aggregator=svd" in call("methods", "fedalt_svd").out
+    assert "FedALT with fedalt.rest_of_world_aggregator=svd" in call("methods", "fedalt_svd").out
 
 
 def test_a_method_of_ones_own_is_shown_like_ours(tmp_path: Path) -> None:

@@ -23,17 +23,25 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedalt.config import load_config, with_settings
+from fedalt.methods.registry import configured
 from micro import call, of_kind, refused
 
 HERE = Path(__file__).parent
 
-RENAMED_SETTINGS: dict[str, str] = {}
+RENAMED_SETTINGS: dict[str, str] = {
+    "federation.row_participation": "federation.rest_of_world_participation",
+    "federation.row_delivery": "federation.rest_of_world_delivery",
+    "fedalt.row_aggregator": "fedalt.rest_of_world_aggregator",
+    "fedalt.row_rank": "fedalt.rest_of_world_rank",
+    "fedalt.row_from": "fedalt.rest_of_world_from",
+    "fedalt.row_update": "fedalt.rest_of_world_update",
+}
 """Old dotted key → today's."""
-RENAMED_VALUES: dict[tuple[str, str], str] = {}
+RENAMED_VALUES: dict[tuple[str, str], str] = {("fedalt.row_update", "average_rows"): "average"}
 """Old dotted key and its value → today's value."""
-RENAMED_SLOTS: dict[str, str] = {}
+RENAMED_SLOTS: dict[str, str] = {"row": "rest_of_world"}
 """Old name of a LoRA, which is also its folder's → today's; a number at the end stays."""
-RENAMED_FIELDS: dict[str, str] = {}
+RENAMED_FIELDS: dict[str, str] = {"row_gap": "product_gap", "row_drift": "row_lora_drift"}
 """Old name in events.jsonl → today's."""
 
 RUNS = ("fedalt", "average_rows", "clusters", "stack", "fraction", "heads", "feddpa_t", "fdlora")
@@ -318,6 +326,6 @@ def test_the_tables_name_what_there_is() -> None:
     old = read_json(HERE / "every_key.json")
     assert RENAMED_SETTINGS.keys() <= old.keys()
     assert {key for key, _ in RENAMED_VALUES} <= old.keys()
-    today = meant(load_config(None))
+    today = meant(configured(load_config(None), "fedalt"))
     assert today.keys() >= set(RENAMED_SETTINGS.values())
     assert not today.keys() & RENAMED_SETTINGS.keys()

@@ -17,9 +17,9 @@ import torch
 
 from fedalt.config import load_config, parse_config
 from fedalt.errors import UserError
+from fedalt.experiment.devices import Outbox, read
 from fedalt.experiment.engine import run as run_engine
 from fedalt.experiment.folder import claim_folder
-from fedalt.experiment.messages import Outbox, read
 from fedalt.experiment.prepare import prepare
 from fedalt.methods.exchange import Message
 from fedalt.names import Key
@@ -47,7 +47,7 @@ QUICK: dict[str, Any] = {
 PARTIAL = {"federation__fraction": 0.75}
 """Three of four clients, so a cohort of two and one of one."""
 METHODS = [
-    pytest.param("fedalt", PARTIAL | {"federation__row_delivery": "unicast"}, id="fedalt"),
+    pytest.param("fedalt", PARTIAL | {"federation__rest_of_world_delivery": "unicast"}, id="fedalt"),
     pytest.param("fdlora", PARTIAL, id="fdlora"),
     pytest.param("feddpa_t", {}, id="feddpa_t", marks=pytest.mark.slow),
     pytest.param("pf2lora", {}, id="pf2lora", marks=pytest.mark.slow),
@@ -72,7 +72,7 @@ def same_run(one: Path, other: Path) -> None:
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    return [child for child in process.children() if "fedalt.experiment.worker" in child.cmdline()]
+    return [child for child in process.children() if "--multiprocessing-fork" in child.cmdline()]
 
 
 # ------------------------------------------------------------------------------------------------------ the same run

@@ -16,7 +16,7 @@ from fedalt.federation.client import ClientResult, client_round
 from fedalt.methods.exchange import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState, initial_state
-from fedalt.names import INDIVIDUAL, MIXER, ROW, A, B, G, Key, Tensors
+from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, A, B, G, Key, Tensors
 from support import (
     RANK,
     VOCAB,
@@ -60,7 +60,7 @@ def prepared(model: AdaptedModel) -> list[ClientState]:
 def one_round(
     model: AdaptedModel, states: list[ClientState], config: Any = HARD, told: Any = None, **options: Any
 ) -> list[ClientResult]:
-    settings = round_settings(METHOD, shape_of(METHOD, model.layer_sizes), config, dropout=0.2)
+    settings = round_settings(METHOD, config, dropout=0.2)
     plans = [plan for plan in plans_of(ROWS, config) if plan.client in {state.client for state in states}]
     return run_all(model, states, told or [None] * len(states), plans, settings, 1, **options)
 
@@ -78,7 +78,7 @@ def test_training_moves_individual_and_mixer_and_nothing_else(model: AdaptedMode
     told = messages(states)
     for state, message, result in zip(states, told, one_round(model, states, told=told), strict=True):
         installed, after = METHOD.receive(state, message).tensors, result.state.tensors
-        assert bitwise(part(after, ROW), part(installed, ROW))
+        assert bitwise(part(after, REST_OF_WORLD), part(installed, REST_OF_WORLD))
         assert not any(torch.equal(after[key], installed[key]) for key in part(after, INDIVIDUAL, MIXER))
         assert result.state.round == 1
     base = {name: value for name, value in model.base.state_dict().items() if name in weights and "base_layer" in name}
@@ -117,7 +117,7 @@ def test_individual_and_mixer_continue_where_the_last_round_ended(model: Adapted
     for state, message, result in zip(end, told, one_round(model, end, STILL, told), strict=True):
         for tensors in (METHOD.receive(state, message).tensors, result.state.tensors):
             assert digest(part(tensors, INDIVIDUAL, MIXER)) == digest(part(state.tensors, INDIVIDUAL, MIXER))
-            assert digest(part(tensors, ROW)) != digest(part(state.tensors, ROW))
+            assert digest(part(tensors, REST_OF_WORLD)) != digest(part(state.tensors, REST_OF_WORLD))
 
 
 def test_payload_is_the_individual_lora_alone(model: AdaptedModel) -> None:
@@ -147,14 +147,12 @@ def test_identical_clients_have_a_row_like_their_individual(model: AdaptedModel)
     twin = plan_round(ROWS[1], 0, training(), 5, 1)
     plans = [replace(twin, client=client) for client in range(8)]
     states = start_states(method, shape, range(8))
-    results = client_round(
-        model, states, [None] * 8, [[plan] for plan in plans], round_settings(method, shape, HARD, 0.2), 1
-    )
+    results = client_round(model, states, [None] * 8, [[plan] for plan in plans], round_settings(method, HARD, 0.2), 1)
     uploads = [result.upload for result in results]
     mean = {key: torch.stack([u[key] for u in uploads]).mean(0) for key in uploads[0]}
     for result in results:
         after = method.receive(result.state, Message(mean, 1 / 8)).tensors
-        row = {key._replace(slot=INDIVIDUAL): value for key, value in part(after, ROW).items()}
+        row = {key._replace(slot=INDIVIDUAL): value for key, value in part(after, REST_OF_WORLD).items()}
         assert distance(row, part(after, INDIVIDUAL)) < 1e-5
         assert max(float(value.abs().max()) for key, value in row.items() if key.factor == B) > 1e-3
 
@@ -170,7 +168,7 @@ def test_a_federation_of_one_equals_local_bit_for_bit() -> None:
     assert {key.slot for key in runs[0][0]} == {INDIVIDUAL}
 
 
-@pytest.mark.parametrize("slot", [INDIVIDUAL, ROW, MIXER])
+@pytest.mark.parametrize("slot", [INDIVIDUAL, REST_OF_WORLD, MIXER])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_client_that_is_not_finite_is_set_aside_alone(model: AdaptedModel, slot: str, value: float) -> None:
     states = prepared(model)
@@ -199,7 +197,7 @@ def test_a_client_that_diverges_is_set_aside(model: AdaptedModel) -> None:
 
 def test_an_error_names_the_round_and_the_client(model: AdaptedModel) -> None:
     broken = Example((3, VOCAB + 5), (4,), Row("", ""))  # a token that the model does not have
-    settings = round_settings(METHOD, shape_of(METHOD, model.layer_sizes), HARD)
+    settings = round_settings(METHOD, HARD)
     plans = plans_of(ROWS | {1: (broken,)}, HARD)
     with pytest.raises(IndexError) as error:
         run_all(model, prepared(model), [None] * 3, plans, settings, 4, executor="loop")

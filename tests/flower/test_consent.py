@@ -63,7 +63,11 @@ def test_with_an_absent_third_nobody_sees_the_others_upload(method: str, tmp_pat
 
 
 def test_by_this_rounds_participants_it_may_happen_at_any_time(tmp_path: Path, bases: Bases) -> None:
-    changes = LATE | {"federation__row_participation": "participants", "federation__rounds": 4, "evaluation__every": 4}
+    changes = LATE | {
+        "federation__rest_of_world_participation": "participants",
+        "federation__rounds": 4,
+        "evaluation__every": 4,
+    }
     grid, _ = run(tmp_path, bases, absent(2, 2), **changes)
     assert [told(grid, n) for n in (2, 3, 4)] == [{0, 1, 2}, {2}, {0, 1, 2}]
 

@@ -45,14 +45,14 @@ def starts(method: Method, **scale: float) -> list[ClientState]:
 def second_round(method: Method, states: list[ClientState]) -> list[ClientResult]:
     plans = list(zip(*(plans_of(ROWS, CONFIG, 2, phase=phase) for phase in (0, 1)), strict=True))
     model = AdaptedModel(llama())
-    settings = round_settings(method, shape_of(method, model.layer_sizes), CONFIG, dropout=0.2)
+    settings = round_settings(method, CONFIG, dropout=0.2)
     return run_all(model, states, [None] * 3, plans, settings, 2)
 
 
 def local_phase(method: Method, states: list[ClientState]) -> list[dict[Key, Any]]:
     model = AdaptedModel(llama())
     phase, _ = method.phases(2)
-    settings = round_settings(method, shape_of(method, model.layer_sizes), CONFIG, dropout=0.2)
+    settings = round_settings(method, CONFIG, dropout=0.2)
     trainable = [key for key in states[0].tensors if phase.trains(key)]
     model.load(states, settings.placement(phase), trainable)
     train(model, plans_of(ROWS, CONFIG, 2), CONFIG, rule=phase.rule)

@@ -24,7 +24,7 @@ from fedalt.model.layer import Placement
 from fedalt.model.mixing import Mixing
 from fedalt.model.rowmap import RowMap
 from fedalt.model.state import ClientState
-from fedalt.names import GLOBAL, INDIVIDUAL, MERGED, MIXER, PERSONAL, PRIVATE, ROW, A, B, G, Key, Tensors, W
+from fedalt.names import GLOBAL, INDIVIDUAL, MERGED, MIXER, PERSONAL, PRIVATE, REST_OF_WORLD, A, B, G, Key, Tensors, W
 from oracle.reference import merged
 from support import (
     MODELS,
@@ -197,7 +197,7 @@ def test_fedalt_without_weight_on_the_row_is_local() -> None:
     method = method_of("fedalt_fixed_half")
     method.mixing = Mixing("fixed", (1.0, 0.0))
     (history, server), (expected, _) = rounds(method), rounds(method_of("local"))
-    assert any(value.any() for key, value in installed(history, server)[0].tensors.items() if key.slot == ROW)
+    assert any(value.any() for key, value in installed(history, server)[0].tensors.items() if key.slot == REST_OF_WORLD)
     for results, others in zip(history, expected, strict=True):
         for one, other in zip(results, others, strict=True):
             assert distance(slot(one.state.tensors, INDIVIDUAL), slot(other.state.tensors, INDIVIDUAL)) < 2e-5
@@ -335,7 +335,7 @@ def test_ffas_mean_of_products_is_the_product_of_means() -> None:
 
 def test_fixed_weights_of_one_over_k_on_exact_rows_answer_with_the_mean_of_products() -> None:
     """Every client, after whole rounds, is one and the same model."""
-    method = method_of("fedalt_fixed_one_over_k", fedalt__row_aggregator="stack")
+    method = method_of("fedalt_fixed_one_over_k", fedalt__rest_of_world_aggregator="stack")
     history, server = rounds(method)
     parts = [products(result.upload, INDIVIDUAL) for result in history[-1]]
     dense = {Key(m, "mean", A): (sum(p[m] for p in parts) / 3).float() for m in parts[0]}
@@ -385,7 +385,7 @@ def test_a_private_lora_may_have_the_scale_of_its_own_rank() -> None:
 
 
 def row(state: ClientState) -> Tensors:
-    return slot(state.tensors, ROW)
+    return slot(state.tensors, REST_OF_WORLD)
 
 
 def mean(parts: Sequence[Tensors]) -> Tensors:
@@ -394,7 +394,7 @@ def mean(parts: Sequence[Tensors]) -> Tensors:
 
 @pytest.mark.parametrize("delivery", ["broadcast", "unicast"])
 def test_global_average_rows_are_the_mean_of_all(delivery: Any) -> None:
-    federation = FederationConfig(row_delivery=delivery)
+    federation = FederationConfig(rest_of_world_delivery=delivery)
     history, server = rounds(method_of("fedalt_global_average"), federation=federation)
     expected = mean([slot(result.upload, INDIVIDUAL) for result in history[-1]])
     states = installed(history, server)
@@ -404,7 +404,7 @@ def test_global_average_rows_are_the_mean_of_all(delivery: Any) -> None:
 
 @pytest.mark.parametrize("delivery", ["broadcast", "unicast"])
 def test_a_row_that_trains_is_thrown_away(delivery: Any) -> None:
-    federation = FederationConfig(row_delivery=delivery)
+    federation = FederationConfig(rest_of_world_delivery=delivery)
     history, server = rounds(method_of("fedalt_row_update"), federation=federation)
     for k, (result, state) in enumerate(zip(history[-1], installed(history, server), strict=True)):
         assert {key.slot for key in result.upload} == {INDIVIDUAL}
@@ -418,18 +418,18 @@ def test_a_row_that_trains_is_thrown_away(delivery: Any) -> None:
 
 @pytest.mark.parametrize("delivery", ["broadcast", "unicast"])
 def test_rows_that_train_may_be_averaged_over_the_others(delivery: Any) -> None:
-    federation = FederationConfig(row_delivery=delivery)
-    history, server = rounds(method_of("fedalt", fedalt__row_update="average_rows"), federation=federation)
+    federation = FederationConfig(rest_of_world_delivery=delivery)
+    history, server = rounds(method_of("fedalt", fedalt__rest_of_world_update="average"), federation=federation)
     for k, (result, state) in enumerate(zip(history[-1], installed(history, server), strict=True)):
-        assert {key.slot for key in result.upload} == {INDIVIDUAL, ROW}
+        assert {key.slot for key in result.upload} == {INDIVIDUAL, REST_OF_WORLD}
         assert bitwise(slot(result.upload, INDIVIDUAL), slot(state.tensors, INDIVIDUAL)), "never overwritten"
-        others = [slot(r.upload, ROW) for c, r in enumerate(history[-1]) if c != k]
+        others = [slot(r.upload, REST_OF_WORLD) for c, r in enumerate(history[-1]) if c != k]
         assert distance(row(state), mean(others)) < 1e-6
 
 
 @pytest.mark.parametrize("delivery", ["broadcast", "unicast"])
 def test_averaged_mixers_are_those_of_all_and_rows_those_of_the_others(delivery: Any) -> None:
-    federation = FederationConfig(row_delivery=delivery)
+    federation = FederationConfig(rest_of_world_delivery=delivery)
     history, server = rounds(method_of("fedalt_averaged_mixer"), federation=federation)
     states = installed(history, server)
     expected = mean([slot(result.upload, MIXER) for result in history[-1]])
@@ -449,8 +449,8 @@ def test_mixers_stay_apart_where_they_are_not_averaged(settings: tuple[str, dict
 
 def test_halved_ranks_have_the_same_scale() -> None:
     method, plain = method_of("fedalt_row_update_half"), method_of("fedalt")
-    assert method.ranks == {INDIVIDUAL: RANK // 2, ROW: RANK // 2}
-    assert plain.ranks == {INDIVIDUAL: RANK, ROW: RANK}
+    assert method.ranks == {INDIVIDUAL: RANK // 2, REST_OF_WORLD: RANK // 2}
+    assert plain.ranks == {INDIVIDUAL: RANK, REST_OF_WORLD: RANK}
     assert method.scale == plain.scale == SCALE
     with pytest.raises(UserError, match=r"lora\.r = 7 is odd"):
         assert method_of("fedalt_row_update_half", lora__r=7).ranks

@@ -59,7 +59,7 @@ def expected(run: Path) -> dict[str, dict[int, float]]:
         if event["event"] == "client":
             put(f"loss/{event['client']}", event, "loss")
         elif event["event"] == "round":
-            for name in ("seconds", "bytes_up", "bytes_down", "row_gap", "row_drift"):
+            for name in ("seconds", "bytes_up", "bytes_down", "product_gap", "row_lora_drift"):
                 put(name, event, name)
             put("loss/mean", event, "loss")
         elif event["event"] == "scores" and event["point"] == "after":

@@ -76,7 +76,7 @@ def run(
     **executor: Any,
 ) -> list[ClientResult]:
     rule = method_of(method)
-    settings = round_settings(rule, shape_of(rule, model.layer_sizes), config, dropout)
+    settings = round_settings(rule, config, dropout)
     return run_all(model, states, [None] * len(states), plans, settings, 1, **executor)
 
 

@@ -63,26 +63,9 @@ def _root(
 @settings()
 def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
     """Train one method, score every client, save every client's model."""
-    from fedalt.experiment.engine import run as train
-    from fedalt.experiment.folder import check_folder, claim_folder
-    from fedalt.experiment.prepare import prepare
-    from fedalt.experiment.workers import check_devices
-    from fedalt.report.html import write_report
-    from fedalt.report.insights import look
-    from fedalt.report.trackers import check_trackers, tracked
+    from fedalt.start import run_one
 
-    check_trackers(config.report.trackers)
-    check_devices(config)
-    check_folder(config.folder, if_exists)
-    experiment = prepare(config)
-    folder = claim_folder(config.folder, if_exists)
-    with (
-        show.live(config.federation.rounds) as progress,
-        tracked(config.report.trackers, folder.path, progress) as sink,
-    ):
-        scores = train(experiment, folder, sink)
-    look(folder, config.report.insight, experiment.resident, experiment.federation)
-    write_report(folder)
+    experiment, folder, scores = run_one(config, if_exists, show.live(config.federation.rounds))
     if as_json:
         print_json({"run": str(folder.path), "report": str(folder.report), **scores})
         return
@@ -191,9 +174,9 @@ def report(
 @settings(starts=False)
 def validate(config: RunConfig, as_json: Json = False) -> None:
     """Check everything that can be checked before the first step, and estimate memory and time. Writes nothing."""
+    from fedalt.experiment.devices import check_devices
     from fedalt.experiment.estimate import estimate, row_table
     from fedalt.experiment.prepare import prepare
-    from fedalt.experiment.workers import check_devices
     from fedalt.report.trackers import check_trackers
 
     check_trackers(config.report.trackers)

@@ -16,6 +16,7 @@ from fedalt.config import load_config
 from fedalt.errors import UserError, did_you_mean
 from fedalt.extras import needs
 from fedalt.flower.waits import LONGEST
+from fedalt.registry import held_plugins, hold_plugins
 
 if TYPE_CHECKING:
     from fedalt.flower.deploy.reach import Connection
@@ -55,6 +56,16 @@ def certs(
     say(f"{folder}/keys/client_N     a private key for each of {sites} sites; the server needs client_N.pub only")
 
 
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE.py",
+        help="code of your own that runs may use here, by name; repeatable; never sent",
+    ),
+]
+
+
 def server(
     config_file: Annotated[
         Path | None,
@@ -82,6 +93,7 @@ def server(
     state: Annotated[
         Path, typer.Option("--state", metavar="DIR", help="the SuperLink's database; run folders are made here, too")
     ] = Path("flower-server"),
+    plugins: Plugins = None,
 ) -> None:
     """Serve a federation: start Flower's SuperLink, let the sites in, show its log until Ctrl-C."""
     with needs("flower", NEEDS):
@@ -108,6 +120,7 @@ def server(
                 "note: whoever reaches this port can submit runs and register keys; --public is a way in for sites only"
             )
 
+    hold_plugins(plugins or ())
     _leave(serve(asked, _pass_on, ready))
 
 
@@ -155,6 +168,7 @@ def site(
             help="longest wait between looks for messages at the server; looks are more frequent in short rounds",
         ),
     ] = LONGEST,
+    plugins: Plugins = None,
 ) -> None:
     """Take part as one client: Flower's SuperNode, and a trainer that holds the base model, until Ctrl-C."""
     with needs("flower", NEEDS):
@@ -164,7 +178,9 @@ def site(
         raise UserError("--insecure and --ca exclude each other")
     _check_device(device)
     at, agreed = connection(server, ca), _shared(share)
-    asked = Site(at, client, state, poll, key, _rows(data), model, device, allow_two, agreed)
+    hold_plugins(plugins or ())
+    held = held_plugins()
+    asked = Site(at, client, state, poll, key, _rows(data), model, device, allow_two, agreed, held)
     asked.check()
     say(f"$ {shlex.join(asked.command())}")
     _leave(supervise(asked, _pass_on))

@@ -16,9 +16,9 @@ from fedalt.cli import complete
 from fedalt.cli.command import spelt
 from fedalt.cli.recipes import config_path
 from fedalt.cli.show import complain
-from fedalt.config import RunConfig, load_config, parse_override
+from fedalt.config import RunConfig, parse_override
 from fedalt.errors import UserError, shortened
-from fedalt.experiment.folder import IfExists
+from fedalt.experiment.folder import IfExists, settings_of
 from fedalt.hints import fields_at, in_words
 
 _OPTIONS: dict[str, tuple[str, str, str, Any]] = {
@@ -86,7 +86,8 @@ def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None
                 typed[overrides[-1][0]] = f"--set {shortened(text)}"
             given = {"if_exists": exists} if starts else {}
             try:
-                command(config=_config(path, overrides, typed, exists), **given, **values)
+                config = settings_of(path and config_path(path), overrides, exists, typed)
+                command(config=config, **given, **values)
             except UserError as error:
                 raise UserError(_in_flags(str(error), {key: flag for key, (flag, _) in flags.items()})) from None
             except KeyboardInterrupt:
@@ -105,16 +106,6 @@ def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None
 
 
 _GIVEN = ("config", "if_exists")
-
-
-def _config(
-    path: Path | None, overrides: list[tuple[str, Any]], typed: Mapping[str, str], exists: IfExists
-) -> RunConfig:
-    """The settings; a run that is resumed without a YAML takes them from its own folder."""
-    out = dict(overrides).get("out")
-    if path is None and exists == "resume" and out and (Path(out) / "config.yaml").is_file():
-        path = Path(out) / "config.yaml"
-    return load_config(path and config_path(path), overrides, typed)
 
 
 def _in_flags(message: str, flags: Mapping[str, str]) -> str:

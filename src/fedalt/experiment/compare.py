@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fedalt.config import RunConfig
+from fedalt.config import RunConfig, with_settings
+from fedalt.data.load import Rows
 from fedalt.errors import UserError
+from fedalt.experiment.devices import check_devices
 from fedalt.experiment.events import Sink, read_events
 from fedalt.experiment.folder import IfExists, check_folder, final_scores
-from fedalt.experiment.jobs import train_in_jobs
-from fedalt.experiment.members import Bases, Budget, Member, train
+from fedalt.experiment.members import Bases, Budget, Member, train, train_in_jobs
 from fedalt.experiment.statistics import against, half_width
 from fedalt.experiment.tables import LOCAL, write_comparison
-from fedalt.experiment.workers import check_devices
 from fedalt.files import read_json
-from fedalt.methods.registry import build, configured, method_names, title_of
+from fedalt.methods.registry import (
+    Variant,
+    build,
+    configured,
+    method_names,
+    refuse_session,
+    title_of,
+)
+from fedalt.registry import split_reference
 
 REFERENCE = "fedalt"
 """The method that others are tested against; the first one where it is not among them."""
@@ -30,35 +40,40 @@ _ANY = 3
 
 def compare(
     config: RunConfig,
-    methods: Sequence[str],
+    methods: Sequence[str | Variant],
     seeds: Sequence[int],
     out: Path,
     if_exists: IfExists,
     sink: Sink,
     jobs: int = 1,
     budget: Budget | None = None,
+    bases: Bases | None = None,
+    rows: Rows | None = None,
 ) -> dict[str, Any]:
     """Run every method with every seed into ``out/<method>-seed<seed>`` and write ``comparison.json``, .csv and .md.
 
     Args:
         config: Settings of all runs; its method and seed are replaced.
-        methods: Names of methods and variants in the registry.
+        methods: Names of methods and variants in the registry, ``FILE.py:Name``, or methods with settings of their own.
         seeds: Seeds of start values, row order, dropout and participation; tinyworld's rows have their own seed.
         out: Folder of the comparison.
         if_exists: What to do with runs that are there already.
         sink: Called with every event of every run.
         jobs: Processes to share the runs; more than one hold a base each.
         budget: Choose every method's rank so that it has the parameters, or sends the bytes, of the configured rank.
+        bases: Where a base may be in memory already.
+        rows: Where rows may be in memory already.
 
     Raises:
         UserError: As for a single run; checked for all methods before the first one starts.
     """
-    return finish(plan(config, methods, seeds, out, if_exists, budget), config, out, if_exists, sink, jobs, Bases())
+    members = plan(config, methods, seeds, out, if_exists, budget)
+    return finish(members, config, out, if_exists, sink, jobs, bases or Bases(), rows or Rows())
 
 
 def plan(
     config: RunConfig,
-    methods: Sequence[str],
+    methods: Sequence[str | Variant],
     seeds: Sequence[int],
     out: Path,
     if_exists: IfExists,
@@ -69,19 +84,32 @@ def plan(
     Raises:
         UserError: No such method, a negative seed, settings that a variant does not allow, a folder that is taken.
     """
-    methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
+    seeds = list(dict.fromkeys(seeds))
     _check_lists(methods, seeds)
-    check_devices(config)
-    configs = {name: configured(config, name) for name in methods}
-    for mine in configs.values():
+    entrants = dict(_entrant(config, method) for method in methods)
+    for _, mine in entrants.values():
+        check_devices(mine)
         build(mine, _ANY).rank_of(0)  # refuses settings that it has no use for
     members = []
     for seed in seeds:
-        for name, mine in configs.items():
+        for name, (title, mine) in entrants.items():
             folder = check_folder(out / f"{name}-seed{seed}", if_exists)
             settings = mine.model_copy(update={"seed": seed, "out": str(folder.path)})
-            members.append(Member(name, settings, folder, budget))
+            members.append(Member(name, settings, folder, budget, title))
     return members
+
+
+def _entrant(config: RunConfig, method: str | Variant) -> tuple[str, tuple[str, RunConfig]]:
+    """What a method is called in this comparison, its title in tables, and its settings."""
+    choice = method if isinstance(method, Variant) else Variant(method, "")
+    if split_reference(choice.method):
+        config = with_settings(config, {"method": choice.method})  # its file is imported, and the method has a name
+        choice = replace(choice, method=config.method)
+    mine = with_settings(configured(config, choice.method), choice.settings)
+    name, title = mine.method, title_of(mine.method)
+    if choice.given:
+        name, title = re.sub(r"[^\w.,=+-]", "_", f"{name},{choice.given}"), f"{title} ({choice.given})"
+    return name, (title, mine)
 
 
 def finish(
@@ -92,18 +120,21 @@ def finish(
     sink: Sink,
     jobs: int,
     bases: Bases,
+    rows: Rows,
 ) -> dict[str, Any]:
     """Train the runs of a comparison and put them side by side."""
     if jobs > 1:
+        for member in members:
+            refuse_session(member.config, "jobs")
         train_in_jobs(members, jobs, if_exists, sink)
     else:
-        train(members, if_exists, sink, bases)
+        train(members, if_exists, sink, bases, rows)
     comparison = collect(members, config)
     write_comparison(out, comparison)
     return comparison
 
 
-def _check_lists(methods: Sequence[str], seeds: Sequence[int]) -> None:
+def _check_lists(methods: Sequence[str | Variant], seeds: Sequence[int]) -> None:
     if not methods:
         raise UserError(f"--methods: name at least one of {', '.join(method_names())}")
     negative = [seed for seed in seeds if seed < 0]
@@ -116,7 +147,7 @@ def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:
     metric = config.metric
     start = next(read_events(members[0].folder.events))
     methods = {
-        name: _method(name, [member for member in members if member.name == name], metric)
+        name: _method([member for member in members if member.name == name], metric)
         for name in dict.fromkeys(member.name for member in members)
     }
     reference = next((name for name in (REFERENCE, *methods) if name in methods and name not in REFERENCE_ROWS), None)
@@ -155,12 +186,12 @@ def _gains(block: dict[str, Any], local: dict[str, Any] | None, federated: bool)
     }
 
 
-def _method(name: str, members: Sequence[Member], metric: str) -> dict[str, Any]:
+def _method(members: Sequence[Member], metric: str) -> dict[str, Any]:
     runs = [final_scores(member.folder)["last"] for member in members]
     means = [one["mean"] for one in runs]
     clients = {c: mean(one["clients"][c][metric] for one in runs) for c in runs[0]["clients"]}
     return {
-        "title": title_of(name),
+        "title": members[0].title,
         "mean": mean(means),
         "sd": stdev(means) if len(means) > 1 else None,
         "ci95": half_width(means),

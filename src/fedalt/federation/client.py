@@ -89,9 +89,8 @@ def client_round(
         for state, message in zip(states, messages, strict=True)
     ]
     trained, stats = train_phases(model, now, method.phases(round_), plans, settings, on_step)
-    after = [replace(method.after_training(*both, round_), round=round_) for both in zip(trained, now, strict=True)]
     down = [message.bytes if message else 0 for message in messages]
-    return [_result(settings, *client) for client in zip(states, after, stats, down, strict=True)]
+    return [_result(settings, round_, *client) for client in zip(states, now, trained, stats, down, strict=True)]
 
 
 def train_phases(
@@ -104,7 +103,7 @@ def train_phases(
 ) -> tuple[list[ClientState], list[TrainingStats]]:
     """Train a cohort on its own rows, phase by phase; arguments as in ``client_round``."""
     now, stats = list(states), [TrainingStats(0.0, 0, 0) for _ in states]
-    penalty = _penalty(settings.method, states, model)
+    penalty = _penalty(settings, states, model)
     for number, phase in enumerate(phases):
         trainable = [key for key in now[0].tensors if phase.trains(key)] + list(now[0].heads)
         model.load(now, settings.placement(phase), trainable)
@@ -116,12 +115,14 @@ def train_phases(
     return now, stats
 
 
-def _penalty(method: Method, states: Sequence[ClientState], model: AdaptedModel) -> Penalty | None:
-    """The method's penalty against where the states began, if it has one."""
+def _penalty(settings: RoundSettings, states: Sequence[ClientState], model: AdaptedModel) -> Penalty | None:
+    """The method's penalty against where the states began, if it has one; a head is in it where heads are shared."""
+    method = settings.method
     if type(method).penalty is Method.penalty:
         return None
-    start = {key: torch.stack([s.tensors[key] for s in states]).to(model.device) for key in states[0].tensors}
-    return lambda trained: method.penalty(trained, start)
+    began = [{**state.tensors, **(state.heads if settings.shares_heads else {})} for state in states]
+    start = {key: torch.stack([tensors[key] for tensors in began]).to(model.device) for key in began[0]}
+    return lambda trained: method.penalty({key: value for key, value in trained.items() if key in start}, start)
 
 
 def installed(method: Method, state: ClientState, message: Message | None) -> ClientState:
@@ -138,17 +139,29 @@ def _step(on_step: OnStep, phase: int, phases: int, done: int, total: int) -> No
 
 
 def _result(
-    settings: RoundSettings, old: ClientState, new: ClientState, stats: TrainingStats, bytes_down: int
+    settings: RoundSettings,
+    round_: int,
+    old: ClientState,
+    began: ClientState,
+    trained: ClientState,
+    stats: TrainingStats,
+    bytes_down: int,
 ) -> ClientResult:
-    failure = None if math.isfinite(stats.loss) else f"loss is {stats.loss}"
-    everything = {**new.tensors, **new.heads}
-    bad = next((key for key, value in everything.items() if not finite(value)), None)
-    if failure is None and bad is not None:
-        failure = f"{bad} is not finite after training"
-    if failure:
+    method = settings.method
+    failure = f"loss is {stats.loss}" if not math.isfinite(stats.loss) else _not_finite(trained)
+    if failure is None:
+        new = replace(method.after_training(trained, began, round_), round=round_)
+        failure = _not_finite(new)
+    if failure is not None:
         return ClientResult(old, {}, stats, bytes_down, failure)
-    sent = settings.method.uploaded(new)
+    sent = method.uploaded(new)
     upload = sent.sent or {}
     return ClientResult(
         sent, {**upload, **sent.heads} if upload and settings.shares_heads else upload, stats, bytes_down
     )
+
+
+def _not_finite(state: ClientState) -> str | None:
+    """What is wrong with a state's numbers, if anything is."""
+    bad = next((key for key, value in {**state.tensors, **state.heads}.items() if not finite(value)), None)
+    return None if bad is None else f"{bad} is not finite after training"

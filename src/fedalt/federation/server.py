@@ -102,11 +102,11 @@ class Server:
     @property
     def remembers(self) -> bool:
         """Whether uploads of absent clients stay in the mean."""
-        return self.method.keeps_absent and self.config.row_participation != "participants"
+        return self.method.keeps_absent and self.config.rest_of_world_participation != "participants"
 
     def weights(self) -> dict[int, float]:
         """Current weight of every upload."""
-        decay = self.config.staleness_decay if self.config.row_participation == "staleness_decay" else 1.0
+        decay = self.config.staleness_decay if self.config.rest_of_world_participation == "staleness_decay" else 1.0
         return {
             client: upload.weight * (max(decay ** (self.round - upload.round), OLDEST) if self.remembers else 1.0)
             for client, upload in self.uploads.items()
@@ -164,7 +164,9 @@ class Server:
         return Gathered(self.adapters, self.weights(), self.memory, self.round)
 
     def _unicast(self, client: int, share: float) -> bool:
-        alone = self.config.row_delivery == "unicast" or share > DOMINANT or (client in self.apart and share > 0)
+        alone = (
+            self.config.rest_of_world_delivery == "unicast" or share > DOMINANT or (client in self.apart and share > 0)
+        )
         return self.method.leave_one_out and alone
 
     def mean(self) -> dict[Key, Tensor]:

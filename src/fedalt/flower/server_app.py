@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedalt.config import RunConfig, parse_config
+from fedalt.config import RunConfig, parse_received
 from fedalt.errors import UserError
 from fedalt.experiment.checkpoint import load_checkpoint, run_id
 from fedalt.experiment.engine import find_checkpoint, frozen_settings, go, start
@@ -63,7 +63,7 @@ def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink)
     Raises:
         UserError: Settings that do not suit sites, a folder that is taken, too few sites, or sites that do not fit.
     """
-    config, method = checked(parse_config(settings, "settings"))
+    config, method = checked(parse_received(settings, "settings"))
     folder = claim_folder(config.folder, if_exists)
     log = EventLog(folder.events, sink)
     nodes = Nodes(grid, method.clients, ttl=config.flower.round_deadline + LATE)
@@ -74,6 +74,7 @@ def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink)
     members = _members(replies)
     common = common or replace(common_to(members), method=rule_of(config, method))
     fitting = {client: member for client, member in members.items() if member.common == common}
+    method = build(config, method.clients, common.layer_sizes)
     facts = facts_of(config, method, fitting, common)
     run_, checkpoint = find_checkpoint(facts, folder)
     server = Server(method, config.federation, facts.samples, facts.shapes)

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from pydantic import ValidationError
 from torch import Tensor
 
+from fedalt.compat import slot_today
 from fedalt.config import RunConfig
 from fedalt.data.encode import Example
 from fedalt.errors import UserError
@@ -60,6 +61,10 @@ class Slot:
     name: str
     share: frozenset[str] = BOTH
 
+    def __post_init__(self) -> None:
+        if slot_today(self.name) != self.name or "." in self.name:
+            raise UserError(f'slot "{self.name}": not free; in fedalt 0.1 it named the rest-of-world LoRA')
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -86,6 +91,16 @@ class Phase:
 
 class Method:
     """FedAvg on LoRA unless a hook says otherwise. See the order of hooks at the head of this file.
+
+    >>> import fedalt as fa
+    >>> @fa.method("only_a")
+    ... class OnlyA(fa.Method):
+    ...     def shares(self, key):
+    ...         return super().shares(key) and key.factor == "A"
+    >>> data = fa.load_data("tinyworld", clients=2, train_limit=4, test_limit=2)
+    >>> for r in fa.Simulation(data, "tiny-base", OnlyA, epochs=1).rounds(1):
+    ...     {key.factor for key in r.uploads[0]}
+    {'A'}
 
     A method is made with its settings, ``FedProx(mu=0.1)``, and bound to a run: its clients, layers and other settings.
 
@@ -236,14 +251,15 @@ class Method:
         """What is added to each client's loss at every step, from what a phase trains; None for nothing.
 
         Args:
-            trained: The tensors that train, ``[k, …]`` for k clients side by side; gradients flow through them.
+            trained: The tensors that train, ``[k, …]`` for k clients side by side; gradients flow through them. Heads
+                are among them where they are shared: a private one has nothing that it could be held to.
             start: The same as the client's round began, after ``before_training``. Frozen LoRAs of the state are in it,
                 too, so that a penalty may hold one slot against another.
         """
         return None
 
     def after_training(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
-        """What a client does between training, which began at some state, and uploading."""
+        """What a client does between training, which began at some state, and uploading; all its numbers are finite."""
         return state
 
     def shares(self, key: Key) -> bool:
@@ -323,7 +339,16 @@ def drawn(rows: Sequence[Example], count: int, seed: int, *purpose: str | int) -
 
 
 def squared_distance(trained: Tensors, start: Tensors) -> Float[Tensor, " k"]:
-    """‖w − w₀‖² of each client, over all tensors that train."""
+    """‖w − w₀‖² of each client, over all tensors that train.
+
+    >>> import fedalt as fa, torch
+    >>> fa.squared_distance({"A": torch.ones(2, 3, 4)}, {"A": torch.zeros(2, 3, 4)})
+    tensor([12., 12.])
+
+    Args:
+        trained: Tensors ``[k, …]`` of k clients.
+        start: The same keys, and perhaps others.
+    """
     parts = [(value - start[key]).flatten(1).square().sum(1) for key, value in trained.items()]
     return torch.stack(parts).sum(0)
 

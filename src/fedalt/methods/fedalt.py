@@ -8,7 +8,7 @@ from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot
 from fedalt.methods.exchange import Message
 from fedalt.model.mixing import SOFTMAX, SUM, Mixing
 from fedalt.model.state import ClientState
-from fedalt.names import INDIVIDUAL, MIXER, ROW, Key, Tensors
+from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, Key, Tensors
 
 
 class FedALT(Method):
@@ -38,7 +38,7 @@ class FedALT(Method):
 
     def setup(self) -> None:
         """Two LoRAs and the mixer; one LoRA where there is nobody else."""
-        self.rows: tuple[str, ...] = () if self.clients == 1 else (ROW,)
+        self.rows: tuple[str, ...] = () if self.clients == 1 else (REST_OF_WORLD,)
         self.slots = (Slot(INDIVIDUAL), *(Slot(row, NONE) for row in self.rows))
         self.mixing = SUM if self.clients == 1 else SOFTMAX
 
@@ -69,5 +69,5 @@ def without_own(mean: Tensors, own: Tensors | None, share: float) -> dict[Key, T
     rest_of_world = {}
     for key, value in mean.items():
         rest = value.double() if own is None else (value.double() - share * own[key].double()) / (1 - share)
-        rest_of_world[Key(key.module, ROW, key.factor)] = rest.float()
+        rest_of_world[Key(key.module, REST_OF_WORLD, key.factor)] = rest.float()
     return rest_of_world

@@ -14,10 +14,10 @@ from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.fedalt import FedALT, without_own
 from fedalt.methods.mean import refuse_weighting
 from fedalt.methods.registry import Variant
-from fedalt.methods.rows import FACTOR_MEAN, RowSettings
+from fedalt.methods.rows import FACTOR_MEAN, RestOfWorldSettings
 from fedalt.model.mixing import Mixing
 from fedalt.model.state import ClientState
-from fedalt.names import INDIVIDUAL, MIXER, ROW, Key, Tensors
+from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, Key, Tensors
 from fedalt.registry import AGGREGATORS, METHODS
 
 
@@ -31,12 +31,14 @@ class FedALTVariants(FedALT):
 
     section = "fedalt"
 
-    class Settings(RowSettings):
+    class Settings(RestOfWorldSettings):
         """FedALT, its ablations, and RoW LoRAs beyond the paper."""
 
-        clusters: int = Field(1, ge=1, description="rows per client, one for each group of similar clients (paper: 1)")
-        row_from: Literal["others", "all"] = Field("others", description="all: own LoRA included (ablation Global-avg)")
-        row_update: Literal["frozen", "discard", "average_rows"] = Field(
+        clusters: int = Field(1, ge=1, description="RoW LoRAs per client, one per group of similar clients (paper: 1)")
+        rest_of_world_from: Literal["others", "all"] = Field(
+            "others", description="all: own LoRA included (ablation Global-avg)"
+        )
+        rest_of_world_update: Literal["frozen", "discard", "average"] = Field(
             "frozen",
             description="frozen (paper); or trained and thrown away, or trained and averaged (ablation RoW-Update)",
         )
@@ -60,39 +62,38 @@ class FedALTVariants(FedALT):
         super().setup()
         self._check()
         if self.clients > 1:
-            self.rows = tuple(ROW + (str(c) if c else "") for c in range(self.settings.clusters))
-        updated = self.settings.row_update == "average_rows"
+            self.rows = tuple(REST_OF_WORLD + (str(c) if c else "") for c in range(self.settings.clusters))
+        updated = self.settings.rest_of_world_update == "average"
         self.slots = (Slot(INDIVIDUAL), *(Slot(row, BOTH if updated else NONE) for row in self.rows))
         if self.clients > 1 and self.settings.mixing != "mixer":
             own = 0.5 if self.settings.mixing == "half" else 1 / self.clients
             self.mixing = Mixing("fixed", (own, 1 - own))
         self.needs_uploads = self.clients > 1 and not self._plain
-        self.leave_one_out = self.settings.row_from == "others"
-        self.heterogeneous = self.settings.row_aggregator in ("stack", "svd")
+        self.leave_one_out = self.settings.rest_of_world_from == "others"
+        self.heterogeneous = self.settings.rest_of_world_aggregator in ("stack", "svd")
 
     @property
     def _plain(self) -> bool:
-        return self.settings.row_aggregator == FACTOR_MEAN and self.settings.clusters == 1
+        return self.settings.rest_of_world_aggregator == FACTOR_MEAN and self.settings.clusters == 1
 
     def _check(self) -> None:
-        settings = self.settings
-        if settings.row_aggregator != FACTOR_MEAN and getattr(
-            AGGREGATORS.get(settings.row_aggregator), "robust", False
-        ):
-            refuse_weighting(self.config, f"fedalt.row_aggregator={settings.row_aggregator}", "which has no weights")
-        if not self._plain and (
-            settings.row_from == "all" or settings.row_update == "average_rows" or settings.mixer_average
-        ):
+        settings, aggregator = self.settings, self.settings.rest_of_world_aggregator
+        if getattr(AGGREGATORS.get(aggregator), "robust", False):
+            refuse_weighting(self.config, f"fedalt.rest_of_world_aggregator={aggregator}", "which has no weights")
+        own_in_it, averaged = settings.rest_of_world_from == "all", settings.rest_of_world_update == "average"
+        if not self._plain and (own_in_it or averaged or settings.mixer_average):
             raise UserError(
-                "fedalt: row_from, row_update=average_rows and mixer_average need factor_mean rows, clusters=1"
+                "fedalt: rest_of_world_from=all, rest_of_world_update=average and mixer_average need "
+                "rest_of_world_aggregator=factor_mean and clusters=1"
             )
         if settings.clusters > 1 and settings.mixing != "mixer":
-            raise UserError("fedalt.mixing: fixed weights are for one row; clusters need the mixer")
-        if settings.clusters > 1 and settings.row_aggregator != FACTOR_MEAN:
-            raise UserError("fedalt.row_aggregator: clustered rows are factor means")
-        if settings.row_from == "all" and settings.row_update == "average_rows":
+            raise UserError("fedalt.mixing: fixed weights are for one RoW LoRA; clusters need the mixer")
+        if settings.clusters > 1 and aggregator != FACTOR_MEAN:
+            raise UserError("fedalt.rest_of_world_aggregator: the RoW LoRAs of clusters are factor means")
+        if own_in_it and averaged:
             raise UserError(
-                "fedalt.row_update: averaged rows are those of the others; row_from=all has one row for all"
+                "fedalt.rest_of_world_update: average is over the others, and rest_of_world_from=all has one RoW LoRA "
+                "for everybody"
             )
 
     @property
@@ -117,9 +118,9 @@ class FedALTVariants(FedALT):
             r //= 2
             widest = max(self.client_ranks or (r,))
         row = r
-        if self.settings.row_aggregator == "svd":
-            row = self.settings.row_rank or r
-        if self.settings.row_aggregator == "stack":
+        if self.settings.rest_of_world_aggregator == "svd":
+            row = self.settings.rest_of_world_rank or r
+        if self.settings.rest_of_world_aggregator == "stack":
             ranks = [self.rank_of(client) or r for client in range(self.clients)]
             row = sum(ranks) - min(ranks)
         return {INDIVIDUAL: widest, **dict.fromkeys(self.rows, row)}
@@ -132,12 +133,12 @@ class FedALTVariants(FedALT):
     @property
     def frozen(self) -> tuple[str, ...]:
         """A RoW LoRA that trains starts like any LoRA, or it would stay at zero."""
-        return self.rows if self.settings.row_update == "frozen" else ()
+        return self.rows if self.settings.rest_of_world_update == "frozen" else ()
 
     def phases(self, round_: int) -> tuple[Phase, ...]:
         """The RoW LoRA trains, too, in the ablation RoW-Update."""
         (phase,) = super().phases(round_)
-        rows = NONE if self.settings.row_update == "frozen" else BOTH
+        rows = NONE if self.settings.rest_of_world_update == "frozen" else BOTH
         return (Phase(phase.slots, {**phase.train, **dict.fromkeys(self.rows, rows)}, phase.mixing),)
 
     def shares(self, key: Key) -> bool:
@@ -161,7 +162,7 @@ class FedALTVariants(FedALT):
 
     def _for_row(self, tensors: Tensors) -> Tensors:
         """What the next RoW LoRA is the mean of: individual LoRAs, or RoW LoRAs as they were trained."""
-        source = ROW if self.settings.row_update == "average_rows" else INDIVIDUAL
+        source = REST_OF_WORLD if self.settings.rest_of_world_update == "average" else INDIVIDUAL
         return {key: value for key, value in tensors.items() if key.slot == source}
 
     def client_messages(self, gathered: Gathered) -> Callable[[int, int], Message]:
@@ -169,7 +170,9 @@ class FedALTVariants(FedALT):
         if self.settings.clusters > 1:
             rows = cluster_rows(gathered, self.rows)
         else:
-            rows = AGGREGATORS.get(self.settings.row_aggregator)(gathered, self.ranks[ROW], self.settings)
+            rows = AGGREGATORS.get(self.settings.rest_of_world_aggregator)(
+                gathered, self.ranks[REST_OF_WORLD], self.settings
+            )
         return lambda client, last: Message(rows(client))
 
 
@@ -178,18 +181,18 @@ def _variant(name: str, title: str, **settings: Any) -> None:
     METHODS.add(name, Variant("fedalt", title, dotted), __name__)
 
 
-_variant("fedalt_row_update_half", "RoW-Update, half rank", halved=True, row_update="discard")
-_variant("fedalt_row_update", "RoW-Update", row_update="discard")
-_variant("fedalt_global_average", "Global-avg", row_from="all")
+_variant("fedalt_row_update_half", "RoW-Update, half rank", halved=True, rest_of_world_update="discard")
+_variant("fedalt_row_update", "RoW-Update", rest_of_world_update="discard")
+_variant("fedalt_global_average", "Global-avg", rest_of_world_from="all")
 _variant("fedalt_fixed_half", "fixed 1/2", mixing="half")
 _variant("fedalt_fixed_one_over_k", "fixed 1/K", mixing="one_over_k")
 _variant("fedalt_averaged_mixer", "averaged mixer", mixer_average=True)
-_variant("fedalt_stack", "FedALT, exact rows", row_aggregator="stack")
-_variant("fedalt_svd", "FedALT, SVD rows", row_aggregator="svd")
-_variant("fedalt_fair", "FedALT, fitted rows", row_aggregator="fair")
-_variant("fedalt_median", "FedALT, median rows", row_aggregator="median")
-_variant("fedalt_trimmed_mean", "FedALT, trimmed rows", row_aggregator="trimmed_mean")
-_variant("fedalt_krum", "FedALT, Krum rows", row_aggregator="krum")
+_variant("fedalt_stack", "FedALT, exact rows", rest_of_world_aggregator="stack")
+_variant("fedalt_svd", "FedALT, SVD rows", rest_of_world_aggregator="svd")
+_variant("fedalt_fair", "FedALT, fitted rows", rest_of_world_aggregator="fair")
+_variant("fedalt_median", "FedALT, median rows", rest_of_world_aggregator="median")
+_variant("fedalt_trimmed_mean", "FedALT, trimmed rows", rest_of_world_aggregator="trimmed_mean")
+_variant("fedalt_krum", "FedALT, Krum rows", rest_of_world_aggregator="krum")
 _variant("fedalt_full_start", "FedALT, full start", full_start=True)
 _variant("fedalt_clusters", "FedALT, 2 clusters", clusters=2)
 

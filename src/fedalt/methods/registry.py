@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedalt.config import RunConfig, with_settings
+from fedalt.config import RunConfig, used_entries, with_settings
+from fedalt.errors import UserError
 from fedalt.methods.base import Method
-from fedalt.registry import METHODS
+from fedalt.registry import METHODS, SESSION
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,13 @@ class Variant:
         method: Name of the method.
         title: Name in tables.
         settings: Dotted key → value.
+        given: What tells it from the method itself, in words; for those that have no name of their own.
     """
 
     method: str
     title: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    given: str = ""
 
 
 def get_method(name: str) -> type[Method]:
@@ -35,6 +38,50 @@ def get_method(name: str) -> type[Method]:
     found = METHODS.get(name)
     method: type[Method] = METHODS.get(found.method) if isinstance(found, Variant) else found
     return method
+
+
+def as_variant(method: str | type[Method] | Method) -> Variant:
+    """A method as it may be given from Python, as the settings that name it.
+
+    Args:
+        method: A name, ``FILE.py:Name`` or ``module:Name``, a class, or a method with settings of its own.
+
+    Raises:
+        UserError: It is none of these, or a class without a name.
+    """
+    if isinstance(method, str):
+        return Variant(method, "")
+    kind = method if isinstance(method, type) else type(method)
+    if not issubclass(kind, Method):
+        raise UserError(f"{kind.__name__} is not a method: derive it from fedalt.Method, or give a name")
+    entry = next((entry for entry in METHODS.entries() if entry.value is kind), None)
+    if entry is None:
+        raise UserError(f'{kind.__name__} has no name: write @fedalt.method("name") above it')
+    origin, _, place = entry.origin.partition(" ")
+    name = f"{place}:{entry.name}" if origin in ("file", "package") else entry.name
+    if isinstance(method, type):
+        return Variant(name, "")
+    own = {f"{section_of(kind)}.{key}": value for key, value in method.settings.model_dump().items()}
+    given = ",".join(f"{key}={value}" for key, value in method.settings.model_dump(exclude_unset=True).items())
+    return Variant(name, "", own, given)
+
+
+def refuse_session(config: RunConfig, flag: str) -> None:
+    """Refuse what other processes cannot see.
+
+    Args:
+        config: The settings.
+        flag: What asks for other processes.
+
+    Raises:
+        UserError: The method, or something else with a name, was defined at a prompt or in a notebook.
+    """
+    for kind, entry in used_entries(config):
+        if entry.origin == SESSION:
+            raise UserError(
+                f"{flag}: the {kind} {entry.name} was defined in this session, which other processes cannot see; put "
+                "it into a file and give FILE.py:Name"
+            )
 
 
 def title_of(name: str) -> str:

@@ -23,24 +23,25 @@ from torch import Tensor
 from fedalt.methods.exchange import Gathered
 from fedalt.methods.mean import mean_of
 from fedalt.methods.products import Factors, fit_b, stacked, truncated
-from fedalt.names import INDIVIDUAL, ROW, A, B, Key
+from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Key
 from fedalt.registry import AGGREGATORS, registered_name
 from fedalt.section import Section
 
 Rows = Callable[[int], dict[Key, Tensor]]
-Builder = Callable[[Gathered, int, "RowSettings"], Rows]
+Builder = Callable[[Gathered, int, "RestOfWorldSettings"], Rows]
 FACTOR_MEAN = "factor_mean"
 
 
-class RowSettings(Section):
+class RestOfWorldSettings(Section):
     """How the RoW LoRA is made of the others' uploads."""
 
-    row_aggregator: registered_name(AGGREGATORS) = Field(  # type: ignore[valid-type]
+    rest_of_world_aggregator: registered_name(AGGREGATORS) = Field(  # type: ignore[valid-type]
         FACTOR_MEAN,
-        description="the row of a client from the others' uploads: means of A and of B (paper), the exact mean of "
-        "products, its best approximation of rank row_rank, factor_mean with B fitted to it, or a robust rule",
+        description="how the RoW LoRA is made of the others' uploads: means of A and of B (paper), the exact mean of "
+        "products, its best approximation of rank rest_of_world_rank, factor_mean with B fitted to it, a robust rule, "
+        "or FILE.py:name",
     )
-    row_rank: int | None = Field(None, ge=1, description="rank of svd rows; lora.r when not given")
+    rest_of_world_rank: int | None = Field(None, ge=1, description="rank of an svd RoW LoRA; lora.r when not given")
     ridge: float = Field(0.01, ge=0, description="fair: weight of the size of the correction")
     trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed_mean: share of values dropped at each end")
     byzantine: int = Field(1, ge=0, description="krum: clients that may be faulty")
@@ -59,23 +60,23 @@ def _robust(name: str) -> Callable[[Builder], Builder]:
 def _row(factors: Mapping[str, Factors]) -> dict[Key, Tensor]:
     row = {}
     for module, (a, b) in factors.items():
-        row[Key(module, ROW, A)], row[Key(module, ROW, B)] = a.float(), b.float()
+        row[Key(module, REST_OF_WORLD, A)], row[Key(module, REST_OF_WORLD, B)] = a.float(), b.float()
     return row
 
 
 @AGGREGATORS.register(FACTOR_MEAN)
-def factor_mean(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
+def factor_mean(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
     """The means of A and of B; what runs do in another way, with one sum for all clients."""
 
     def row(client: int) -> dict[Key, Tensor]:
         mean = mean_of(gathered.uploads, gathered.shares(client))
-        return {key._replace(slot=ROW): value for key, value in mean.items()}
+        return {key._replace(slot=REST_OF_WORLD): value for key, value in mean.items()}
 
     return row
 
 
 @AGGREGATORS.register("stack")
-def stack(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
+def stack(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
     """The exact mean of products, of as many times the rank as there are others."""
     layers = gathered.factors(INDIVIDUAL)
 
@@ -87,7 +88,7 @@ def stack(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
 
 
 @AGGREGATORS.register("svd")
-def svd(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
+def svd(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
     """The exact mean's best approximation of the row's rank."""
     layers = gathered.factors(INDIVIDUAL)
     bases = {module: truncated(mine) for module, mine in layers.items()}
@@ -100,7 +101,7 @@ def svd(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
 
 
 @AGGREGATORS.register("fair")
-def fair(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
+def fair(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
     """The factor mean with B fitted to the mean of products, as LoRA-FAIR does by least squares."""
     layers = gathered.factors(INDIVIDUAL)
 
@@ -113,13 +114,14 @@ def fair(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
 
 
 def _by_coordinate(rule: Callable[[Tensor], Tensor]) -> Builder:
-    def build(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
+    def build(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
         uploads = {client: gathered.uploads[client] for client in gathered.weights}
 
         def row(client: int) -> dict[Key, Tensor]:
             others = [tensors for c, tensors in uploads.items() if c != client]
             return {
-                key._replace(slot=ROW): rule(torch.stack([tensors[key] for tensors in others])) for key in others[0]
+                key._replace(slot=REST_OF_WORLD): rule(torch.stack([tensors[key] for tensors in others]))
+                for key in others[0]
             }
 
         return row
@@ -128,7 +130,7 @@ def _by_coordinate(rule: Callable[[Tensor], Tensor]) -> Builder:
 
 
 @_robust("median")
-def median(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
+def median(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
     """The middle value, or the mean of the two in the middle."""
 
     def rule(values: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ def median(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
 
 
 @_robust("trimmed_mean")
-def trimmed_mean(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
+def trimmed_mean(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
     """The mean without ⌊trim·n⌋ values at each end."""
 
     def rule(values: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ def trimmed_mean(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
 
 
 @_robust("krum")
-def krum(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
+def krum(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
     """The upload with the least sum of squared distances to its n − f − 2 (at least one) nearest among the n others."""
     clients = list(gathered.weights)
     keys = list(gathered.uploads[clients[0]])
@@ -162,6 +164,6 @@ def krum(gathered: Gathered, rank: int, settings: RowSettings) -> Rows:
         near = max(1, len(others) - settings.byzantine - 2)
         scores = [distances[i, [j for j in others if j != i]].sort().values[:near].sum() for i in others]
         chosen = clients[others[int(torch.stack(scores).argmin())]]
-        return {key._replace(slot=ROW): value for key, value in gathered.uploads[chosen].items()}
+        return {key._replace(slot=REST_OF_WORLD): value for key, value in gathered.uploads[chosen].items()}
 
     return row

@@ -16,7 +16,7 @@ from fedalt.config import FederationConfig, RunConfig
 from fedalt.federation.server import Server
 from fedalt.methods.registry import build
 from fedalt.model.state import ClientState
-from fedalt.names import ROW, Key, Tensors
+from fedalt.names import REST_OF_WORLD, Key, Tensors
 
 
 def prepare(spec: Spec) -> Job:
@@ -44,7 +44,9 @@ def prepare(spec: Spec) -> Job:
             sent = read(client)
             installed = method.receive(ClientState(client, 1, sent, sent), messages[client])
             if client < SERVED:
-                norms.append(norm({key: value for key, value in installed.tensors.items() if key.slot == ROW}))
+                norms.append(
+                    norm({key: value for key, value in installed.tensors.items() if key.slot == REST_OF_WORLD})
+                )
         return norms
 
     def play() -> Outcome:
