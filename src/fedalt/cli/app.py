@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from fedalt.cli import complete, show
 from fedalt.cli.bench import bench
-from fedalt.cli.command import INSIGHT_ROWS, Command
+from fedalt.cli.command import INSIGHT_ROWS, OLD, Command
 from fedalt.cli.compare import compare
 from fedalt.cli.deploy import certs, server, site, status
 from fedalt.cli.env import env
@@ -228,9 +228,12 @@ GROUPS: dict[str, dict[Callable[..., None], str]] = {
 }
 """Help panel → command → an example of it."""
 
+_OTHERS = f"Other spellings, in every command: {', '.join(f'{old} for {new}' for old, new in OLD.items())}."
+
 for panel, commands in GROUPS.items():
     for command, example in commands.items():
-        app.command(cls=Command, rich_help_panel=panel, epilog=f"Example: {escape(example)}")(command)
+        epilog = f"Example: {escape(example)}" + (f"\n\n{_OTHERS}" if command is run else "")
+        app.command(cls=Command, rich_help_panel=panel, epilog=epilog)(command)
 app.add_typer(prepare_group, name="prepare", rich_help_panel="Data")
 
 
