@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,35 +15,45 @@ from transformers import (
     BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
 
-from fedalt.config import FederationConfig, LoraConfig, RunConfig, TrainingConfig, with_settings
-from fedalt.data.batches import Plan, plan_round
+from fedalt.config import FederationConfig, RunConfig, TrainingConfig, with_settings
+from fedalt.data.batches import Plan
 from fedalt.data.encode import Example
-from fedalt.data.rows import Row
 from fedalt.federation.client import ClientResult, RoundSettings
 from fedalt.federation.cohort import cohort_size
 from fedalt.federation.executor import run_clients
 from fedalt.federation.server import Server
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Message
-from fedalt.methods.registry import configured, get_method
+from fedalt.methods.registry import build, configured, method_names, variant_names
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.mixing import SOFTMAX, SUM
-from fedalt.model.state import AdapterShape, ClientState, initial_state
-from fedalt.names import Tensors
-
-VOCAB, HIDDEN, LAYERS = 64, 32, 2
-PAD = 0
-RANK = 4
-SCALE = 2.0
-WIDE = 0.2
-"""Standard deviation of random base weights: ten times the usual, so that gradients are far from zero."""
+from fedalt.model.state import AdapterShape, ClientState
+from fedalt.testing import (  # noqa: F401 - tests take them from here
+    HIDDEN,
+    LAYERS,
+    LORA,
+    PAD,
+    RANK,
+    SCALE,
+    VOCAB,
+    WIDE,
+    TinyFederation,
+    bitwise,
+    distance,
+    example,
+    examples,
+    plans_of,
+    round_settings,
+    shape_of,
+    start_states,
+    training,
+)
+from fedalt.testing import tiny_model as llama
 
 quick = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -57,11 +66,6 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
 }
 SPECIAL = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(num_key_value_heads=2, initializer_range=WIDE, **SMALL, **SPECIAL)
-    return _seeded(LlamaForCausalLM, config)
 
 
 def bloom() -> BloomForCausalLM:
@@ -122,27 +126,14 @@ def _seeded(model_class: Any, config: Any) -> Any:
     return model_class(config).float().eval()
 
 
-def example(prompt: int, answer: int, seed: int) -> Example:
-    """A row of random tokens, none of them special."""
-    draw = random.Random(seed)
-    ids = tuple(draw.randrange(3, VOCAB) for _ in range(prompt + answer))
-    return Example(ids[:prompt], ids[prompt:], Row("", ""))
-
-
-def examples(count: int, seed: int, longest: int = 9) -> tuple[Example, ...]:
-    """Rows of many lengths."""
-    draw = random.Random(seed)
-    return tuple(example(draw.randint(3, longest), draw.randint(1, 4), 1000 * seed + i) for i in range(count))
-
-
-LORA = LoraConfig(r=RANK, alpha=SCALE * RANK, dropout=0.0)
+METHODS, VARIANTS = method_names(), variant_names()
 
 
 def method_of(name: str, clients: int = 3, **settings: Any) -> Method:
     """A method or a variant; settings are dotted keys with ``__`` for the dot."""
     changes = {key.replace("__", "."): value for key, value in settings.items()}
     config = with_settings(RunConfig(lora=LORA), changes)
-    return get_method(name)(clients, configured(config, name))
+    return build(configured(config, name), clients)
 
 
 def random_states(shape: AdapterShape, clients: Sequence[int] = (0, 1, 2), spread: float = 0.2) -> list[ClientState]:
@@ -155,30 +146,8 @@ def random_states(shape: AdapterShape, clients: Sequence[int] = (0, 1, 2), sprea
     return states
 
 
-def start_states(
-    method: Method, shape: AdapterShape, clients: Sequence[int], init: Any = "shared"
-) -> list[ClientState]:
-    return [
-        initial_state(shape, client, 7, init, "kaiming", method.frozen, method.rank_of(client)) for client in clients
-    ]
-
-
 def placement(shape: AdapterShape, dropout: float = 0.0, scale: float = SCALE) -> Placement:
     return Placement(shape.slots, SOFTMAX if shape.mixed else SUM, scale, dropout)
-
-
-def training(**changes: Any) -> TrainingConfig:
-    return TrainingConfig(**({"lr": 5e-3, "batch_size": 4, "local_epochs": 2} | changes))
-
-
-def round_settings(method: Method, shape: AdapterShape, config: TrainingConfig, dropout: float = 0.0) -> RoundSettings:
-    return RoundSettings(method, LORA.model_copy(update={"dropout": dropout}), config)
-
-
-def plans_of(
-    rows: Mapping[int, Sequence[Example]], config: TrainingConfig, round_: int = 1, seed: int = 5, phase: int = 0
-) -> list[Plan]:
-    return [plan_round(mine, client, config, seed, round_, phase) for client, mine in rows.items()]
 
 
 def run_all(
@@ -219,35 +188,9 @@ def run_rounds(
 
     Clients start from ``states``, or as in a run; ``chosen`` are those of each round, or all take part in all.
     """
-    shape = method.shape(RANK, model.layer_sizes)
-    now = {state.client: state for state in states or start_states(method, shape, list(rows))}
-    shared = {key: size for key, size in shape.shapes().items() if method.shares(key)}
-    server = Server(method, federation or FederationConfig(), {c: len(mine) for c, mine in rows.items()}, shared)
-    settings, history = round_settings(method, shape, config, dropout), []
-    uploads: dict[int, Tensors] = {}
-    for round_ in range(1, rounds + 1):
-        here = {client: rows[client] for client in (chosen[round_ - 1] if chosen else rows)}
-        messages = server.messages(tuple(here))
-        told = [messages.get(client) for client in here]
-        phases = [plans_of(here, config, round_, phase=phase) for phase, _ in enumerate(method.phases(round_))]
-        plans = list(zip(*phases, strict=True)) or [()] * len(here)
-        results = run_all(model, [now[client] for client in here], told, plans, settings, round_, **executor)
-        arrived = {r.state.client: r.upload for r in results if r.upload}
-        uploads |= arrived
-        server.receive(arrived, uploads.__getitem__, round_)
-        now |= {result.state.client: result.state for result in results}
-        history.append(results)
-    return history, server
-
-
-def bitwise(one: Tensors, other: Tensors) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
-
-
-def distance(one: Tensors, other: Tensors) -> float:
-    """Largest absolute difference; both sides must hold the same keys."""
-    assert one.keys() == other.keys()
-    return max(float((value - other[key]).abs().max()) for key, value in one.items())
+    tiny = TinyFederation(model, method, rows, config, federation, dropout, states, **executor)
+    history = [tiny.round(n, chosen[n - 1] if chosen else None) for n in range(1, rounds + 1)]
+    return history, tiny.server
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

@@ -14,8 +14,8 @@ from fedalt.config import RunConfig, load_config, parse_config, parse_override
 from fedalt.errors import UserError
 from fedalt.experiment.compare import plan
 from fedalt.experiment.sweep import parse_axis, points
-from fedalt.methods.registry import METHODS
 from micro import labelled_table, refused
+from support import METHODS
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -202,7 +202,6 @@ WRONG: list[tuple[str, Any]] = [
     ("lora.alpha", INFINITY),
     ("lora.dropout", 1),
     ("lora.dropout", -0.1),
-    ("lora.targets", "q_proj"),
     ("lora.init", "random"),
     ("training.lr", -3e-4),
     ("training.lr", 0),
@@ -249,7 +248,7 @@ WRONG: list[tuple[str, Any]] = [
 def test_a_value_that_is_not_allowed_is_named_with_its_key(key: str, value: Any) -> None:
     line = complaint(nested(key, value))
     assert len(line.splitlines()) == 1
-    assert line.startswith(f'x.yaml: "{key}')
+    assert line.startswith(f"x.yaml: {key}")
 
 
 @pytest.mark.parametrize("devices", ["cuda:0, cpu", ["cuda:0", "cpu"]])
@@ -259,13 +258,13 @@ def test_devices_may_stand_in_one_word(devices: Any) -> None:
 
 def test_final_scores_are_those_after_aggregation() -> None:
     line = complaint({"evaluation": {"points": ["before"]}})
-    assert line.startswith('x.yaml: "evaluation"')
-    assert line.endswith('points must contain "after": the final scores are those after aggregation')
+    assert line.startswith("x.yaml: evaluation.points = ")
+    assert line.endswith('must contain "after": the final scores are those after aggregation')
 
 
 @pytest.mark.parametrize("key", ["lora.r", "federation.rounds", "data.clients", "seed"])
 def test_yes_is_not_a_number(key: str) -> None:
-    assert f'"{key}"' in complaint(nested(key, True))
+    assert f"x.yaml: {key} = true: " in complaint(nested(key, True))
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 1])
@@ -347,9 +346,9 @@ def test_an_override_through_a_value_is_refused() -> None:
         load_config(None, [("seed", 1), ("seed.x", 2)])
 
 
-def test_bad_settings_on_the_command_line_name_their_key() -> None:
-    assert '"training.lr" = -1.0' in refused("run", "--lr", "-1")
-    assert '"lora.r" = 0' in refused("run", "--rank", "0")
+def test_bad_settings_on_the_command_line_name_what_was_typed() -> None:
+    assert refused("run", "--lr", "-1") == "--lr -1: must be greater than 0"
+    assert refused("run", "--rank", "0") == "--rank 0: must be at least 1"
     assert 'unknown key "lora.rank"' in refused("run", "--set", "lora.rank=4")
     assert "--set lora.r: write key.path=value" in refused("run", "--set", "lora.r")
 

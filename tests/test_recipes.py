@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from fedalt.config import load_config
-from fedalt.methods.registry import ABLATIONS
+from fedalt.methods.fedalt_variants import ABLATIONS
 from micro import call, labelled_table, shared_classifier, shared_data, shared_model
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes" / "federated_lora").glob("*sst2*.yaml"))
-PAPER = sorted((ROOT / "recipes" / "paper").glob("*.yaml"))
+SHIPPED = ROOT / "src" / "fedalt" / "recipes"
+RECIPES = sorted((SHIPPED / "federated_lora").glob("*sst2*.yaml"))
+PAPER = sorted((SHIPPED / "paper").glob("*.yaml"))
 FAMILIES = {"bigscience/bloom-560m": "bloom", "meta-llama/Llama-2-7b-hf": "llama"}
 SMALLER = {"16,64,256": "2,4", "0,1,2,3,4": "0", "0,1,2": "0", "local_epochs=5,10": "local_epochs=1,2"}
 QUICK = ("training.local_epochs=1", "data.train_limit=2", "data.test_limit=1", "evaluation.max_new_tokens=2")
@@ -33,6 +34,13 @@ def command(path: Path) -> list[str]:
 def test_recipes_are_found() -> None:
     names = {path.stem for path in RECIPES}
     assert names == {"bloom_sst2_base", "bloom_sst2_fed", "llama2_sst2_fed", "sst2_minilm", "sst2_rank"}
+
+
+def test_a_clone_shows_the_recipes_of_the_package() -> None:
+    def texts(folder: Path) -> dict[Path, str]:
+        return {path.relative_to(folder): path.read_text(encoding="utf-8") for path in folder.rglob("*.yaml")}
+
+    assert texts(ROOT / "recipes") == texts(SHIPPED)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -2,38 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from fedalt.compat import settings_today, today
 from fedalt.data.options import DataConfig
-from fedalt.errors import UserError
+from fedalt.errors import UserError, shortened
 from fedalt.flower.options import FlowerConfig
 from fedalt.hints import explain
-from fedalt.methods.options import (
-    FDLoRAConfig,
-    FedALTConfig,
-    FedDPAConfig,
-    FedITSplitConfig,
-    HetLoRAConfig,
-    LoRAFairConfig,
-    PF2LoRAConfig,
-)
+from fedalt.registry import METHODS, Registry, held_plugins, import_plugin, sections, split_reference
 from fedalt.section import Section
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
 Metric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "option_accuracy", "accuracy", "macro_f1"]
 
 
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+NAMED: Mapping[str, Registry[Any]] = {"method": METHODS}
+"""Settings whose value is a registered name; each may be ``FILE.py:Name`` or ``module:Name`` instead."""
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_device)]
 
 
 def _names(value: Any) -> Any:
     """A command line has ``cuda:0,cuda:1``."""
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+"""A list, or one text with commas."""
 
 
 class ModelConfig(Section):
@@ -59,7 +77,7 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
-    """Adapters on the frozen base; the same rank for the individual and the row LoRA."""
+    """Adapters on the frozen base; the same rank for the individual and the RoW LoRA."""
 
     r: int = Field(8, ge=1, description="rank (paper: 8; 4, 6 and 8 studied)")
     ranks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
@@ -67,7 +85,12 @@ class LoraConfig(Section):
     )
     alpha: float = Field(32, gt=0, description="LoRA numerator; scale is alpha/r on both LoRAs (paper code: 32)")
     dropout: float = Field(0.05, ge=0, lt=1, description="one mask shared by both LoRAs (paper code: .05)")
-    targets: tuple[str, ...] | None = Field(None, description="module names; by architecture when not given")
+    targets: Names | None = Field(
+        None,
+        min_length=1,
+        description="linear layers with adapters, for example q_proj,v_proj, or all-linear; by architecture when not "
+        "given",
+    )
     init: Literal["shared", "code_like", "per_client"] = Field(
         "shared", description="who starts from the same A and mixer: all, all but client 0 (paper code), nobody"
     )
@@ -97,11 +120,11 @@ class FederationConfig(Section):
     weighting: Literal["method", "uniform", "samples"] = Field(
         "method", description="weights of the mean: the method's own rule, 1, or rows per client"
     )
-    row_participation: Literal["last_known", "participants", "staleness_decay"] = Field(
+    rest_of_world_participation: Literal["last_known", "participants", "staleness_decay"] = Field(
         "last_known", description="whose uploads form the row when not every client takes part"
     )
     staleness_decay: float = Field(0.9, gt=0, le=1, description="weight factor per round of age (staleness_decay)")
-    row_delivery: Literal["broadcast", "unicast"] = Field(
+    rest_of_world_delivery: Literal["broadcast", "unicast"] = Field(
         "broadcast", description="one mean for all with subtraction at the client, or each client's own row"
     )
     heads: Literal["private", "shared"] = Field(
@@ -142,11 +165,12 @@ class EvaluationConfig(Section):
         "by task when not given",
     )
 
-    @model_validator(mode="after")
-    def _final_point(self) -> EvaluationConfig:
-        if "after" not in self.points:
-            raise ValueError('points must contain "after": the final scores are those after aggregation')
-        return self
+    @field_validator("points")
+    @classmethod
+    def _final_point(cls, points: tuple[str, ...]) -> tuple[str, ...]:
+        if "after" not in points:
+            raise ValueError('must contain "after": the final scores are those after aggregation')
+        return points
 
 
 class ReportConfig(Section):
@@ -162,10 +186,16 @@ class ReportConfig(Section):
     )
 
 
+S = TypeVar("S", bound=Section)
+
+
 class RunConfig(Section):
     """Everything that determines a run."""
 
-    method: str = Field("fedalt", description="name in the method registry")
+    method: str = Field("fedalt", description="name of a method, or FILE.py:Name, or module:Name")
+    plugins: tuple[str, ...] = Field(
+        (), description="Python files and modules that register methods, metrics and other things of your own"
+    )
     seed: int = Field(42, ge=0, description="seed of everything random (paper code: 42)")
     out: str | None = Field(None, description="run folder; runs/<method>-<source>-seed<seed> when not given")
     model: ModelConfig = ModelConfig()
@@ -175,14 +205,37 @@ class RunConfig(Section):
     federation: FederationConfig = FederationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
-    fedalt: FedALTConfig = FedALTConfig()
-    fedit_split: FedITSplitConfig = FedITSplitConfig()
-    feddpa: FedDPAConfig = FedDPAConfig()
-    pf2lora: PF2LoRAConfig = PF2LoRAConfig()
-    fdlora: FDLoRAConfig = FDLoRAConfig()
-    hetlora: HetLoRAConfig = HetLoRAConfig()
-    lora_fair: LoRAFairConfig = LoRAFairConfig()
     flower: FlowerConfig = FlowerConfig()
+    sections: dict[str, SerializeAsAny[Section]] = Field(
+        {}, description="settings of single methods and of other registered things; in YAML at the top, by their names"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_sections(cls, value: Any) -> Any:
+        """Sections that have been validated by their own class stand at the top, as in YAML."""
+        if not isinstance(value, dict):
+            return value
+        own = {name: part for name, part in value.items() if name not in cls.model_fields and isinstance(part, Section)}
+        rest = {name: part for name, part in value.items() if name not in own}
+        return {**rest, "sections": {**rest.get("sections", {}), **own}}
+
+    @model_serializer(mode="wrap")
+    def _spread_sections(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        values = handler(self)
+        own = values.pop("sections", {})
+        plugins = {"plugins": values.pop("plugins")} if values.get("plugins") else {}
+        values.pop("plugins", None)
+        return {**values, **plugins, **own}
+
+    def portable(self) -> dict[str, Any]:
+        """The settings as JSON for another machine, which has its own files of code."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key != "plugins"}
+
+    def section(self, name: str, kind: type[S]) -> S:
+        """The settings of a registered thing: those given, or its defaults."""
+        found = self.sections.get(name)
+        return found if isinstance(found, kind) else kind()
 
     @model_validator(mode="after")
     def _metric_of_task(self) -> RunConfig:
@@ -210,31 +263,125 @@ class RunConfig(Section):
         return Path(self.out or f"runs/{self.method}-{Path(self.data.source).name}-seed{self.seed}")
 
 
-def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
+def load_config(
+    path: Path | None, overrides: Sequence[tuple[str, Any]] = (), typed: Mapping[str, str] | None = None
+) -> RunConfig:
     """Read a YAML file, apply ``(dotted key, value)`` overrides on top, and validate.
+
+    Args:
+        path: The file; the defaults when not given.
+        overrides: Later ones win.
+        typed: Dotted key → what was typed to set it, for errors.
 
     Raises:
         UserError: The file is missing or no YAML mapping, a key is unknown, or a value is not allowed.
     """
-    values = _read_yaml(path) if path else {}
+    values = settings_today(_read_yaml(path)) if path else {}
     for key, value in overrides:
-        _assign(values, key, value)
-    return parse_config(values, str(path) if path else "settings")
+        _assign(values, *today(key, value))
+    return parse_config(values, str(path) if path else "settings", typed)
 
 
-def parse_config(values: dict[str, Any], where: str) -> RunConfig:
-    """Validate a nested mapping; every problem becomes one line naming its key."""
+def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str] | None = None) -> RunConfig:
+    """Validate a nested mapping; every problem becomes one line naming its key.
+
+    Plugins are imported, and ``FILE.py:Name`` becomes a registered name, before anything else is looked at.
+
+    Raises:
+        UserError: An unknown key, a value that is not allowed, a plugin that cannot be imported.
+    """
+    values = _with_plugins(settings_today(values))
+    known = sections() if values.keys() - RunConfig.model_fields.keys() else {}
+    problems, own = list[Any](), dict[str, Section]()
+    for name in (name for name in values if name in known):
+        try:
+            own[name] = known[name].model_validate({} if values[name] is None else values[name])
+        except ValidationError as error:
+            problems += [{**one, "loc": (name, *one["loc"])} for one in error.errors()]
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate({key: value for key, value in values.items() if key not in known} | own)
     except ValidationError as error:
-        raise UserError("\n".join(f"{where}: {explain(e, RunConfig)}" for e in error.errors())) from None
+        problems += error.errors()
+    if problems:
+        lines = (explain(problem, RunConfig, where, typed) for problem in problems)
+        raise UserError("\n".join(dict.fromkeys(lines)))
+    return config
+
+
+def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Validate settings that another machine has sent: they name things, and never bring or point at code.
+
+    What they name must be in this package, or in a file that this machine's administrator holds (``hold_plugins``).
+
+    Raises:
+        UserError: See ``parse_config``; or they point at code, or name a method that is not here.
+    """
+    if values.get("plugins"):
+        raise UserError(f"{where}: refused: plugins point at code")
+    for key in NAMED:
+        value = _at(values, key)
+        if isinstance(value, str) and split_reference(value):
+            raise UserError(f"{where}: refused: {key} points at code")
+    held = held_plugins()
+    method = values.get("method", "fedalt")
+    if method not in METHODS:
+        raise UserError(f'{where}: refused: method "{method}" is not held here; --plugin FILE.py names its file')
+    return parse_config({**values, "plugins": held} if held else values, where)
+
+
+def _at(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with names in place of references; ``plugins`` has every file and module that is needed."""
+    named: dict[str, Any] = copy.deepcopy(dict(values))
+    given, plugins = named.get("plugins"), list[str]()
+    given = [given] if isinstance(given, str) else given
+    if given is not None and not _are_texts(given):
+        return named  # the field's own validation says so
+    for place in given or ():
+        plugins.append(_absolute(place))
+        import_plugin(plugins[-1])
+    for key, registry in NAMED.items():
+        *parents, last = key.split(".")
+        section: Any = named
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        text = section.get(last) if isinstance(section, dict) else None
+        reference = split_reference(text) if isinstance(text, str) else None
+        if reference:
+            plugins.append(_absolute(reference[0]))
+            section[last] = registry.name_in(plugins[-1], reference[1])
+    return {**named, **({"plugins": tuple(dict.fromkeys(plugins))} if plugins else {})}
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+
+
+def _absolute(place: str) -> str:
+    return str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
+
+
+def used_code(config: RunConfig) -> dict[str, str]:
+    """Kind and name of every outside thing that the settings name → digest of its source."""
+    values, found = config.model_dump(), {}
+    for key, registry in NAMED.items():
+        value = _at(values, key)
+        entry = registry.entry(value) if isinstance(value, str) else None
+        if entry and entry.digest:
+            found[f"{registry.kind} {entry.name}"] = entry.digest
+    return found
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "settings") -> RunConfig:
     """The same configuration with some dotted keys set, validated; errors start with ``where``."""
     values = config.model_dump()
     for key, value in settings.items():
-        _assign(values, key, value)
+        _assign(values, *today(key, value))
     return parse_config(values, where)
 
 
@@ -242,11 +389,11 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Turn ``key.path=value`` into a key and a YAML value."""
     key, sign, value = text.partition("=")
     if not sign or not key:
-        raise UserError(f"--set {text}: write key.path=value, for example --set lora.r=4")
+        raise UserError(f"--set {shortened(text)}: write key.path=value, for example --set lora.r=4")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {text}: the value is not valid YAML") from None
+    except (yaml.YAMLError, ValueError):  # the latter from dates and numbers that cannot be
+        raise UserError(f"--set {shortened(text)}: the value is not valid YAML") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -254,7 +401,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such configuration file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter from bytes, dates and numbers that cannot be
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML") from None
     if values is None:

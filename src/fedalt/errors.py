@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 
-class UserError(Exception):
-    """What was wrong, where, and what is allowed; printed as one line, without a traceback."""
+class UserError(ValueError):
+    """What was wrong, where, and what is allowed; the command line prints it as one line, without a traceback."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -20,3 +20,15 @@ def listed(values: Sequence[object], most: int = 20) -> str:
     """The values in one line, or the first ones and how many there are."""
     text = ", ".join(map(str, values[:most]))
     return text if len(values) <= most else f"{text}, … ({len(values)} in all)"
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """The text in one line, without its middle where it is longer than ``most`` characters."""
+    line = " ".join(text[: 2 * most].split()) + (text[2 * most :] and "…")
+    return line if len(line) <= most else f"{line[: most - 20]}… ({len(text):,} characters)"
+
+
+def alternatives(words: Sequence[object]) -> str:
+    """``a, b or c``."""
+    *first, last = map(str, words)
+    return f"{', '.join(first)} or {last}" if first else last

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from fedalt.errors import did_you_mean
+from fedalt.errors import alternatives, did_you_mean, shortened
+from fedalt.registry import Registry, sections
 
 ALIASES = {
     "lora.r": {"rank", "lora_r"},
@@ -30,37 +34,124 @@ ALIASES = {
 """What Hugging Face, PEFT, Flower and federated LoRA scripts call a key."""
 
 
-def explain(error: Any, root: type[BaseModel]) -> str:
-    """One of pydantic's errors as a line.
+_KINDS = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "finite": "must be a finite number",
+    "bool": "must be true or false",
+    "string": "must be text",
+    "tuple": "must be a list",
+    "list": "must be a list",
+    "dict": "must be a mapping of keys to values",
+    "missing": "is missing",
+}
+"""First word of the name of pydantic's errors → what to do about them."""
+_BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+
+
+def explain(error: Any, root: type[BaseModel], where: str, typed: Mapping[str, str] | None = None) -> str:
+    """One of pydantic's errors as a line: where, which setting, what it is and what it may be.
 
     Args:
         error: From ``ValidationError.errors()``.
         root: The configuration that was validated.
+        where: The file, or whatever the values come from.
+        typed: Dotted key → what was typed to set it, such as ``--rank 0``; named in place of file, key and value.
     """
-    *sections, last = [str(part) for part in error["loc"]] or [""]
-    key = ".".join([*sections, last])
+    if error["type"] == "invalid_key":
+        return f"{where}: {shortened(str(error['loc'][-1]))}: keys are text"
+    inside = any(isinstance(part, int) for part in error["loc"])
+    *path, last = [part for part in error["loc"] if not isinstance(part, int) and part != "[key]"] or [""]
+    key, value = ".".join([*path, last]), error["input"]
+    known = (typed or {}).get(key)
+    subject = known or f"{where}: {key}"
     if error["type"] == "extra_forbidden":
-        return f'unknown key "{key}"{_meant(last, sections, root)}'
-    message = error["msg"].removeprefix("Value error, ")
-    return f'"{key}" = {error["input"]!r}: {message}' if key else message
+        return f'{known or where}: unknown key "{shortened(key)}"{_meant(last, path, root)}'
+    problem = _problem(error, key, root)
+    if not key:
+        return f"{where}: {problem}"
+    if inside:
+        return f"{subject}: {_shown(value)} {problem}"
+    return f"{subject}: {problem}" if known or _is_section(value) else f"{subject} = {_shown(value)}: {problem}"
+
+
+def in_words(field: FieldInfo) -> str:
+    """What a setting may be: its kind, and its range or its choices."""
+    return _in_words(field.annotation, field.metadata)
+
+
+def _in_words(kind: Any, bounds: Sequence[Any] = ()) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    for registry in (bound for bound in bounds if isinstance(bound, Registry)):
+        return alternatives(registry.names())
+    if origin is Annotated:
+        return _in_words(inner[0], inner[1:])
+    if origin in (Union, UnionType):
+        return " or ".join(_in_words(one, bounds) for one in inner if one is not NoneType)
+    if origin is Literal:
+        return alternatives(inner)
+    if origin in (tuple, list):
+        return f"list of: {_in_words(inner[0])}"
+    names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+    given = [(word, getattr(bound, name)) for bound in bounds for name, word in _BOUNDS.items() if hasattr(bound, name)]
+    return ", ".join([names.get(origin or kind, "mapping"), *(f"{word} {limit:g}" for word, limit in given)])
+
+
+def _problem(error: Any, key: str, root: type[BaseModel]) -> str:
+    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        return f"must be {alternatives(choices)}{did_you_mean(value, choices) if isinstance(value, str) else ''}"
+    if kind.startswith("model"):
+        return f"is a section, of settings such as {key}.{keys_at(key.split('.'), root)[0]}"
+    if kind == "too_short":
+        return "must not be empty" if context["min_length"] == 1 else f"needs {context['min_length']} values"
+    bound = next((f"must be {word} {context[name]:g}" for name, word in _BOUNDS.items() if name in context), None)
+    return bound or _KINDS.get(kind.split("_")[0], "is not allowed")
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, BaseModel | Mapping)
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML has it, in one short line."""
+    if isinstance(value, str):
+        return f'"{shortened(value)}"'
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    try:
+        return shortened(str(value))
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a very large number"
 
 
 def keys_at(path: Sequence[str], root: type[BaseModel]) -> list[str]:
     """The keys of a section; none where there is no section."""
+    return list(fields_at(path, root))
+
+
+def fields_at(path: Sequence[str], root: type[BaseModel]) -> Mapping[str, FieldInfo]:
+    """Key → field of a section; none where there is no section."""
     section = root
     for part in path:
-        annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        section = annotation
-    return list(section.model_fields)
+        field = section.model_fields.get(part)
+        found = field.annotation if field else sections().get(part) if section is root else None
+        if not (isinstance(found, type) and issubclass(found, BaseModel)):
+            return {}
+        section = found
+    return section.model_fields
 
 
-def _meant(name: str, sections: Sequence[str], root: type[BaseModel]) -> str:
+def _meant(name: str, path: Sequence[str], root: type[BaseModel]) -> str:
     """The key of this name elsewhere, what others call so, the closest one here, or elsewhere; or all keys here."""
-    known = keys_at(sections, root)
-    keys = {name: name for name in root.model_fields}
-    keys |= {f"{section}.{key}": key for section in root.model_fields for key in keys_at([section], root)}
+    known = keys_at(path, root)
+    tops = dict.fromkeys((*root.model_fields, *sections()))
+    known = known if path else [name for name in tops if name != "sections"]
+    keys = {name: name for name in tops}
+    keys |= {f"{section}.{key}": key for section in tops for key in keys_at([section], root)}
     called = [key for key, last in keys.items() if last == name] or [key for key in ALIASES if name in ALIASES[key]]
     if not called and (near := did_you_mean(name, known)):
         return near

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fedalt.compat import slot_today
+
 INDIVIDUAL = "individual"
 """Slot that only its client trains and nothing global overwrites (paper: Individual LoRA)."""
-ROW = "row"
+REST_OF_WORLD = "rest_of_world"
 """Frozen slot: the mean of the other clients' individual LoRAs (paper: rest-of-world LoRA)."""
 GLOBAL = "global"
 """Slot that the server's mean overwrites at the start of every round (FedAvg)."""
@@ -18,7 +20,7 @@ LOCAL = "local"
 PRIVATE = "private"
 """Small slot that only its client trains, added to a global one (PF2LoRA)."""
 PERSONAL = "personal"
-"""Slot that its client trains first and renews from the shared one (FDLoRA)."""
+"""Slot of a client's own model beside a shared one: renewed from it (FDLoRA), or held near it (Ditto)."""
 FUSED = "fused"
 """Slot made of others for answering (FDLoRA)."""
 MIXER = "mixer"
@@ -49,7 +51,7 @@ class Key(NamedTuple):
     def parse(cls, text: str) -> Key:
         """Invert ``str(key)``; module paths may hold dots, slots and factors may not."""
         module, slot, factor = text.rsplit(".", 2)
-        return cls(module, slot, factor)
+        return cls(module, slot_today(slot), factor)
 
 
 Tensors = Mapping[Key, Tensor]

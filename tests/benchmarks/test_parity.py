@@ -14,7 +14,7 @@ from fedalt.benchmarks.sides.plain import Collator, answer_loss, others_mean, ow
 from fedalt.benchmarks.task import Spec
 from fedalt.benchmarks.workload import Workload
 from fedalt.model.adapted import AdaptedModel
-from fedalt.names import INDIVIDUAL, MIXER, ROW
+from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD
 from support import MODELS, PAD, bitwise, distance, examples
 
 SPEC = Spec(clients=3, rows=10, batch_size=4, dropout=0.0)
@@ -45,7 +45,7 @@ def test_without_dropout_fedalt_and_the_paper_end_with_the_same_adapters_and_los
     start = workload.federation(spec, AdaptedModel(MODELS[kind]()).layer_sizes).states
     for before, result, paper, loss in zip(start, ours, trained, losses, strict=True):
         assert result.failure is None
-        after = {key: value for key, value in result.state.tensors.items() if key.slot != ROW}
+        after = {key: value for key, value in result.state.tensors.items() if key.slot != REST_OF_WORLD}
         assert {key.slot for key in after} == {INDIVIDUAL, MIXER}
         assert distance(after, paper) < 1e-5
         assert distance(after, {key: before.tensors[key] for key in after}) > 1e-4  # it did learn something
@@ -57,8 +57,8 @@ def test_both_sides_start_from_the_same_row_which_is_not_zero():
     world = workload.federation(spec, AdaptedModel(MODELS["llama"]()).layer_sizes)
     uploads = [state.sent for state in world.states]
     for state in world.installed():
-        row = {key: value for key, value in state.tensors.items() if key.slot == ROW}
-        mean = {key._replace(slot=ROW): value for key, value in others_mean(uploads, state.client).items()}
+        row = {key: value for key, value in state.tensors.items() if key.slot == REST_OF_WORLD}
+        mean = {key._replace(slot=REST_OF_WORLD): value for key, value in others_mean(uploads, state.client).items()}
         assert distance(row, mean) < 1e-6
         assert all(value.abs().max() > 0 for value in row.values())
 

@@ -21,7 +21,7 @@ from fedalt.model.rowmap import RowMap
 from fedalt.model.state import ClientState
 from fedalt.names import INDIVIDUAL
 from oracle.reference import merged
-from support import MODELS, PAD, RANK, SCALE, examples, llama, method_of, placement, random_states, tokenizer
+from support import MODELS, PAD, SCALE, examples, llama, method_of, placement, random_states, shape_of, tokenizer
 
 PROMPTS: list[list[Prompt]] = [
     [row.prompt for row in examples(count, seed=20 + k, longest=12)] for k, count in enumerate((3, 5, 1))
@@ -35,7 +35,7 @@ def config(beams: int = 1, batch: int = 2) -> EvaluationConfig:
 
 def with_clients(base: Any, method: str, chosen: Sequence[int] = (0, 1, 2)) -> tuple[AdaptedModel, list[ClientState]]:
     model = AdaptedModel(base)
-    shape = method_of(method).shape(RANK, model.layer_sizes)
+    shape = shape_of(method_of(method), model.layer_sizes)
     states = random_states(shape, chosen)
     model.load(states, placement(shape))
     return model, states
@@ -183,7 +183,7 @@ def test_evaluation_scores_every_client_on_its_own_rows() -> None:
         ]
         for k in range(3)
     }
-    layout = placement(method_of("fedalt").shape(RANK, model.layer_sizes))
+    layout = placement(shape_of(method_of("fedalt"), model.layer_sizes))
     results = evaluate(model, tok, states, rows, layout, config())
     assert [result.client for result in results] == [0, 1, 2]
     for k, result in enumerate(results):

@@ -23,7 +23,7 @@ from fedalt.model.rowmap import RowMap
 from fedalt.model.state import ClientState
 from fedalt.names import ANCHOR, GLOBAL, LOCAL, E, Key
 from oracle.reference import merged
-from support import HIDDEN, RANK, SCALE, bitwise, examples, llama, method_of, random_states, tokenizer
+from support import HIDDEN, SCALE, bitwise, examples, llama, method_of, random_states, shape_of, tokenizer
 
 ROWS = {k: examples(count, seed=60 + k) for k, count in enumerate((4, 7, 2))}
 PROMPTS: list[list[Prompt]] = [
@@ -46,7 +46,7 @@ def method_and_placement(**settings: Any) -> tuple[Method, Placement]:
 def personal(chosen: Sequence[int] = (0, 1, 2), **settings: Any) -> tuple[list[ClientState], Placement]:
     """Clients with anchors from two of their rows."""
     method, placement = method_and_placement(**({"samples": 2, "most": 0.8} | settings))
-    states = random_states(method.shape(RANK, model().layer_sizes), chosen)
+    states = random_states(shape_of(method, model().layer_sizes), chosen)
     return method.personalise(model(), states, ROWS, placement), placement
 
 
@@ -72,7 +72,7 @@ def test_embeddings_are_those_of_plain_models(embed_with: str, slot: str | None)
 def test_weights_are_the_clamped_mean_cosine(target: str) -> None:
     """c = clamp(λ/S Σ_j cos(e(q), e(x_j)), 0, 1), with x_j the rows that the anchor was made of."""
     method, placement = method_and_placement(samples=99, most=0.8, weight_target=target)
-    states = random_states(method.shape(RANK, model().layer_sizes))
+    states = random_states(shape_of(method, model().layer_sizes))
     chosen = method.personalise(model(), states, ROWS, placement)
     for state, weights, prompts in zip(
         chosen, instance_weights(model(), chosen, PROMPTS, placement), PROMPTS, strict=True
@@ -102,7 +102,7 @@ def test_an_anchor_is_made_of_as_many_rows_as_asked_for_always_the_same() -> Non
 
 def test_a_prompt_that_equals_all_rows_gets_the_largest_weight() -> None:
     method, placement = method_and_placement(most=0.7)
-    states = random_states(method.shape(RANK, model().layer_sizes), [0])
+    states = random_states(shape_of(method, model().layer_sizes), [0])
     row = ROWS[0][0]
     chosen = method.personalise(model(), states, {0: [row] * 4}, placement)
     (weights,) = instance_weights(model(), chosen, [[row.prompt]], placement)
@@ -129,7 +129,7 @@ def test_a_state_of_length_zero_has_no_direction_and_no_nan() -> None:
     torch.nn.init.zeros_(base.model.norm.weight)
     silent = AdaptedModel(base, packing=False)
     method, placement = method_and_placement()
-    states = random_states(method.shape(RANK, silent.layer_sizes), [0])
+    states = random_states(shape_of(method, silent.layer_sizes), [0])
     chosen = method.personalise(silent, states, ROWS, placement)
     assert not chosen[0].tensors[ANCHORED].any()
     (weights,) = instance_weights(silent, chosen, PROMPTS[:1], placement)

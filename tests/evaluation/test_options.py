@@ -18,7 +18,19 @@ from fedalt.model.mixing import SUM, Mixing
 from fedalt.model.state import ClientState
 from fedalt.training import loss
 from oracle.reference import PlainClient
-from support import MODELS, RANK, SCALE, VOCAB, example, gpt2, llama, method_of, placement, random_states, tokenizer
+from support import (
+    MODELS,
+    SCALE,
+    VOCAB,
+    example,
+    gpt2,
+    llama,
+    method_of,
+    placement,
+    random_states,
+    shape_of,
+    tokenizer,
+)
 
 LISTS = [["t9 t25", "t9", "t26 t27 t28"], ["t20", "t21"], [], ["t30", "t31", "t32 t33", "t30 t34"], ["t40 t41"]]
 """Options of a client's rows, by turns: one is a prefix of others; none; four; a single one."""
@@ -39,7 +51,7 @@ def config(batch: int = 4) -> EvaluationConfig:
 
 def with_clients(name: str, method: str) -> tuple[AdaptedModel, list[ClientState]]:
     model = AdaptedModel(MODELS[name]())
-    shape = method_of(method).shape(RANK, model.layer_sizes)
+    shape = shape_of(method_of(method), model.layer_sizes)
     states = random_states(shape, (0, 1, 2))
     model.load(states, placement(shape))
     return model, states
@@ -85,7 +97,7 @@ def test_clients_read_the_same_rows_differently_and_batches_change_nothing() -> 
 def test_padded_rows_have_the_same_scores() -> None:
     model, states = with_clients("llama", "fedalt")
     padded = AdaptedModel(llama(), packing=False)
-    padded.load(states, placement(method_of("fedalt").shape(RANK, model.layer_sizes)))
+    padded.load(states, placement(shape_of(method_of("fedalt"), model.layer_sizes)))
     assert model.packs and not padded.packs
     both = [option_scores(one, tokenizer(), ROWS, config()) for one in (model, padded)]
     for mine, theirs in zip(*both, strict=True):
@@ -142,7 +154,7 @@ def test_options_beyond_the_models_positions_are_left_to_generation() -> None:
 def test_weights_by_instance_reach_their_row() -> None:
     """Weights of (1, 0) and (0, 1) are the two slots alone, whichever row of the batch they belong to."""
     model = AdaptedModel(llama())
-    shape = method_of("fedalt").shape(RANK, model.layer_sizes)
+    shape = shape_of(method_of("fedalt"), model.layer_sizes)
     states, mine = random_states(shape, (0,)), [ROWS[0][0], ROWS[0][3], ROWS[0][1]]
     tok, found = tokenizer(), []
     for slots in (shape.slots, *((slot,) for slot in shape.slots)):

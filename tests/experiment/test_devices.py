@@ -47,7 +47,7 @@ QUICK: dict[str, Any] = {
 PARTIAL = {"federation__fraction": 0.75}
 """Three of four clients, so a cohort of two and one of one."""
 METHODS = [
-    pytest.param("fedalt", PARTIAL | {"federation__row_delivery": "unicast"}, id="fedalt"),
+    pytest.param("fedalt", PARTIAL | {"federation__rest_of_world_delivery": "unicast"}, id="fedalt"),
     pytest.param("fdlora", PARTIAL, id="fdlora"),
     pytest.param("feddpa_t", {}, id="feddpa_t", marks=pytest.mark.slow),
     pytest.param("pf2lora", {}, id="pf2lora", marks=pytest.mark.slow),

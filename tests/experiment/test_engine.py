@@ -21,6 +21,7 @@ from fedalt.config import load_config, parse_config
 from fedalt.evaluation.evaluate import evaluate
 from fedalt.experiment.events import EventLog, read_events
 from fedalt.experiment.prepare import prepare
+from fedalt.methods.registry import configured
 from fedalt.model.state import load_state
 from micro import (
     CLIENTS,
@@ -79,7 +80,7 @@ def test_the_run_folder_holds_what_is_promised_and_nothing_else() -> None:
             expected |= {f"results/{kind}_client{client}_round{round_}.json" for kind in ("scores",)}
             expected |= {f"results/eval_client{client}_round{round_}.jsonl"}
         expected |= {f"clients/{client}/{name}" for name in ("fedalt_config.json", "mixer.safetensors")}
-        for slot in ("individual", "row"):
+        for slot in ("individual", "rest_of_world"):
             expected |= {f"clients/{client}/{slot}/adapter_{name}" for name in ("config.json", "model.safetensors")}
         for round_ in (2, 3):
             inside = f"checkpoints/round_{round_:04d}"
@@ -94,7 +95,7 @@ def test_config_is_resolved_and_runs_again() -> None:
     config = load_config(run / "config.yaml")
     expected = settings(run)
     expected["federation"]["cohort"] = 3  # found out at the start: all of them
-    assert config == parse_config(expected, "x")
+    assert config == configured(parse_config(expected, "x"), "fedalt"), "with its method's section written out"
     assert set(yaml.safe_load(text)) == {
         "method",
         "seed",
@@ -108,12 +109,6 @@ def test_config_is_resolved_and_runs_again() -> None:
         "report",
         "flower",
         "fedalt",
-        "fedit_split",
-        "feddpa",
-        "pf2lora",
-        "fdlora",
-        "hetlora",
-        "lora_fair",
     }
     assert yaml.safe_load(text)["lora"]["mixer_init"] == "kaiming", "defaults are written out"
     for name in ("python", "fedalt", "torch", "transformers", "peft"):
@@ -238,7 +233,7 @@ def test_saved_rows_are_the_mean_of_the_others_last_uploads() -> None:
     run = finished()
     uploads = [load_file(upload_file(run, 3, client)) for client in range(CLIENTS)]
     for client in range(CLIENTS):
-        row = load_file(run / "clients" / str(client) / "row" / "adapter_model.safetensors")
+        row = load_file(run / "clients" / str(client) / "rest_of_world" / "adapter_model.safetensors")
         own = load_file(run / "clients" / str(client) / "individual" / "adapter_model.safetensors")
         for module in MODULES:
             for factor in "AB":
@@ -332,7 +327,7 @@ def test_client_events() -> None:
         assert event["bytes_down"] == (4 * UPLOAD if event["round"] > 1 else 0)
         assert len(event["alpha"]) == len(MODULES)
         assert all(0 < value < 1 for value in event["alpha"])
-        assert (event["row_drift"] is None) == (event["round"] == 1)
+        assert (event["row_lora_drift"] is None) == (event["round"] == 1)
     losses = [event["loss"] for event in of_kind(finished(), "round")]
     assert losses == sorted(losses, reverse=True)
 
@@ -346,7 +341,7 @@ def test_round_events() -> None:
         assert event["seconds"] > 0
         assert event["peak_memory"]["process"] > 10**8
         if event["round"] > 1:
-            assert event["row_drift"] == pytest.approx(mean(e["row_drift"] for e in mine))
+            assert event["row_lora_drift"] == pytest.approx(mean(e["row_lora_drift"] for e in mine))
 
 
 def test_row_gap_is_how_far_the_factor_mean_is_from_the_mean_of_products() -> None:
@@ -358,29 +353,29 @@ def test_row_gap_is_how_far_the_factor_mean_is_from_the_mean_of_products() -> No
         product = (b @ a).mean(0)
         gap += (product - b.mean(0) @ a.mean(0)).square().sum().item()
         total += product.square().sum().item()
-    assert of_kind(run, "round")[-1]["row_gap"] == pytest.approx((gap / total) ** 0.5, rel=1e-6)
-    assert of_kind(run, "round")[-1]["row_gap"] > 0.01
+    assert of_kind(run, "round")[-1]["product_gap"] == pytest.approx((gap / total) ** 0.5, rel=1e-6)
+    assert of_kind(run, "round")[-1]["product_gap"] > 0.01
 
 
 def test_row_drift_is_how_far_a_clients_row_moved() -> None:
     run = finished()
     for client in range(CLIENTS):
         before = load_state(state_file(run, 3, client)).tensors
-        after = load_file(run / "clients" / str(client) / "row" / "adapter_model.safetensors")
+        after = load_file(run / "clients" / str(client) / "rest_of_world" / "adapter_model.safetensors")
         old = moved = 0.0
         for key, value in before.items():
-            if key.slot == "row":
+            if key.slot == "rest_of_world":
                 new = after[f"base_model.model.{key.module}.lora_{key.factor}.weight"]
                 old += value.double().square().sum().item()
                 moved += (new.double() - value.double()).square().sum().item()
         (event,) = [e for e in of_kind(run, "client") if e["round"] == 3 and e["client"] == client]
-        assert event["row_drift"] == pytest.approx((moved / old) ** 0.5, rel=1e-6)
+        assert event["row_lora_drift"] == pytest.approx((moved / old) ** 0.5, rel=1e-6)
 
 
 def test_a_method_that_shares_nothing_sends_nothing() -> None:
     for event in of_kind(finished("local"), "client"):
-        assert (event["bytes_up"], event["bytes_down"], event["alpha"], event["row_drift"]) == (0, 0, [], None)
-    assert all(event["row_gap"] is None for event in of_kind(finished("local"), "round"))
+        assert (event["bytes_up"], event["bytes_down"], event["alpha"], event["row_lora_drift"]) == (0, 0, [], None)
+    assert all(event["product_gap"] is None for event in of_kind(finished("local"), "round"))
     assert events(finished("local"))[0]["shared_parameters"] == 0
 
 
@@ -437,13 +432,17 @@ def test_a_fraction_of_the_clients_takes_part(tmp_path: Path) -> None:
 
 def test_rows_from_participants_only(tmp_path: Path) -> None:
     """The absentee's row comes from both participants; a participant's row is the other participant."""
-    changes = {"federation__fraction": 0.67, "federation__rounds": 2, "federation__row_participation": "participants"}
+    changes = {
+        "federation__fraction": 0.67,
+        "federation__rounds": 2,
+        "federation__rest_of_world_participation": "participants",
+    }
     run, _ = run_here(settings(tmp_path / "run", **changes))
     present = of_kind(run.path, "round_started")[-1]["clients"]
     uploads = {c: load_file(upload_file(run.path, 2, c)) for c in present}
     assert not upload_file(run.path, 2, 3 - sum(present)).exists()
     for client in range(CLIENTS):
-        row = load_file(run.path / "clients" / str(client) / "row" / "adapter_model.safetensors")
+        row = load_file(run.path / "clients" / str(client) / "rest_of_world" / "adapter_model.safetensors")
         others = [uploads[c] for c in present if c != client]
         for module in MODULES:
             expected = sum(u[f"{module}.individual.B"].double() for u in others) / len(others)
@@ -556,7 +555,7 @@ def test_executors_agree_with_uneven_clients_and_partial_participation(tmp_path:
 
 
 def test_rows_delivered_one_by_one_are_the_broadcast_ones(tmp_path: Path) -> None:
-    run, _ = run_here(settings(tmp_path / "run", training__lr=GENTLE, federation__row_delivery="unicast"))
+    run, _ = run_here(settings(tmp_path / "run", training__lr=GENTLE, federation__rest_of_world_delivery="unicast"))
     assert farthest(run.path, finished(training__lr=GENTLE)) < 1e-5
 
 
@@ -583,9 +582,9 @@ def test_one_client_is_told_that_it_is_alone_and_equals_local(tmp_path: Path) ->
 def test_two_clients_are_warned_that_the_row_is_the_other(tmp_path: Path) -> None:
     run, _ = run_here(settings(tmp_path / "run", data=data_folder(tmp_path / "rows", clients=2)))
     (note,) = of_kind(run.path, "note")
-    assert note["text"].startswith("two clients: each one's row LoRA is the other client's individual LoRA")
+    assert note["text"].startswith("two clients: each one's RoW LoRA is the other client's individual LoRA")
     for client in (0, 1):
-        row = load_file(run.path / "clients" / str(client) / "row" / "adapter_model.safetensors")
+        row = load_file(run.path / "clients" / str(client) / "rest_of_world" / "adapter_model.safetensors")
         other = load_file(run.path / "clients" / str(1 - client) / "individual" / "adapter_model.safetensors")
         assert all(torch.allclose(value, other[name], atol=1e-6, rtol=0) for name, value in row.items())
 

@@ -149,7 +149,7 @@ def test_states_are_read_when_their_clients_turn_comes(
     ]
     assert seen[: len(expected)] == expected
     drifts = [f"read {client}" for client in range(CLIENTS)]
-    assert seen[len(expected) : seen.index("log")] == drifts, "once more for row_drift"
+    assert seen[len(expected) : seen.index("log")] == drifts, "once more for row_lora_drift"
 
 
 # ----------------------------------------------------------------------------------------------- what does not show
@@ -185,7 +185,7 @@ def test_the_size_of_cohorts_changes_nothing(tmp_path: Path, rows: Path, method:
 def test_rows_from_files_are_the_formulas(tmp_path: Path, rows: Path, rule: str) -> None:
     """The mean of the others' uploads, taken from every round's files while these are there."""
     decay = 0.5
-    changes = PARTIAL | {"federation__row_participation": rule, "federation__staleness_decay": decay}
+    changes = PARTIAL | {"federation__rest_of_world_participation": rule, "federation__staleness_decay": decay}
     uploads: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
     config = parse_config(settings(tmp_path / "run", data=rows, **changes), "x")
 
@@ -204,7 +204,7 @@ def test_rows_from_files_are_the_formulas(tmp_path: Path, rows: Path, rule: str)
         for client, (round_, _) in uploads.items()
     }
     for client in range(CLIENTS):
-        row = load_file(tmp_path / f"run/clients/{client}/row/adapter_model.safetensors")
+        row = load_file(tmp_path / f"run/clients/{client}/rest_of_world/adapter_model.safetensors")
         others = {c: w for c, w in weights.items() if c != client and w}
         for name, value in row.items():
             key = name.removeprefix("base_model.model.").replace(".lora_", ".individual.").removesuffix(".weight")
@@ -217,7 +217,7 @@ def test_stopped_in_any_round_of_some_and_resumed_is_the_same_run(tmp_path: Path
     class Stop(Exception):  # noqa: N818 - not an error
         pass
 
-    changes = PARTIAL | {"federation__row_participation": rule, "federation__cohort": 2}
+    changes = PARTIAL | {"federation__rest_of_world_participation": rule, "federation__cohort": 2}
     expected = run(tmp_path / "whole" / "run", rows, **changes)
     config = parse_config(settings(tmp_path / "run", data=rows, **changes), "x")
     for number in range(1, 5):

@@ -147,7 +147,7 @@ POINTS: dict[str, list[tuple[Kill, ...]]] = {
         K("fsync checkpoints/.round_0002.tmp/manifest.json", "before"),
         K("rename checkpoints/.round_0002.tmp", "before"),
         K("rename checkpoints/.round_0002.tmp", "after"),
-        K("write clients/.1.tmp/row/adapter_model.safetensors", "half"),
+        K("write clients/.1.tmp/rest_of_world/adapter_model.safetensors", "half"),
         K("rename clients/.1.tmp", "before"),
         K("replace results/.final_scores.json.tmp", "before"),
         K("emit run_finished 3", "before"),

@@ -11,8 +11,8 @@ from fedalt.config import parse_config
 from fedalt.experiment.engine import run as run_engine
 from fedalt.experiment.folder import claim_folder
 from fedalt.experiment.prepare import prepare
-from fedalt.methods.registry import METHODS, VARIANTS
 from micro import left_behind, of_kind, run_here, settings
+from support import METHODS, VARIANTS
 
 SHORT = {
     "federation__rounds": 3,
@@ -24,7 +24,7 @@ SHORT = {
     "evaluation__max_new_tokens": 2,
 }
 OWN: dict[str, dict[str, Any]] = {
-    "fedalt_clusters": {"federation__row_participation": "staleness_decay"},
+    "fedalt_clusters": {"federation__rest_of_world_participation": "staleness_decay"},
     "fdlora": {"fdlora__budget": 9, "fdlora__sync_every": 2, "fdlora__few_shot": 2},
     "feddpa_f": {"feddpa__samples": 2},
     "feddpa_t": {"feddpa__samples": 2},
@@ -39,7 +39,7 @@ UNEQUAL: dict[str, dict[str, Any]] = {
 CASES = {name: {"method": name, **OWN.get(name, {})} for name in (*METHODS, *VARIANTS)} | UNEQUAL
 
 
-PRESENT = {"centralized": [1, 1, 1], "feddpa_f": [2, 2, 3]}
+PRESENT = {"centralized": [1, 1, 1], "feddpa_f": [2, 2, 3], "fedit_ft": [2, 2, 3]}
 """Clients in each round, where it is not two: one model for all, and a private phase for everybody."""
 
 

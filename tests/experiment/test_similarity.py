@@ -62,5 +62,5 @@ def test_a_lora_that_is_zero_is_like_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_clients_without_a_lora_of_their_own_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedalt.experiment.similarity.read_json", lambda path: {"slots": ["row"]})
+    monkeypatch.setattr("fedalt.experiment.similarity.read_json", lambda path: {"slots": ["rest_of_world"]})
     assert similarity(RunFolder(finished()), [0, 1]) is None

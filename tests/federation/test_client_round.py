@@ -16,7 +16,7 @@ from fedalt.federation.client import ClientResult, client_round
 from fedalt.methods.exchange import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState, initial_state
-from fedalt.names import INDIVIDUAL, MIXER, ROW, A, B, G, Key, Tensors
+from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, A, B, G, Key, Tensors
 from support import (
     RANK,
     VOCAB,
@@ -30,6 +30,7 @@ from support import (
     round_settings,
     run_all,
     run_rounds,
+    shape_of,
     start_states,
     training,
 )
@@ -53,13 +54,13 @@ def messages(states: list[ClientState]) -> list[Message]:
 
 def prepared(model: AdaptedModel) -> list[ClientState]:
     """States in which nothing is zero and whose individuals the server has."""
-    return [METHOD.sent(state) for state in random_states(METHOD.shape(RANK, model.layer_sizes))]
+    return [METHOD.uploaded(state) for state in random_states(shape_of(METHOD, model.layer_sizes))]
 
 
 def one_round(
     model: AdaptedModel, states: list[ClientState], config: Any = HARD, told: Any = None, **options: Any
 ) -> list[ClientResult]:
-    settings = round_settings(METHOD, METHOD.shape(RANK, model.layer_sizes), config, dropout=0.2)
+    settings = round_settings(METHOD, config, dropout=0.2)
     plans = [plan for plan in plans_of(ROWS, config) if plan.client in {state.client for state in states}]
     return run_all(model, states, told or [None] * len(states), plans, settings, 1, **options)
 
@@ -76,8 +77,8 @@ def test_training_moves_individual_and_mixer_and_nothing_else(model: AdaptedMode
     states, weights = prepared(model), {k: v.clone() for k, v in model.base.state_dict().items()}
     told = messages(states)
     for state, message, result in zip(states, told, one_round(model, states, told=told), strict=True):
-        installed, after = METHOD.install(state, message).tensors, result.state.tensors
-        assert bitwise(part(after, ROW), part(installed, ROW))
+        installed, after = METHOD.receive(state, message).tensors, result.state.tensors
+        assert bitwise(part(after, REST_OF_WORLD), part(installed, REST_OF_WORLD))
         assert not any(torch.equal(after[key], installed[key]) for key in part(after, INDIVIDUAL, MIXER))
         assert result.state.round == 1
     base = {name: value for name, value in model.base.state_dict().items() if name in weights and "base_layer" in name}
@@ -114,9 +115,9 @@ def test_individual_and_mixer_continue_where_the_last_round_ended(model: Adapted
     end = [result.state for result in one_round(model, prepared(model))]
     told = messages(end)
     for state, message, result in zip(end, told, one_round(model, end, STILL, told), strict=True):
-        for tensors in (METHOD.install(state, message).tensors, result.state.tensors):
+        for tensors in (METHOD.receive(state, message).tensors, result.state.tensors):
             assert digest(part(tensors, INDIVIDUAL, MIXER)) == digest(part(state.tensors, INDIVIDUAL, MIXER))
-            assert digest(part(tensors, ROW)) != digest(part(state.tensors, ROW))
+            assert digest(part(tensors, REST_OF_WORLD)) != digest(part(state.tensors, REST_OF_WORLD))
 
 
 def test_payload_is_the_individual_lora_alone(model: AdaptedModel) -> None:
@@ -142,18 +143,16 @@ def test_reported_mixer_weight_is_that_of_the_individual(model: AdaptedModel) ->
 
 def test_identical_clients_have_a_row_like_their_individual(model: AdaptedModel) -> None:
     method = method_of("fedalt", 8)
-    shape = method.shape(RANK, model.layer_sizes)
+    shape = shape_of(method, model.layer_sizes)
     twin = plan_round(ROWS[1], 0, training(), 5, 1)
     plans = [replace(twin, client=client) for client in range(8)]
     states = start_states(method, shape, range(8))
-    results = client_round(
-        model, states, [None] * 8, [[plan] for plan in plans], round_settings(method, shape, HARD, 0.2), 1
-    )
+    results = client_round(model, states, [None] * 8, [[plan] for plan in plans], round_settings(method, HARD, 0.2), 1)
     uploads = [result.upload for result in results]
     mean = {key: torch.stack([u[key] for u in uploads]).mean(0) for key in uploads[0]}
     for result in results:
-        after = method.install(result.state, Message(mean, 1 / 8)).tensors
-        row = {key._replace(slot=INDIVIDUAL): value for key, value in part(after, ROW).items()}
+        after = method.receive(result.state, Message(mean, 1 / 8)).tensors
+        row = {key._replace(slot=INDIVIDUAL): value for key, value in part(after, REST_OF_WORLD).items()}
         assert distance(row, part(after, INDIVIDUAL)) < 1e-5
         assert max(float(value.abs().max()) for key, value in row.items() if key.factor == B) > 1e-3
 
@@ -169,7 +168,7 @@ def test_a_federation_of_one_equals_local_bit_for_bit() -> None:
     assert {key.slot for key in runs[0][0]} == {INDIVIDUAL}
 
 
-@pytest.mark.parametrize("slot", [INDIVIDUAL, ROW, MIXER])
+@pytest.mark.parametrize("slot", [INDIVIDUAL, REST_OF_WORLD, MIXER])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_client_that_is_not_finite_is_set_aside_alone(model: AdaptedModel, slot: str, value: float) -> None:
     states = prepared(model)
@@ -198,7 +197,7 @@ def test_a_client_that_diverges_is_set_aside(model: AdaptedModel) -> None:
 
 def test_an_error_names_the_round_and_the_client(model: AdaptedModel) -> None:
     broken = Example((3, VOCAB + 5), (4,), Row("", ""))  # a token that the model does not have
-    settings = round_settings(METHOD, METHOD.shape(RANK, model.layer_sizes), HARD)
+    settings = round_settings(METHOD, HARD)
     plans = plans_of(ROWS | {1: (broken,)}, HARD)
     with pytest.raises(IndexError) as error:
         run_all(model, prepared(model), [None] * 3, plans, settings, 4, executor="loop")
@@ -206,7 +205,7 @@ def test_an_error_names_the_round_and_the_client(model: AdaptedModel) -> None:
 
 
 def starts(init: Any, model: AdaptedModel) -> list[Tensors]:
-    return [state.tensors for state in start_states(METHOD, METHOD.shape(RANK, model.layer_sizes), range(4), init)]
+    return [state.tensors for state in start_states(METHOD, shape_of(METHOD, model.layer_sizes), range(4), init)]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +232,7 @@ def test_start_values_are_uniform_within_one_over_the_root_of_the_inputs(model: 
 
 
 def test_zero_mixer_starts_at_equal_weights(model: AdaptedModel) -> None:
-    shape = METHOD.shape(RANK, model.layer_sizes)
+    shape = shape_of(METHOD, model.layer_sizes)
     tensors = initial_state(shape, 0, 7, "shared", "zeros", METHOD.frozen).tensors
     assert not any(value.any() for key, value in tensors.items() if key.slot == MIXER)
     assert all(value.any() for key, value in tensors.items() if (key.slot, key.factor) == (INDIVIDUAL, A))
@@ -244,7 +243,7 @@ def test_all_methods_start_from_the_same_lora(model: AdaptedModel) -> None:
     drawn = []
     for name in ("local", "fedit", "fedalt"):
         method = method_of(name)
-        state = start_states(method, method.shape(RANK, model.layer_sizes), [0])[0]
+        state = start_states(method, shape_of(method, model.layer_sizes), [0])[0]
         trained = {key: value for key, value in state.tensors.items() if method.trains(key) and key.factor == A}
         drawn.append({key.module: value for key, value in trained.items()})
     for other in drawn[1:]:

@@ -14,7 +14,7 @@ from fedalt.federation import cohort
 from fedalt.federation.cohort import fitting_cohort
 from fedalt.model.adapted import AdaptedModel
 from fedalt.training.loss import client_losses
-from support import MODELS, RANK, examples, llama, method_of, placement, random_states
+from support import MODELS, examples, llama, method_of, placement, random_states, shape_of
 
 LENGTHS = [20.0, 40.0] * 50
 BATCH = 4
@@ -61,7 +61,7 @@ def test_adapters_and_their_optimiser_count(model: AdaptedModel, free: Any) -> N
 def test_a_token_keeps_no_more_bytes_than_foretold_and_not_far_less(name: str) -> None:
     """Everything that the forward pass of a step keeps for the backward pass, weights and adapters apart."""
     model, rule = AdaptedModel(MODELS[name]()), method_of("fedalt")
-    shape = rule.shape(RANK, model.layer_sizes)
+    shape = shape_of(rule, model.layer_sizes)
     model.load(random_states(shape), placement(shape, 0.1), [key for key in shape.shapes() if rule.trains(key)])
     model.train()
     rows = [examples(8, seed=k, longest=40) for k in range(3)]

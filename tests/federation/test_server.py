@@ -19,9 +19,9 @@ from fedalt.methods.base import Method
 from fedalt.methods.exchange import Message
 from fedalt.methods.mean import WeightedSum
 from fedalt.model.state import AdapterShape, ClientState
-from fedalt.names import GLOBAL, INDIVIDUAL, ROW, A, B, Key, Tensors
+from fedalt.names import GLOBAL, INDIVIDUAL, REST_OF_WORLD, A, B, Key, Tensors
 from oracle.reference import mean_of_others
-from support import bitwise, distance, method_of, quick
+from support import bitwise, distance, method_of, quick, shape_of
 
 LAYERS = {"x.one": (6, 4), "x.two": (4, 8)}
 R = 3
@@ -35,7 +35,7 @@ class Federation:
         self, clients: int, samples: Sequence[int] | None = None, method: str = "fedalt", **config: Any
     ) -> None:
         self.method: Method = method_of(method, clients)
-        self.shape: AdapterShape = self.method.shape(R, LAYERS)
+        self.shape: AdapterShape = shape_of(self.method, LAYERS, R)
         shared = {key: size for key, size in self.shape.shapes().items() if self.method.shares(key)}
         rows = dict(enumerate(samples or [1] * clients))
         self.server = Server(self.method, FederationConfig(**config), rows, shared)
@@ -49,7 +49,7 @@ class Federation:
             generator = torch.Generator().manual_seed(10_000 * seed + 100 * round_ + client)
             state = self.states[client]
             new = {k: torch.randn(v.shape, generator=generator) for k, v in self.method.upload(state).items()}
-            self.states[client] = self.method.sent(replace(state.with_tensors(new), round=round_))
+            self.states[client] = self.method.uploaded(replace(state.with_tensors(new), round=round_))
         self.receive({c: self.method.upload(self.states[c]) for c in clients}, round_)
 
     def receive(self, arrived: Mapping[int, Tensors], round_: int) -> None:
@@ -61,12 +61,12 @@ class Federation:
     def install(self) -> None:
         messages = self.server.messages(tuple(self.states))
         for client, message in messages.items():
-            self.states[client] = self.method.install(self.states[client], message)
+            self.states[client] = self.method.receive(self.states[client], message)
 
     def row(self, client: int) -> dict[Key, torch.Tensor]:
         """A client's row, with the keys of the individuals it is the mean of."""
         tensors = self.states[client].tensors
-        return {key._replace(slot=INDIVIDUAL): value for key, value in tensors.items() if key.slot == ROW}
+        return {key._replace(slot=INDIVIDUAL): value for key, value in tensors.items() if key.slot == REST_OF_WORLD}
 
     def literal_row(self, client: int, uploads: Mapping[int, Tensors], weights: Mapping[int, float]) -> Tensors:
         arrays = {c: {key: value.numpy() for key, value in tensors.items()} for c, tensors in uploads.items()}
@@ -86,7 +86,7 @@ def test_broadcast_unicast_and_literal_mean_agree(samples: list[int], weighting:
     """The fp32 rounding of a broadcast mean is amplified by 1/(1−p), at most 2 with uniform weights."""
     weights = dict(enumerate(samples if weighting == "samples" else [1] * len(samples)))
     for delivery in DELIVERIES:
-        federation = Federation(len(samples), samples, weighting=weighting, row_delivery=delivery)
+        federation = Federation(len(samples), samples, weighting=weighting, rest_of_world_delivery=delivery)
         federation.upload(range(len(samples)), 1, seed)
         federation.install()
         for client, weight in weights.items():
@@ -97,7 +97,7 @@ def test_broadcast_unicast_and_literal_mean_agree(samples: list[int], weighting:
 
 @pytest.mark.parametrize("delivery", DELIVERIES)
 def test_row_is_independent_of_the_clients_own_upload(delivery: str) -> None:
-    one, other = (Federation(4, row_delivery=delivery) for _ in range(2))
+    one, other = (Federation(4, rest_of_world_delivery=delivery) for _ in range(2))
     one.upload(range(4), 1)
     other.upload(range(4), 1)
     other.upload([2], 1, seed=77)  # client 2 sent something else
@@ -109,7 +109,7 @@ def test_row_is_independent_of_the_clients_own_upload(delivery: str) -> None:
 
 @pytest.mark.parametrize("delivery", DELIVERIES)
 def test_rows_and_individuals_have_the_same_sum(delivery: str) -> None:
-    federation = Federation(5, row_delivery=delivery)
+    federation = Federation(5, rest_of_world_delivery=delivery)
     federation.upload(range(5), 1)
     federation.install()
     for key in federation.row(0):
@@ -130,13 +130,13 @@ def test_a_client_subtracts_what_it_sent_and_not_what_it_has_become() -> None:
     message = federation.server.messages((0,))[0]
     state = federation.states[0]
     moved = state.with_tensors({key: value + 1 for key, value in federation.method.upload(state).items()})
-    rows = [federation.method.install(s, message).tensors for s in (state, moved)]
-    assert all(torch.equal(rows[0][key], rows[1][key]) for key in rows[0] if key.slot == ROW)
+    rows = [federation.method.receive(s, message).tensors for s in (state, moved)]
+    assert all(torch.equal(rows[0][key], rows[1][key]) for key in rows[0] if key.slot == REST_OF_WORLD)
 
 
 @pytest.mark.parametrize("delivery", DELIVERIES)
 def test_a_federation_of_one_has_no_row(delivery: str) -> None:
-    federation = Federation(1, row_delivery=delivery)
+    federation = Federation(1, rest_of_world_delivery=delivery)
     assert {key.slot for key in federation.shape.shapes()} == {INDIVIDUAL}
     federation.upload([0], 1)
     before = federation.states[0]
@@ -146,7 +146,7 @@ def test_a_federation_of_one_has_no_row(delivery: str) -> None:
 
 @pytest.mark.parametrize("delivery", DELIVERIES)
 def test_alone_in_a_round_of_participants_keeps_the_previous_row(delivery: str) -> None:
-    federation = Federation(3, row_participation="participants", row_delivery=delivery)
+    federation = Federation(3, rest_of_world_participation="participants", rest_of_world_delivery=delivery)
     federation.upload(range(3), 1)
     federation.install()
     before = federation.row(0)
@@ -167,7 +167,7 @@ PARTICIPATION = {
 @pytest.mark.parametrize("rule", PARTICIPATION)
 def test_rows_under_partial_participation(rule: str, delivery: str) -> None:
     """Round 1: 0, 1, 2. Round 2: 1. Round 3: 0 and 3. Client 4 never takes part and takes the whole mean."""
-    federation = Federation(5, row_participation=rule, staleness_decay=0.5, row_delivery=delivery)
+    federation = Federation(5, rest_of_world_participation=rule, staleness_decay=0.5, rest_of_world_delivery=delivery)
     for round_, clients in enumerate(([0, 1, 2], [1], [0, 3]), 1):
         federation.upload(clients, round_)
     federation.install()
@@ -182,8 +182,8 @@ def test_rows_under_partial_participation(rule: str, delivery: str) -> None:
 def test_staleness_without_decay_is_last_known() -> None:
     rows = []
     for config in (
-        {"row_participation": "last_known"},
-        {"row_participation": "staleness_decay", "staleness_decay": 1.0},
+        {"rest_of_world_participation": "last_known"},
+        {"rest_of_world_participation": "staleness_decay", "staleness_decay": 1.0},
     ):
         federation = Federation(3, **config)
         federation.upload(range(3), 1)
@@ -198,7 +198,9 @@ def test_row_of_a_client_that_dominates_the_mean(decay: float) -> None:
     """After six rounds alone its share is 1 − decay⁶ or so, and subtraction in fp32 would leave mostly rounding."""
     rows = []
     for delivery in DELIVERIES:
-        federation = Federation(2, row_participation="staleness_decay", staleness_decay=decay, row_delivery=delivery)
+        federation = Federation(
+            2, rest_of_world_participation="staleness_decay", staleness_decay=decay, rest_of_world_delivery=delivery
+        )
         federation.upload(range(2), 1)
         for round_ in range(2, 8):
             federation.upload([0], round_)
@@ -219,7 +221,7 @@ def test_a_round_in_which_nobody_delivered_changes_nothing(name: str) -> None:
 
 
 def test_fedit_averages_the_participants_of_the_round_by_their_rows() -> None:
-    federation = Federation(3, samples=(1, 2, 5), method="fedit", row_participation="last_known")
+    federation = Federation(3, samples=(1, 2, 5), method="fedit", rest_of_world_participation="last_known")
     federation.upload(range(3), 1)
     federation.upload([0, 2], 2)
     federation.install()
@@ -251,7 +253,7 @@ def broken(kind: str, tensors: dict[Key, torch.Tensor]) -> dict[Key, torch.Tenso
     if kind == "missing key":
         return {key: value for key, value in tensors.items() if key != KEY}
     if kind == "extra key":
-        return tensors | {Key("x.one", ROW, A): torch.zeros(R, 6)}
+        return tensors | {Key("x.one", REST_OF_WORLD, A): torch.zeros(R, 6)}
     wrong = {
         "shape": torch.zeros(R + 1, 6),
         "transposed": torch.zeros(6, R),
@@ -311,10 +313,10 @@ def test_install_touches_the_row_alone() -> None:
     federation.upload(range(3), 1)
     state = federation.states[1]
     mean = {key: torch.ones(size) for key, size in federation.server.shapes.items()}
-    after = federation.method.install(state, Message(mean, 0.0)).tensors
+    after = federation.method.receive(state, Message(mean, 0.0)).tensors
     for key, value in after.items():
-        assert (value is state.tensors[key]) == (key.slot != ROW)
-    assert float(after[Key("x.one", ROW, B)].min()) == 1
+        assert (value is state.tensors[key]) == (key.slot != REST_OF_WORLD)
+    assert float(after[Key("x.one", REST_OF_WORLD, B)].min()) == 1
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from fedalt.config import FederationConfig
 from fedalt.federation import diagnostics
 from fedalt.federation.cohort import cohort_size, cohorts
-from fedalt.federation.diagnostics import ProductSum, row_gap
+from fedalt.federation.diagnostics import ProductSum, product_gap
 from fedalt.federation.executor import run_clients
 from fedalt.federation.per_client import PerClient
 from fedalt.federation.server import Server
 from fedalt.model.adapted import AdaptedModel
 from fedalt.names import Key, Tensors
-from support import RANK, examples, llama, method_of, plans_of, quick, random_states, round_settings, training
+from support import examples, llama, method_of, plans_of, quick, random_states, round_settings, shape_of, training
 
 METHOD = method_of("fedalt", 6)
-SHAPE = METHOD.shape(RANK, {"x.one": (6, 4), "x.two": (4, 8)})
+SHAPE = shape_of(METHOD, {"x.one": (6, 4), "x.two": (4, 8)})
 SHARED = {key: size for key, size in SHAPE.shapes().items() if METHOD.shares(key)}
 
 
@@ -90,13 +90,13 @@ def test_the_streamed_mean_is_the_literal_mean_in_fp64(clients: int, weighting: 
 
 
 def test_one_upload_is_in_memory_at_a_time() -> None:
-    one, disk = server(5, row_delivery="unicast")
+    one, disk = server(5, rest_of_world_delivery="unicast")
     messages = one.messages(range(5))
     one.mean()
     messages[3]
     gc.collect()
     assert disk.most == 1
-    row_gap(PerClient(one.uploads, disk).values())
+    product_gap(PerClient(one.uploads, disk).values())
     assert disk.most <= 2, "a loop's variable lives until the next value"
 
 
@@ -110,7 +110,7 @@ def test_the_broadcast_mean_is_one_object() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "alone"), [({"row_delivery": "unicast"}, {0, 1, 2}), ({"weighting": "samples"}, {2})]
+    ("config", "alone"), [({"rest_of_world_delivery": "unicast"}, {0, 1, 2}), ({"weighting": "samples"}, {2})]
 )
 def test_a_mean_without_a_client_is_made_when_it_is_asked_for(config: dict[str, str], alone: set[int]) -> None:
     """By rows client 2 has 7 of 10, more than half."""
@@ -152,10 +152,10 @@ def test_a_sum_of_products_has_the_same_norm_as_factors_and_dense(count: int, se
 def test_row_gap_in_groups_of_layers_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     one, disk = server(5)
     uploads = PerClient(one.uploads, disk).values()
-    whole = row_gap(uploads)
+    whole = product_gap(uploads)
     disk.reads.clear()
     monkeypatch.setattr(diagnostics, "MEMORY", 1)
-    assert row_gap(uploads) == whole
+    assert product_gap(uploads) == whole
     assert len(disk.reads) == 3 * 5, "once for the means, once for each of two layers"
 
 
@@ -183,7 +183,7 @@ def test_cohorts_are_all_clients_in_order() -> None:
 def test_clients_are_pulled_cohort_by_cohort() -> None:
     rows = {client: examples(3, seed=client) for client in range(5)}
     model, config = AdaptedModel(llama()), training(local_epochs=1)
-    shape = METHOD.shape(RANK, model.layer_sizes)
+    shape = shape_of(METHOD, model.layer_sizes)
     pulled: list[int] = []
     states = {state.client: state for state in random_states(shape, range(5))}
     results = run_clients(
@@ -192,7 +192,7 @@ def test_clients_are_pulled_cohort_by_cohort() -> None:
         PerClient(rows, lambda client: pulled.append(client) or states[client]),
         {},
         lambda client: plans_of({client: rows[client]}, config),
-        round_settings(METHOD, shape, config),
+        round_settings(METHOD, config),
         1,
         2,
     )

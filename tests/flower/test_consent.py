@@ -12,14 +12,15 @@ from fedalt.config import RunConfig
 from fedalt.errors import UserError
 from fedalt.experiment.members import Bases
 from fedalt.flower.consent import Consent, check_two
-from fedalt.methods.registry import METHODS, get_method
+from fedalt.methods.registry import build, get_method
 from flower.grid import LocalGrid
 from flower.rounds import LATE, failures, notes, run
+from support import METHODS
 
 pytestmark = pytest.mark.usefixtures("clock")
 AGREED = Consent(allow_two=True)
 NOTHING_SHARED = ("local", "zero_shot")
-HERE = [name for name, method in METHODS.items() if not method.pooled]
+HERE = [name for name in METHODS if not get_method(name).centralised]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def bases() -> Bases:
 
 @pytest.mark.parametrize("name", HERE)
 def test_two_clients_are_refused_by_every_method_that_shares(name: str) -> None:
-    method = get_method(name)(2, RunConfig())
+    method = build(RunConfig(method=name), 2)
     check_two(method, allowed=True)
     if name in NOTHING_SHARED:
         check_two(method, allowed=False)
@@ -62,7 +63,11 @@ def test_with_an_absent_third_nobody_sees_the_others_upload(method: str, tmp_pat
 
 
 def test_by_this_rounds_participants_it_may_happen_at_any_time(tmp_path: Path, bases: Bases) -> None:
-    changes = LATE | {"federation__row_participation": "participants", "federation__rounds": 4, "evaluation__every": 4}
+    changes = LATE | {
+        "federation__rest_of_world_participation": "participants",
+        "federation__rounds": 4,
+        "evaluation__every": 4,
+    }
     grid, _ = run(tmp_path, bases, absent(2, 2), **changes)
     assert [told(grid, n) for n in (2, 3, 4)] == [{0, 1, 2}, {2}, {0, 1, 2}]
 

@@ -16,7 +16,7 @@ from fedalt.experiment.checkpoint import load_checkpoint
 from fedalt.experiment.members import Bases
 from fedalt.flower.requests import Reply, Request
 from fedalt.flower.wire import pack, unpack
-from fedalt.names import INDIVIDUAL, ROW, Key
+from fedalt.names import INDIVIDUAL, REST_OF_WORLD, Key
 from flower.grid import Clock, LocalGrid
 from flower.rounds import LATE, KilledError, elsewhere_trained, failures, killed_at, once, run, same
 from flower.spoilt_site import HUGE, NAN, RANK
@@ -132,7 +132,7 @@ BAD: dict[str, tuple[Callable[[Reply], Reply], str]] = {
     "another rank": RANK,
     "huge": HUGE,
     "private": (
-        lambda r: replace(r, block=pack({Key("m", ROW, "A"): torch.ones(1, 1), **unpack(r.block)})),
+        lambda r: replace(r, block=pack({Key("m", REST_OF_WORLD, "A"): torch.ones(1, 1), **unpack(r.block)})),
         "upload has other tensors than this run",
     ),
     "no tensors": (lambda r: replace(r, block=b"hello"), "are no tensors"),

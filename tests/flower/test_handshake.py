@@ -15,7 +15,7 @@ from fedalt.errors import UserError
 from fedalt.experiment.members import Bases
 from fedalt.flower.members import rule_of
 from fedalt.flower.requests import Reply
-from fedalt.methods.registry import configured, get_method
+from fedalt.methods.registry import build, configured
 from flower.grid import LocalGrid
 from flower.rounds import failures, run
 
@@ -64,7 +64,7 @@ def rule(**changes: Any) -> str:
     values = micro.settings(Path("run"), **{"method": "fedalt", **changes})
     config = parse_config(values, "s")
     config = configured(config, config.method)
-    return rule_of(config, get_method(config.method)(3, config))
+    return rule_of(config, build(config, 3))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import pytest
 import micro
 from fedalt.config import parse_config
 from fedalt.errors import UserError
-from fedalt.methods.registry import METHODS
 from flower.test_parity import CHANGES, METHODS_HERE, settings_of
+from support import METHODS
 
 CLOSE = 1e-5
 NAMES = [name for name in METHODS_HERE if name in METHODS]

@@ -6,8 +6,9 @@ import pytest
 
 from fedalt.config import RunConfig
 from fedalt.methods.budget import matched, sent, trainable
-from fedalt.methods.registry import get_method
+from fedalt.methods.registry import build
 from fedalt.names import A, B
+from support import shape_of
 
 WIDTH = 4096
 LAYERS = {f"layers.{i}.{name}": (WIDTH, WIDTH) for i in range(32) for name in ("q_proj", "v_proj")}
@@ -44,9 +45,9 @@ def n(r: int) -> int:
 def test_every_method_trains_as_much_as_one_lora(name: str, r: int, slots: list[int], train: int, send: int) -> None:
     """The mixer comes on top; LLaMA2-7B's 4 194 304 are the paper's rank 8."""
     config = matched(RunConfig(), name, LAYERS, 8, "parameters")
-    method = get_method(name)(8, config)
-    shape = method.shape(r, LAYERS)
-    assert (config.lora.r, list(method.ranks(r).values())) == (r, slots)
+    method = build(config, 8)
+    shape = shape_of(method, LAYERS, r)
+    assert (config.lora.r, list(method.ranks.values())) == (r, slots)
     assert config.lora.alpha / r == 4
     assert (trainable(method, shape), sent(method, shape)) == (train, send)
     assert n(8) == 4_194_304
@@ -72,8 +73,8 @@ def test_every_method_sends_as_much_as_one_lora(name: str, r: int) -> None:
 def test_layers_that_are_not_square_count_as_they_are() -> None:
     """Bloom's fused projection, 1024 to 3072: FFA trains three quarters of a LoRA."""
     layers = {"query_key_value": (1024, 3072)}
-    method = get_method("ffa_lora")(8)
-    shapes = method.shape(8, layers).shapes()
+    method = build(RunConfig(method="ffa_lora"), 8)
+    shapes = shape_of(method, layers, 8).shapes()
     assert {key.factor for key in shapes} == {A, B}
-    assert trainable(method, method.shape(8, layers)) == 8 * 3072
+    assert trainable(method, shape_of(method, layers, 8)) == 8 * 3072
     assert matched(RunConfig(), "ffa_lora", layers, 8, "parameters").lora.r == 11

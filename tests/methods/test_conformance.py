@@ -13,10 +13,24 @@ from fedalt.config import FederationConfig
 from fedalt.errors import UserError
 from fedalt.federation.client import ClientResult
 from fedalt.federation.server import Server
-from fedalt.methods.registry import METHODS, VARIANTS, get_method
+from fedalt.methods.registry import get_method
 from fedalt.model.adapted import AdaptedModel
-from fedalt.names import MIXER, ROW
-from support import MODELS, RANK, bitwise, distance, examples, llama, method_of, run_rounds, start_states, training
+from fedalt.names import MIXER, REST_OF_WORLD
+from support import (
+    METHODS,
+    MODELS,
+    RANK,
+    VARIANTS,
+    bitwise,
+    distance,
+    examples,
+    llama,
+    method_of,
+    run_rounds,
+    shape_of,
+    start_states,
+    training,
+)
 
 ROWS = {client: examples(count, seed=client) for client, count in enumerate((7, 10, 3))}
 CONFIG = training(max_grad_norm=0.5)
@@ -85,8 +99,8 @@ def test_only_shared_tensors_leave_and_mixers_only_where_they_are_averaged(name:
     for result in history[-1]:
         assert all(method.shares(key) and method.trains(key) for key in result.upload)
         averaged = {MIXER} if name == "fedit_split" else set()
-        assert {key.slot for key in result.upload} & {MIXER, ROW} == averaged
-    shape = method.shape(RANK, AdaptedModel(llama()).layer_sizes)
+        assert {key.slot for key in result.upload} & {MIXER, REST_OF_WORLD} == averaged
+    shape = shape_of(method, AdaptedModel(llama()).layer_sizes)
     assert set(server.shapes) == set(method.upload(start_states(method, shape, [0])[0]))
 
 
@@ -105,8 +119,8 @@ def test_what_others_do_reaches_a_client_only_through_the_server(name: str) -> N
 
 @pytest.mark.parametrize("name", METHODS)
 def test_broadcast_and_unicast_train_alike(name: str) -> None:
-    assert FederationConfig().row_delivery == "broadcast"
-    unicast, _ = rounds(name, federation=FederationConfig(row_delivery="unicast"))
+    assert FederationConfig().rest_of_world_delivery == "broadcast"
+    unicast, _ = rounds(name, federation=FederationConfig(rest_of_world_delivery="unicast"))
     runs = [history[-1] for history in (finished(name, "stacked")[0], unicast)]
     assert all(distance(a.state.tensors, b.state.tensors) < 1e-4 for a, b in zip(*runs, strict=True))
 

@@ -22,7 +22,18 @@ from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
 from fedalt.names import FUSED, GLOBAL, PERSONAL, A, Key
 from fedalt.training.loss import client_losses
-from support import RANK, SCALE, bitwise, examples, llama, method_of, quick, random_states, run_rounds, training
+from support import (
+    SCALE,
+    bitwise,
+    examples,
+    llama,
+    method_of,
+    quick,
+    random_states,
+    run_rounds,
+    shape_of,
+    training,
+)
 
 ROWS = {client: examples(count, seed=client) for client, count in enumerate((6, 9, 4))}
 KEY = Key("m", GLOBAL, A)
@@ -40,12 +51,12 @@ def test_the_outer_step_is_torchs_nesterov(eta: float, mu: float) -> None:
     optimizer = torch.optim.SGD([literal], lr=eta, momentum=mu, nesterov=mu > 0)
     memory: Any = {}
     for round_, mine in enumerate(sent, 1):
-        memory = method.serve(Gathered(mine, weights, memory, round_))
+        memory = method.server_update(Gathered(mine, weights, memory, round_))
         if round_ > 1:
             literal.grad = literal.detach() - means[round_ - 1]
             optimizer.step()
         torch.testing.assert_close(memory[KEY], literal.detach(), rtol=1e-5, atol=1e-6)
-    told = method.answers(Gathered(sent[-1], weights, memory, 5))(7, 0)
+    told = method.client_messages(Gathered(sent[-1], weights, memory, 5))(7, 0)
     assert set(told.tensors) == {KEY}, "the velocity stays with the server"
     assert set(memory) == {KEY, KEY._replace(slot=VELOCITY)}
 
@@ -67,7 +78,7 @@ def test_the_personal_lora_is_renewed_every_so_often() -> None:
 
 @pytest.mark.parametrize("w", [(1.0, 0.0), (0.0, 1.0), (0.5, -1.5)])
 def test_fusion_is_factor_by_factor(w: tuple[float, float]) -> None:
-    (state, *_) = random_states(method_of("fdlora").shape(RANK, {"m": (5, 3)}))
+    (state, *_) = random_states(shape_of(method_of("fdlora"), {"m": (5, 3)}))
     for key, value in fused(state, w).tensors.items():
         if key.slot == FUSED:
             personal, shared = (state.tensors[key._replace(slot=slot)] for slot in (PERSONAL, GLOBAL))
@@ -125,7 +136,7 @@ def test_ties_go_to_the_personal_lora() -> None:
 
 def personalised(method: Method, clients: tuple[int, ...] = (0, 1, 2)) -> tuple[AdaptedModel, list[ClientState]]:
     model = AdaptedModel(llama())
-    states = random_states(method.shape(RANK, model.layer_sizes), clients)
+    states = random_states(shape_of(method, model.layer_sizes), clients)
     return model, method.personalise(model, states, ROWS, Placement(*method.inference, SCALE, 0.0))
 
 

@@ -14,7 +14,6 @@ from fedalt.model.state import ClientState
 from fedalt.names import ANCHOR, GLOBAL, LOCAL, A, B, Key, Tensors
 from fedalt.training.local import train
 from support import (
-    RANK,
     bitwise,
     distance,
     examples,
@@ -25,6 +24,7 @@ from support import (
     round_settings,
     run_all,
     run_rounds,
+    shape_of,
     training,
 )
 
@@ -38,21 +38,21 @@ def slot(tensors: Tensors, name: str) -> Tensors:
 
 def starts(method: Method, **scale: float) -> list[ClientState]:
     """Random states, with some slots' tensors scaled."""
-    states = random_states(method.shape(RANK, AdaptedModel(llama()).layer_sizes))
+    states = random_states(shape_of(method, AdaptedModel(llama()).layer_sizes))
     return [s.with_tensors({k: scale.get(k.slot, 1.0) * v for k, v in s.tensors.items()}) for s in states]
 
 
 def second_round(method: Method, states: list[ClientState]) -> list[ClientResult]:
     plans = list(zip(*(plans_of(ROWS, CONFIG, 2, phase=phase) for phase in (0, 1)), strict=True))
     model = AdaptedModel(llama())
-    settings = round_settings(method, method.shape(RANK, model.layer_sizes), CONFIG, dropout=0.2)
+    settings = round_settings(method, CONFIG, dropout=0.2)
     return run_all(model, states, [None] * 3, plans, settings, 2)
 
 
 def local_phase(method: Method, states: list[ClientState]) -> list[dict[Key, Any]]:
     model = AdaptedModel(llama())
     phase, _ = method.phases(2)
-    settings = round_settings(method, method.shape(RANK, model.layer_sizes), CONFIG, dropout=0.2)
+    settings = round_settings(method, CONFIG, dropout=0.2)
     trainable = [key for key in states[0].tensors if phase.trains(key)]
     model.load(states, settings.placement(phase), trainable)
     train(model, plans_of(ROWS, CONFIG, 2), CONFIG, rule=phase.rule)
@@ -118,7 +118,7 @@ def test_f_trains_in_private_in_the_last_round_and_sends_nothing() -> None:
         assert bitwise(slot(state.tensors, GLOBAL), mean), "the mean of round 2, untouched since"
         assert distance(slot(state.tensors, LOCAL), mean) > 1e-4
         assert distance(slot(before.state.tensors, GLOBAL), mean) > 1e-4
-        after = method.install(state, messages[state.client])
+        after = method.receive(state, messages[state.client])
         assert bitwise(after.tensors, state.tensors), "and the answer to nothing changes nothing"
 
 
@@ -128,4 +128,4 @@ def test_anchors_and_local_loras_never_leave(name: str) -> None:
     (state, *_) = starts(method)
     state = state.with_tensors({Key("", ANCHOR, "E"): torch.ones(1, 3)})
     assert {key.slot for key in method.upload(state)} == {GLOBAL}
-    assert {key.slot for key in method.sent(state).sent or {}} == {GLOBAL}
+    assert {key.slot for key in method.uploaded(state).sent or {}} == {GLOBAL}

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedalt.methods.lora_fair import descend
-from fedalt.methods.options import LoRAFairConfig
+from fedalt.methods.lora_fair import LoRAFair, descend
 from fedalt.methods.products import Weighted
 from support import quick
 
@@ -51,7 +50,7 @@ def test_descent_is_that_of_autograd_with_a_proximal_step(weight: float) -> None
         (slope,) = torch.autograd.grad(1 - cosine(target, (b + leaf) @ a), leaf)
         moved = delta - 0.2 * slope
         delta = moved * max(0.0, 1 - 0.2 * weight / float(moved.norm()))
-    got_a, got_b = descend(given_, LoRAFairConfig(weight=weight, lr=0.2, steps=7))
+    got_a, got_b = descend(given_, LoRAFair.Settings(weight=weight, lr=0.2, steps=7))
     torch.testing.assert_close(got_a, a)
     torch.testing.assert_close(got_b, b + delta, rtol=1e-6, atol=1e-7)
 
@@ -61,7 +60,7 @@ def test_descent_is_that_of_autograd_with_a_proximal_step(weight: float) -> None
 def test_the_corrected_product_is_closer_in_direction(seed: int) -> None:
     given_ = parts(seed)
     a, b, target = means(given_)
-    _, corrected = descend(given_, LoRAFairConfig(weight=0.0, lr=0.1, steps=200))
+    _, corrected = descend(given_, LoRAFair.Settings(weight=0.0, lr=0.1, steps=200))
     before, after = cosine(target, b @ a), cosine(target, corrected @ a)
     assert after >= before - 1e-12
     projected = target @ torch.linalg.pinv(a) @ a
@@ -72,13 +71,13 @@ def test_the_corrected_product_is_closer_in_direction(seed: int) -> None:
 def test_where_there_is_nothing_to_correct_nothing_is(weight: float) -> None:
     """One client of one number: the slope is 0, and so is the norm that it is divided by."""
     a, b = torch.ones(1, 1), 2 * torch.ones(1, 1)
-    got = descend([(a, b, 1.0)], LoRAFairConfig(weight=weight, steps=3))
+    got = descend([(a, b, 1.0)], LoRAFair.Settings(weight=weight, steps=3))
     assert [value.item() for value in got] == [1, 2]
 
 
 def test_a_correction_that_costs_too_much_is_not_made() -> None:
     given_ = parts(3)
-    assert torch.equal(descend(given_, LoRAFairConfig(weight=1e9))[1], means(given_)[1])
+    assert torch.equal(descend(given_, LoRAFair.Settings(weight=1e9))[1], means(given_)[1])
 
 
 @pytest.mark.parametrize("zero", ["A", "B", "mean"])
@@ -90,6 +89,6 @@ def test_without_a_direction_nothing_is_corrected(zero: str) -> None:
         given_ = [(a, b, 0.5), (a, -b, 0.5)]
     else:
         given_ = [(a * (zero == "B"), b * (zero == "A"), q) for a, b, q in given_]
-    got_a, got_b = descend(given_, LoRAFairConfig(steps=3))
+    got_a, got_b = descend(given_, LoRAFair.Settings(steps=3))
     a, b, _ = means(given_)
     assert torch.equal(got_a, a) and torch.equal(got_b, b)

@@ -10,10 +10,9 @@ import torch
 from fedalt.config import FederationConfig, parse_config
 from fedalt.errors import UserError
 from fedalt.methods.exchange import Message
-from fedalt.methods.registry import METHODS, VARIANTS
 from fedalt.model.adapted import AdaptedModel
 from fedalt.names import A, B
-from support import RANK, bitwise, examples, llama, method_of, run_rounds, training
+from support import METHODS, RANK, VARIANTS, bitwise, examples, llama, method_of, run_rounds, training
 
 ROWS = {client: examples(count, seed=client) for client, count in enumerate((4, 6, 3))}
 CONFIG = training(local_epochs=1)
@@ -30,7 +29,7 @@ M = 2 * D_IN
 LORA, IND, ROW2 = (
     {("global", "A"), ("global", "B")},
     {("individual", "A"), ("individual", "B")},
-    {("row", "A"), ("row", "B")},
+    {("rest_of_world", "A"), ("rest_of_world", "B")},
 )
 MIX = {("mixer", "G")}
 PARTS = {(f"part{i}", factor) for i in range(2) for factor in "AB"}
@@ -46,6 +45,10 @@ UP = {
     "fdlora": (LORA, n()),
     "fedalt": (IND, n()),
     "lora_fair": (LORA, n()),
+    "fedprox": (LORA, n()),
+    "ditto": (LORA, n()),
+    "fedit_ft": (LORA, n()),
+    "fedrot_lora": (LORA, n()),
     "zero_pad": (LORA, n()),
     "hetlora": (LORA, n()),
     "flexlora": (LORA, n()),
@@ -92,9 +95,9 @@ def test_payloads_and_bytes_of_a_round(name: str) -> None:
         ("fedit_split", {"fedit_split__router_average": False}, n(), n()),
         ("fedit_split", {"fedit_split__router": "none"}, n(), n()),
         ("fedit_split", {"fedit_split__parts": 4}, n() + 2 * M, n() + 2 * M),
-        ("fedalt", {"fedalt__row_update": "average_rows"}, 2 * n(), 2 * n()),
-        ("fedalt_svd", {"fedalt__row_rank": 2}, n(), n(2)),
-        ("fedalt_svd", {"fedalt__row_rank": 6}, n(), n(6)),
+        ("fedalt", {"fedalt__rest_of_world_update": "average"}, 2 * n(), 2 * n()),
+        ("fedalt_svd", {"fedalt__rest_of_world_rank": 2}, n(), n(2)),
+        ("fedalt_svd", {"fedalt__rest_of_world_rank": 6}, n(), n(6)),
         ("pf2lora", {"pf2lora__private_rank": 3}, n(), n()),
     ],
 )
@@ -134,7 +137,7 @@ def test_nothing_grows_beyond_a_clients_own_rank(name: str) -> None:
     history, server = run_rounds(AdaptedModel(llama()), method, ROWS, training(weight_decay=0.5), 3)
     last = [result.state for result in history[-1]]
     messages = server.messages([0, 1, 2])
-    installed = [method.install(s, messages[s.client]) for s in last if s.client in messages]
+    installed = [method.receive(s, messages[s.client]) for s in last if s.client in messages]
     for state in [*(result.state for results in history for result in results), *installed]:
         for key, value in state.tensors.items():
             if key.slot in ("global", "individual"):
@@ -163,7 +166,7 @@ def test_fedsas_b_stays_with_its_client() -> None:
     method = method_of("fedsa_lora")
     history, server = run_rounds(AdaptedModel(llama()), method, ROWS, CONFIG, 2, federation=FederationConfig())
     messages = server.messages([0, 1, 2])
-    after = [method.install(result.state, messages[result.state.client]) for result in history[-1]]
+    after = [method.receive(result.state, messages[result.state.client]) for result in history[-1]]
     for result, state in zip(history[-1], after, strict=True):
         for key, value in state.tensors.items():
             assert torch.equal(value, result.state.tensors[key]) == (key.factor == B)
@@ -182,7 +185,13 @@ def test_methods_that_send_nothing_are_told_nothing(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize("section", ["fedalt", "fedit_split", "feddpa", "pf2lora", "fdlora", "hetlora", "lora_fair"])
+SECTIONS = (
+    "fedalt", "fedit_split", "feddpa", "pf2lora", "fdlora", "hetlora", "lora_fair", "fedprox", "ditto", "fedit_ft",
+    "fedrot_lora",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("section", SECTIONS)
 def test_unknown_options_are_refused(section: str) -> None:
     with pytest.raises(UserError, match=rf'unknown key "{section}\.nonesuch"'):
         parse_config({section: {"nonesuch": 1}}, "x")
@@ -191,7 +200,7 @@ def test_unknown_options_are_refused(section: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("fedalt.row_aggregator", "mean"),
+        ("fedalt.rest_of_world_aggregator", "mean"),
         ("fedalt.trim", 0.5),
         ("fedalt.clusters", 0),
         ("fedit_split.parts", 1),
@@ -202,6 +211,10 @@ def test_unknown_options_are_refused(section: str) -> None:
         ("fdlora.budget", 8),
         ("hetlora.tail", 0),
         ("lora_fair.solver", "adam"),
+        ("fedprox.mu", -0.1),
+        ("ditto.weight", -1),
+        ("fedit_ft.alone", 0),
+        ("fedrot_lora.fit", "C"),
         ("lora.ranks", [4, 0]),
     ],
 )
@@ -214,12 +227,12 @@ def test_values_out_of_range_are_refused(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"fedalt__row_aggregator": "svd", "fedalt__row_from": "all"},
-        {"fedalt__row_aggregator": "median", "fedalt__row_update": "average_rows"},
+        {"fedalt__rest_of_world_aggregator": "svd", "fedalt__rest_of_world_from": "all"},
+        {"fedalt__rest_of_world_aggregator": "median", "fedalt__rest_of_world_update": "average"},
         {"fedalt__clusters": 2, "fedalt__mixer_average": True},
         {"fedalt__clusters": 2, "fedalt__mixing": "half"},
-        {"fedalt__clusters": 2, "fedalt__row_aggregator": "stack"},
-        {"fedalt__row_from": "all", "fedalt__row_update": "average_rows"},
+        {"fedalt__clusters": 2, "fedalt__rest_of_world_aggregator": "stack"},
+        {"fedalt__rest_of_world_from": "all", "fedalt__rest_of_world_update": "average"},
     ],
     ids=str,
 )

@@ -17,16 +17,16 @@ from fedalt.methods.base import Method, Phase, Slot
 from fedalt.methods.clusters import cluster_rows
 from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.fedalt import FedALT
+from fedalt.methods.fedalt_variants import FedALTVariants
 from fedalt.methods.fedsa_lora import FedSALoRA
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.mixing import Mixing
 from fedalt.model.rowmap import RowMap
 from fedalt.model.state import ClientState
-from fedalt.names import GLOBAL, INDIVIDUAL, MERGED, MIXER, PERSONAL, PRIVATE, ROW, A, B, G, Key, Tensors, W
+from fedalt.names import GLOBAL, INDIVIDUAL, MERGED, MIXER, PERSONAL, PRIVATE, REST_OF_WORLD, A, B, G, Key, Tensors, W
 from oracle.reference import merged
 from support import (
-    LORA,
     MODELS,
     RANK,
     SCALE,
@@ -38,6 +38,7 @@ from support import (
     random_states,
     relative,
     run_rounds,
+    shape_of,
     start_states,
     training,
 )
@@ -81,7 +82,7 @@ def installed(history: History, server: Server) -> list[ClientState]:
     """Every client at the start of the next round."""
     states = [result.state for result in history[-1]]
     messages = server.messages([state.client for state in states])
-    return [server.method.install(s, messages[s.client]) if s.client in messages else s for s in states]
+    return [server.method.receive(s, messages[s.client]) if s.client in messages else s for s in states]
 
 
 def products(tensors: Tensors, name: str = GLOBAL) -> dict[str, torch.Tensor]:
@@ -123,7 +124,7 @@ def test_fedit_split_without_a_router_is_fedit(parts: int, router: str, scaling:
     method = method_of("fedit_split", **options, fedit_split__parts=parts)
     sizes = AdaptedModel(llama()).layer_sizes
     plain = method_of("fedit")
-    starts = start_states(plain, plain.shape(RANK, sizes), list(ROWS))
+    starts = start_states(plain, shape_of(plain, sizes), list(ROWS))
 
     def split(tensors: Tensors) -> Tensors:
         r = RANK // parts
@@ -171,7 +172,7 @@ def test_hetlora_without_its_penalty_trains_as_fedit_and_averages_by_size() -> N
 
 def test_feddpa_f_is_fedit_until_the_last_round() -> None:
     method = method_of("feddpa_f", federation__rounds=4)
-    starts = start_states(method, method.shape(RANK, AdaptedModel(llama()).layer_sizes), list(ROWS))
+    starts = start_states(method, shape_of(method, AdaptedModel(llama()).layer_sizes), list(ROWS))
     plain = [ClientState(start.client, 0, slot(start.tensors, GLOBAL)) for start in starts]
     (history, _), (expected, _) = rounds(method, states=starts), fedit(states=plain)
     same_states(history, expected)
@@ -196,23 +197,30 @@ def test_fedalt_without_weight_on_the_row_is_local() -> None:
     method = method_of("fedalt_fixed_half")
     method.mixing = Mixing("fixed", (1.0, 0.0))
     (history, server), (expected, _) = rounds(method), rounds(method_of("local"))
-    assert any(value.any() for key, value in installed(history, server)[0].tensors.items() if key.slot == ROW)
+    assert any(value.any() for key, value in installed(history, server)[0].tensors.items() if key.slot == REST_OF_WORLD)
     for results, others in zip(history, expected, strict=True):
         for one, other in zip(results, others, strict=True):
             assert distance(slot(one.state.tensors, INDIVIDUAL), slot(other.state.tensors, INDIVIDUAL)) < 2e-5
 
 
-class Clustered(FedALT):
+class Clustered(FedALTVariants):
     """FedALT whose server groups clients even where there is one group."""
 
-    def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
+    def client_messages(self, gathered: Gathered) -> Callable[[int, int], Message]:
         rows = cluster_rows(gathered, self.rows)
         return lambda client, last: Message(rows(client))
 
 
+def test_the_papers_method_alone_is_the_registered_one_with_its_defaults() -> None:
+    registered = method_of("fedalt")
+    (one, server), (other, plain) = rounds(FedALT().bind(3, registered.config)), rounds(registered)
+    for a, b in zip(installed(one, server), installed(other, plain), strict=True):
+        assert bitwise(a.tensors, b.tensors)
+
+
 def test_fedalt_of_one_cluster_is_fedalt() -> None:
-    method = Clustered(3, method_of("fedalt").config)
-    method.individually = True
+    method = Clustered().bind(3, method_of("fedalt").config)
+    method.needs_uploads = True
     (one, server), (other, plain) = rounds(method), rounds(method_of("fedalt"))
     assert all(message.share == 0 for message in server.messages(tuple(ROWS)).values()), "rows, each for one client"
     for a, b in zip(installed(one, server), installed(other, plain), strict=True):
@@ -230,7 +238,8 @@ class Frozen(FedSALoRA):
 
 
 def test_fedsa_whose_a_is_frozen_at_the_shared_start_is_ffa() -> None:
-    (history, server), (expected, other) = rounds(Frozen(3)), rounds(method_of("ffa_lora"))
+    frozen = Frozen().bind(3, method_of("fedsa_lora").config)
+    (history, server), (expected, other) = rounds(frozen), rounds(method_of("ffa_lora"))
     same_states(history, expected, limit=1e-6)
     assert distance(server.mean(), other.mean()) < 1e-6
     assert all(key.factor == B for result in history[-1] for key in result.upload)
@@ -326,7 +335,7 @@ def test_ffas_mean_of_products_is_the_product_of_means() -> None:
 
 def test_fixed_weights_of_one_over_k_on_exact_rows_answer_with_the_mean_of_products() -> None:
     """Every client, after whole rounds, is one and the same model."""
-    method = method_of("fedalt_fixed_one_over_k", fedalt__row_aggregator="stack")
+    method = method_of("fedalt_fixed_one_over_k", fedalt__rest_of_world_aggregator="stack")
     history, server = rounds(method)
     parts = [products(result.upload, INDIVIDUAL) for result in history[-1]]
     dense = {Key(m, "mean", A): (sum(p[m] for p in parts) / 3).float() for m in parts[0]}
@@ -364,7 +373,7 @@ def test_the_global_averages_row_alone_answers_as_one_lora_of_mean_factors() -> 
 def test_a_private_lora_may_have_the_scale_of_its_own_rank() -> None:
     """alpha/r on the common one, alpha/r̃ on the private one."""
     method = method_of("pf2lora", pf2lora__private_scale="own_rank", pf2lora__private_rank=2)
-    (state,) = random_states(method.shape(RANK, AdaptedModel(llama()).layer_sizes), [0])
+    (state,) = random_states(shape_of(method, AdaptedModel(llama()).layer_sizes), [0])
     common = merged(llama(), state.tensors, GLOBAL, SCALE)
     expected = hidden(merged(common, state.tensors, PRIVATE, SCALE * RANK / 2))
     assert relative(answered(state, *method.inference), expected) < 1e-4
@@ -376,7 +385,7 @@ def test_a_private_lora_may_have_the_scale_of_its_own_rank() -> None:
 
 
 def row(state: ClientState) -> Tensors:
-    return slot(state.tensors, ROW)
+    return slot(state.tensors, REST_OF_WORLD)
 
 
 def mean(parts: Sequence[Tensors]) -> Tensors:
@@ -385,7 +394,7 @@ def mean(parts: Sequence[Tensors]) -> Tensors:
 
 @pytest.mark.parametrize("delivery", ["broadcast", "unicast"])
 def test_global_average_rows_are_the_mean_of_all(delivery: Any) -> None:
-    federation = FederationConfig(row_delivery=delivery)
+    federation = FederationConfig(rest_of_world_delivery=delivery)
     history, server = rounds(method_of("fedalt_global_average"), federation=federation)
     expected = mean([slot(result.upload, INDIVIDUAL) for result in history[-1]])
     states = installed(history, server)
@@ -395,7 +404,7 @@ def test_global_average_rows_are_the_mean_of_all(delivery: Any) -> None:
 
 @pytest.mark.parametrize("delivery", ["broadcast", "unicast"])
 def test_a_row_that_trains_is_thrown_away(delivery: Any) -> None:
-    federation = FederationConfig(row_delivery=delivery)
+    federation = FederationConfig(rest_of_world_delivery=delivery)
     history, server = rounds(method_of("fedalt_row_update"), federation=federation)
     for k, (result, state) in enumerate(zip(history[-1], installed(history, server), strict=True)):
         assert {key.slot for key in result.upload} == {INDIVIDUAL}
@@ -409,18 +418,18 @@ def test_a_row_that_trains_is_thrown_away(delivery: Any) -> None:
 
 @pytest.mark.parametrize("delivery", ["broadcast", "unicast"])
 def test_rows_that_train_may_be_averaged_over_the_others(delivery: Any) -> None:
-    federation = FederationConfig(row_delivery=delivery)
-    history, server = rounds(method_of("fedalt", fedalt__row_update="average_rows"), federation=federation)
+    federation = FederationConfig(rest_of_world_delivery=delivery)
+    history, server = rounds(method_of("fedalt", fedalt__rest_of_world_update="average"), federation=federation)
     for k, (result, state) in enumerate(zip(history[-1], installed(history, server), strict=True)):
-        assert {key.slot for key in result.upload} == {INDIVIDUAL, ROW}
+        assert {key.slot for key in result.upload} == {INDIVIDUAL, REST_OF_WORLD}
         assert bitwise(slot(result.upload, INDIVIDUAL), slot(state.tensors, INDIVIDUAL)), "never overwritten"
-        others = [slot(r.upload, ROW) for c, r in enumerate(history[-1]) if c != k]
+        others = [slot(r.upload, REST_OF_WORLD) for c, r in enumerate(history[-1]) if c != k]
         assert distance(row(state), mean(others)) < 1e-6
 
 
 @pytest.mark.parametrize("delivery", ["broadcast", "unicast"])
 def test_averaged_mixers_are_those_of_all_and_rows_those_of_the_others(delivery: Any) -> None:
-    federation = FederationConfig(row_delivery=delivery)
+    federation = FederationConfig(rest_of_world_delivery=delivery)
     history, server = rounds(method_of("fedalt_averaged_mixer"), federation=federation)
     states = installed(history, server)
     expected = mean([slot(result.upload, MIXER) for result in history[-1]])
@@ -440,11 +449,11 @@ def test_mixers_stay_apart_where_they_are_not_averaged(settings: tuple[str, dict
 
 def test_halved_ranks_have_the_same_scale() -> None:
     method, plain = method_of("fedalt_row_update_half"), method_of("fedalt")
-    assert method.ranks(8) == {INDIVIDUAL: 4, ROW: 4}
-    assert plain.ranks(8) == {INDIVIDUAL: 8, ROW: 8}
-    assert method.scale(LORA) == plain.scale(LORA) == SCALE
+    assert method.ranks == {INDIVIDUAL: RANK // 2, REST_OF_WORLD: RANK // 2}
+    assert plain.ranks == {INDIVIDUAL: RANK, REST_OF_WORLD: RANK}
+    assert method.scale == plain.scale == SCALE
     with pytest.raises(UserError, match=r"lora\.r = 7 is odd"):
-        method.ranks(7)
+        assert method_of("fedalt_row_update_half", lora__r=7).ranks
 
 
 @pytest.mark.parametrize(
@@ -453,11 +462,11 @@ def test_halved_ranks_have_the_same_scale() -> None:
 def test_fixed_weights_have_no_mixer(name: str, weights: tuple[float, float]) -> None:
     method = method_of(name)
     assert method.mixing.weights == pytest.approx(weights)
-    assert not any(key.factor == G for key in method.shape(RANK, {"m": (4, 3)}).shapes())
+    assert not any(key.factor == G for key in shape_of(method, {"m": (4, 3)}).shapes())
 
 
 def test_a_full_start_gives_the_individual_lora_fedits_scale() -> None:
     lora = method_of("fedalt").config.lora
-    assert method_of("fedalt", fedalt__full_start=True).scale(lora) == 2 * lora.alpha / lora.r
-    assert method_of("fedalt", fedalt__full_start=True, fedalt__clusters=2).scale(lora) == 3 * lora.alpha / lora.r
-    assert method_of("fedalt", 1, fedalt__full_start=True).scale(lora) == lora.alpha / lora.r
+    assert method_of("fedalt", fedalt__full_start=True).scale == 2 * lora.alpha / lora.r
+    assert method_of("fedalt", fedalt__full_start=True, fedalt__clusters=2).scale == 3 * lora.alpha / lora.r
+    assert method_of("fedalt", 1, fedalt__full_start=True).scale == lora.alpha / lora.r

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from fedalt.methods.clusters import cluster_rows, groups, similarities
 from fedalt.methods.exchange import Gathered
-from fedalt.methods.rows import AGGREGATORS
 from fedalt.model.state import ClientState
-from fedalt.names import INDIVIDUAL, ROW, A, B, Key, Tensors
-from support import method_of, quick
+from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Key, Tensors
+from fedalt.registry import AGGREGATORS
+from support import method_of, quick, shape_of
 
 Array = np.ndarray[Any, Any]
 Factors = tuple[Array, Array]
@@ -46,20 +46,25 @@ def rows(
 ) -> Callable[[int], dict[str, Factors]]:
     """Client → module → (A, B) of its row."""
     method = method_of(
-        "fedalt", len(sent), fedalt__row_aggregator=aggregator, **{"lora__r": 2, "lora__alpha": 4.0} | settings
+        "fedalt",
+        len(sent),
+        fedalt__rest_of_world_aggregator=aggregator,
+        **{"lora__r": 2, "lora__alpha": 4.0} | settings,
     )
     known = gathered(sent, weights)
     if aggregator == "factor_mean":
-        build = cluster_rows(known, (ROW,))  # FedALT's own rows, answered one by one
+        build = cluster_rows(known, (REST_OF_WORLD,))  # FedALT's own rows, answered one by one
     else:
-        answer = method.answers(known)
+        answer = method.client_messages(known)
         build = lambda client: dict(answer(client, 1).tensors)  # noqa: E731
 
     def row(client: int) -> dict[str, Factors]:
         tensors = build(client)
-        assert {key.slot for key in tensors} == {ROW}
+        assert {key.slot for key in tensors} == {REST_OF_WORLD}
         assert {value.dtype for value in tensors.values()} == {torch.float32}
-        return {m: (tensors[Key(m, ROW, A)].numpy(), tensors[Key(m, ROW, B)].numpy()) for m in LAYERS}
+        return {
+            m: (tensors[Key(m, REST_OF_WORLD, A)].numpy(), tensors[Key(m, REST_OF_WORLD, B)].numpy()) for m in LAYERS
+        }
 
     return row
 
@@ -107,7 +112,7 @@ def test_stacked_rows_are_the_mean_of_products(weights: dict[int, float], seed: 
 @given(weights_of, st.integers(0, 99), st.integers(1, 4))
 def test_svd_rows_are_their_best_approximation(weights: dict[int, float], seed: int, rank: int) -> None:
     sent = uploads(len(weights), seed)
-    row = rows("svd", sent, weights, fedalt__row_rank=rank)
+    row = rows("svd", sent, weights, fedalt__rest_of_world_rank=rank)
     for client in weights:
         for module, (a, b) in row(client).items():
             exact = dense(shares(weights, client), *others(sent, client, module))
@@ -119,7 +124,7 @@ def test_svd_rows_are_their_best_approximation(weights: dict[int, float], seed: 
 @pytest.mark.parametrize("aggregator", ["stack", "svd"])
 def test_rows_of_unequal_ranks(aggregator: str) -> None:
     sent = uploads(4, 3, ranks=(1, 4, 2))
-    settings = {"lora__ranks": (1, 4, 2), "fedalt__row_rank": 99 if aggregator == "svd" else None}
+    settings = {"lora__ranks": (1, 4, 2), "fedalt__rest_of_world_rank": 99 if aggregator == "svd" else None}
     row = rows(aggregator, sent, **settings)
     for client in sent:
         for module, (a, b) in row(client).items():
@@ -194,7 +199,7 @@ def test_krum(clients: int, faulty: int, seed: int) -> None:
             assert (b == chosen[Key(module, INDIVIDUAL, B)].numpy()).all()
 
 
-@pytest.mark.parametrize("aggregator", ["factor_mean", *AGGREGATORS])
+@pytest.mark.parametrize("aggregator", AGGREGATORS.names())
 def test_a_row_depends_on_everybody_but_its_own_client(aggregator: str) -> None:
     """Krum takes one upload as it is; the one that changes is the one that it took for somebody else."""
     sent = uploads(5, 7)
@@ -257,7 +262,7 @@ def test_krum_of_one_or_two_others_takes_the_first(clients: int) -> None:
             assert (b == sent[first][Key(module, INDIVIDUAL, B)].numpy()).all()
 
 
-@pytest.mark.parametrize("aggregator", ["factor_mean", *AGGREGATORS])
+@pytest.mark.parametrize("aggregator", AGGREGATORS.names())
 def test_rows_of_untrained_uploads_are_zero_and_finite(aggregator: str) -> None:
     sent = uploads(4, 6)
     sent = {c: {k: v * (k.factor == A) for k, v in tensors.items()} for c, tensors in sent.items()}
@@ -269,13 +274,13 @@ def test_rows_of_untrained_uploads_are_zero_and_finite(aggregator: str) -> None:
 def test_a_narrower_row_leaves_nothing_of_the_old_one() -> None:
     """Four uploads in one round, two in the next: a stack has fewer rows."""
     method = method_of("fedalt_stack", 4, lora__r=2)
-    old = {key: torch.ones(size) for key, size in method.shape(2, LAYERS).shapes().items()}
+    old = {key: torch.ones(size) for key, size in shape_of(method, LAYERS, 2).shapes().items()}
     state = ClientState(0, 1, old)
     sent = {c: tensors for c, tensors in uploads(4, 8).items() if c in (0, 3)}
-    row = method.install(state, method.answers(gathered(sent))(0, 1)).tensors
+    row = method.receive(state, method.client_messages(gathered(sent))(0, 1)).tensors
     for module in LAYERS:
-        a, b = row[Key(module, ROW, A)], row[Key(module, ROW, B)]
-        assert a.shape == old[Key(module, ROW, A)].shape
+        a, b = row[Key(module, REST_OF_WORLD, A)], row[Key(module, REST_OF_WORLD, B)]
+        assert a.shape == old[Key(module, REST_OF_WORLD, A)].shape
         (expected_a,), (expected_b,) = others(sent, 0, module)
         np.testing.assert_allclose(a[:2], expected_a)
         np.testing.assert_allclose(b[:, :2], expected_b)
@@ -312,13 +317,13 @@ def test_planted_groups_are_found_and_the_own_one_comes_first() -> None:
     assert len({labels[c] for c in (0, 2, 4)}) == len({labels[c] for c in (1, 3)}) == 1
     assert labels[0] != labels[1]
     method = method_of("fedalt_clusters", 5)
-    answer = method.answers(gathered(sent))
-    assert method.slot_names == (INDIVIDUAL, ROW, "row1")
+    answer = method.client_messages(gathered(sent))
+    assert method.slot_names == (INDIVIDUAL, REST_OF_WORLD, "rest_of_world1")
     for client in sent:
         tensors = answer(client, 1).tensors
         own = [c for c in sent if c % 2 == client % 2 and c != client]
         rest = [c for c in sent if c % 2 != client % 2]
-        for slot, members in ((ROW, own), ("row1", rest)):
+        for slot, members in ((REST_OF_WORLD, own), ("rest_of_world1", rest)):
             for key in sent[0]:
                 expected = sum(sent[c][key] for c in members) / len(members)
                 torch.testing.assert_close(tensors[key._replace(slot=slot)], expected, rtol=0, atol=1e-6)
@@ -327,22 +332,22 @@ def test_planted_groups_are_found_and_the_own_one_comes_first() -> None:
 def test_clustered_rows_do_not_depend_on_the_own_upload_while_groups_stay() -> None:
     sent = planted()
     moved = sent | {2: {key: value + 0.05 * torch.sign(value) for key, value in sent[2].items()}}
-    one, other = (cluster_rows(gathered(each), (ROW, "row1")) for each in (sent, moved))
+    one, other = (cluster_rows(gathered(each), (REST_OF_WORLD, "rest_of_world1")) for each in (sent, moved))
     for client in sent:
         change = {key.slot: 0.0 for key in one(client)}
         for key, value in one(client).items():
             change[key.slot] = max(change[key.slot], float((value - other(client)[key]).abs().max()))
-        assert (change[ROW] > 1e-3) == (client in (0, 4))
-        assert (change["row1"] > 1e-3) == (client in (1, 3))
+        assert (change[REST_OF_WORLD] > 1e-3) == (client in (0, 4))
+        assert (change["rest_of_world1"] > 1e-3) == (client in (1, 3))
         assert client != 2 or max(change.values()) == 0
 
 
 def test_a_group_of_its_own_has_an_empty_row_first() -> None:
     sent = {c: t for c, t in planted().items() if c in (0, 1, 3)}
-    tensors = cluster_rows(gathered(sent), (ROW, "row1"))(0)
-    assert not any(value.any() for key, value in tensors.items() if key.slot == ROW)
+    tensors = cluster_rows(gathered(sent), (REST_OF_WORLD, "rest_of_world1"))(0)
+    assert not any(value.any() for key, value in tensors.items() if key.slot == REST_OF_WORLD)
     for key in sent[1]:
-        torch.testing.assert_close(tensors[key._replace(slot="row1")], (sent[1][key] + sent[3][key]) / 2)
+        torch.testing.assert_close(tensors[key._replace(slot="rest_of_world1")], (sent[1][key] + sent[3][key]) / 2)
 
 
 @pytest.mark.parametrize("count", [2, 3, 9])

@@ -16,7 +16,7 @@ from fedalt.methods.hetlora import rank_in, size
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, A, B, Key, Tensors
-from support import examples, llama, method_of, random_states, run_rounds, training
+from support import examples, llama, method_of, random_states, run_rounds, shape_of, training
 
 LAYERS = {"x.one": (6, 5), "x.two": (3, 8)}
 RANKS = (1, 4, 2)
@@ -25,7 +25,7 @@ ROWS = {client: examples(count, seed=client) for client, count in enumerate((4, 
 
 def uploads(method: Method, clients: Sequence[int] = (0, 1, 2)) -> dict[int, Tensors]:
     """Random factors of every client's own rank."""
-    states = random_states(method.shape(4, LAYERS), clients, spread=1.0)
+    states = random_states(shape_of(method, LAYERS, 4), clients, spread=1.0)
     return {
         s.client: {k: v[: RANKS[s.client]] if k.factor == A else v[:, : RANKS[s.client]] for k, v in s.tensors.items()}
         for s in states
@@ -37,11 +37,11 @@ def unequal(name: str, **settings: Any) -> Method:
 
 
 def blank(method: Method, client: int) -> ClientState:
-    return ClientState(client, 0, {key: torch.zeros(s) for key, s in method.shape(4, LAYERS).shapes().items()})
+    return ClientState(client, 0, {key: torch.zeros(s) for key, s in shape_of(method, LAYERS, 4).shapes().items()})
 
 
 def answered(method: Method, sent: Mapping[int, Tensors], weights: Mapping[int, float]) -> dict[int, Tensors]:
-    answer = method.answers(Gathered(sent, weights, {}, 1))
+    answer = method.client_messages(Gathered(sent, weights, {}, 1))
     return {client: answer(client, 1).tensors for client in range(3)}
 
 
@@ -53,7 +53,7 @@ def test_zero_padding_dilutes_what_only_clients_of_high_rank_have() -> None:
     sent = uploads(method)
     for client, tensors in answered(method, sent, WEIGHTS).items():
         for key, value in tensors.items():
-            whole = torch.zeros(method.shape(4, LAYERS).shapes()[key], dtype=torch.float64)
+            whole = torch.zeros(shape_of(method, LAYERS, 4).shapes()[key], dtype=torch.float64)
             for other, weight in WEIGHTS.items():
                 r = RANKS[other]
                 (whole[:r] if key.factor == A else whole[:, :r]).add_(sent[other][key].double() * weight / 8)
@@ -89,8 +89,8 @@ def test_flexlora_with_untrained_uploads_keeps_every_direction_alive() -> None:
     """The mean is zero: B is zero, and A stays as it was, since it could not train from zero."""
     method = unequal("flexlora")
     sent = {c: {k: v * (k.factor == A) for k, v in tensors.items()} for c, tensors in uploads(method).items()}
-    for client, state in enumerate(random_states(method.shape(4, LAYERS))):
-        after = method.install(state, method.answers(Gathered(sent, WEIGHTS, {}, 1))(client, 1))
+    for client, state in enumerate(random_states(shape_of(method, LAYERS, 4))):
+        after = method.receive(state, method.client_messages(Gathered(sent, WEIGHTS, {}, 1))(client, 1))
         for key, value in after.tensors.items():
             assert value.isfinite().all()
             assert torch.equal(value, state.tensors[key]) if key.factor == A else not value.any()
@@ -101,8 +101,8 @@ def test_a_round_of_clients_of_low_rank_does_not_end_what_others_train(name: str
     """Only client 0, of rank 1, took part: client 1 keeps its A beyond that, or it would never train there again."""
     method = unequal(name)
     sent = {0: uploads(method)[0]}
-    state = random_states(method.shape(4, LAYERS))[1]
-    after = method.install(state, method.answers(Gathered(sent, {0: 1.0}, {}, 1))(1, 0)).tensors
+    state = random_states(shape_of(method, LAYERS, 4))[1]
+    after = method.receive(state, method.client_messages(Gathered(sent, {0: 1.0}, {}, 1))(1, 0)).tensors
     for key, value in after.items():
         if key.factor == A:
             assert value[:1].any()
@@ -124,7 +124,7 @@ def zeroed(tensors: Tensors, rank: int) -> dict[Key, Tensor]:
 
 def test_rank_and_size_of_an_upload() -> None:
     method = method_of("hetlora")
-    (state, *_) = random_states(method.shape(4, LAYERS))
+    (state, *_) = random_states(shape_of(method, LAYERS, 4))
     assert [rank_in(zeroed(state.tensors, r)) for r in (0, 1, 3, 4)] == [1, 1, 3, 4]
     literal = sum(
         float((state.tensors[Key(m, GLOBAL, B)] @ state.tensors[Key(m, GLOBAL, A)]).square().sum()) for m in LAYERS
@@ -135,21 +135,21 @@ def test_rank_and_size_of_an_upload() -> None:
 @pytest.mark.parametrize(("change", "rank"), [(0.9, 2), (1.1, 4), (1.0, 4)])
 def test_a_tail_is_dropped_when_it_has_become_smaller(change: float, rank: int) -> None:
     method = method_of("hetlora", hetlora__tail=0.5)
-    (began, *_) = random_states(method.shape(4, LAYERS))
+    (began, *_) = random_states(shape_of(method, LAYERS, 4))
     tail = {k: torch.cat([v[:2], change * v[2:]]) if k.factor == A else v for k, v in began.tensors.items()}
-    after = method.after(began.with_tensors(tail), began, 1).tensors
+    after = method.after_training(began.with_tensors(tail), began, 1).tensors
     assert rank_in(after) == rank
     for key, value in after.items():
         assert torch.equal(value, zeroed(tail, rank)[key])
     kept = method_of("hetlora", hetlora__tail=0.5, hetlora__prune=False)
-    assert rank_in(kept.after(began.with_tensors(tail), began, 1).tensors) == 4
+    assert rank_in(kept.after_training(began.with_tensors(tail), began, 1).tensors) == 4
 
 
 def test_a_rank_of_one_is_kept() -> None:
     method = method_of("hetlora", hetlora__tail=0.5)
-    (state, *_) = random_states(method.shape(4, LAYERS))
+    (state, *_) = random_states(shape_of(method, LAYERS, 4))
     began = state.with_tensors(zeroed(state.tensors, 1))
-    after = method.after(began.with_tensors({k: 0.5 * v for k, v in began.tensors.items()}), began, 1)
+    after = method.after_training(began.with_tensors({k: 0.5 * v for k, v in began.tensors.items()}), began, 1)
     assert rank_in(after.tensors) == 1
     assert any(value.any() for value in after.tensors.values())
 
@@ -175,7 +175,7 @@ def test_ranks_shrink_and_never_grow(ranks: tuple[int, ...] | None) -> None:
 
 def test_everything_untrained_is_averaged_evenly() -> None:
     method = method_of("hetlora")
-    states = random_states(method.shape(4, LAYERS))
+    states = random_states(shape_of(method, LAYERS, 4))
     sent = {s.client: {k: v * (k.factor == A) for k, v in s.tensors.items()} for s in states}
     for key, value in answered(method, sent, WEIGHTS)[0].items():
         torch.testing.assert_close(value, sum(tensors[key] for tensors in sent.values()) / 3)  # type: ignore[arg-type]

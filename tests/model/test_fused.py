@@ -10,19 +10,19 @@ from fedalt.model import fused, grouped
 from fedalt.model.layer import AdaptedLinear, Placement
 from fedalt.model.mixing import SOFTMAX, SUM
 from fedalt.model.rowmap import RowContext, RowMap
-from fedalt.names import INDIVIDUAL, MIXER, ROW, A, B, G, Key
+from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, A, B, G, Key
 from support import relative
 
 D_IN, D_OUT, R, S, P, INDEX = 24, 16, 3, 1.5, 0.3, 4
 SHAPES = {
     Key("w", INDIVIDUAL, A): (R, D_IN),
     Key("w", INDIVIDUAL, B): (D_OUT, R),
-    Key("w", ROW, A): (R, D_IN),
-    Key("w", ROW, B): (D_OUT, R),
+    Key("w", REST_OF_WORLD, A): (R, D_IN),
+    Key("w", REST_OF_WORLD, B): (D_OUT, R),
     Key("w", MIXER, G): (2, D_IN),
 }
-SLOTS = (INDIVIDUAL, ROW)
-FROZEN = [Key("w", ROW, A), Key("w", ROW, B)]
+SLOTS = (INDIVIDUAL, REST_OF_WORLD)
+FROZEN = [Key("w", REST_OF_WORLD, A), Key("w", REST_OF_WORLD, B)]
 ROWS = {
     "one client": ((2,), (5, 4)),
     "equal counts": ((2, 1, 1), (4, 3, 7, 7)),
@@ -45,7 +45,7 @@ def literal(x: Tensor, base: nn.Linear, f: dict[Key, Tensor], rows: RowMap, mixe
         alpha = torch.softmax(mine @ f[Key("w", MIXER, G)][k].T, -1)
         y = base(mine)
         for i, slot in enumerate(SLOTS):
-            seen = mine.detach() if detached and slot == ROW else mine
+            seen = mine.detach() if detached and slot == REST_OF_WORLD else mine
             branch = (seen * kept * drop.scale) @ f[Key("w", slot, A)][k].T @ f[Key("w", slot, B)][k].T
             y = y + S * (alpha[:, i : i + 1] * branch if mixed else branch)
         out.append(y)
@@ -65,7 +65,7 @@ def test_every_gradient_under_dropout_is_that_of_autograd(
     base = nn.Linear(D_IN, D_OUT).requires_grad_(False)
     tensors = {key: value for key, value in stacked(len(sizes)).items() if mixed or key.slot != MIXER}
     layer = AdaptedLinear(base, "w", INDEX, RowContext())
-    kind = Placement(SLOTS, SOFTMAX if mixed else SUM, S, P, (ROW,) if detached else ())
+    kind = Placement(SLOTS, SOFTMAX if mixed else SUM, S, P, (REST_OF_WORLD,) if detached else ())
     layer.place(kind, {key: value.clone() for key, value in tensors.items()}, [k for k in tensors if k not in frozen])
     layer.train()
     x, mine = (torch.randn(sum(lengths), D_IN, generator=torch.Generator().manual_seed(2)) for _ in range(2))

@@ -19,17 +19,17 @@ from fedalt.model.mixing import SOFTMAX
 from fedalt.model.peft_files import LoraFolder, read_folder, write_lora, write_mixer
 from fedalt.model.rowmap import MixerProbe, RowContext, RowMap
 from fedalt.model.state import ClientState, load_state, save_state
-from fedalt.names import INDIVIDUAL, MIXER, ROW, A, B, G, Key
+from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, A, B, G, Key
 from oracle.reference import fedalt_delta
 from support import bitwise, quick, relative
 
 D_IN, D_OUT, R, S = 64, 48, 3, 1.5
-SLOTS = (INDIVIDUAL, ROW)
+SLOTS = (INDIVIDUAL, REST_OF_WORLD)
 KEYS = {
     "A_L": Key("w", INDIVIDUAL, A),
     "B_L": Key("w", INDIVIDUAL, B),
-    "A_R": Key("w", ROW, A),
-    "B_R": Key("w", ROW, B),
+    "A_R": Key("w", REST_OF_WORLD, A),
+    "B_R": Key("w", REST_OF_WORLD, B),
     "G": Key("w", MIXER, G),
 }
 SHAPES = {"A_L": (R, D_IN), "B_L": (D_OUT, R), "A_R": (R, D_IN), "B_R": (D_OUT, R), "G": (2, D_IN)}
@@ -133,7 +133,7 @@ def test_mixer_far_towards_the_individual_is_a_single_lora(base: nn.Module) -> N
     x = inputs(2)
     x[..., 0] = 1.0  # a bias-like input lets a linear mixer choose the individual everywhere
     mixer = torch.zeros(SHAPES["G"])
-    mixer[SLOTS.index(INDIVIDUAL), 0], mixer[SLOTS.index(ROW), 0] = 200.0, -200.0
+    mixer[SLOTS.index(INDIVIDUAL), 0], mixer[SLOTS.index(REST_OF_WORLD), 0] = 200.0, -200.0
     client = factors(0, G=mixer)
     close(forward(adapted(base, [client]), x, RowMap((2,))) - base(x), S * x @ (client["B_L"] @ client["A_L"]).T)
 
@@ -153,7 +153,7 @@ def test_mixer_weights_sum_to_one_in_the_order_of_the_slots(base: nn.Module) -> 
     alpha = alphas(adapted(base, [client]), x, RowMap((3,)))
     assert alpha.shape == (15, 2)
     close(alpha.sum(-1), torch.ones(15))
-    close(alpha[..., SLOTS.index(ROW)], torch.sigmoid(x @ (client["G"][1] - client["G"][0])).flatten())
+    close(alpha[..., SLOTS.index(REST_OF_WORLD)], torch.sigmoid(x @ (client["G"][1] - client["G"][0])).flatten())
 
 
 def test_mixer_order_survives_both_file_formats(tmp_path: Path) -> None:
@@ -280,9 +280,12 @@ def test_row_is_a_buffer_and_the_base_is_frozen(base: nn.Module) -> None:
     trained = {name for name, p in layer.named_parameters() if p.requires_grad}
     assert trained == {"individual_A", "individual_B", "mixer_G"}
     assert all(layer.get_parameter(name).grad is not None for name in trained)
-    assert {name for name, _ in layer.named_buffers() if name.startswith("row")} == {"row_A", "row_B"}
-    assert layer.row_A.grad is None
-    assert layer.row_B.grad is None
+    assert {name for name, _ in layer.named_buffers() if name.startswith("rest_of_world")} == {
+        "rest_of_world_A",
+        "rest_of_world_B",
+    }
+    assert layer.rest_of_world_A.grad is None
+    assert layer.rest_of_world_B.grad is None
     assert all(p.grad is None for p in base.parameters())
 
 

@@ -28,7 +28,7 @@ from fedalt.experiment.export import export_static
 from fedalt.experiment.folder import RunFolder
 from fedalt.model.base import fingerprint, load_base
 from fedalt.model.peft_files import LoraFolder, read_folder, write_lora
-from fedalt.names import INDIVIDUAL, MIXER, ROW, A, B, G, Key
+from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, A, B, G, Key
 from micro import CLIENTS, answers, finished, shared_data, shared_model
 
 KINDS = ("llama", "bloom", "gpt2")
@@ -63,7 +63,7 @@ def test_the_files_of_a_client(kind: str) -> None:
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     lora = ("adapter_config.json", "adapter_model.safetensors")
     assert names == {
-        *(f"{slot}/{name}" for slot in ("individual", "row") for name in lora),
+        *(f"{slot}/{name}" for slot in ("individual", "rest_of_world") for name in lora),
         "mixer.safetensors",
         "fedalt_config.json",
     }
@@ -79,7 +79,7 @@ def test_a_method_without_mixer_writes_one_lora_and_no_mixer(method: str) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("slot", ["individual", "row"])
+@pytest.mark.parametrize("slot", ["individual", "rest_of_world"])
 def test_keys_and_shapes_are_pefts(kind: str, slot: str) -> None:
     tensors = load_file(client_folder(kind) / slot / "adapter_model.safetensors")
     expected = {}
@@ -115,7 +115,7 @@ def _umask() -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("slot", ["individual", "row"])
+@pytest.mark.parametrize("slot", ["individual", "rest_of_world"])
 def test_adapter_config_holds_pefts_keys_only_and_names_the_base(kind: str, slot: str) -> None:
     about = json.loads((client_folder(kind) / slot / "adapter_config.json").read_text())
     known = {field.name for field in dataclasses.fields(LoraConfig)} | {"peft_version"}
@@ -134,8 +134,8 @@ def test_fedalt_config(kind: str) -> None:
     assert about["client_id"] == 2
     assert about["round"] == 3
     assert about["scale"] == 4.0
-    assert about["mixer_order"] == ["individual", "row"]
-    assert about["slots"] == ["individual", "row"]
+    assert about["mixer_order"] == ["individual", "rest_of_world"]
+    assert about["slots"] == ["individual", "rest_of_world"]
     assert about["template"] == "alpaca_short"
     assert about["base"]["sha256"] == fingerprint(base_of(kind))
     assert about["base"]["source"] == str(shared_model(kind))
@@ -150,10 +150,10 @@ def test_peft_loads_both_loras_bit_for_bit_and_without_a_warning(kind: str) -> N
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(base_of(kind), folder / "individual", adapter_name="individual")
-        model.load_adapter(folder / "row", "row")
+        model.load_adapter(folder / "rest_of_world", "row")
     assert [str(w.message) for w in said if "gradient_checkpointing" not in str(w.message)] == []
     seen = 0
-    for slot in ("individual", "row"):
+    for slot in ("individual", "rest_of_world"):
         for name, value in load_file(folder / slot / "adapter_model.safetensors").items():
             placed = model.get_parameter(name.replace(".weight", f".{slot}.weight"))
             assert torch.equal(placed, value)
@@ -261,12 +261,12 @@ def test_reading_a_client_gives_back_its_tensors(kind: str) -> None:
     assert client_ids(run) == [0, 1, 2]
     personal = read_client(run, 1, base)
     assert (personal.state.client, personal.state.round) == (1, 3)
-    assert (personal.placement.slots, personal.placement.mixed) == (("individual", "row"), True)
+    assert (personal.placement.slots, personal.placement.mixed) == (("individual", "rest_of_world"), True)
     assert (personal.placement.scale, personal.placement.dropout) == (4.0, 0.0)
     expected = {
         Key(module, slot, factor)
         for module in MODULES[kind]
-        for slot, factor in ((INDIVIDUAL, A), (INDIVIDUAL, B), (ROW, A), (ROW, B), (MIXER, G))
+        for slot, factor in ((INDIVIDUAL, A), (INDIVIDUAL, B), (REST_OF_WORLD, A), (REST_OF_WORLD, B), (MIXER, G))
     }
     assert set(personal.state.tensors) == expected
     on_disk = load_file(client_folder(kind) / "individual" / "adapter_model.safetensors")
@@ -293,15 +293,17 @@ def damaged(tmp_path: Path, name: str, data: bytes | None) -> Path:
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path, name: str, data: bytes | None, says: str) -> None:
     folder = damaged(tmp_path, name, data)
     with pytest.raises(UserError) as caught:
-        read_folder(folder, ("individual", "row"), mixed=True)
+        read_folder(folder, ("individual", "rest_of_world"), mixed=True)
     assert str(caught.value).startswith(f"{folder / name}: {says}")
 
 
 def test_a_foreign_tensor_is_named(tmp_path: Path) -> None:
     folder = damaged(tmp_path, "mixer.safetensors", b"")
-    save_file({"base_model.model.x.lora_magnitude": torch.ones(2)}, folder / "row" / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.x.lora_magnitude": torch.ones(2)}, folder / "rest_of_world" / "adapter_model.safetensors"
+    )
     with pytest.raises(UserError, match=r"unknown tensor base_model\.model\.x\.lora_magnitude"):
-        read_folder(folder, ("individual", "row"), mixed=False)
+        read_folder(folder, ("individual", "rest_of_world"), mixed=False)
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -328,7 +330,7 @@ def exported(kind: str, method: str = "fedalt") -> tuple[Path, Any]:
 def fixed_alpha_logits(kind: str, alpha: dict[str, float]) -> Tensor:
     """The literal formula with constant weights, on the client's own files."""
     folder, model = client_folder(kind), base_of(kind)
-    loras = [load_file(folder / slot / "adapter_model.safetensors") for slot in ("individual", "row")]
+    loras = [load_file(folder / slot / "adapter_model.safetensors") for slot in ("individual", "rest_of_world")]
 
     def hook(module: Any, inputs: tuple[Tensor], y: Tensor, name: str) -> Tensor:
         key, x = f"base_model.model.{name}", inputs[0]

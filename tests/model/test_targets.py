@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, MptConfig, MptForCausalLM
 
+import classifiers
 from fedalt.errors import UserError
 from fedalt.model.adapted import AdaptedModel
+from fedalt.model.base import head_paths
 from fedalt.model.targets import find_targets
 from support import LAYERS, bloom, gpt2, llama, opt, relative
 
@@ -87,3 +90,32 @@ def test_wrapping_changes_nothing_until_adapters_are_placed(make: object) -> Non
         path: (layer.in_features, layer.out_features) for path, layer in adapted.layers.items()
     }
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def chosen_by_peft(model: nn.Module, task: TaskType) -> set[str]:
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type=task))  # type: ignore[arg-type]
+    names = (name for name, _ in wrapped.named_modules() if name.endswith("lora_A"))
+    return {name.removeprefix("base_model.model.").removesuffix(".lora_A") for name in names}
+
+
+@pytest.mark.parametrize("make", [llama, bloom, gpt2, opt], ids=["llama", "bloom", "gpt2", "opt"])
+def test_all_linear_layers_are_those_that_peft_chooses(make: object) -> None:
+    targets = find_targets(make(), ["all-linear"])  # type: ignore[operator]
+    assert set(targets) == chosen_by_peft(make(), TaskType.CAUSAL_LM)  # type: ignore[operator]
+    assert len(targets) == len(set(targets)) >= 4 * LAYERS
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama", "gpt2", "vit"])
+def test_heads_that_clients_train_themselves_are_not_among_all_linear_layers(kind: str) -> None:
+    model = classifiers.build(kind)
+    heads = head_paths(model, ())
+    theirs = chosen_by_peft(classifiers.build(kind), TaskType.SEQ_CLS)
+    inside = {path for path in theirs if any(f"{path}.".startswith(f"{head}.") for head in heads)}
+    assert set(AdaptedModel(model, ["all-linear"], heads=heads).layers) == theirs - inside
+
+
+def test_all_linear_stands_alone() -> None:
+    with pytest.raises(UserError, match="leave the other names out"):
+        find_targets(llama(), ["all-linear", "q_proj"])
+    with pytest.raises(UserError, match='did you mean "all-linear"'):
+        find_targets(llama(), ["all_linear"])

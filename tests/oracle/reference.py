@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class LiteralLayer(nn.Module):
         self.base_layer, self.s, self.names = base_layer, s, list(slots)
         for name, (a, b) in slots.items():
             for factor, value in (("A", a), ("B", b)):
-                if name == "row":
+                if name == "rest_of_world":
                     self.register_buffer(f"{name}_{factor}", value.clone())
                 else:
                     self.register_parameter(f"{name}_{factor}", nn.Parameter(value.clone()))
@@ -100,8 +100,16 @@ class PlainClient:
         logits = self.model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), torch.tensor(labels)[:, 1:].flatten(), ignore_index=-100)
 
-    def train(self, steps: Sequence[Sequence[Any]], pad: int, lr: float, decay: float, clip: float) -> list[float]:
-        """torch's AdamW with clipping, learning rate linear to 0; returns the loss of every step."""
+    def train(
+        self,
+        steps: Sequence[Sequence[Any]],
+        pad: int,
+        lr: float,
+        decay: float,
+        clip: float,
+        penalty: Callable[[], Tensor | float] = lambda: 0.0,
+    ) -> list[float]:
+        """torch's AdamW with clipping, learning rate linear to 0; returns the loss of every step, without penalty."""
         parameters = list(self.parameters.values())
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(steps))
@@ -109,7 +117,7 @@ class PlainClient:
         for rows in steps:
             loss = self.loss(rows, pad)
             optimizer.zero_grad()
-            loss.backward()
+            (loss + penalty()).backward()
             torch.nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
             scheduler.step()

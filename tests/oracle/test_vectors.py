@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from fedalt.config import FederationConfig
-from fedalt.federation.diagnostics import row_gap
+from fedalt.federation.diagnostics import product_gap
 from fedalt.federation.server import Server
 from fedalt.methods.base import Method
 from fedalt.model.layer import AdaptedLinear, Placement
 from fedalt.model.mixing import SOFTMAX
 from fedalt.model.rowmap import RowContext
 from fedalt.model.state import ClientState
-from fedalt.names import GLOBAL, INDIVIDUAL, MERGED, MIXER, ROW, A, B, G, Key, W
-from support import method_of
+from fedalt.names import GLOBAL, INDIVIDUAL, MERGED, MIXER, REST_OF_WORLD, A, B, G, Key, W
+from support import method_of, shape_of
 
 FACTORS_A, FACTORS_B, ROWS = (1, 2, 4), (2, 1, 3), {0: 1, 1: 1, 2: 2}
 Weighting = Literal["uniform", "samples"]
@@ -58,18 +58,18 @@ def federation(
     """Three clients whose uploads have arrived."""
     method = method_of(name, **{"lora__r": 1, "lora__alpha": 1.0}, **settings)
     keys = {A: Key("w", slot, A), B: Key("w", slot, B)}
-    config = FederationConfig(weighting=weighting, row_delivery=delivery)
+    config = FederationConfig(weighting=weighting, rest_of_world_delivery=delivery)
     server = Server(method, config, ROWS, dict.fromkeys(keys.values(), (1, 1)))
-    shape = method.shape(1, {"w": (1, 1)})
+    shape = shape_of(method, {"w": (1, 1)}, 1)
     states = []
     for client, (a, b) in enumerate(zip(FACTORS_A, FACTORS_B, strict=True)):
         zeros = {key: torch.zeros(size) for key, size in shape.shapes().items()}
         state = ClientState(client, 1, zeros).with_tensors({keys[A]: one(a), keys[B]: one(b)})
-        states.append(method.sent(state))
+        states.append(method.uploaded(state))
     uploads = {state.client: method.upload(state) for state in states}
     server.receive(uploads, uploads.__getitem__, 1)
     messages = server.messages((0, 1, 2))
-    return method, server, [method.install(state, messages[state.client]) for state in states]
+    return method, server, [method.receive(state, messages[state.client]) for state in states]
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -86,7 +86,10 @@ def test_fedit_means_and_their_product(weighting: Weighting) -> None:
 def test_fedalt_rows_and_their_products(weighting: Weighting, delivery: str) -> None:
     _, _, states = federation("fedalt", INDIVIDUAL, weighting, delivery)
     for state, (a, b), y in zip(states, ROW_VECTORS[weighting], ROW_PRODUCTS[weighting], strict=True):
-        got_a, got_b = state.tensors[Key("w", ROW, A)].item(), state.tensors[Key("w", ROW, B)].item()
+        got_a, got_b = (
+            state.tensors[Key("w", REST_OF_WORLD, A)].item(),
+            state.tensors[Key("w", REST_OF_WORLD, B)].item(),
+        )
         assert (got_a, got_b) == (near(a), near(b))
         assert got_a * got_b == near(y)
 
@@ -94,7 +97,7 @@ def test_fedalt_rows_and_their_products(weighting: Weighting, delivery: str) -> 
 def test_row_gap_is_the_share_of_the_product_mean_that_factor_means_miss() -> None:
     _, server, _ = federation("fedalt", INDIVIDUAL, "uniform")
     exact, factor = Fraction(16, 3), Fraction(14, 3)
-    assert row_gap([server.read(client) for client in server.uploads]) == near((exact - factor) / exact)
+    assert product_gap([server.read(client) for client in server.uploads]) == near((exact - factor) / exact)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +106,9 @@ def test_row_gap_is_the_share_of_the_product_mean_that_factor_means_miss() -> No
 def test_fedalt_forward_of_client_0(row_logit: float, expected: Fraction) -> None:
     method, _, states = federation("fedalt", INDIVIDUAL, "uniform")
     mixer = torch.zeros(2, 1)
-    mixer[method.shape(1, {}).slots.index(ROW)] = row_logit
+    mixer[shape_of(method, {}, 1).slots.index(REST_OF_WORLD)] = row_logit
     state = states[0].with_tensors({Key("w", MIXER, G): mixer})
-    assert forward(state, Placement((INDIVIDUAL, ROW), SOFTMAX, 1.0, 0.0)) == near(expected)
+    assert forward(state, Placement((INDIVIDUAL, REST_OF_WORLD), SOFTMAX, 1.0, 0.0)) == near(expected)
 
 
 def forward(state: ClientState, placement: Placement) -> float:
@@ -118,13 +121,13 @@ def forward(state: ClientState, placement: Placement) -> float:
 
 
 def rows_of(states: list[ClientState]) -> list[float]:
-    return [(s.tensors[Key("w", ROW, B)] @ s.tensors[Key("w", ROW, A)]).item() for s in states]
+    return [(s.tensors[Key("w", REST_OF_WORLD, B)] @ s.tensors[Key("w", REST_OF_WORLD, A)]).item() for s in states]
 
 
 @pytest.mark.parametrize("aggregator", ["stack", "svd"])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_exact_rows(weighting: Weighting, aggregator: str) -> None:
-    _, _, states = federation("fedalt", INDIVIDUAL, weighting, fedalt__row_aggregator=aggregator)
+    _, _, states = federation("fedalt", INDIVIDUAL, weighting, fedalt__rest_of_world_aggregator=aggregator)
     assert rows_of(states) == [near(y) for y in EXACT_ROWS[weighting]]
 
 
@@ -132,7 +135,7 @@ def test_exact_rows(weighting: Weighting, aggregator: str) -> None:
 def test_fitted_rows_without_ridge_are_exact(weighting: Weighting) -> None:
     _, _, states = federation("fedalt_fair", INDIVIDUAL, weighting, fedalt__ridge=0.0)
     assert rows_of(states) == [near(y) for y in EXACT_ROWS[weighting]]
-    means = [s.tensors[Key("w", ROW, A)].item() for s in states]
+    means = [s.tensors[Key("w", REST_OF_WORLD, A)].item() for s in states]
     assert means == [near(a) for a, _ in ROW_VECTORS[weighting]], "A is the factor mean still"
 
 
@@ -187,7 +190,7 @@ def test_flexlora_and_flora_mean_products_exactly(weighting: Weighting) -> None:
 )
 def test_fixed_alpha_of_one_over_k(aggregator: str, expected: tuple[Fraction, ...]) -> None:
     """With exact rows it is the mean of products for every client."""
-    settings = {"fedalt__row_aggregator": aggregator}
+    settings = {"fedalt__rest_of_world_aggregator": aggregator}
     method, _, states = federation("fedalt_fixed_one_over_k", INDIVIDUAL, "uniform", **settings)
     placement = Placement(method.slot_names, method.mixing, 1.0, 0.0)
     assert [forward(state, placement) for state in states] == [near(y) for y in expected]

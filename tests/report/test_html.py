@@ -123,8 +123,8 @@ def test_a_fedalt_report_has_every_figure_with_the_runs_numbers() -> None:
         next(e["alpha"] for e in clients if (e["round"], e["client"]) == (3, client)) for client in range(CLIENTS)
     ]
     rounds = of_kind(finished(), "round")
-    assert gap[0]["y"] == [e["row_gap"] for e in rounds]
-    assert gap[1]["y"] == [e["row_drift"] for e in rounds[1:]]
+    assert gap[0]["y"] == [e["product_gap"] for e in rounds]
+    assert gap[1]["y"] == [e["row_lora_drift"] for e in rounds[1:]]
 
 
 def test_tables_hold_the_scores_and_the_cost() -> None:

@@ -14,7 +14,7 @@ from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState
 from fedalt.names import Key
 from fedalt.training.loss import client_losses
-from support import MODELS, RANK, example, method_of, placement, random_states, relative
+from support import MODELS, example, method_of, placement, random_states, relative, shape_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -31,7 +31,7 @@ def gradients(
     spoilt: int | None = None,
 ) -> tuple[AdaptedModel, dict[Key, Tensor]]:
     model, rule = AdaptedModel(base), method_of("fedalt")
-    shape = rule.shape(RANK, model.layer_sizes)
+    shape = shape_of(rule, model.layer_sizes)
     states = [broken(state) if state.client == spoilt else state for state in random_states(shape, clients)]
     model.load(states, placement(shape, dropout), [key for key in shape.shapes() if rule.trains(key)])
     model.train()

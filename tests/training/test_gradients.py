@@ -14,7 +14,7 @@ from fedalt.model import frozen
 from fedalt.model.adapted import AdaptedModel
 from fedalt.names import Key
 from fedalt.training.loss import client_losses
-from support import LAYERS, MODELS, RANK, bert, examples, llama, method_of, placement, random_states, relative
+from support import LAYERS, MODELS, bert, examples, llama, method_of, placement, random_states, relative, shape_of
 
 ALL = {**MODELS, "bert": bert}
 ROWS = [examples(count, seed=k, longest=6 + 3 * k) for k, count in enumerate((3, 2, 4))]
@@ -25,7 +25,7 @@ KEYS = (101, 102, 103)
 def gradients(model: AdaptedModel, chosen: Sequence[int], dropout: float = 0.3) -> list[dict[Key, Tensor]]:
     """Of one step of some clients, stacked; client by client."""
     rule = method_of("fedalt")
-    shape = rule.shape(RANK, model.layer_sizes)
+    shape = shape_of(rule, model.layer_sizes)
     model.load(random_states(shape, chosen), placement(shape, dropout), [k for k in shape.shapes() if rule.trains(k)])
     model.train()
     groups: list[Sequence[Example]] = [ROWS[k] for k in chosen]
@@ -88,12 +88,12 @@ def test_nothing_is_propagated_below_the_first_adapter(monkeypatch: pytest.Monke
 def test_clients_cost_their_adapters_and_never_another_base() -> None:
     def size(clients: int) -> int:
         model = AdaptedModel(llama())
-        shape = method_of("fedalt").shape(RANK, model.layer_sizes)
+        shape = shape_of(method_of("fedalt"), model.layer_sizes)
         states = random_states(shape, range(clients))
         model.load(states, placement(shape), list(shape.shapes()))
         tensors = {id(t): t.numel() * t.element_size() for t in (*model.base.parameters(), *model.base.buffers())}
         return sum(tensors.values())
 
-    shape = method_of("fedalt").shape(RANK, AdaptedModel(llama()).layer_sizes)
+    shape = shape_of(method_of("fedalt"), AdaptedModel(llama()).layer_sizes)
     mine = sum(value.numel() * value.element_size() for value in random_states(shape, [0])[0].tensors.values())
     assert size(8) - size(1) == 7 * mine

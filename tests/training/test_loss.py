@@ -19,7 +19,6 @@ from oracle.reference import PlainClient
 from support import (
     MODELS,
     PAD,
-    RANK,
     SCALE,
     SMALL,
     VOCAB,
@@ -32,6 +31,7 @@ from support import (
     placement,
     random_states,
     relative,
+    shape_of,
 )
 
 GROUPS = [examples(count, seed=k, longest=6 + 3 * k) for k, count in enumerate((3, 2, 2))]
@@ -65,7 +65,7 @@ HEADS = {"gemma2": gemma, "cohere": cohere}
 
 def loaded(base: Any) -> AdaptedModel:
     model, rule = AdaptedModel(base), method_of("fedalt")
-    shape = rule.shape(RANK, model.layer_sizes)
+    shape = shape_of(rule, model.layer_sizes)
     model.load(random_states(shape), placement(shape), [key for key in shape.shapes() if rule.trains(key)])
     return model
 
@@ -102,7 +102,7 @@ def test_gradients_do_not_depend_on_how_many_logits_there_are_at_a_time(
 def test_what_a_model_does_behind_its_head_counts(name: str) -> None:
     model = loaded(HEADS[name]())
     losses, grads = step(model)
-    for k, state in enumerate(random_states(method_of("fedalt").shape(RANK, model.layer_sizes))):
+    for k, state in enumerate(random_states(shape_of(method_of("fedalt"), model.layer_sizes))):
         alone = PlainClient(HEADS[name](), state.tensors, SCALE)
         expected = alone.loss(GROUPS[k], PAD)
         expected.backward()

@@ -19,8 +19,8 @@ from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, PRIVATE, A, B, Key
 from fedalt.training.loss import client_losses
 from fedalt.training.optimizer import StackedAdamW
-from fedalt.training.rules import Bilevel, Plain
-from support import RANK, SCALE, examples, llama, method_of, random_states
+from fedalt.training.rules import Bilevel
+from support import SCALE, examples, llama, method_of, random_states, shape_of
 
 CLIENTS, BETA = 3, 0.05
 X, Y = (Key("m", GLOBAL, A), Key("n", GLOBAL, B)), (Key("m", PRIVATE, A), Key("n", PRIVATE, B))
@@ -152,7 +152,7 @@ def test_two_levels_on_a_model(unrolled: bool) -> None:
     """
     model = AdaptedModel(llama().double())
     method = method_of("pf2lora")
-    shape = method.shape(RANK, model.layer_sizes)
+    shape = shape_of(method, model.layer_sizes)
     states = [s.with_tensors({k: v.double() for k, v in s.tensors.items()}) for s in random_states(shape)]
     model.load(states, Placement(method.slot_names, method.mixing, SCALE, 0.0), list(shape.shapes()))
     batch = collate([examples(count, seed=40 + k) for k, count in enumerate((3, 2, 4))])
@@ -201,9 +201,7 @@ def penalised(tail: float, decay: float, tensors: dict[Key, Tensor]) -> tuple[Te
     method = method_of("hetlora", lora__r=4, hetlora__tail=tail, hetlora__decay=decay)
     assert isinstance(method, HetLoRA)
     trainable = {key: nn.Parameter(value.clone()) for key, value in tensors.items()}
-    (phase,) = method.phases(1)
-    assert isinstance(phase.rule, Plain) and phase.rule.penalty is not None
-    return phase.rule.penalty(trainable), trainable
+    return method.penalty(trainable, tensors), trainable
 
 
 def factors(ranks: tuple[int, ...] = (4, 4, 2)) -> dict[Key, Tensor]:
@@ -254,10 +252,10 @@ def test_the_penalty_and_the_pruning_begin_at_the_same_rank() -> None:
     assert isinstance(method, HetLoRA)
     tensors = {Key("m", GLOBAL, A): torch.ones(100, 3), Key("m", GLOBAL, B): torch.ones(3, 100)}
     began = ClientState(0, 1, {key: 2 * value for key, value in tensors.items()})
-    pruned = method.after(replace(began, tensors=tensors), began, 1).tensors[Key("m", GLOBAL, A)]
+    pruned = method.after_training(replace(began, tensors=tensors), began, 1).tensors[Key("m", GLOBAL, A)]
     start = int((pruned.abs().sum(1) > 0).sum())
     trainable = {key: nn.Parameter(value[None].clone()) for key, value in tensors.items()}
-    method._penalty(trainable).sum().backward()
+    method.penalty(trainable, {}).sum().backward()
     slopes = trainable[Key("m", GLOBAL, A)].grad
     assert slopes is not None
     assert int((slopes[0].abs().sum(1) > 0).float().argmax()) == start

@@ -20,7 +20,6 @@ from oracle.reference import PlainClient
 from support import (
     MODELS,
     PAD,
-    RANK,
     SCALE,
     bert,
     bitwise,
@@ -37,6 +36,7 @@ from support import (
     relative,
     round_settings,
     run_all,
+    shape_of,
     training,
 )
 
@@ -56,7 +56,7 @@ def loaded(
 ) -> tuple[AdaptedModel, list[ClientState]]:
     """A model with three clients on it whose B and row are random, ready to train."""
     model, rule = AdaptedModel(base, **options), method_of(method)
-    shape = rule.shape(RANK, model.layer_sizes)
+    shape = shape_of(rule, model.layer_sizes)
     states = states or random_states(shape)
     model.load(states, placement(shape), [key for key in shape.shapes() if rule.trains(key)])
     return model, states
@@ -76,7 +76,7 @@ def run(
     **executor: Any,
 ) -> list[ClientResult]:
     rule = method_of(method)
-    settings = round_settings(rule, rule.shape(RANK, model.layer_sizes), config, dropout)
+    settings = round_settings(rule, config, dropout)
     return run_all(model, states, [None] * len(states), plans, settings, 1, **executor)
 
 

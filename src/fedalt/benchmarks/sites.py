@@ -139,12 +139,12 @@ def _serve(clients: int, megabytes: float) -> dict[str, Any]:
     """One round of a server with so many sites, each with the same upload; tensors come off the wire for each."""
     import torch
 
-    from fedalt.config import FederationConfig
+    from fedalt.config import FederationConfig, RunConfig
     from fedalt.experiment.machine import forget_peak_memory, peak_memory
     from fedalt.federation.per_client import PerClient
     from fedalt.federation.server import Server
     from fedalt.flower.wire import pack, unpack
-    from fedalt.methods.registry import get_method
+    from fedalt.methods.registry import build
     from fedalt.names import INDIVIDUAL, A, Key
 
     torch.set_num_threads(1)
@@ -152,7 +152,7 @@ def _serve(clients: int, megabytes: float) -> dict[str, Any]:
     key = Key("layer", INDIVIDUAL, A)
     block = pack({key: torch.randn(8, count // 8)})
     ids = range(clients)
-    server = Server(get_method("fedalt")(clients), FederationConfig(), dict.fromkeys(ids, 1), {key: (8, count // 8)})
+    server = Server(build(RunConfig(), clients), FederationConfig(), dict.fromkeys(ids, 1), {key: (8, count // 8)})
     forget_peak_memory()
     started = time.perf_counter()
     server.receive(ids, PerClient(ids, lambda client: unpack(block)).__getitem__, 1)

@@ -11,13 +11,13 @@ import torch
 from fedalt.benchmarks import shapes
 from fedalt.benchmarks.rows import client_examples
 from fedalt.benchmarks.task import Spec
-from fedalt.config import FederationConfig, LoraConfig, TrainingConfig
+from fedalt.config import FederationConfig, LoraConfig, RunConfig, TrainingConfig
 from fedalt.data.batches import Plan, plan_round
 from fedalt.data.encode import Example, Prompt
 from fedalt.federation.server import Server
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Message
-from fedalt.methods.registry import get_method
+from fedalt.methods.registry import build
 from fedalt.model.base import positions
 from fedalt.model.state import AdapterShape, ClientState, initial_state
 from fedalt.names import INDIVIDUAL, B, Tensors
@@ -85,7 +85,7 @@ class Federation:
 
     def installed(self) -> list[ClientState]:
         """The states with every client's row in place."""
-        return [self.method.install(s, self.messages[s.client]) if self.messages else s for s in self.states]
+        return [self.method.receive(s, self.messages[s.client]) if self.messages else s for s in self.states]
 
 
 def load(spec: Spec) -> Workload:
@@ -127,9 +127,9 @@ def training(spec: Spec) -> TrainingConfig:
 
 def federation(spec: Spec, layers: Mapping[str, tuple[int, int]]) -> Federation:
     """Clients and server before the measured round, from the seed alone."""
-    method = get_method("fedalt")(max(spec.clients, 2))
-    shape = method.shape(LORA.r, layers)
-    states = [method.sent(_moved(_initial(shape, k, spec.seed, method), spec.seed)) for k in range(spec.clients)]
+    method = build(RunConfig(lora=LORA.model_copy(update={"dropout": spec.dropout})), max(spec.clients, 2), layers)
+    shape = method.shape
+    states = [method.uploaded(_moved(_initial(shape, k, spec.seed, method), spec.seed)) for k in range(spec.clients)]
     uploads: dict[int, Tensors] = {state.client: state.sent or {} for state in states}
     sizes = {key: size for key, size in shape.shapes().items() if method.shares(key)}
     server = Server(method, FederationConfig(), dict.fromkeys(uploads, spec.rows), sizes)

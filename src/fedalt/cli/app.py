@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from fedalt.cli import show
+from fedalt.cli import complete, show
 from fedalt.cli.bench import bench
+from fedalt.cli.command import INSIGHT_ROWS, Command
 from fedalt.cli.compare import compare
 from fedalt.cli.deploy import certs, server, site, status
+from fedalt.cli.env import env
+from fedalt.cli.known import methods, metrics
 from fedalt.cli.onboard import onboard
-from fedalt.cli.options import INSIGHT_ROWS, InsightCommand, settings
+from fedalt.cli.options import settings
 from fedalt.cli.partition import partition
 from fedalt.cli.prepare import prepare as prepare_group
+from fedalt.cli.recipes import recipes
 from fedalt.cli.show import print_json, say
 from fedalt.cli.submit import submit
 from fedalt.config import RunConfig
@@ -26,41 +32,40 @@ app = typer.Typer(
     name="fedalt",
     help="Personalised federated fine-tuning of language models with LoRA.",
     no_args_is_help=True,
-    add_completion=False,
+    suggest_commands=False,  # Click has suggestions of its own
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
-Client = Annotated[int, typer.Option("--client", help="client id")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)]
+Client = Annotated[int, typer.Option("--client", metavar="N", help="client id")]
 
 
-@app.command()
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        say(f"fedalt {version('fedalt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Personalised federated fine-tuning of language models with LoRA."""
+
+
 @settings()
 def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
     """Train one method, score every client, save every client's model."""
-    from fedalt.experiment.engine import run as train
-    from fedalt.experiment.folder import check_folder, claim_folder
-    from fedalt.experiment.prepare import prepare
-    from fedalt.experiment.workers import check_devices
-    from fedalt.report.html import write_report
-    from fedalt.report.insights import look
-    from fedalt.report.trackers import check_trackers, tracked
+    from fedalt.start import run_one
 
-    check_trackers(config.report.trackers)
-    check_devices(config)
-    check_folder(config.folder, if_exists)
-    experiment = prepare(config)
-    folder = claim_folder(config.folder, if_exists)
-    with (
-        show.live(config.federation.rounds) as progress,
-        tracked(config.report.trackers, folder.path, progress) as sink,
-    ):
-        scores = train(experiment, folder, sink)
-    look(folder, config.report.insight, experiment.resident, experiment.federation)
-    write_report(folder)
+    experiment, folder, scores = run_one(config, if_exists, show.live(config.federation.rounds))
     if as_json:
         print_json({"run": str(folder.path), "report": str(folder.report), **scores})
         return
@@ -69,11 +74,10 @@ def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
     _paths(report=folder.report, run=folder.path)
 
 
-@app.command()
 def evaluate(
     run: RunPath,
-    client: Annotated[int | None, typer.Option("--client", help="only this client")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="other rows than the run's own")] = None,
+    client: Annotated[int | None, typer.Option("--client", metavar="N", help="only this client")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="DATA", help="other rows than the run's own")] = None,
     central: Annotated[
         bool, typer.Option("--central", help="every client's model on the test rows of all clients together")
     ] = False,
@@ -98,11 +102,12 @@ def evaluate(
         show.out.print("equal to the run's own scores" if same else "[red]not equal to the run's own scores[/]")
 
 
-@app.command()
 def generate(
     run: RunPath,
     client: Client,
-    prompt: Annotated[str | None, typer.Argument(help="an instruction; a chat loop when not given")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="an instruction; a chat loop when not given")
+    ] = None,
     show_alpha: Annotated[bool, typer.Option("--show-alpha", help="shade each token by the mixer's weights")] = False,
 ) -> None:
     """Answer as one client's model."""
@@ -120,11 +125,10 @@ def generate(
             show.out.print(show.alpha_line(answer.alpha, answer.slots[0]), soft_wrap=True)
 
 
-@app.command()
 def export(
     run: RunPath,
     client: Client,
-    to: Annotated[Path, typer.Option("--to", help="new folder")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="new folder")],
     static: Annotated[
         bool, typer.Option("--static", help="one LoRA with the mixer frozen, and what that costs")
     ] = False,
@@ -133,18 +137,17 @@ def export(
     from fedalt.experiment.export import export_folders, export_static
 
     if not static:
-        export_folders(run, client, to)
-        say(f"wrote {to}")
+        export_folders(run, client, out)
+        say(f"wrote {out}")
         return
-    cost = export_static(run, client, to)
-    say(f"wrote {to}")
+    cost = export_static(run, client, out)
+    say(f"wrote {out}")
     show.out.print(
         f"client {client}, own test rows: personal {cost.personal:.1f}, static {cost.static:.1f} "
         f"({cost.static - cost.personal:+.1f})"
     )
 
 
-@app.command(cls=InsightCommand)
 def report(
     run: RunPath,
     insight: Annotated[
@@ -168,7 +171,6 @@ def report(
     say(f"wrote {write_report(_folder(run))}")
 
 
-@app.command()
 @settings(starts=False)
 def validate(config: RunConfig, as_json: Json = False) -> None:
     """Check everything that can be checked before the first step, and estimate memory and time. Writes nothing."""
@@ -191,11 +193,43 @@ def validate(config: RunConfig, as_json: Json = False) -> None:
     show.out.print(show.estimate_lines(cost, experiment.config.federation.rounds), highlight=False, soft_wrap=True)
 
 
-for command in (compare, onboard, partition):
-    app.command()(command)
-app.add_typer(prepare_group, name="prepare")
-for command in (bench, server, site, submit, status, certs):
-    app.command()(command)
+GROUPS: dict[str, dict[Callable[..., None], str]] = {
+    "Experiments": {
+        validate: "fedalt validate demo",
+        run: "fedalt run demo --method fedalt --out runs/mine",
+        compare: "fedalt compare demo --methods local,fedit,fedalt --seeds 0,1,2",
+        evaluate: "fedalt evaluate runs/mine --central",
+        report: "fedalt report runs/mine --insight",
+    },
+    "Models": {
+        generate: 'fedalt generate runs/mine --client 3 "Greet Ada."',
+        export: "fedalt export runs/mine --client 3 --out client3",
+        onboard: "fedalt onboard runs/mine --data newcomers --epochs 5",
+    },
+    "Data": {
+        partition: "fedalt partition --data rows.csv --clients 10 --out partition",
+    },
+    "Across sites": {
+        certs: "fedalt certs --out tls --sites 3 --host server.example.org",
+        server: "fedalt server --address 0.0.0.0:9092 --tls tls",
+        site: "fedalt site --client 0 --data mine --state state --server HOST:9092",
+        submit: "fedalt submit demo --clients 3 --server HOST:9092 --ca tls/ca.crt",
+        status: "fedalt status --server HOST:9092 --ca tls/ca.crt",
+    },
+    "Tools": {
+        methods: "fedalt methods feddpa_t",
+        metrics: "fedalt metrics rougeL",
+        recipes: "fedalt recipes demo --out mine.yaml",
+        env: "fedalt env --json",
+        bench: "fedalt bench round --against peft --model tiny --clients 2",
+    },
+}
+"""Help panel → command → an example of it."""
+
+for panel, commands in GROUPS.items():
+    for command, example in commands.items():
+        app.command(cls=Command, rich_help_panel=panel, epilog=f"Example: {escape(example)}")(command)
+app.add_typer(prepare_group, name="prepare", rich_help_panel="Data")
 
 
 def _folder(path: Path) -> Any:

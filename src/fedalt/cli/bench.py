@@ -21,28 +21,46 @@ _DTYPES = ("float32", "bfloat16")
 
 
 def bench(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help=f"one of: {_WHAT}")] = "round",
-    against: Annotated[str | None, typer.Option(help=f"opponent; the first is the default ({_AGAINST})")] = None,
+    what: Annotated[str, typer.Argument(metavar="[WHAT]", help=f"one of: {_WHAT}")] = "round",
+    against: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"opponent; the first is the default ({_AGAINST})")
+    ] = None,
     model: Annotated[
-        str | None, typer.Option(help="llama-25m, bloom-560m, gpt2-small, llama-7b (random weights), tiny, or a folder")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="llama-25m, bloom-560m, gpt2-small, llama-7b (random weights), tiny, or a folder"
+        ),
     ] = None,
-    data: Annotated[str, typer.Option(help="tinyworld, or a folder of client files")] = "tinyworld",
-    clients: Annotated[str | None, typer.Option(help="clients; a list such as 1,2,4 gives a line each")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="rows per client; evaluation: prompts per client")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="rows per client and step")] = 8,
-    dtype: Annotated[str, typer.Option(help=" or ".join(_DTYPES))] = "float32",
-    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="0 makes losses of both sides equal")] = 0.05,
-    executor: Annotated[str, typer.Option(help="fedalt's own: stacked or loop (round only)")] = "stacked",
-    cohort: Annotated[int | None, typer.Option(min=1, help="clients that fedalt stacks at a time")] = None,
-    num_beams: Annotated[int, typer.Option(min=1, help="evaluation: 1 is greedy")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="evaluation: longest answer")] = 32,
+    data: Annotated[str, typer.Option(metavar="DATA", help="tinyworld, or a folder of client files")] = "tinyworld",
+    clients: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="clients; a list such as 1,2,4 gives a line each")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="rows per client; evaluation: prompts per client")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="rows per client and step")] = 8,
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help=" or ".join(_DTYPES))] = "float32",
+    dropout: Annotated[
+        float, typer.Option(min=0, max=0.99, metavar="X", help="0 makes losses of both sides equal")
+    ] = 0.05,
+    executor: Annotated[
+        str, typer.Option(metavar="NAME", help="fedalt's own: stacked or loop (round only)")
+    ] = "stacked",
+    cohort: Annotated[int | None, typer.Option(min=1, metavar="N", help="clients that fedalt stacks at a time")] = None,
+    num_beams: Annotated[int, typer.Option(min=1, metavar="N", help="evaluation: 1 is greedy")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="evaluation: longest answer")] = 32,
     parameters: Annotated[
-        int | None, typer.Option(min=1, help="aggregation: parameters of an upload, at least; the rank follows")
+        int | None,
+        typer.Option(min=1, metavar="N", help="aggregation: parameters of an upload, at least; the rank follows"),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="runs of each side")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="threads of torch; its own choice when not given")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of weights, adapters and row order")] = 0,
-    out: Annotated[Path | None, typer.Option(help="write everything that was measured into this JSON file")] = None,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="runs of each side")] = 5,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="threads of torch; its own choice when not given")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="of weights, adapters and row order")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write everything that was measured into this JSON file")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
 ) -> None:
     """Measure fedalt against another way to do the same work: by turns, in processes of their own.

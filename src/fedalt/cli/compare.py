@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
-from fedalt.cli import show
+from fedalt.cli import complete, show
 from fedalt.cli.options import settings
 from fedalt.cli.show import print_json, say
 from fedalt.config import RunConfig
@@ -16,6 +16,8 @@ from fedalt.errors import UserError, did_you_mean
 from fedalt.experiment.folder import IfExists
 
 _METHODS = "local,fedit,fedalt"
+Reports = Callable[[Path, Mapping[str, Any]], Path]
+"""Writes the reports of a comparison."""
 
 
 @settings("method", "seed")
@@ -23,30 +25,40 @@ def compare(
     config: RunConfig,
     if_exists: IfExists,
     methods: Annotated[
-        str | None, typer.Option(help=f"names of methods and variants, separated by commas (default: {_METHODS})")
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help=f"methods and variants, separated by commas (default: {_METHODS})",
+            autocompletion=complete.listed(complete.methods),
+        ),
     ] = None,
     ablations: Annotated[bool, typer.Option("--ablations", help="FedALT with one part changed at a time")] = False,
     seeds: Annotated[
-        str | None, typer.Option(help="numbers, separated by commas (default: the settings' seed)")
+        str | None, typer.Option(metavar="NUMBERS", help="separated by commas (default: the settings' seed)")
     ] = None,
     jobs: Annotated[
-        int, typer.Option(min=1, help="processes that share the runs; each holds a base of its own in memory")
+        int,
+        typer.Option(min=1, metavar="N", help="processes that share the runs; each holds a base of its own in memory"),
     ] = 1,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=V1,V2,…",
+            metavar="KEY=VALUES",
             help="one comparison per value, into OUT/KEY=VALUE, for example lora.r=4,6,8 (lora.alpha stays); "
             "repeatable, for every combination",
         ),
     ] = None,
     heterogeneity: Annotated[
         str | None,
-        typer.Option(metavar="M1,M2,…", help="the same as --sweep data.tasks_per_client=M1,M2,…"),
+        typer.Option(metavar="NUMBERS", help="the same as --sweep data.tasks_per_client=NUMBERS"),
     ] = None,
     match_budget: Annotated[
         str | None,
-        typer.Option(metavar="parameters|bytes", help="choose each method's rank for the same budget per client"),
+        typer.Option(
+            metavar="WHAT",
+            help="choose each method's rank for the same budget per client: parameters or bytes",
+            autocompletion=lambda incomplete: iter(("parameters", "bytes")),
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
 ) -> None:
@@ -54,9 +66,12 @@ def compare(
 
     Every method is tested against FedALT, or against the first one, over pairs of client and seed.
     """
+    from fedalt.data.load import Rows
     from fedalt.experiment.compare import compare as train
+    from fedalt.experiment.members import Bases
     from fedalt.experiment.sweep import parse_axis
     from fedalt.experiment.sweep import sweep as train_all
+    from fedalt.report.html import write_reports
     from fedalt.report.trackers import check_trackers, tracked
 
     check_trackers(config.report.trackers)
@@ -66,21 +81,26 @@ def compare(
     axes = [parse_axis(text) for text in sweep or ()]
     if heterogeneity is not None:
         axes.append(("data.tasks_per_client", _at_least_one("--heterogeneity", heterogeneity)))
+    bases, rows = Bases(), Rows()
     chosen, wanted = _methods(methods, ablations), _numbers("--seeds", seeds) or [config.seed]
     rest = (chosen, wanted, out, if_exists)
     budget: Any = _budget(match_budget)
     with show.live(config.federation.rounds) as progress, tracked(config.report.trackers, out, progress) as sink:
         if axes:
-            result = train_all(config, axes, *rest, sink, jobs, budget)
+            result = train_all(config, axes, *rest, sink, jobs, budget, bases, rows)
         else:
-            result = train(config, *rest, sink, jobs, budget)
-    (_show_sweep if axes else _show)(out, result, config, as_json)
+            result = train(config, *rest, sink, jobs, budget, bases, rows)
+
+    def reports(out: Path, comparison: Mapping[str, Any]) -> Path:
+        return write_reports(out, comparison, config.report.insight, bases, rows)
+
+    (_show_sweep if axes else _show)(out, result, reports, as_json)
 
 
-def _show(out: Path, comparison: Mapping[str, Any], config: RunConfig, as_json: bool) -> None:
+def _show(out: Path, comparison: Mapping[str, Any], reports: Reports, as_json: bool) -> None:
     from fedalt.cli.compare_tables import compare_table
 
-    report = _write_reports(out, comparison, config)
+    report = reports(out, comparison)
     if as_json:
         print_json({"out": str(out), "report": str(report), **comparison})
         return
@@ -94,44 +114,29 @@ def _show(out: Path, comparison: Mapping[str, Any], config: RunConfig, as_json: 
     say(f"talk to client {client}: fedalt generate {run} --client {client}")
 
 
-def _show_sweep(out: Path, result: Mapping[str, Any], config: RunConfig, as_json: bool) -> None:
+def _show_sweep(out: Path, result: Mapping[str, Any], reports: Reports, as_json: bool) -> None:
     from fedalt.cli.compare_tables import grid_table
     from fedalt.experiment.sweep import grids
     from fedalt.files import read_json
     from fedalt.report.sweep import write_sweep_report
 
-    reports = [
-        _write_reports(out / point["name"], read_json(out / point["name"] / "comparison.json"), config)
-        for point in result["points"]
+    written = [
+        reports(out / point["name"], read_json(out / point["name"] / "comparison.json")) for point in result["points"]
     ]
     report = write_sweep_report(out, result)
     if as_json:
-        print_json({"out": str(out), "report": str(report), "reports": [str(path) for path in reports], **result})
+        print_json({"out": str(out), "report": str(report), "reports": [str(path) for path in written], **result})
         return
     for grid in grids(result):
         show.out.print(grid_table(grid))
         show.out.print()
     say(f"table    {out / 'sweep.md'}")
-    for path in (report, *reports):
+    for path in (report, *written):
         say(f"report   {path}")
 
 
-def _write_reports(out: Path, comparison: Mapping[str, Any], config: RunConfig) -> Path:
-    from fedalt.experiment.folder import open_run
-    from fedalt.experiment.members import Bases
-    from fedalt.report.html import write_comparison_report, write_report
-    from fedalt.report.insights import look
-
-    bases = Bases()
-    for path in (path for block in comparison["methods"].values() for path in block["runs"]):
-        folder, mine = open_run(Path(path))
-        look(folder, config.report.insight, bases.of(mine) if config.report.insight else None)
-        write_report(folder)
-    return write_comparison_report(out, comparison)
-
-
 def _methods(text: str | None, ablations: bool) -> list[str]:
-    from fedalt.methods.registry import ABLATIONS
+    from fedalt.methods.fedalt_variants import ABLATIONS
 
     given = _names(_METHODS if text is None and not ablations else text or "")
     return [*given, *(ABLATIONS if ablations else ())]

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedalt.cli import show
+from fedalt.cli import complete, show
+from fedalt.cli.recipes import config_path
 from fedalt.cli.show import print_json, say
 from fedalt.config import load_config
 from fedalt.errors import UserError, did_you_mean
 from fedalt.extras import needs
 from fedalt.flower.waits import LONGEST
+from fedalt.registry import held_plugins, hold_plugins
 
 if TYPE_CHECKING:
     from fedalt.flower.deploy.reach import Connection
@@ -30,18 +32,23 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for ma
 
 
 def certs(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder")],
-    sites: Annotated[int, typer.Option("--sites", min=1, help="number of sites, a key each")],
+    sites: Annotated[int, typer.Option("--sites", min=1, metavar="N", help="number of sites, a key each")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="new folder; must be given")] = None,
+    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="the same as --out DIR", hidden=True)] = None,
     host: Annotated[
         list[str] | None,
         typer.Option("--host", metavar="NAME", help="name or IP address of the server, besides localhost; repeatable"),
     ] = None,
-    days: Annotated[int, typer.Option("--days", min=1, help="how long the certificates are valid")] = 365,
+    days: Annotated[int, typer.Option("--days", min=1, metavar="N", help="how long the certificates are valid")] = 365,
 ) -> None:
     """Make a CA, a server certificate and site keys, for a trial of TLS and authentication."""
     with needs("flower", NEEDS):
         from fedalt.flower.certs import make_certs
 
+    if (folder is None) == (out is None):
+        raise UserError("--out: name one new folder, for example fedalt certs --out tls --sites 3")
+    folder = out or folder
+    assert folder
     names = make_certs(folder, sites, host or (), days)
     say(f"{folder}/ca.crt            for the sites and for those who submit: whom to trust")
     say(f"{folder}/ca.key            signs other certificates; keep it away from the server, or delete it")
@@ -49,9 +56,22 @@ def certs(
     say(f"{folder}/keys/client_N     a private key for each of {sites} sites; the server needs client_N.pub only")
 
 
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE.py",
+        help="code of your own that runs may use here, by name; repeatable; never sent",
+    ),
+]
+
+
 def server(
     config_file: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings to check; runs come from fedalt submit")
+        Path | None,
+        typer.Argument(
+            metavar="[CONFIG]", help="settings to check; runs come from fedalt submit", autocompletion=complete.configs
+        ),
     ] = None,
     address: Annotated[
         str, typer.Option("--address", metavar="HOST:PORT", help="where to listen; 0.0.0.0 for every interface")
@@ -73,6 +93,7 @@ def server(
     state: Annotated[
         Path, typer.Option("--state", metavar="DIR", help="the SuperLink's database; run folders are made here, too")
     ] = Path("flower-server"),
+    plugins: Plugins = None,
 ) -> None:
     """Serve a federation: start Flower's SuperLink, let the sites in, show its log until Ctrl-C."""
     with needs("flower", NEEDS):
@@ -82,7 +103,7 @@ def server(
     if config_file is not None:
         from fedalt.flower.server_app import checked
 
-        checked(load_config(config_file))
+        checked(load_config(config_path(config_file)))
     gate = parse_address(public, "--public") if public else None
     asked = Server(parse_address(address, "--address"), tls, state, gate)
     asked.check()
@@ -91,7 +112,7 @@ def server(
     def ready() -> None:
         trust = f" --ca {tls}/ca.crt --key {tls}/keys/client_N" if tls else ""
         for place in asked.for_sites:
-            say(f"at site N: fedalt site --server {place} --client-id N --data DIR --state DIR{trust}")
+            say(f"at site N: fedalt site --server {place} --client N --data DIR --state DIR{trust}")
         if not tls:
             say("note: without --tls nothing is encrypted and anyone who reaches the port can join and submit runs")
         elif public is None and not on_loopback(asked.address):
@@ -99,11 +120,12 @@ def server(
                 "note: whoever reaches this port can submit runs and register keys; --public is a way in for sites only"
             )
 
+    hold_plugins(plugins or ())
     _leave(serve(asked, _pass_on, ready))
 
 
 def site(
-    client: Annotated[int, typer.Option("--client-id", min=0, help="the client's number, from 0")],
+    client: Annotated[int, typer.Option("--client", min=0, metavar="N", help="the client's number, from 0")],
     state: Annotated[
         Path,
         typer.Option(
@@ -122,7 +144,7 @@ def site(
     insecure: Annotated[bool, typer.Option("--insecure", help="no encryption; the default without --ca")] = False,
     model: Annotated[str | None, typer.Option("--model", metavar="PATH", help="where the base model is here")] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N, instead of the settings'")
+        str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N, instead of the settings'")
     ] = None,
     allow_two: Annotated[
         bool,
@@ -132,17 +154,21 @@ def site(
         ),
     ] = False,
     share: Annotated[
-        str | None, typer.Option("--share", metavar="mixer,heads", help="private parts that this site agrees to upload")
+        str | None,
+        typer.Option(
+            "--share", metavar="NAMES", help="private parts that this site agrees to upload: mixer, heads, or both"
+        ),
     ] = None,
     poll: Annotated[
         float,
         typer.Option(
             "--poll",
             min=0.05,
-            metavar="SECONDS",
-            help="longest time between looks for messages at the server, after a long wait; shorter in short rounds",
+            metavar="S",
+            help="longest wait between looks for messages at the server; looks are more frequent in short rounds",
         ),
     ] = LONGEST,
+    plugins: Plugins = None,
 ) -> None:
     """Take part as one client: Flower's SuperNode, and a trainer that holds the base model, until Ctrl-C."""
     with needs("flower", NEEDS):
@@ -152,7 +178,9 @@ def site(
         raise UserError("--insecure and --ca exclude each other")
     _check_device(device)
     at, agreed = connection(server, ca), _shared(share)
-    asked = Site(at, client, state, poll, key, _rows(data), model, device, allow_two, agreed)
+    hold_plugins(plugins or ())
+    held = held_plugins()
+    asked = Site(at, client, state, poll, key, _rows(data), model, device, allow_two, agreed, held)
     asked.check()
     say(f"$ {shlex.join(asked.command())}")
     _leave(supervise(asked, _pass_on))

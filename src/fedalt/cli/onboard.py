@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fedalt.cli import show
+from fedalt.cli import complete, show
 from fedalt.cli.show import print_json, say
 from fedalt.evaluation.metrics import LABELS, as_text
 
@@ -16,12 +16,19 @@ EPOCHS = 5
 
 
 def onboard(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)],
     data: Annotated[
-        str | None, typer.Option("--data", help="the newcomers' rows; the run's data.held_out clients if not given")
+        str | None,
+        typer.Option(
+            "--data", metavar="DATA", help="the newcomers' rows; the run's data.held_out clients if not given"
+        ),
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=0, help="epochs over their own rows; 0: none")] = EPOCHS,
-    out: Annotated[Path | None, typer.Option("--out", help="where they go (default: RUN/newcomers)")] = None,
+    epochs: Annotated[
+        int, typer.Option("--epochs", min=0, metavar="N", help="epochs over their own rows; 0: none")
+    ] = EPOCHS,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="where they go (default: RUN/newcomers)")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace newcomers that are there")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
 ) -> None:

@@ -4,55 +4,60 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
-from pydantic import BaseModel
 from rich.markup import escape
-from typer.core import TyperCommand
 
+from fedalt.cli import complete
+from fedalt.cli.command import spelt
+from fedalt.cli.recipes import config_path
 from fedalt.cli.show import complain
-from fedalt.config import RunConfig, load_config, parse_override
-from fedalt.errors import UserError
-from fedalt.experiment.folder import IfExists
+from fedalt.config import RunConfig, parse_override
+from fedalt.errors import UserError, shortened
+from fedalt.experiment.folder import IfExists, settings_of
+from fedalt.hints import fields_at, in_words
 
-_OPTIONS: dict[str, tuple[str, type, tuple[str, ...]]] = {
-    "model": ("model.name", str, ("--model", "--model_name")),
-    "data": ("data.source", str, ("--data", "--data_path")),
-    "method": ("method", str, ("--method",)),
-    "rounds": ("federation.rounds", int, ("--rounds",)),
-    "local_epochs": ("training.local_epochs", int, ("--local-epochs", "--local_epochs")),
-    "clients": ("data.clients", int, ("--clients", "--client_num")),
-    "lr": ("training.lr", float, ("--lr",)),
-    "rank": ("lora.r", int, ("--rank",)),
-    "seed": ("seed", int, ("--seed",)),
-    "devices": ("federation.devices", str, ("--devices",)),
-    "out": ("out", str, ("--out", "--result_dir")),
+_OPTIONS: dict[str, tuple[str, str, str, Any]] = {
+    "model": ("model.name", "--model", "NAME", None),
+    "data": ("data.source", "--data", "DATA", None),
+    "method": ("method", "--method", "NAME", complete.methods),
+    "rounds": ("federation.rounds", "--rounds", "N", None),
+    "epochs": ("training.local_epochs", "--epochs", "N", None),
+    "batch_size": ("training.batch_size", "--batch-size", "N", None),
+    "clients": ("data.clients", "--clients", "N", None),
+    "lr": ("training.lr", "--lr", "X", None),
+    "rank": ("lora.r", "--rank", "N", None),
+    "targets": ("lora.targets", "--targets", "NAMES", None),
+    "dtype": ("model.dtype", "--dtype", "DTYPE", complete.choices("model.dtype")),
+    "seed": ("seed", "--seed", "N", None),
+    "devices": ("federation.devices", "--devices", "NAMES", None),
+    "out": ("out", "--out", "DIR", None),
 }
-"""Parameter → config key, type, flags (the second one is the official README's)."""
+"""Parameter → dotted key, flag, what stands for its value, what a shell offers. The configuration reads the values."""
 
-_CONFIG = Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings; the defaults when not given")]
+_CONFIG = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[CONFIG]",
+        help="YAML file, or name of a recipe; the defaults when not given",
+        autocompletion=complete.configs,
+    ),
+]
 _SET = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="any other setting, for example lora.dropout=0; repeatable"),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="any other setting, for example lora.dropout=0; repeatable",
+        autocompletion=complete.settings,
+    ),
 ]
-INSIGHT_ROWS = "10"
-"""Test rows per client of ``fedalt report RUN --insight``."""
 _RESUME = Annotated[bool, typer.Option("--resume", help="continue at the last finished round, or start")]
 _OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="replace a run that is there")]
-
-
-class InsightCommand(TyperCommand):
-    """Lets ``--insight`` stand without its number, which Typer cannot say."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Write the number out where it is missing."""
-        full: list[str] = []
-        for here, after in zip(args, [*args[1:], ""], strict=True):
-            full += [here, INSIGHT_ROWS] if here == "--insight" and not after.isdigit() else [here]
-        return super().parse_args(ctx, full)
 
 
 def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -72,12 +77,19 @@ def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None
         def wrapper(**values: Any) -> None:
             path, sets = values.pop("config_file"), values.pop("sets")
             exists = _if_exists(values.pop("resume", False), values.pop("overwrite", False))
-            flags = [(_OPTIONS[name][0], values.pop(name)) for name in names]
-            overrides = [(key, value) for key, value in flags if value is not None]
-            overrides += [parse_override(text) for text in sets or ()]
+            flags = {_OPTIONS[name][0]: (spelt(_OPTIONS[name][1]), values.pop(name)) for name in names}
+            flags = {key: (flag, value) for key, (flag, value) in flags.items() if value is not None}
+            overrides = [(key, value) for key, (_, value) in flags.items()]
+            typed = {key: f"{flag} {shortened(value)}" for key, (flag, value) in flags.items()}
+            for text in sets or ():
+                overrides.append(parse_override(text))
+                typed[overrides[-1][0]] = f"--set {shortened(text)}"
             given = {"if_exists": exists} if starts else {}
             try:
-                command(config=_config(path, overrides, exists), **given, **values)
+                config = settings_of(path and config_path(path), overrides, exists, typed)
+                command(config=config, **given, **values)
+            except UserError as error:
+                raise UserError(_in_flags(str(error), {key: flag for key, (flag, _) in flags.items()})) from None
             except KeyboardInterrupt:
                 complain("stopped; finished rounds are safe, --resume goes on from there")
                 raise typer.Exit(1) from None
@@ -96,12 +108,13 @@ def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None
 _GIVEN = ("config", "if_exists")
 
 
-def _config(path: Path | None, overrides: list[tuple[str, Any]], exists: IfExists) -> RunConfig:
-    """The settings; a run that is resumed without a YAML takes them from its own folder."""
-    out = dict(overrides).get("out")
-    if path is None and exists == "resume" and out and (Path(out) / "config.yaml").is_file():
-        path = Path(out) / "config.yaml"
-    return load_config(path, overrides)
+def _in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """A message that names a key by the flag that was typed for it: ``lora.r: …`` becomes ``--rank: …``."""
+    named = (re.match(r"([\w.]+)(: | = )(.*)", line) for line in message.splitlines())
+    return "\n".join(
+        f"{flags[m[1]]}{': ' if m[2] == ': ' else ' '}{m[3]}" if m and m[1] in flags else line
+        for m, line in zip(named, message.splitlines(), strict=True)
+    )
 
 
 def _if_exists(resume: bool, overwrite: bool) -> IfExists:
@@ -111,19 +124,14 @@ def _if_exists(resume: bool, overwrite: bool) -> IfExists:
 
 
 def _option(name: str) -> Any:
-    key, kind, flags = _OPTIONS[name]
-    description, default = _describe(key)
-    return Annotated[kind | None, typer.Option(*flags, help=escape(f"{description} (default: {default})"))]
+    key, flag, metavar, offers = _OPTIONS[name]
+    *path, last = key.split(".")
+    field = fields_at(path, RunConfig)[last]
+    default = "" if field.default is None else f" (default: {field.default})"
+    words = f": {in_words(field)}" if get_origin(field.annotation) is Literal else ""
+    text = escape(f"{field.description}{words}{default}")
+    return Annotated[str | None, typer.Option(flag, metavar=metavar, help=text, autocompletion=offers)]
 
 
 def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _describe(key: str) -> tuple[str, str]:
-    section: type[BaseModel] = RunConfig
-    *parents, last = key.split(".")
-    for parent in parents:
-        section = section.model_fields[parent].annotation  # type: ignore[assignment]
-    field = section.model_fields[last]
-    return field.description or "", "by rule" if field.default is None else str(field.default)

@@ -12,13 +12,17 @@ from fedalt.cli.options import settings
 from fedalt.cli.show import print_json, say
 from fedalt.config import RunConfig
 
+_NOT_ROWS = ["model", "method", "rounds", "epochs", "batch_size", "lr", "rank", "targets", "dtype", "out", "devices"]
 
-@settings("model", "method", "rounds", "local_epochs", "lr", "rank", "out", "devices", starts=False)
+
+@settings(*_NOT_ROWS, starts=False)
 def partition(
     config: RunConfig,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="folder for partition.json and partition.html, one file without network"),
+        typer.Option(
+            "--out", metavar="DIR", help="folder for partition.json and partition.html, one file without network"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
 ) -> None:

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from fedalt.cli import show
+from fedalt.cli.command import Command
 from fedalt.cli.show import print_json, say
 from fedalt.data.flan.tasks import SIZES, TASKS
 
@@ -25,17 +26,17 @@ def _group() -> None:
     """Make a federation of public data sets."""
 
 
-@prepare.command()
+@prepare.command(cls=Command, epilog="Example: fedalt prepare flan --out flan8 --tasks snli,glue_mrpc --train 300")
 def flan(
-    out: Annotated[Path, typer.Option("--out", help="new folder, for --data")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="new folder, for --data")],
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="NAME,NAME,…", help=f"client i has the i-th of them (default: {', '.join(TASKS)})"),
+        typer.Option(metavar="NAMES", help=f"client i has the i-th of them (default: {', '.join(TASKS)})"),
     ] = None,
-    train: Annotated[int, typer.Option(min=1, help="training rows per task")] = SIZES["train"],
-    test: Annotated[int, typer.Option(min=1, help="test rows per task")] = SIZES["test"],
-    validation: Annotated[int, typer.Option(min=0, help="validation rows per task")] = SIZES["validation"],
-    seed: Annotated[int, typer.Option(help="decides which rows, their order and their wording")] = 42,
+    train: Annotated[int, typer.Option(min=1, metavar="N", help="training rows per task")] = SIZES["train"],
+    test: Annotated[int, typer.Option(min=1, metavar="N", help="test rows per task")] = SIZES["test"],
+    validation: Annotated[int, typer.Option(min=0, metavar="N", help="validation rows per task")] = SIZES["validation"],
+    seed: Annotated[int, typer.Option(metavar="N", help="decides which rows, their order and their wording")] = 42,
     local: Annotated[
         Path | None,
         typer.Option(

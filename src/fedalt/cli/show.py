@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedalt.evaluation.metrics import LABELS, as_text, percentile
+from fedalt.progress import on_terminal
 from fedalt.report.shown import MOST, groups
 
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
     from fedalt.experiment.estimate import Estimate
 
+_LONGEST = 2000
+"""Letters of an error line: enough for a list of names, and not for a file that somebody gave as a name."""
 out = Console()
 err = Console(stderr=True)
 
@@ -34,92 +35,15 @@ def print_json(value: Any) -> None:
 
 
 def complain(message: str) -> None:
-    """Print an error on stderr, one line per problem, never wrapped."""
+    """Print an error on stderr, one line per problem, never wrapped, none without end."""
     for line in message.splitlines():
-        err.print(f"[bold red]error:[/] {_plain(line)}", soft_wrap=True, highlight=False)
+        cut = line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+        err.print(f"[bold red]error:[/] {_plain(cut)}", soft_wrap=True, highlight=False)
 
 
-class Live:
-    """Turns the events of one run after another into a progress bar on stderr.
-
-    Args:
-        progress: Where the bar goes.
-        rounds: Rounds of a run, until it says so itself.
-        notes: What has been printed already; shared by the jobs of a comparison.
-    """
-
-    def __init__(self, progress: Progress, rounds: int, notes: set[str]) -> None:
-        self.progress = progress
-        self.rounds = rounds
-        self.notes = notes
-        self.label = ""
-        self.loss = ""
-        self.task: TaskID | None = None
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        """Show one event."""
-        handler = getattr(self, f"_on_{event['event']}", None)
-        if handler:
-            handler(event)
-
-    def _on_point(self, event: Mapping[str, Any]) -> None:
-        self.progress.console.print(f"[bold]{_plain(event['name'])}[/]", soft_wrap=True, highlight=False)
-
-    def _on_member(self, event: Mapping[str, Any]) -> None:
-        self.label = f"{event['method']} seed {event['seed']}"
-
-    def _on_run_started(self, event: Mapping[str, Any]) -> None:
-        if self.task is not None:
-            self.progress.update(self.task, completed=self.rounds)
-        self.loss, self.rounds = "", event["rounds"]
-        label = self.label or event["method"]
-        self.task = self.progress.add_task(label, total=self.rounds, completed=event["round"], state="")
-
-    _on_run_resumed = _on_run_started
-
-    def _on_step(self, event: Mapping[str, Any]) -> None:
-        done = event["round"] - 1 + 0.95 * event["done"] / event["total"]
-        self._update(done, f"round {event['round']}/{self.rounds}{self.loss}")
-
-    def _on_round(self, event: Mapping[str, Any]) -> None:
-        self.loss = f", loss {event['loss']:.3f}"
-        self._update(event["round"] - 0.05, f"round {event['round']}/{self.rounds}{self.loss}")
-
-    def _on_evaluated(self, event: Mapping[str, Any]) -> None:
-        self._update(event["round"], f"scored in {event['seconds']:.0f} s{self.loss}")
-
-    def _on_run_finished(self, event: Mapping[str, Any]) -> None:
-        self._update(self.rounds, f"mean {event['mean']:.1f}, worst {event['worst']:.1f}")
-
-    def _on_client_failed(self, event: Mapping[str, Any]) -> None:
-        self.progress.console.print(
-            f"[yellow]client {event['client']} set aside in round {event['round']}:[/] {_plain(event['reason'])}"
-        )
-
-    def _on_note(self, event: Mapping[str, Any]) -> None:
-        if event["text"] not in self.notes:  # once for all runs of a comparison
-            self.notes.add(event["text"])
-            self.progress.console.print(f"[dim]note: {_plain(event['text'])}[/]", soft_wrap=True)
-
-    def _update(self, completed: float, state: str) -> None:
-        if self.task is not None:
-            self.progress.update(self.task, completed=completed, state=state)
-
-
-@contextmanager
-def live(rounds: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A progress bar for each of the enclosed runs, whichever job of a comparison they come from."""
-    columns = (
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=30),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-    )
-    notes = set[str]()
-    with Progress(*columns, console=err) as progress:
-        jobs = defaultdict[int, Live](lambda: Live(progress, rounds, notes))
-        yield lambda event: jobs[event.get("job", 0)](event)
+def live(rounds: int) -> AbstractContextManager[Callable[[Mapping[str, Any]], None]]:
+    """A progress bar on stderr for each of the enclosed runs."""
+    return on_terminal(err, rounds)
 
 
 def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:

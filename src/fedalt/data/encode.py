@@ -221,6 +221,24 @@ class ImageEncoder:
         return Example((), (), row, self.classes.index(row), self.image(row))
 
 
+class Once:
+    """An encoder that makes the example of a row once and keeps it.
+
+    Args:
+        encoder: What makes it.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._made: dict[int, tuple[Row, Example | None]] = {}
+
+    def example(self, row: Row) -> Example | None:
+        """The row as the model reads it; rows are told apart by identity, and kept so that theirs stays their own."""
+        if id(row) not in self._made:
+            self._made[id(row)] = row, self._encoder.example(row)
+        return self._made[id(row)][1]
+
+
 def encode_client(encoder: Encoder, data: ClientData) -> ClientExamples:
     """All rows of one client."""
     splits = {name: getattr(data, name) for name in SPLITS}

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fedalt.data.clients import one_client, to_clients
+from fedalt.data.encode import Encoder, Once
 from fedalt.data.options import DataConfig, PartitionConfig
 from fedalt.data.pool import Pool, check_names, pooled
 from fedalt.data.record import held_out_in, reproduce
 from fedalt.data.regroup import keep_tasks, mix_tasks, split_rows
 from fedalt.data.rows import SPLITS, ClientData, Federation, Row
+from fedalt.data.sources.given import Given
 from fedalt.data.sources.hub import TINYWORLD
 from fedalt.data.sources.recognise import read_source
 from fedalt.errors import UserError
 from fedalt.seeding import rng
 
 _AS_IT_IS = {"clients": None, "tasks": None, "held_out": 0, "split_rows": False, "tasks_per_client": 1}
+_OF_PROMPTS = {"template", "cutoff"}
+"""Settings that no row depends on."""
+_OF_DEALS: dict[str, Any] = {
+    **dict.fromkeys(("held_out", "tasks_per_client", "test_share", "validation_rows", "shuffle"), True),
+    "partition": set(PartitionConfig.model_fields) - {"by", "column"},
+}
+"""Settings that act once a source has been read."""
 
 
 def load_federation(config: DataConfig, seed: int) -> Federation:
@@ -56,9 +67,49 @@ def load_as_it_is(config: DataConfig, seed: int) -> Federation:
     return _cut(one_client(found, config.test_share, seed), anew, seed)
 
 
-def load_both(config: DataConfig, seed: int) -> tuple[Federation, Federation]:
-    """The clients that take part, and those that do not."""
-    everybody = _everybody(config, seed)
+class Rows:
+    """The rows of a run, or of several that share them: read once, dealt once for runs that deal alike, encoded once.
+
+    What was read, dealt and encoded last is kept; settings that ask for something else replace it.
+
+    Args:
+        given: Rows in memory, if ``data.source`` stands for such.
+    """
+
+    def __init__(self, given: Given | None = None) -> None:
+        self.given = given
+        self._read: tuple[Hashable, Federation | Pool] | None = None
+        self._dealt: tuple[Hashable, tuple[Federation, Federation]] | None = None
+        self._encoder: tuple[Any, Hashable, Encoder] | None = None
+
+    def both(self, config: DataConfig, seed: int) -> tuple[Federation, Federation]:
+        """As ``load_both``."""
+        key = (config.model_dump_json(exclude=_OF_PROMPTS), seed)
+        if self._dealt is None or self._dealt[0] != key:
+            self._dealt = key, load_both(config, seed, self.read)
+        return self._dealt[1]
+
+    def read(self, config: DataConfig) -> Federation | Pool:
+        """As ``read``; what is given is read in its place."""
+        key = config.model_dump_json(exclude={**dict.fromkeys(_OF_PROMPTS, True), **_OF_DEALS})
+        if self._read is None or self._read[0] != key:
+            self._encoder = None
+            self._read = key, self.given.read(config) if self.given else read(config)
+        return self._read[1]
+
+    def encoder(self, reader: Any, settings: Hashable, make: Callable[[], Encoder]) -> Encoder:
+        """The encoder of a tokenizer or image processor with some settings, which knows the rows that it has met."""
+        known = self._encoder
+        if known is None or known[0] is not reader or known[1] != settings:
+            known = self._encoder = reader, settings, Once(make())
+        return known[2]
+
+
+def load_both(
+    config: DataConfig, seed: int, reader: Callable[[DataConfig], Federation | Pool] | None = None
+) -> tuple[Federation, Federation]:
+    """The clients that take part, and those that do not; ``reader`` is asked for a source in place of ``read``."""
+    everybody = _everybody(config, seed, reader or read)
     left = _left_out(config, everybody.ids)
     taken = {c: rows for c, rows in everybody.clients.items() if c not in left}
     return replace(everybody, clients=taken), replace(everybody, clients={c: everybody.clients[c] for c in left})
@@ -78,8 +129,8 @@ def _left_out(config: DataConfig, ids: tuple[int, ...]) -> tuple[int, ...]:
     return ids[len(ids) - config.held_out :]
 
 
-def _everybody(config: DataConfig, seed: int) -> Federation:
-    source, options = read(config), config.partition
+def _everybody(config: DataConfig, seed: int, reader: Callable[[DataConfig], Federation | Pool]) -> Federation:
+    source, options = reader(config), config.partition
     if isinstance(source, Pool):
         check_names(config.label_names or {}, source)
     pool = pooled(source) if isinstance(source, Federation) else source

@@ -16,7 +16,7 @@ from fedalt.evaluation.likeness import load_to_answer
 from fedalt.experiment.clients import read_client
 from fedalt.experiment.folder import finished_run
 from fedalt.experiment.pieces import pieces
-from fedalt.experiment.prepare import load_resident
+from fedalt.experiment.prepare import Resident, load_resident
 from fedalt.model.base import positions
 from fedalt.training.mixing import mixer_weights
 
@@ -45,14 +45,15 @@ class Chat:
     Args:
         run: Run folder.
         client: Client id.
+        resident: The base, where it is in memory.
 
     Raises:
         UserError: No finished run, no such client, base missing or changed.
     """
 
-    def __init__(self, run: Path, client: int) -> None:
+    def __init__(self, run: Path, client: int, resident: Resident | None = None) -> None:
         folder, self.config = finished_run(run)
-        self.resident = load_resident(self.config)
+        self.resident = resident or load_resident(self.config)
         personal = read_client(folder, client, self.resident.base)
         self.placement = personal.placement
         self.encoder = self.resident.encoder(self.config)

@@ -121,12 +121,12 @@ def prune(folder: Path, best: Mapping[str, Any] | None) -> None:
             shutil.rmtree(path)
 
 
-def load_checkpoint(folder: Path, run: str | None = None) -> Checkpoint | None:
+def load_checkpoint(folder: Path, *runs: str) -> Checkpoint | None:
     """The newest checkpoint, or nothing when no round has finished.
 
     Args:
         folder: Where checkpoints are.
-        run: The run that it must be of, if that matters.
+        runs: What the run that it is of may be known by; any if none is given.
 
     Raises:
         UserError: The checkpoint is of another run, or damaged.
@@ -151,7 +151,7 @@ def load_checkpoint(folder: Path, run: str | None = None) -> Checkpoint | None:
         raise UserError(
             f"{path}: damaged checkpoint ({error}); remove this folder to resume one round earlier"
         ) from None
-    if run is not None and manifest["run"] != run:
+    if runs and manifest["run"] not in runs:
         raise UserError(
             f"{path}: checkpoint of another run (other settings, base weights or rows); nothing was changed"
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedalt.compat import slot_today
 from fedalt.data.templates import template_text
 from fedalt.errors import UserError, listed
 from fedalt.experiment.folder import RunFolder
@@ -16,7 +17,7 @@ from fedalt.model.layer import Placement
 from fedalt.model.mixing import Mixing
 from fedalt.model.peft_files import LoraFolder, read_folder, write_extras, write_lora, write_mixer
 from fedalt.model.state import ClientState
-from fedalt.names import parted
+from fedalt.names import Key, parted
 
 CONFIG = "fedalt_config.json"
 
@@ -92,6 +93,8 @@ def read_client(run: RunFolder, client: int, base: Base) -> PersonalModel:
         raise UserError(f"{path}: made for another base model ({about['base']['source']}); the weights differ")
     placement = Placement(tuple(about["slots"]), Mixing.parse(about["mixing"]), about["scale"], 0.0)
     tensors, heads = parted(read_folder(path, placement.slots, placement.mixed))
+    tensors = {Key(k.module, slot_today(k.slot), k.factor): value for k, value in tensors.items()}
+    placement = replace(placement, slots=tuple(map(slot_today, placement.slots)))
     return PersonalModel(ClientState(about["client_id"], about["round"], tensors, heads=heads), placement)
 
 

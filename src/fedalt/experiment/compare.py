@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedalt.config import RunConfig
+from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.experiment.events import Sink, read_events
 from fedalt.experiment.folder import IfExists, check_folder, final_scores
@@ -17,7 +18,7 @@ from fedalt.experiment.statistics import against, half_width
 from fedalt.experiment.tables import LOCAL, write_comparison
 from fedalt.experiment.workers import check_devices
 from fedalt.files import read_json
-from fedalt.methods.registry import METHODS, configured, get_method, title_of
+from fedalt.methods.registry import build, configured, method_names, title_of
 
 REFERENCE = "fedalt"
 """The method that others are tested against; the first one where it is not among them."""
@@ -37,6 +38,8 @@ def compare(
     sink: Sink,
     jobs: int = 1,
     budget: Budget | None = None,
+    bases: Bases | None = None,
+    rows: Rows | None = None,
 ) -> dict[str, Any]:
     """Run every method with every seed into ``out/<method>-seed<seed>`` and write ``comparison.json``, .csv and .md.
 
@@ -49,11 +52,14 @@ def compare(
         sink: Called with every event of every run.
         jobs: Processes to share the runs; more than one hold a base each.
         budget: Choose every method's rank so that it has the parameters, or sends the bytes, of the configured rank.
+        bases: Where a base may be in memory already.
+        rows: Where rows may be in memory already.
 
     Raises:
         UserError: As for a single run; checked for all methods before the first one starts.
     """
-    return finish(plan(config, methods, seeds, out, if_exists, budget), config, out, if_exists, sink, jobs, Bases())
+    members = plan(config, methods, seeds, out, if_exists, budget)
+    return finish(members, config, out, if_exists, sink, jobs, bases or Bases(), rows or Rows())
 
 
 def plan(
@@ -73,8 +79,8 @@ def plan(
     _check_lists(methods, seeds)
     check_devices(config)
     configs = {name: configured(config, name) for name in methods}
-    for name, mine in configs.items():
-        get_method(name)(_ANY, mine).rank_of(0)  # refuses settings that it has no use for
+    for mine in configs.values():
+        build(mine, _ANY).rank_of(0)  # refuses settings that it has no use for
     members = []
     for seed in seeds:
         for name, mine in configs.items():
@@ -92,12 +98,13 @@ def finish(
     sink: Sink,
     jobs: int,
     bases: Bases,
+    rows: Rows,
 ) -> dict[str, Any]:
     """Train the runs of a comparison and put them side by side."""
     if jobs > 1:
         train_in_jobs(members, jobs, if_exists, sink)
     else:
-        train(members, if_exists, sink, bases)
+        train(members, if_exists, sink, bases, rows)
     comparison = collect(members, config)
     write_comparison(out, comparison)
     return comparison
@@ -105,7 +112,7 @@ def finish(
 
 def _check_lists(methods: Sequence[str], seeds: Sequence[int]) -> None:
     if not methods:
-        raise UserError(f"--methods: name at least one of {', '.join(METHODS)}")
+        raise UserError(f"--methods: name at least one of {', '.join(method_names())}")
     negative = [seed for seed in seeds if seed < 0]
     if negative:
         raise UserError(f"--seeds {negative[0]}: a seed is 0 or more")

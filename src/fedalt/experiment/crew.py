@@ -83,7 +83,7 @@ class Crew(Protocol):
     ) -> list[Outcome]:
         """Train some clients for the round of ``new`` and put their uploads into it."""
 
-    def row_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> Mapping[int, float | None]:
+    def row_lora_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> Mapping[int, float | None]:
         """How far the messages move every client's row, where that is known."""
 
     def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:

@@ -42,9 +42,9 @@ class Devices:
         new.keep(last, states=last.clients - new.clients)
         return done
 
-    def row_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
+    def row_lora_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
         """How far the messages move every client's row."""
-        return self.here.row_drifts(new, messages)
+        return self.here.row_lora_drifts(new, messages)
 
     def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
         """Score everybody, wherever there is a free device."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fedalt.config import RunConfig
+from fedalt.compat import settings_0_1
+from fedalt.config import RunConfig, used_code
 from fedalt.errors import UserError
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, prune, run_id
 from fedalt.experiment.crew import Crew, Facts
@@ -20,10 +21,12 @@ from fedalt.experiment.workers import started
 from fedalt.federation.server import Server
 from fedalt.files import write_json
 from fedalt.methods.base import Method
+from fedalt.methods.registry import section_of, title_of
 
 _FREE: dict[str, Any] = {
     "out": True,
     "report": True,
+    "plugins": True,
     "federation": {"cohort", "devices"},
     "flower": {"min_sites", "round_deadline", "allow_two", "client_gpus"},
 }
@@ -69,8 +72,9 @@ def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | 
         UserError: The folder holds another run, or one that has gone further.
     """
     config = facts.config
-    run_ = run_id(frozen_settings(config, facts.method), facts.base, facts.rows)
-    checkpoint = load_checkpoint(folder.checkpoints, run_)
+    known_by = frozen_settings(config, facts.method), settings_0_1(_frozen(config, facts.method))
+    run_, *older = (run_id(settings, facts.base, facts.rows) for settings in known_by if settings is not None)
+    checkpoint = load_checkpoint(folder.checkpoints, run_, *older)
     if checkpoint and checkpoint.round > config.federation.rounds:
         raise UserError(
             f"federation.rounds: {config.federation.rounds} asked for, but {folder.path} has finished "
@@ -80,9 +84,19 @@ def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | 
 
 
 def frozen_settings(config: RunConfig, method: Method) -> dict[str, Any]:
-    """The settings that a run's numbers depend on, as JSON."""
+    """The settings that a run's numbers depend on, as JSON: of code its text, wherever it lies."""
+    values = _frozen(config, method)
+    for name in config.sections.keys() - {section_of(type(method))}:
+        del values[name]
+    if code := used_code(config):
+        values["code"] = code
+    return values
+
+
+def _frozen(config: RunConfig, method: Method) -> dict[str, Any]:
+    """The settings without those that are free, with the sections of all methods."""
     values = config.model_dump(mode="json", exclude=_FREE)
-    if not method.foresees:
+    if not method.depends_on_rounds:
         del values["federation"]["rounds"]
     return values
 
@@ -124,6 +138,8 @@ def _write_start(loop: Loop, resumed: bool) -> None:
         "run_resumed" if resumed else "run_started",
         round=done,
         method=facts.config.method,
+        title=title_of(facts.config.method),
+        code=used_code(facts.config),
         clients=list(facts.clients),
         tasks=dict(facts.tasks),
         rounds=facts.config.federation.rounds,

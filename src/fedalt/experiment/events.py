@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fedalt.compat import event_today
 from fedalt.files import disk_errors, write_json_lines
 
 Event = dict[str, Any]
@@ -51,6 +52,6 @@ def read_events(path: Path) -> Iterator[Event]:
         if not line:
             continue
         try:
-            yield json.loads(line)
+            yield event_today(json.loads(line))
         except json.JSONDecodeError:
             return

@@ -141,4 +141,4 @@ def _score(config: RunConfig, resident: Resident, examples: ClientExamples, pers
 
 def _check_free(to: Path) -> None:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"{to}: exists and is not an empty folder; choose another --to")
+        raise UserError(f"{to}: exists and is not an empty folder; choose another --out")

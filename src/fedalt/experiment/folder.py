@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +86,29 @@ class RunFolder:
             match = re.search(r"_round(\d+)\.jsonl?$", path.name)
             if match is None or int(match[1]) > last_round:
                 path.unlink()
+
+
+def settings_of(
+    path: Path | None,
+    overrides: Sequence[tuple[str, Any]],
+    if_exists: IfExists,
+    typed: Mapping[str, str] | None = None,
+) -> RunConfig:
+    """The settings of a YAML file with some replaced; a run that is resumed without one takes those of its own folder.
+
+    Args:
+        path: The file; the defaults when not given.
+        overrides: Dotted key → value.
+        if_exists: What is to be done with a run that is there.
+        typed: Dotted key → how the user has given it, for errors.
+
+    Raises:
+        UserError: See ``load_config``.
+    """
+    out = dict(overrides).get("out")
+    if path is None and if_exists == "resume" and out and (Path(out) / "config.yaml").is_file():
+        path = Path(out) / "config.yaml"
+    return load_config(path, overrides, typed)
 
 
 def open_run(path: Path) -> tuple[RunFolder, RunConfig]:

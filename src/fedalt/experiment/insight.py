@@ -15,7 +15,7 @@ import torch
 
 from fedalt.config import RunConfig
 from fedalt.data.encode import Encoder, Example
-from fedalt.data.load import load_federation
+from fedalt.data.load import Rows
 from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.errors import UserError
 from fedalt.evaluation.evaluate import Evaluation, evaluate
@@ -51,40 +51,40 @@ def write_insight(
     folder: RunFolder,
     config: RunConfig,
     clients: Sequence[int],
-    rows: int,
+    count: int,
     resident: Resident | None = None,
-    federation: Federation | None = None,
+    rows: Rows | None = None,
 ) -> None:
     """Look at some clients of a finished run, unless that has been done with as many rows.
 
     Args:
         folder: The run.
         config: Its settings.
-        clients: The clients to compare; the matrix takes their number squared, times ``rows``, answers.
-        rows: Test rows per client; 0 for what needs no model.
+        clients: The clients to compare; the matrix takes their number squared, times ``count``, answers.
+        count: Test rows per client; 0 for what needs no model.
         resident: The base, where it is in memory.
-        federation: The run's rows, where they are in memory.
+        rows: Where the run's rows may be in memory.
 
     Raises:
         UserError: Rows or base are not where they were, or a client's folder is damaged.
     """
     known = read_insight(folder)
-    if known and known["rows"] >= rows and known["clients"] == [str(client) for client in clients]:
+    if known and known["rows"] >= count and known["clients"] == [str(client) for client in clients]:
         return
-    federation = federation or load_federation(config.data, config.seed)
+    federation, _ = (rows or Rows()).both(config.data, config.seed)
     missing = [client for client in clients if client not in federation.clients]
     if missing:
         raise UserError(f"{federation.source}: no rows for client {missing[0]} any more")
     alike = similarity(folder, clients)
     insight = {
         "round": final_scores(folder)["last"]["round"],
-        "rows": rows,
+        "rows": count,
         "clients": [str(client) for client in clients],
         "partition": {str(client): _counts(federation.clients[client], config.classifies) for client in clients},
         "similarity": {"slot": alike[0], "values": alike[1]} if alike else None,
     }
-    if rows:
-        insight |= _with_model(folder, config, federation, clients, rows, resident or load_resident(config))
+    if count:
+        insight |= _with_model(folder, config, federation, clients, count, resident or load_resident(config))
     write_json(insight_file(folder), insight)
 
 

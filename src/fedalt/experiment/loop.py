@@ -14,7 +14,7 @@ from fedalt.experiment.crew import Crew, Facts, Outcome
 from fedalt.experiment.events import EventLog
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.machine import peak_memory
-from fedalt.federation.diagnostics import row_gap
+from fedalt.federation.diagnostics import product_gap
 from fedalt.federation.participation import sample_clients
 from fedalt.federation.server import Server
 from fedalt.files import read_json, write_json
@@ -50,7 +50,7 @@ class Loop:
             outcomes = self._train(new)
             self._aggregate(new, outcomes)
             messages = self.server.messages(self.facts.clients)
-            drifts = self.crew.row_drifts(new, messages)
+            drifts = self.crew.row_lora_drifts(new, messages)
             self._log_round(new.round, outcomes, drifts, time.perf_counter() - started)
             if self._evaluates(new.round):
                 self._evaluate(new, messages)
@@ -83,11 +83,7 @@ class Loop:
         for outcome in outcomes:
             if outcome.failure:
                 self.log.emit("client_failed", round=number, client=outcome.client, reason=outcome.failure)
-        if all(outcome.failure for outcome in outcomes):
-            raise UserError(
-                f"round {number}: every client failed ({outcomes[0].failure}); "
-                f"a lower training.lr than {config.training.lr:g} may help; finished rounds are safe"
-            )
+        check_some_left([outcome.failure for outcome in outcomes], number, config.training.lr)
         return outcomes
 
     def _aggregate(self, new: Checkpoint, outcomes: Sequence[Outcome]) -> None:
@@ -111,15 +107,15 @@ class Loop:
                 bytes_up=outcome.bytes_up,
                 bytes_down=outcome.bytes_down,
                 alpha=list(outcome.stats.alpha),
-                row_drift=drifts.get(outcome.client),
+                row_lora_drift=drifts.get(outcome.client),
             )
         self.log.emit(
             "round",
             round=number,
             seconds=seconds,
             loss=group_mean(outcome.stats.loss for outcome in trained),
-            row_gap=row_gap(self.server.adapters.values()),
-            row_drift=group_mean(drift for drift in drifts.values() if drift is not None),
+            product_gap=product_gap(self.server.adapters.values()),
+            row_lora_drift=group_mean(drift for drift in drifts.values() if drift is not None),
             bytes_up=sum(outcome.bytes_up for outcome in outcomes),
             bytes_down=sum(outcome.bytes_down for outcome in outcomes),
             peak_memory=peak_memory(),
@@ -145,3 +141,16 @@ class Loop:
         if not clients:
             raise UserError(f"round {number}: no site could be scored; add --resume when they are back")
         return {"round": number, **over_clients([scores[metric] for scores in clients.values()]), "clients": clients}
+
+
+def check_some_left(failures: Sequence[str | None], number: int, lr: float) -> None:
+    """Refuse to go on after a round in which every client failed.
+
+    Raises:
+        UserError: Every client failed.
+    """
+    if all(failures):
+        raise UserError(
+            f"round {number}: every client failed ({failures[0]}); a lower training.lr than {lr:g} may help; "
+            "finished rounds are safe"
+        )

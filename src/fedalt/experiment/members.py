@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedalt.config import RunConfig, parse_config
+from fedalt.data.load import Rows
 from fedalt.experiment.engine import run
 from fedalt.experiment.events import Sink
 from fedalt.experiment.folder import IfExists, RunFolder, claim_folder
@@ -60,17 +61,19 @@ class Bases:
         return self._resident
 
 
-def train(members: Iterable[Member], if_exists: IfExists, sink: Sink, bases: Bases) -> None:
-    """Train members one after another.
+def train(members: Iterable[Member], if_exists: IfExists, sink: Sink, bases: Bases, rows: Rows | None = None) -> None:
+    """Train members one after another, on rows that are read and encoded once for those that ask for the same.
 
     Raises:
         UserError: As for a single run.
     """
+    rows = rows or Rows()
     for member in members:
         forget_peak_memory()
-        config, federation = load_rows(member.config)
+        config, federation = load_rows(member.config, rows)
         resident = bases.of(config)
-        experiment = prepare(_matched(config, member, resident, len(federation.clients)), resident, federation)
+        config = _matched(config, member, resident, len(federation.clients))
+        experiment = prepare(config, resident, federation, rows=rows)
         claim_folder(member.folder.path, if_exists)
         sink({"event": "member", "method": member.name, "seed": member.config.seed})
         started = time.perf_counter()

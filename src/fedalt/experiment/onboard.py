@@ -115,7 +115,7 @@ def _join(
     """Every newcomer's scores before and after training; its model and answers are written."""
     messages = _server(experiment, checkpoint).messages(experiment.federation.ids)
     method, settings, number = experiment.method, experiment.settings, checkpoint.round
-    arrival = Placement(*method.arrival, method.scale(settings.lora), 0.0)
+    arrival = Placement(*method.newcomer, method.scale, 0.0)
     before: dict[int, Evaluation] = {}
     after: dict[int, Evaluation] = {}
     clients = experiment.federation.ids
@@ -123,7 +123,7 @@ def _join(
         states = [_installed(experiment, client, messages) for client in part]
         before |= _scored(experiment, states, arrival)
         if train:
-            phases = method.arrival_phases
+            phases = method.newcomer_phases
             rows = {client: experiment.examples[client].train for client in part}
             plans = [plan_phases(mine, c, experiment.config, number + 1, len(phases)) for c, mine in rows.items()]
             states, _ = train_phases(experiment.resident.model, states, phases, plans, settings)

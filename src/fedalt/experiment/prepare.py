@@ -22,9 +22,10 @@ from fedalt.data.encode import (
     encode_federation,
 )
 from fedalt.data.labels import check_labels, labels_of
-from fedalt.data.load import load_both, load_held_out
+from fedalt.data.load import Rows
 from fedalt.data.record import digests, record
 from fedalt.data.rows import Federation
+from fedalt.data.templates import template_text
 from fedalt.errors import UserError
 from fedalt.evaluation.options import options_of
 from fedalt.experiment.crew import Facts
@@ -32,7 +33,7 @@ from fedalt.federation.client import RoundSettings
 from fedalt.federation.cohort import fitting_cohort
 from fedalt.methods.base import Method
 from fedalt.methods.budget import trainable
-from fedalt.methods.registry import configured, get_method
+from fedalt.methods.registry import build, configured
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.base import Base, load_base, positions
 from fedalt.model.heads import drawn_heads
@@ -78,9 +79,9 @@ class Experiment:
         examples: The same in tokens.
         resident: The base model.
         method: The method, for this number of clients.
-        shape: Shapes of one client's adapters.
         settings: What ``client_round`` needs besides states.
         notes: What the user should know: skipped rows, a federation of two.
+        rows: Where the rows came from; other runs may share it.
     """
 
     config: RunConfig
@@ -88,9 +89,14 @@ class Experiment:
     examples: dict[int, ClientExamples]
     resident: Resident
     method: Method
-    shape: AdapterShape
     settings: RoundSettings
     notes: tuple[str, ...]
+    rows: Rows
+
+    @property
+    def shape(self) -> AdapterShape:
+        """Shapes of one client's adapters."""
+        return self.method.shape
 
     @property
     def rows_digest(self) -> str:
@@ -102,7 +108,7 @@ class Experiment:
         """What the rounds know of this run."""
         config, rows = self.config, self.federation.clients
         some = config.data.held_out or config.data.partition.file
-        held_out = load_held_out(config.data, config.seed) if some else None
+        held_out = self.rows.both(config.data, config.seed)[1] if some else None
         return Facts(
             config,
             self.method,
@@ -129,7 +135,7 @@ class Experiment:
     @property
     def trained(self) -> int:
         """Parameters that a client trains."""
-        return trainable(self.method, self.shape) + self.head_size
+        return trainable(self.method) + self.head_size
 
     def with_cohort(self, size: int) -> Experiment:
         """The same with so many clients on the model at a time."""
@@ -169,11 +175,11 @@ class Experiment:
     @property
     def trainers(self) -> tuple[int, ...]:
         """Clients that may train: everybody, or the first in the name of all."""
-        return self.federation.ids[:1] if self.method.pooled else self.federation.ids
+        return self.federation.ids[:1] if self.method.centralised else self.federation.ids
 
     def training_rows(self, client: int) -> Sequence[Example]:
         """What a client trains on: its own rows, or everybody's."""
-        if self.method.pooled:
+        if self.method.centralised:
             return [row for mine in self.examples.values() for row in mine.train]
         return self.examples[client].train
 
@@ -191,13 +197,13 @@ def load_resident(config: RunConfig) -> Resident:
     return Resident(base, model)
 
 
-def load_rows(config: RunConfig) -> tuple[RunConfig, Federation]:
+def load_rows(config: RunConfig, rows: Rows) -> tuple[RunConfig, Federation]:
     """The rows; and the settings with the classes that training rows have, where rows are classified and none are set.
 
     Raises:
         UserError: See ``load_both``, ``labels_of`` and ``check_labels``.
     """
-    federation, held_out = load_both(config.data, config.seed)
+    federation, held_out = rows.both(config.data, config.seed)
     if not config.classifies:
         return config, federation
     if config.model.labels is not None:
@@ -212,6 +218,7 @@ def prepare(
     resident: Resident | None = None,
     federation: Federation | None = None,
     clients: int | None = None,
+    rows: Rows | None = None,
 ) -> Experiment:
     """Check the method, read the rows, load the base, tokenise.
 
@@ -220,24 +227,32 @@ def prepare(
         resident: The base, where it is in memory.
         federation: The rows, where they are in memory.
         clients: Clients that the method counts, if not those with rows.
+        rows: Where rows are had from, if other runs share them.
 
     Raises:
         UserError: Anything that is wrong with the settings, the rows or the model.
     """
     config = configured(config, config.method)
+    rows = rows or Rows()
     if federation is None:
-        config, federation = load_rows(config)
+        config, federation = load_rows(config, rows)
     resident = resident or load_resident(config)
     config, shortened = _fit_positions(config, resident)
-    examples = encode_federation(federation, resident.encoder(config), config.data)
+    examples = encode_federation(federation, _encoder(rows, resident, config), config.data)
     if config.metric == "option_accuracy":
         _check_options(examples)
-    method = get_method(config.method)(clients or len(federation.clients), config)
+    method = build(config, clients or len(federation.clients), resident.model.layer_sizes)
     method.rank_of(0)  # refuses ranks where there is no rule for them
-    shape = method.shape(config.lora.r, resident.model.layer_sizes)
-    settings = RoundSettings(method, config.lora, config.training, method.pooled or config.federation.heads == "shared")
+    settings = RoundSettings(method, config.training, method.centralised or config.federation.heads == "shared")
     notes = (*shortened, *_padding(config, resident.model), *_notes(config, federation, examples, method))
-    return Experiment(config, federation, examples, resident, method, shape, settings, notes)
+    return Experiment(config, federation, examples, resident, method, settings, notes, rows)
+
+
+def _encoder(rows: Rows, resident: Resident, config: RunConfig) -> Encoder:
+    """What makes examples of rows; runs that read them alike share it."""
+    template = None if config.classifies else template_text(config.data.template)
+    settings = (config.model.task, config.model.labels, template, config.data.cutoff)
+    return rows.encoder(resident.base.tokenizer, settings, lambda: resident.encoder(config))
 
 
 def _check_options(examples: Mapping[int, ClientExamples]) -> None:
@@ -284,7 +299,7 @@ def _notes(
     if len(short) > _MOST_NOTES:
         notes.append(f"rows of {len(short) - _MOST_NOTES} more clients skipped, too")
     if method.leave_one_out and method.clients == 2:
-        notes.append("two clients: each one's row LoRA is the other client's individual LoRA, nothing is hidden")
+        notes.append("two clients: each one's RoW LoRA is the other client's individual LoRA, nothing is hidden")
     if method.leave_one_out and method.clients == 1:
         notes.append("one client: there is no rest of the world, so the mixer is bypassed and this equals local")
     return tuple(notes)

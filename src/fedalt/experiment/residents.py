@@ -17,12 +17,12 @@ from fedalt.experiment.prepare import Experiment
 from fedalt.experiment.scoring import Points, Scoring, log_points
 from fedalt.federation.client import ClientResult, installed
 from fedalt.federation.cohort import cohort_size, cohorts
-from fedalt.federation.diagnostics import row_drift
+from fedalt.federation.diagnostics import row_lora_drift
 from fedalt.federation.executor import run_clients
 from fedalt.federation.per_client import PerClient
 from fedalt.methods.exchange import Message
 from fedalt.model.state import ClientState
-from fedalt.names import ROW
+from fedalt.names import REST_OF_WORLD
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,16 @@ class Residents:
             new.put_state(result.state)
             new.put_upload(client, result.upload)
         up, down = Message(result.upload).bytes, result.bytes_down
-        if self.experiment.method.pooled:  # nothing crosses a network: the rows are in one place
+        if self.experiment.method.centralised:  # nothing crosses a network: the rows are in one place
             up = down = 0
         return Outcome(client, result.stats, bool(result.upload), up, down, result.failure)
 
-    def row_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
+    def row_lora_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
         """How far the messages move every client's row."""
-        if ROW not in self.experiment.shape.slots:
+        if REST_OF_WORLD not in self.experiment.shape.slots:
             return {}
         before = states_in(new, self.experiment)
-        return {c: row_drift(state.tensors, self._install(state, messages).tensors) for c, state in before.items()}
+        return {c: row_lora_drift(state.tensors, self._install(state, messages).tensors) for c, state in before.items()}
 
     def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
         """Score everybody as they left training and as they would start the next round."""

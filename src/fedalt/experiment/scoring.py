@@ -7,12 +7,42 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedalt.evaluation.evaluate import Evaluation, evaluate
-from fedalt.evaluation.metrics import group_mean, metrics_in
+from fedalt.evaluation.metrics import group_mean, metrics_in, over_clients
 from fedalt.experiment.events import EventLog
 from fedalt.experiment.folder import RunFolder
 from fedalt.experiment.prepare import Experiment
 from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.model.state import ClientState
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of all clients on their own test rows, in points from 0 to 100.
+
+    Attributes:
+        metric: The score in tables, for example ``rouge1``.
+        round: The round after which clients were scored.
+        mean: Of the metric, over clients.
+        worst: Of the metric.
+        p10: 10th percentile of the metric over clients.
+        clients: Client → its metric.
+        details: Client → every score that was taken.
+    """
+
+    metric: str
+    round: int
+    mean: float
+    worst: float
+    p10: float
+    clients: dict[int, float]
+    details: dict[int, dict[str, float]]
+
+    @staticmethod
+    def of(metric: str, round_: int, details: Mapping[int, dict[str, float]]) -> Scores:
+        """From every client's scores."""
+        clients = {client: scores[metric] for client, scores in details.items()}
+        return Scores(metric, round_, **over_clients(list(clients.values())), clients=clients, details=dict(details))
+
 
 Points = dict[str, dict[int, dict[str, Any]]]
 """Scores by point in time (``after``, ``before``, ``validation``) and client."""
@@ -59,29 +89,17 @@ class Scoring:
         clients = list(after)
         for cohort in cohorts(clients, cohort_size(config.federation, len(clients))):
             states = self.experiment.personalised([after[client] for client in cohort])
-            scored = self._evaluate(states, "test")
+            scored = scored_on(self.experiment, states, "test")
             points["after"] |= _scores(scored)
-            points["validation"] |= _scores(self._evaluate(states, "validation"))
+            points["validation"] |= _scores(scored_on(self.experiment, states, "validation"))
             if "before" in config.evaluation.points:
                 earlier = scored
                 if changed:
                     unaggregated = self.experiment.personalised([before[client] for client in cohort])
-                    earlier = self._evaluate(unaggregated, "test")
+                    earlier = scored_on(self.experiment, unaggregated, "test")
                 points["before"] |= _scores(earlier)
             self._write(number, scored, points)
         return points
-
-    def _evaluate(self, states: Sequence[ClientState], split: str) -> list[Evaluation]:
-        experiment = self.experiment
-        rows = {state.client: getattr(experiment.examples[state.client], split) for state in states}
-        return evaluate(
-            experiment.resident.model,
-            experiment.resident.base.tokenizer,
-            [state for state in states if rows[state.client]],
-            rows,
-            experiment.settings.answering,
-            experiment.config.evaluation,
-        )
 
     def _write(self, number: int, scored: Sequence[Evaluation], points: Points) -> None:
         for evaluation in scored:
@@ -91,6 +109,25 @@ class Scoring:
                 "validation": points["validation"].get(client),
             }
             self.folder.write_scores(client, number, evaluation.lines, evaluation.scores | others)
+
+
+def scored_on(experiment: Experiment, states: Sequence[ClientState], split: str) -> list[Evaluation]:
+    """Answers and scores of a cohort's models on one split of their own rows; clients without such rows are left out.
+
+    Args:
+        experiment: Rows, model, settings.
+        states: Models that answer, see ``Experiment.personalised``.
+        split: ``test`` or ``validation``.
+    """
+    rows = {state.client: getattr(experiment.examples[state.client], split) for state in states}
+    return evaluate(
+        experiment.resident.model,
+        experiment.resident.base.tokenizer,
+        [state for state in states if rows[state.client]],
+        rows,
+        experiment.settings.answering,
+        experiment.config.evaluation,
+    )
 
 
 def log_points(log: EventLog, number: int, points: Points, metric: str) -> float | None:

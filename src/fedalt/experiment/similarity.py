@@ -12,7 +12,7 @@ from fedalt.experiment.clients import CONFIG, client_folder
 from fedalt.experiment.folder import RunFolder
 from fedalt.files import read_json
 from fedalt.model.peft_files import read_folder
-from fedalt.names import INDIVIDUAL, ROW, A, B, Tensors
+from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Tensors
 
 
 def similarity(folder: RunFolder, clients: Sequence[int]) -> tuple[str, list[list[float]]] | None:
@@ -25,7 +25,7 @@ def similarity(folder: RunFolder, clients: Sequence[int]) -> tuple[str, list[lis
         UserError: No such client, or a damaged folder.
     """
     slots = read_json(client_folder(folder, clients[0]) / CONFIG)["slots"]
-    slot = INDIVIDUAL if INDIVIDUAL in slots else next((name for name in slots if name != ROW), None)
+    slot = INDIVIDUAL if INDIVIDUAL in slots else next((name for name in slots if name != REST_OF_WORLD), None)
     if slot is None:
         return None
     loras = []

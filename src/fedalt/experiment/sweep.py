@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from fedalt.config import RunConfig, with_settings
-from fedalt.data.load import load_federation
+from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import LABELS
 from fedalt.experiment.compare import finish, plan
@@ -68,7 +68,7 @@ def parse_axis(text: str) -> Axis:
     return _ALIASES.get(key, key), parsed
 
 
-def points(config: RunConfig, axes: Sequence[Axis]) -> list[Point]:
+def points(config: RunConfig, axes: Sequence[Axis], rows: Rows | None = None) -> list[Point]:
     """Every combination of values, as configurations.
 
     Raises:
@@ -87,8 +87,9 @@ def points(config: RunConfig, axes: Sequence[Axis]) -> list[Point]:
     same = next((name for name in names if names.count(name) > 1), None)
     if same:
         raise UserError(f"--sweep: {same} is there twice")
+    rows = rows or Rows()
     for data in dict.fromkeys(point.config.data.model_dump_json() for point in made):
-        load_federation(type(config.data).model_validate_json(data), config.seed)
+        rows.both(type(config.data).model_validate_json(data), config.seed)
     return made
 
 
@@ -102,6 +103,8 @@ def sweep(
     sink: Sink,
     jobs: int = 1,
     budget: Budget | None = None,
+    bases: Bases | None = None,
+    rows: Rows | None = None,
 ) -> dict[str, Any]:
     """Compare once per point into ``out/<key>=<value>``, and write ``sweep.json``, .csv and .md.
 
@@ -118,16 +121,19 @@ def sweep(
         sink: Called with every event of every run, and with ``point`` before each comparison.
         jobs: Processes that share the runs of a comparison.
         budget: What is kept equal at each point.
+        bases: Where a base may be in memory already.
+        rows: Where rows may be in memory already.
 
     Raises:
         UserError: As for a comparison; settings, rows, methods and folders of all points are checked before the first.
     """
-    todo = points(config, axes)
+    bases, rows = bases or Bases(), rows or Rows()
+    todo = points(config, axes, rows)
     plans = [plan(point.config, methods, seeds, out / point.name, if_exists, budget) for point in todo]
-    bases, done = Bases(), []
+    done = []
     for point, members in zip(todo, plans, strict=True):
         sink({"event": "point", "name": point.name})
-        done.append(finish(members, point.config, out / point.name, if_exists, sink, jobs, bases))
+        done.append(finish(members, point.config, out / point.name, if_exists, sink, jobs, bases, rows))
     result = _collect(todo, done)
     write_json(out / "sweep.json", result)
     write_csv(out / "sweep.csv", _lines(result))

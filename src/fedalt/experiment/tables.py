@@ -58,10 +58,18 @@ class Grid:
     @property
     def best(self) -> list[float | None]:
         """The highest score of every column; nothing where no two compete."""
-        columns = [
-            [cell.value for cell in column if isinstance(cell, Score)] for column in zip(*self.rows, strict=True)
-        ]
-        return [max(column) if len(column) > 1 else None for column in columns]
+        return [column[0] if len(column) > 1 else None for column in self._columns]
+
+    @property
+    def second(self) -> list[float | None]:
+        """The highest score of every column below the best; nothing where there is none."""
+        return [next((value for value in column if value < column[0]), None) for column in self._columns]
+
+    @property
+    def _columns(self) -> list[list[float]]:
+        """Scores of every column, the highest first."""
+        columns = zip(*self.rows, strict=True)
+        return [sorted((cell.value for cell in column if isinstance(cell, Score)), reverse=True) for column in columns]
 
 
 def columns(comparison: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -211,13 +219,14 @@ def _parted(comparison: Mapping[str, Any], row: Any) -> tuple[list[list[Cell]], 
 def write_comparison(out: Path, comparison: Mapping[str, Any]) -> None:
     """Write ``comparison.json``, ``comparison.csv`` (a line per method, seed and client) and ``comparison.md``."""
     write_json(out / "comparison.json", comparison)
-    write_csv(out / "comparison.csv", _client_lines(comparison))
+    write_csv(out / "comparison.csv", client_lines(comparison))
     grids = (score_grid(comparison), verdict_grid(comparison), gain_grid(comparison))
     text = "\n".join(markdown(grid) for grid in grids if grid)
     write_text(out / "comparison.md", f"# Comparison on {comparison['source']}\n\n{text}")
 
 
-def _client_lines(comparison: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+def client_lines(comparison: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """A line per method, seed and client."""
     methods = comparison["methods"]
     local = methods.get(LOCAL)
     for name, block in methods.items():
@@ -267,3 +276,33 @@ def markdown(grid: Grid) -> str:
 def _escaped(text: str) -> str:
     """Text from rows stays in its cell."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def latex(grid: Grid) -> str:
+    """A ``tabular`` with booktabs: the best of every column in bold, the second underlined; notes as comments."""
+    best, second = grid.best, grid.second
+
+    def shown(cell: Cell, top: float | None, next_: float | None) -> str:
+        text = _for_latex(cell if isinstance(cell, str) else cell.text)
+        if isinstance(cell, str) or cell.value not in (top, next_):
+            return text
+        return f"\\{'textbf' if cell.value == top else 'underline'}{{{text}}}"
+
+    def line(cells: Iterable[str]) -> str:
+        return f"{' & '.join(cells)} \\\\"
+
+    nobody = [None] * len(grid.head)
+    lines = [f"% {note}" for note in (grid.title, *grid.notes, r"needs \usepackage{booktabs}")]
+    lines += [f"\\begin{{tabular}}{{l{'r' * (len(grid.head) - 1)}}}", r"\toprule", line(map(_for_latex, grid.head))]
+    lines += [r"\midrule", *(line(map(shown, row, best, second)) for row in grid.rows)]
+    if grid.below:
+        lines += [r"\midrule", *(line(map(shown, row, nobody, nobody)) for row in grid.below)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+_LATEX = {**{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "\n": " "}
+
+
+def _for_latex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from fedalt.config import LoraConfig, TrainingConfig
+import torch
+
+from fedalt.config import TrainingConfig
 from fedalt.data.batches import Plan
 from fedalt.federation.finite import finite
 from fedalt.methods.base import Method, Phase
@@ -17,6 +19,7 @@ from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
 from fedalt.names import Tensors, parted
 from fedalt.training.local import OnStep, TrainingStats, train
+from fedalt.training.rules import Penalty
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,18 @@ class RoundSettings:
     """What is the same for all clients and rounds of a run; heads go along with an upload, if there is one."""
 
     method: Method
-    lora: LoraConfig
     training: TrainingConfig
     shares_heads: bool = False
 
     def placement(self, phase: Phase) -> Placement:
         """How adapters sit on the model in a phase."""
-        scale = self.method.scale(self.lora)
-        return Placement(phase.slots, phase.mixing, scale, self.lora.dropout, phase.detached)
+        scale = self.method.scale
+        return Placement(phase.slots, phase.mixing, scale, self.method.config.lora.dropout, phase.detached)
 
     @property
     def answering(self) -> Placement:
         """How adapters sit on the model for answers."""
-        return Placement(*self.method.inference, self.method.scale(self.lora), 0.0)
+        return Placement(*self.method.inference, self.method.scale, 0.0)
 
 
 def client_round(
@@ -83,13 +85,12 @@ def client_round(
     """
     method = settings.method
     now = [
-        method.before(installed(method, state, message), round_)
+        method.before_training(installed(method, state, message), round_)
         for state, message in zip(states, messages, strict=True)
     ]
     trained, stats = train_phases(model, now, method.phases(round_), plans, settings, on_step)
-    after = [replace(method.after(*both, round_), round=round_) for both in zip(trained, now, strict=True)]
     down = [message.bytes if message else 0 for message in messages]
-    return [_result(settings, *client) for client in zip(states, after, stats, down, strict=True)]
+    return [_result(settings, round_, *client) for client in zip(states, now, trained, stats, down, strict=True)]
 
 
 def train_phases(
@@ -102,14 +103,26 @@ def train_phases(
 ) -> tuple[list[ClientState], list[TrainingStats]]:
     """Train a cohort on its own rows, phase by phase; arguments as in ``client_round``."""
     now, stats = list(states), [TrainingStats(0.0, 0, 0) for _ in states]
+    penalty = _penalty(settings, states, model)
     for number, phase in enumerate(phases):
         trainable = [key for key in now[0].tensors if phase.trains(key)] + list(now[0].heads)
         model.load(now, settings.placement(phase), trainable)
         mine = [plan[number] for plan in plans]
-        done = train(model, mine, settings.training, partial(_step, on_step, number, len(phases)), phase.rule)
+        rule = phase.rule if penalty is None else phase.rule.with_penalty(penalty)
+        done = train(model, mine, settings.training, partial(_step, on_step, number, len(phases)), rule)
         now = [state.with_tensors(*parted(tensors)) for state, tensors in zip(now, model.unstack(), strict=True)]
         stats = [new.following(old) for new, old in zip(done, stats, strict=True)]
     return now, stats
+
+
+def _penalty(settings: RoundSettings, states: Sequence[ClientState], model: AdaptedModel) -> Penalty | None:
+    """The method's penalty against where the states began, if it has one; a head is in it where heads are shared."""
+    method = settings.method
+    if type(method).penalty is Method.penalty:
+        return None
+    began = [{**state.tensors, **(state.heads if settings.shares_heads else {})} for state in states]
+    start = {key: torch.stack([tensors[key] for tensors in began]).to(model.device) for key in began[0]}
+    return lambda trained: method.penalty({key: value for key, value in trained.items() if key in start}, start)
 
 
 def installed(method: Method, state: ClientState, message: Message | None) -> ClientState:
@@ -117,7 +130,7 @@ def installed(method: Method, state: ClientState, message: Message | None) -> Cl
     if message is None:
         return state
     tensors, heads = parted(message.tensors)
-    return method.install(state, replace(message, tensors=tensors)).with_tensors({}, heads)
+    return method.receive(state, replace(message, tensors=tensors)).with_tensors({}, heads)
 
 
 def _step(on_step: OnStep, phase: int, phases: int, done: int, total: int) -> None:
@@ -126,17 +139,29 @@ def _step(on_step: OnStep, phase: int, phases: int, done: int, total: int) -> No
 
 
 def _result(
-    settings: RoundSettings, old: ClientState, new: ClientState, stats: TrainingStats, bytes_down: int
+    settings: RoundSettings,
+    round_: int,
+    old: ClientState,
+    began: ClientState,
+    trained: ClientState,
+    stats: TrainingStats,
+    bytes_down: int,
 ) -> ClientResult:
-    failure = None if math.isfinite(stats.loss) else f"loss is {stats.loss}"
-    everything = {**new.tensors, **new.heads}
-    bad = next((key for key, value in everything.items() if not finite(value)), None)
-    if failure is None and bad is not None:
-        failure = f"{bad} is not finite after training"
-    if failure:
+    method = settings.method
+    failure = f"loss is {stats.loss}" if not math.isfinite(stats.loss) else _not_finite(trained)
+    if failure is None:
+        new = replace(method.after_training(trained, began, round_), round=round_)
+        failure = _not_finite(new)
+    if failure is not None:
         return ClientResult(old, {}, stats, bytes_down, failure)
-    sent = settings.method.sent(new)
+    sent = method.uploaded(new)
     upload = sent.sent or {}
     return ClientResult(
         sent, {**upload, **sent.heads} if upload and settings.shares_heads else upload, stats, bytes_down
     )
+
+
+def _not_finite(state: ClientState) -> str | None:
+    """What is wrong with a state's numbers, if anything is."""
+    bad = next((key for key, value in {**state.tensors, **state.heads}.items() if not finite(value)), None)
+    return None if bad is None else f"{bad} is not finite after training"

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedalt.methods.mean import WeightedSum
-from fedalt.names import ROW, A, B, G, Key, Tensors
+from fedalt.names import REST_OF_WORLD, A, B, G, Key, Tensors
 
 MEMORY = 2**28
-"""Bytes of products that ``row_gap`` may hold at a time; it reads the uploads again for layers beyond that."""
+"""Bytes of products that ``product_gap`` may hold at a time; it reads the uploads again for layers beyond that."""
 
 
 class ProductSum:
@@ -44,7 +44,7 @@ class ProductSum:
         return new if self._dense is None else self._dense + new
 
 
-def row_gap(uploads: Collection[Tensors]) -> float | None:
+def product_gap(uploads: Collection[Tensors]) -> float | None:
     """‖mean(BA) − B̄Ā‖_F / ‖mean(BA)‖_F over all layers of all uploads; nothing when the mean product is zero.
 
     Uses mean(BA) − B̄Ā = 1/n Σ (B_m − B̄)(A_m − Ā), so that nothing cancels. Goes through the uploads several times
@@ -72,9 +72,9 @@ def row_gap(uploads: Collection[Tensors]) -> float | None:
     return (max(gap, 0.0) / total) ** 0.5 if total > 0 else None
 
 
-def row_drift(before: Tensors, after: Tensors) -> float | None:
+def row_lora_drift(before: Tensors, after: Tensors) -> float | None:
     """‖R' − R‖ / ‖R‖ over the factors of a client's row; nothing while it has no row yet."""
-    keys = [key for key in after if key.slot == ROW]
+    keys = [key for key in after if key.slot == REST_OF_WORLD]
     old = sum(float(before[key].double().square().sum()) for key in keys)
     moved = sum(float((after[key].double() - before[key].double()).square().sum()) for key in keys)
     return (moved / old) ** 0.5 if old > 0 else None

@@ -96,17 +96,17 @@ class Server:
             self.__dict__.pop(found, None)
         if arrived:
             self.seen = {**self.seen, **dict.fromkeys(arrived, round_)}
-            if self.method.stateful:
-                self.memory = self.method.serve(self._gathered())
+            if self.method.has_server_state:
+                self.memory = self.method.server_update(self._gathered())
 
     @property
     def remembers(self) -> bool:
         """Whether uploads of absent clients stay in the mean."""
-        return self.method.remembers and self.config.row_participation != "participants"
+        return self.method.keeps_absent and self.config.rest_of_world_participation != "participants"
 
     def weights(self) -> dict[int, float]:
         """Current weight of every upload."""
-        decay = self.config.staleness_decay if self.config.row_participation == "staleness_decay" else 1.0
+        decay = self.config.staleness_decay if self.config.rest_of_world_participation == "staleness_decay" else 1.0
         return {
             client: upload.weight * (max(decay ** (self.round - upload.round), OLDEST) if self.remembers else 1.0)
             for client, upload in self.uploads.items()
@@ -123,7 +123,7 @@ class Server:
         told = [c for c in clients if weights and (weights.keys() != {c} or not self.method.leave_one_out)]
         if not told:
             return {}
-        if self.method.individually or self.method.stateful:
+        if self.method.needs_uploads or self.method.has_server_state:
             return PerClient(told, self._answered)
         mean, total = self.mean(), sum(weights.values())
 
@@ -153,7 +153,7 @@ class Server:
     @cached_property
     def _answer(self) -> Callable[[int, int], Message]:
         """What the method makes of this round's uploads; found once a round."""
-        return self.method.answers(self._gathered())
+        return self.method.client_messages(self._gathered())
 
     @property
     def adapters(self) -> PerClient[Tensors]:
@@ -164,7 +164,9 @@ class Server:
         return Gathered(self.adapters, self.weights(), self.memory, self.round)
 
     def _unicast(self, client: int, share: float) -> bool:
-        alone = self.config.row_delivery == "unicast" or share > DOMINANT or (client in self.apart and share > 0)
+        alone = (
+            self.config.rest_of_world_delivery == "unicast" or share > DOMINANT or (client in self.apart and share > 0)
+        )
         return self.method.leave_one_out and alone
 
     def mean(self) -> dict[Key, Tensor]:

@@ -9,7 +9,7 @@ from typing import Literal
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
 from fedalt.methods.base import Method
-from fedalt.methods.registry import get_method
+from fedalt.methods.registry import build
 from fedalt.names import HEAD, MIXER, Key
 
 Private = Literal["mixer", "heads"]
@@ -36,7 +36,7 @@ class Consent:
         Raises:
             UserError: It is refused.
         """
-        method = get_method(config.method)(clients, config)
+        method = build(config, clients)
         check_pooled(method)
         check_two(method, self.allow_two)
         if config.flower.allow_two and _shares(method) and not self.allow_two:
@@ -61,7 +61,7 @@ class Consent:
 
 def check_pooled(method: Method) -> None:
     """Refuse a method that trains on everybody's rows."""
-    if method.pooled:
+    if method.centralised:
         raise UserError(f"method: {method.name} trains on everybody's rows in one place; here rows stay at their sites")
 
 

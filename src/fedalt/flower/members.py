@@ -33,6 +33,8 @@ class Common:
         trainable: Parameters that a client trains.
         fedalt: Version of this package.
         method: Fingerprint of the method and its settings; see ``rule_of``.
+        layers: Path of every adapted layer and its (d_in, d_out).
+        code: What of the settings is in a file of the site's own, and the file's digest.
     """
 
     base: str
@@ -41,13 +43,22 @@ class Common:
     trainable: int
     fedalt: str
     method: str
+    layers: tuple[tuple[str, tuple[int, int]], ...] = ()
+    code: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def layer_sizes(self) -> dict[str, tuple[int, int]]:
+        """Path of every adapted layer → (d_in, d_out)."""
+        return dict(self.layers)
 
     @staticmethod
     def parse(value: Mapping[str, Any]) -> Common:
         """From JSON."""
         shapes = tuple((str(key), tuple(map(int, shape))) for key, shape in value["shapes"])
         numbers = (int(value["shared"]), int(value["trainable"]))
-        return Common(str(value["base"]), shapes, *numbers, str(value["fedalt"]), str(value["method"]))
+        layers = tuple((str(path), (int(size[0]), int(size[1]))) for path, size in value.get("layers", ()))
+        code = tuple((str(name), str(digest)) for name, digest in value.get("code", ()))
+        return Common(str(value["base"]), shapes, *numbers, str(value["fedalt"]), str(value["method"]), layers, code)
 
     @property
     def digest(self) -> str:
@@ -60,6 +71,10 @@ class Common:
             return f"its base model is {self.base[:12]}, this run's is {other.base[:12]}"
         if self.fedalt != other.fedalt:
             return f"it has fedalt {self.fedalt}, this run {other.fedalt}"
+        theirs = dict(other.code)
+        for name, digest in self.code:
+            if theirs.get(name) != digest:
+                return f"its file with {name} is {digest[:12]}, this run's is {theirs.get(name, 'none')[:12]}"
         odd = next((mine for mine, others in zip(self.shapes, other.shapes, strict=False) if mine != others), None)
         if odd or len(self.shapes) != len(other.shapes):
             return f"its uploads would have other shapes than this run's ({odd or len(self.shapes)})"
@@ -101,6 +116,8 @@ class Member:
                 raise UserError(f"its state is client {body['client']}'s")
             common = Common.parse(body["common"])
             return Member(int(body["samples"]), str(body["task"]), int(body["holds"]), common, tuple(body["notes"]))
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"no such answer is known ({error!r})") from None
 

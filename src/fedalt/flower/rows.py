@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedalt.config import RunConfig, parse_config, with_settings
+from fedalt.config import RunConfig, parse_received, with_settings
 from fedalt.data.load import elsewhere, load_as_it_is, load_federation
 from fedalt.data.rows import Federation
 from fedalt.errors import UserError
@@ -34,7 +34,7 @@ class SiteRows:
         Raises:
             UserError: As for a run on one machine; or this client is not in the source.
         """
-        config = parse_config(settings, "the server's settings")
+        config = parse_received(settings, "the server's settings")
         own = {"model.name": self.model, "model.device": self.device}
         config = with_settings(config, {key: value for key, value in own.items() if value is not None})
         if self.data is None:

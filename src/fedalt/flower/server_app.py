@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedalt.config import RunConfig, parse_config
+from fedalt.config import RunConfig, parse_received
 from fedalt.errors import UserError
 from fedalt.experiment.checkpoint import load_checkpoint, run_id
 from fedalt.experiment.engine import find_checkpoint, frozen_settings, go, start
@@ -28,7 +28,7 @@ from fedalt.flower.requests import Reply
 from fedalt.flower.sites import Sites, joining
 from fedalt.flower.waits import retry_soon
 from fedalt.methods.base import Method
-from fedalt.methods.registry import configured, get_method
+from fedalt.methods.registry import build, configured
 
 app = ServerApp()
 RUN = "flower.json"
@@ -63,7 +63,7 @@ def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink)
     Raises:
         UserError: Settings that do not suit sites, a folder that is taken, too few sites, or sites that do not fit.
     """
-    config, method = checked(parse_config(settings, "settings"))
+    config, method = checked(parse_received(settings, "settings"))
     folder = claim_folder(config.folder, if_exists)
     log = EventLog(folder.events, sink)
     nodes = Nodes(grid, method.clients, ttl=config.flower.round_deadline + LATE)
@@ -74,6 +74,7 @@ def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink)
     members = _members(replies)
     common = common or replace(common_to(members), method=rule_of(config, method))
     fitting = {client: member for client, member in members.items() if member.common == common}
+    method = build(config, method.clients, common.layer_sizes)
     facts = facts_of(config, method, fitting, common)
     run_, checkpoint = find_checkpoint(facts, folder)
     server = Server(method, config.federation, facts.samples, facts.shapes)
@@ -108,7 +109,7 @@ def checked(config: RunConfig) -> tuple[RunConfig, Method]:
         raise UserError("model.labels: name the classes; no site knows all rows, so they cannot be collected")
     if config.report.insight:
         config = config.model_copy(update={"report": config.report.model_copy(update={"insight": 0})})
-    method = get_method(config.method)(clients, config)
+    method = build(config, clients)
     method.rank_of(0)  # refuses ranks where there is no rule for them
     check_pooled(method)
     check_two(method, config.flower.allow_two)

@@ -25,6 +25,7 @@ from fedalt.flower.messages import request_in, to_server
 from fedalt.flower.requests import Reply
 from fedalt.flower.server_app import checked, serve
 from fedalt.flower.site import Site
+from fedalt.registry import hold_plugins
 
 SITES = "sites"
 """Folder of a simulated run with the state of every site; results and models are in the run's own folder."""
@@ -52,6 +53,7 @@ def simulate(
         UserError: As for a run across sites.
     """
     runs = [_here(checked(config)[0]) for config in configs]
+    hold_plugins([place for run in runs for place in run.plugins])
     clients = checked(configs[0])[1].clients
     scores: list[dict[str, Any]] = []
     errors: list[UserError] = []
@@ -60,7 +62,7 @@ def simulate(
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            scores.extend(serve(grid, run.model_dump(mode="json"), if_exists, sink) for run in runs)
+            scores.extend(serve(grid, run.portable(), if_exists, sink) for run in runs)
         except UserError as error:
             errors.append(error)
 

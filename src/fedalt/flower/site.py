@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from fedalt.config import RunConfig, parse_config
+from fedalt.config import RunConfig, parse_received, used_code
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metrics_in, over_clients
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
@@ -32,7 +32,7 @@ from fedalt.experiment.prepare import Experiment, prepare
 from fedalt.experiment.residents import plans_of, states_in
 from fedalt.experiment.scoring import Scoring
 from fedalt.federation.client import client_round, installed
-from fedalt.federation.diagnostics import row_drift
+from fedalt.federation.diagnostics import row_lora_drift
 from fedalt.files import read_json, write_bytes, write_json
 from fedalt.flower.consent import Consent
 from fedalt.flower.members import Common, Member, rule_of
@@ -41,7 +41,7 @@ from fedalt.flower.rows import SiteRows
 from fedalt.flower.wire import pack, unpack
 from fedalt.methods.exchange import Message
 from fedalt.model.state import ClientState
-from fedalt.names import ROW, parted
+from fedalt.names import REST_OF_WORLD, parted
 
 _REPLY, _BLOCK = "reply.json", "reply.safetensors"
 
@@ -120,7 +120,7 @@ class _Work:
     def identity(self) -> str:
         """What this site's checkpoints are of: the run and its settings, the base, the rows."""
         run, settings, _ = self.key
-        asked = frozen_settings(parse_config(json.loads(settings), "the server's settings"), self.experiment.method)
+        asked = frozen_settings(parse_received(json.loads(settings), "the server's settings"), self.experiment.method)
         parts = (run, json.dumps(asked, sort_keys=True), self.common.base, self.experiment.rows_digest)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -135,7 +135,10 @@ class _Work:
         facts, experiment = self.facts, self.experiment
         shapes = tuple((str(key), tuple(shape)) for key, shape in facts.shapes.items())
         rule = rule_of(experiment.config, experiment.method)
-        return Common(facts.base, shapes, facts.shared, facts.trainable, versions()["fedalt"], rule)
+        sizes = (facts.shared, facts.trainable)
+        layers = tuple(experiment.method.layers.items())
+        code = tuple(used_code(experiment.config).items())
+        return Common(facts.base, shapes, *sizes, versions()["fedalt"], rule, layers, code)
 
     def check(self, request: Request) -> None:
         """Refuse to go on as another site than the one that joined."""
@@ -196,10 +199,10 @@ class _Work:
         scoring = Scoring(self.experiment, self.folder, self.log)
         client, number = self.client, request.round
         scoring.score(number, {client: before}, {client: after}, changed=request.told)
-        drift = row_drift(before.tensors, after.tensors) if ROW in self.experiment.shape.slots else None
+        drift = row_lora_drift(before.tensors, after.tensors) if REST_OF_WORLD in self.experiment.shape.slots else None
         scores = read_json(self.folder.scores(client, number))
         self.note(f"round {number}: {self.experiment.config.metric} {scores[self.experiment.config.metric]:.2f}")
-        return Reply({"scores": scores, "row_drift": drift})
+        return Reply({"scores": scores, "row_lora_drift": drift})
 
     def save(self, request: Request) -> Reply:
         """Write the personal model."""

@@ -126,7 +126,7 @@ class Sites:
             f"({failed[0].failure}); finished rounds are safe, submit with --resume to go on"
         )
 
-    def row_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
+    def row_lora_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
         """Not known here: rows are at the sites, and so is this figure, in their logs."""
         return {}
 
@@ -264,7 +264,7 @@ class Sites:
 
 def joining(config: RunConfig, run: str, clients: int) -> Request:
     """The request to join a run."""
-    return Request("join", run, json.dumps(config.model_dump(mode="json")), clients)
+    return Request("join", run, json.dumps(config.portable()), clients)
 
 
 def _clients(clients: set[int]) -> str:

@@ -95,8 +95,10 @@ def _site(state: Path) -> Any:
     from fedalt.flower.consent import Consent
     from fedalt.flower.rows import SiteRows
     from fedalt.flower.site import Site
+    from fedalt.registry import hold_plugins
 
     said = read_json(state / SITE)
+    hold_plugins(said.get("plugins", ()))
     rows = SiteRows(said.get("data"), said.get("model"), said.get("device"))
     consent = Consent(frozenset(said.get("share", ())), said.get("allow_two", False))
     return Site(said["client"], state, Bases(), rows, consent, note=_say)

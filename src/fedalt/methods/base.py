@@ -1,16 +1,36 @@
-"""A method is a declaration and a few hooks; FedIT's behaviour (FedAvg on LoRA) is the default of every hook."""
+"""A method is a declaration and a few hooks; FedIT's behaviour (FedAvg on LoRA) is the default of every hook.
+
+What acts in a round, in this order; hooks that a method may override are on the left:
+
+    server   client_messages     what each client is told; a mean of uploads unless the method needs single ones
+    client   receive             the message goes into the client's state
+             before_training     anything else that comes first
+             phases              which LoRAs take part, which train, how they are weighed; one stretch after the other
+               penalty             + penalty(trained, start) in every client's loss
+             after_training      anything that follows
+             upload              what leaves the client; ``shares`` says which tensors may
+             uploaded            the client notes what the server has received from it
+    server   server_update       what the server remembers, if the method ``has_server_state``
+
+    to answer: receive, then personalise, then ``inference`` says which LoRAs answer and how they are weighed
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from jaxtyping import Float
+from pydantic import ValidationError
+from torch import Tensor
 
-from fedalt.config import LoraConfig, RunConfig
+from fedalt.config import RunConfig
 from fedalt.data.encode import Example
 from fedalt.errors import UserError
+from fedalt.hints import explain
 from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.resize import cut, padded
 from fedalt.model.adapted import AdaptedModel
@@ -18,8 +38,11 @@ from fedalt.model.layer import Placement
 from fedalt.model.mixing import SUM, Mixing
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, A, B, Key, Tensors
+from fedalt.section import Section
 from fedalt.seeding import rng
 from fedalt.training.rules import PLAIN, Rule
+
+_MOST_ROUNDS = 1000
 
 BOTH = frozenset((A, B))
 NONE: frozenset[str] = frozenset()
@@ -62,65 +85,108 @@ class Phase:
 
 
 class Method:
-    """FedAvg on LoRA unless a hook says otherwise.
+    """FedAvg on LoRA unless a hook says otherwise. See the order of hooks at the head of this file.
 
-    Args:
-        clients: Number of clients in the federation.
-        config: Settings; a method reads its own section, ``lora`` and the number of rounds.
+    A method is made with its settings, ``FedProx(mu=0.1)``, and bound to a run: its clients, layers and other settings.
 
     Attributes:
+        Settings: Its section of the YAML; a nested class with fields.
         name: Name in the registry.
-        title: Name in tables.
+        title: Name in tables; the name when not given.
         source: Where it was published.
+        section: Name of its section; the registered name when not given.
         weighting: Weights of means when the settings leave them to the method.
         heterogeneous: Whether clients may have ranks of their own.
         leave_one_out: Whether a client takes itself out of the mean it is sent; the server may do it instead.
-        remembers: Whether uploads of absent clients stay in the mean.
-        individually: Whether the server answers from single uploads (``answers``) instead of from their mean alone.
-        stateful: Whether the server remembers something from round to round (``serve``).
-        foresees: Whether what a round does depends on the number of rounds.
-        pooled: Whether one client trains on everybody's rows.
+        keeps_absent: Whether uploads of absent clients stay in the mean.
+        needs_uploads: Whether the server answers from single uploads (``client_messages``), not from their mean alone.
+        has_server_state: Whether the server remembers something from round to round (``server_update``).
+        depends_on_rounds: Whether what a round does depends on the number of rounds.
+        centralised: Whether one client trains on everybody's rows.
+        slots: The LoRAs of every adapted layer.
+        mixing: How they are weighed.
+        clients: Number of clients in the federation, once bound.
+        layers: Path of every adapted layer → (d_in, d_out); empty where settings alone are checked.
+        config: All settings of the run.
+        settings: The method's own.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    source: ClassVar[str]
+    Settings: ClassVar[type[Section]] = Section
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    section: ClassVar[str] = ""
     weighting: ClassVar[Literal["uniform", "samples"]] = "samples"
     heterogeneous: bool = False
     leave_one_out: bool = False
-    remembers: bool = False
-    individually: bool = False
-    stateful: ClassVar[bool] = False
-    foresees: ClassVar[bool] = False
-    pooled: ClassVar[bool] = False
+    keeps_absent: bool = False
+    needs_uploads: bool = False
+    has_server_state: ClassVar[bool] = False
+    depends_on_rounds: ClassVar[bool] = False
+    centralised: ClassVar[bool] = False
     slots: tuple[Slot, ...] = (Slot(GLOBAL),)
     mixing: Mixing = SUM
 
-    def __init__(self, clients: int, config: RunConfig | None = None) -> None:
-        self.clients = clients
-        self.config = config or RunConfig()
-        self.client_ranks = self.config.lora.ranks
+    clients: int
+    layers: Mapping[str, tuple[int, int]]
+    config: RunConfig
+    settings: Any
+    client_ranks: tuple[int, ...] | None = None
+
+    def __init__(self, settings: Section | None = None, **values: Any) -> None:
+        if settings is not None:
+            self.settings = settings
+            return
+        try:
+            self.settings = self.Settings(**values)
+        except ValidationError as error:
+            lines = (explain(one, self.Settings, type(self).__name__) for one in error.errors())
+            raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+    def bind(self, clients: int, config: RunConfig, layers: Mapping[str, tuple[int, int]] | None = None) -> Self:
+        """This method as a run takes it.
+
+        Args:
+            clients: Number of clients in the federation.
+            config: All settings; the method's own section is not looked at.
+            layers: Path of every adapted layer → (d_in, d_out).
+
+        Raises:
+            UserError: Settings that do not suit the method.
+        """
+        bound = copy(self)
+        bound.clients, bound.config, bound.layers = clients, config, layers or {}
+        bound.client_ranks = config.lora.ranks
+        bound.setup()
+        return bound
+
+    def setup(self) -> None:
+        """Derive what follows from the settings, and refuse those that do not fit; called once, when bound."""
 
     # ------------------------------------------------------------------------------------------------- what there is
 
-    def ranks(self, r: int) -> dict[str, int]:
-        """Rank of every slot, for a configured rank r; the largest of any client where ranks are unequal."""
-        return dict.fromkeys(self.slot_names, self.widest(r))
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of every slot; the largest of any client where ranks are unequal."""
+        return dict.fromkeys(self.slot_names, self.widest)
 
-    def widest(self, r: int) -> int:
+    @property
+    def widest(self) -> int:
         """The largest rank of any client."""
-        return max(self.client_ranks or (r,))
+        return max(self.client_ranks or (self.config.lora.r,))
 
-    def shape(self, r: int, layers: Mapping[str, tuple[int, int]]) -> AdapterShape:
+    @property
+    def shape(self) -> AdapterShape:
         """The tensors of one client."""
-        return AdapterShape(self.ranks(r), self.mixing.kind == "softmax", layers)
+        return AdapterShape(self.ranks, self.mixing.kind == "softmax", self.layers)
 
-    def scale(self, lora: LoraConfig) -> float:
+    @property
+    def scale(self) -> float:
         """s, on every slot."""
-        return lora.alpha / lora.r
+        return self.config.lora.alpha / self.config.lora.r
 
     def rank_of(self, client: int) -> int | None:
-        """The client's own rank, or nothing where all have the slots'.
+        """The client's own rank, or None where all have the slots'.
 
         Raises:
             UserError: Ranks are set and this method has no rule for unequal ones.
@@ -148,8 +214,10 @@ class Method:
 
     @property
     def all_phases(self) -> list[Phase]:
-        """Phases of the first, the second and the last round; no other round has another."""
-        return [phase for round_ in (1, 2, self.config.federation.rounds) for phase in self.phases(round_)]
+        """Phases of all rounds; of the first thousand and the last where there are more."""
+        rounds = self.config.federation.rounds
+        some = range(1, rounds + 1) if rounds <= _MOST_ROUNDS else (*range(1, _MOST_ROUNDS), rounds)
+        return [phase for round_ in some for phase in self.phases(round_)]
 
     def trains(self, key: Key) -> bool:
         """Whether a client ever trains this tensor."""
@@ -160,12 +228,23 @@ class Method:
         """Names of all slots."""
         return tuple(slot.name for slot in self.slots)
 
-    def before(self, state: ClientState, round_: int) -> ClientState:
-        """What a client does between installing and training."""
+    def before_training(self, state: ClientState, round_: int) -> ClientState:
+        """What a client does between receiving and training."""
         return state
 
-    def after(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
-        """What a client does between training, which began at some state, and uploading."""
+    def penalty(self, trained: Tensors, start: Tensors) -> Float[Tensor, " k"] | None:
+        """What is added to each client's loss at every step, from what a phase trains; None for nothing.
+
+        Args:
+            trained: The tensors that train, ``[k, …]`` for k clients side by side; gradients flow through them. Heads
+                are among them where they are shared: a private one has nothing that it could be held to.
+            start: The same as the client's round began, after ``before_training``. Frozen LoRAs of the state are in it,
+                too, so that a penalty may hold one slot against another.
+        """
+        return None
+
+    def after_training(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
+        """What a client does between training, which began at some state, and uploading; all its numbers are finite."""
         return state
 
     def shares(self, key: Key) -> bool:
@@ -178,11 +257,11 @@ class Method:
         rank = self.rank_of(state.client)
         return shared if rank is None else cut(shared, rank)
 
-    def sent(self, state: ClientState) -> ClientState:
+    def uploaded(self, state: ClientState) -> ClientState:
         """Remember the upload exactly as the server received it."""
         return replace(state, sent=self.upload(state) or None)
 
-    def install(self, state: ClientState, message: Message) -> ClientState:
+    def receive(self, state: ClientState, message: Message) -> ClientState:
         """What the client does with the server's answer: overwrite the shared factors."""
         return state.with_tensors(padded(message.tensors, state.tensors))
 
@@ -193,24 +272,24 @@ class Method:
     # ------------------------------------------------------------------------------------ what somebody new starts with
 
     @property
-    def arrival(self) -> tuple[tuple[str, ...], Mixing]:
+    def newcomer(self) -> tuple[tuple[str, ...], Mixing]:
         """Slots that answer for a client that has trained nothing, with the server's answer installed, and how."""
         shared = tuple(slot.name for slot in self.slots if slot.share)
         return (shared, SUM) if shared and shared != self.slot_names else self.inference
 
     @property
-    def arrival_phases(self) -> tuple[Phase, ...]:
+    def newcomer_phases(self) -> tuple[Phase, ...]:
         """What a client that joins a finished run trains, once; it sends nothing."""
         return self.phases(2)
 
     # -------------------------------------------------------------------------------------------- what the server does
 
-    def serve(self, gathered: Gathered) -> Tensors:
-        """What a ``stateful`` method remembers after a round."""
+    def server_update(self, gathered: Gathered) -> Tensors:
+        """What a method that ``has_server_state`` remembers after a round."""
         return {}
 
-    def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
-        """What a method that answers ``individually`` or from memory tells (client, its last round)."""
+    def client_messages(self, gathered: Gathered) -> Callable[[int, int], Message]:
+        """From a client and its last round to its message; for methods with ``needs_uploads`` or server state."""
         raise NotImplementedError
 
     # -------------------------------------------------------------------------------------------------- what answers
@@ -242,6 +321,12 @@ def drawn(rows: Sequence[Example], count: int, seed: int, *purpose: str | int) -
     """Some of a client's rows, from the seed and the purpose alone."""
     order = torch.randperm(len(rows), generator=rng(seed, *purpose)).tolist()
     return [rows[i] for i in order[:count]]
+
+
+def squared_distance(trained: Tensors, start: Tensors) -> Float[Tensor, " k"]:
+    """‖w − w₀‖² of each client, over all tensors that train."""
+    parts = [(value - start[key]).flatten(1).square().sum(1) for key, value in trained.items()]
+    return torch.stack(parts).sum(0)
 
 
 def copied(state: ClientState, source: str, to: str) -> ClientState:

@@ -9,12 +9,13 @@ from typing import Literal
 from fedalt.config import RunConfig, with_settings
 from fedalt.errors import UserError
 from fedalt.methods.base import Method
-from fedalt.methods.registry import configured, get_method
+from fedalt.methods.registry import build, configured
 from fedalt.model.state import AdapterShape
 
 
-def trainable(method: Method, shape: AdapterShape) -> int:
+def trainable(method: Method, shape: AdapterShape | None = None) -> int:
     """Most parameters that a client trains at once, in any phase of any round."""
+    shape = shape or method.shape
     sizes = (shape.size([key for key in shape.shapes() if phase.trains(key)]) for phase in method.all_phases)
     return max(sizes, default=0)
 
@@ -45,9 +46,9 @@ def matched(
     for rank in range(1, 4 * config.lora.r + 1):
         alpha = config.lora.alpha * rank / config.lora.r
         candidate = configured(with_settings(config, {"lora.r": rank, "lora.alpha": alpha}), name)
-        method = get_method(name)(clients, candidate)
+        method = build(candidate, clients, layers)
         try:
-            size = measure(method, replace(method.shape(rank, layers), mixed=False))
+            size = measure(method, replace(method.shape, mixed=False))
         except UserError:  # a rank that the method cannot split
             continue
         if size == 0:

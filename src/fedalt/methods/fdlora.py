@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from fedalt.config import RunConfig
 from fedalt.data.batches import collate
 from fedalt.data.encode import Example
 from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot, copied, drawn
@@ -19,11 +19,14 @@ from fedalt.model.layer import Placement
 from fedalt.model.mixing import SUM, Mixing
 from fedalt.model.state import ClientState
 from fedalt.names import FUSED, GLOBAL, PERSONAL, Key, Tensors
+from fedalt.registry import METHODS
+from fedalt.section import Section
 from fedalt.training.loss import client_losses
 
 VELOCITY = "velocity"
 
 
+@METHODS.register("fdlora")
 class FDLoRA(Method):
     """Qi et al., arXiv 2406.07925.
 
@@ -41,16 +44,25 @@ class FDLoRA(Method):
     the same for all. A client that joins after the first round has no trained θ_p until the next sync.
     """
 
-    name = "fdlora"
+    class Settings(Section):
+        """FDLoRA."""
+
+        outer_lr: float = Field(0.7, gt=0, description="server's learning rate on the mean change (DiLoCo: .7)")
+        outer_momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum of the server (DiLoCo: .9)")
+        sync_every: int = Field(
+            5, ge=1, description="rounds after which the personal LoRA becomes the client's shared one"
+        )
+        few_shot: int = Field(16, ge=1, description="rows of a client on which the fusion weights are found")
+        budget: int = Field(40, ge=9, description="evaluations of the fusion weights")
+        penalty: float = Field(0.05, ge=0, description="weight of (|w1| + |w2|)/2 beside the loss")
+
+    settings: Settings
+
     title = "FDLoRA"
     source = "arXiv 2406.07925"
     weighting = "uniform"
-    stateful = True
+    has_server_state = True
     slots = (Slot(PERSONAL, share=NONE), Slot(GLOBAL))
-
-    def __init__(self, clients: int, config: RunConfig | None = None) -> None:
-        super().__init__(clients, config)
-        self.options = self.config.fdlora
 
     def phases(self, round_: int) -> tuple[Phase, ...]:
         """Personal in the first round, shared in all others."""
@@ -58,28 +70,28 @@ class FDLoRA(Method):
         return (Phase((slot,), {slot: BOTH}),)
 
     @property
-    def arrival_phases(self) -> tuple[Phase, ...]:
+    def newcomer_phases(self) -> tuple[Phase, ...]:
         """The personal LoRA; it is fused with the shared one."""
         return self.phases(1)
 
     @property
-    def arrival(self) -> tuple[tuple[str, ...], Mixing]:
+    def newcomer(self) -> tuple[tuple[str, ...], Mixing]:
         """The shared LoRA."""
         return (GLOBAL,), SUM
 
-    def after(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
+    def after_training(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
         """The first round's personal LoRA is what is shared; later the shared one becomes personal now and then."""
         if round_ == 1:
             return copied(state, PERSONAL, GLOBAL)
-        return copied(state, GLOBAL, PERSONAL) if (round_ - 1) % self.options.sync_every == 0 else state
+        return copied(state, GLOBAL, PERSONAL) if (round_ - 1) % self.settings.sync_every == 0 else state
 
-    def serve(self, gathered: Gathered) -> Tensors:
+    def server_update(self, gathered: Gathered) -> Tensors:
         """The outer step."""
         mean = mean_of(gathered.uploads, gathered.weights)
         if not gathered.memory:
             return {**mean, **{key._replace(slot=VELOCITY): torch.zeros_like(value) for key, value in mean.items()}}
         memory: dict[Key, Tensor] = {}
-        eta, mu = self.options.outer_lr, self.options.outer_momentum
+        eta, mu = self.settings.outer_lr, self.settings.outer_momentum
         for key, value in mean.items():
             old, speed = gathered.memory[key], key._replace(slot=VELOCITY)
             delta = old - value
@@ -87,7 +99,7 @@ class FDLoRA(Method):
             memory[key] = old - eta * (delta + mu * memory[speed])
         return memory
 
-    def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
+    def client_messages(self, gathered: Gathered) -> Callable[[int, int], Message]:
         """θ_s for everybody."""
         message = Message({key: value for key, value in gathered.memory.items() if key.slot == GLOBAL})
         return lambda client, last: message
@@ -105,7 +117,7 @@ class FDLoRA(Method):
         placement: Placement,
     ) -> list[ClientState]:
         """AdaFusion."""
-        count, seed = self.options.few_shot, self.config.seed
+        count, seed = self.settings.few_shot, self.config.seed
         few = [drawn(rows[state.client], count, seed, "few_shot", state.client) for state in states]
         batch = collate(few).to(model.device)
 
@@ -113,9 +125,9 @@ class FDLoRA(Method):
         def cost(w: Tensor) -> Tensor:
             model.load([fused(state, pair) for state, pair in zip(states, w.tolist(), strict=True)], placement)
             losses = client_losses(model, batch).double().cpu()
-            return losses + self.options.penalty * w.abs().sum(1) / 2
+            return losses + self.settings.penalty * w.abs().sum(1) / 2
 
-        found = best_pairs(cost, len(states), self.options.budget).tolist()
+        found = best_pairs(cost, len(states), self.settings.budget).tolist()
         return [fused(state, pair) for state, pair in zip(states, found, strict=True)]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
-from fedalt.config import RunConfig
+from pydantic import Field
+
 from fedalt.data.encode import Example
 from fedalt.evaluation.likeness import anchors
 from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot, copied, drawn
@@ -15,6 +17,8 @@ from fedalt.model.layer import Placement
 from fedalt.model.mixing import Mixing
 from fedalt.model.state import ClientState
 from fedalt.names import ANCHOR, GLOBAL, LOCAL, E, Key
+from fedalt.registry import METHODS
+from fedalt.section import Section
 
 
 class FedDPA(Method):
@@ -30,15 +34,30 @@ class FedDPA(Method):
     (``feddpa.weight_target``), and on its batched path sets the weights only after it has generated.
     """
 
+    class Settings(Section):
+        """FedDPA-F and FedDPA-T."""
+
+        local_weight: float = Field(0.5, ge=0, le=1, description="weight of the local LoRA while it trains (FedDPA-T)")
+        samples: int = Field(5, ge=1, description="training rows that a prompt is compared with")
+        most: float = Field(0.5, ge=0, le=1, description="largest weight that similarity gives")
+        weight_target: Literal["local", "global"] = Field(
+            "local", description="LoRA whose weight grows with similarity (official code: global)"
+        )
+        embed_with: Literal["local", "global", "base"] = Field(
+            "local", description="adapters under which rows are compared"
+        )
+
+    settings: Settings
+
     source = "NeurIPS 2024, arXiv 2403.19211"
+    section = "feddpa"
     weighting = "uniform"
     slots = (Slot(GLOBAL), Slot(LOCAL, share=NONE))  # in this order the global LoRA starts as FedIT's
 
-    def __init__(self, clients: int, config: RunConfig | None = None) -> None:
-        super().__init__(clients, config)
-        self.options = self.config.feddpa
-        embed = {"local": (LOCAL,), "global": (GLOBAL,), "base": ()}[self.options.embed_with]
-        self.mixing = Mixing("instance", most=self.options.most, target=self.options.weight_target, embed=embed)
+    def setup(self) -> None:
+        """How the two LoRAs are weighed for a prompt."""
+        embed = {"local": (LOCAL,), "global": (GLOBAL,), "base": ()}[self.settings.embed_with]
+        self.mixing = Mixing("instance", most=self.settings.most, target=self.settings.weight_target, embed=embed)
 
     @property
     def inference(self) -> tuple[tuple[str, ...], Mixing]:
@@ -53,13 +72,14 @@ class FedDPA(Method):
         placement: Placement,
     ) -> list[ClientState]:
         """Add what prompts are compared with."""
-        count, seed = self.options.samples, self.config.seed
+        count, seed = self.settings.samples, self.config.seed
         chosen = [drawn(rows[state.client], count, seed, "anchor", state.client) for state in states]
         prompts = [[example.input for example in mine] for mine in chosen]
         found = anchors(model, states, prompts, placement)
         return [state.with_tensors({Key("", ANCHOR, E): anchor}) for state, anchor in zip(states, found, strict=True)]
 
 
+@METHODS.register("feddpa_t")
 class FedDPAT(FedDPA):
     """FedDPA-T: from the second round on, each client first trains its local LoRA beside the frozen global one.
 
@@ -69,7 +89,6 @@ class FedDPAT(FedDPA):
     through the rows ``local_epochs`` times. An absent client keeps its local LoRA (the official code starts it anew).
     """
 
-    name = "feddpa_t"
     title = "FedDPA-T"
 
     def phases(self, round_: int) -> tuple[Phase, ...]:
@@ -77,16 +96,17 @@ class FedDPAT(FedDPA):
         alone = Phase((GLOBAL,), {GLOBAL: BOTH})
         if round_ == 1:
             return (alone,)
-        a = self.options.local_weight
+        a = self.settings.local_weight
         local = Phase((LOCAL, GLOBAL), {LOCAL: BOTH}, Mixing("fixed", (a, 1 - a)), detached=(GLOBAL,))
         return local, alone
 
     @property
-    def arrival_phases(self) -> tuple[Phase, ...]:
+    def newcomer_phases(self) -> tuple[Phase, ...]:
         """The local LoRA beside the global one."""
         return self.phases(2)[:1]
 
 
+@METHODS.register("feddpa_f")
 class FedDPAF(FedDPA):
     """FedDPA-F: FedIT on the global LoRA; in the last round, each client makes it its local one and trains that alone.
 
@@ -94,9 +114,8 @@ class FedDPAF(FedDPA):
     both LoRAs are the same. Nothing is sent in it, so everybody takes part, whatever ``federation.fraction`` says.
     """
 
-    name = "feddpa_f"
     title = "FedDPA-F"
-    foresees = True
+    depends_on_rounds = True
 
     def _last(self, round_: int) -> bool:
         return round_ == self.config.federation.rounds
@@ -106,7 +125,7 @@ class FedDPAF(FedDPA):
         return 1.0 if self._last(round_) else super().fraction(round_)
 
     @property
-    def arrival_phases(self) -> tuple[Phase, ...]:
+    def newcomer_phases(self) -> tuple[Phase, ...]:
         """The private phase."""
         return self.phases(self.config.federation.rounds)
 
@@ -115,19 +134,19 @@ class FedDPAF(FedDPA):
         slot = LOCAL if self._last(round_) else GLOBAL
         return (Phase((slot,), {slot: BOTH}),)
 
-    def before(self, state: ClientState, round_: int) -> ClientState:
+    def before_training(self, state: ClientState, round_: int) -> ClientState:
         """The local LoRA starts as the global one."""
         return copied(state, GLOBAL, LOCAL) if self._last(round_) else state
 
-    def after(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
+    def after_training(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
         """Until the end there is one LoRA."""
         return state if self._last(round_) else copied(state, GLOBAL, LOCAL)
 
-    def sent(self, state: ClientState) -> ClientState:
+    def uploaded(self, state: ClientState) -> ClientState:
         """Nothing is sent after the private phase."""
-        return replace(state, sent=None) if self._last(state.round) else super().sent(state)
+        return replace(state, sent=None) if self._last(state.round) else super().uploaded(state)
 
-    def install(self, state: ClientState, message: Message) -> ClientState:
+    def receive(self, state: ClientState, message: Message) -> ClientState:
         """The mean becomes the global LoRA, and the local one, too, before the private phase."""
-        installed = super().install(state, message)
+        installed = super().receive(state, message)
         return installed if self._last(state.round) else copied(installed, GLOBAL, LOCAL)

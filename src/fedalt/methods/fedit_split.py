@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from fedalt.config import LoraConfig, RunConfig
+from typing import Literal
+
+from pydantic import Field
+
 from fedalt.errors import UserError
 from fedalt.methods.base import BOTH, Method, Phase, Slot
 from fedalt.model.mixing import SOFTMAX, SUM, Mixing
 from fedalt.names import MIXER, G, Key
+from fedalt.registry import METHODS
+from fedalt.section import Section
 
 
+@METHODS.register("fedit_split")
 class FedITSplit(Method):
     """FedIT with n parallel LoRAs of rank r/n: y = W0 x + s Σ_i ω_i(x) B_i A_i x̃, averaged slot by slot.
 
@@ -18,30 +24,44 @@ class FedITSplit(Method):
     router and its averaging are this implementation's reading.
     """
 
-    name = "fedit_split"
+    class Settings(Section):
+        """FedIT with several small LoRAs in place of one."""
+
+        parts: int = Field(2, ge=2, description="LoRAs, each of rank lora.r / parts")
+        router: Literal["none", "mean", "softmax"] = Field("softmax", description="weights: 1, 1/parts, or per token")
+        router_average: bool = Field(True, description="average the router like the LoRAs, or keep it at the client")
+        scaling: Literal["rank", "part"] = Field(
+            "rank", description="scale alpha over lora.r, or over each part's rank"
+        )
+
+    settings: Settings
+
     title = "FedIT-split"
     source = "baseline of arXiv 2503.11880"
 
-    def __init__(self, clients: int, config: RunConfig | None = None) -> None:
-        super().__init__(clients, config)
-        self.options = self.config.fedit_split
-        self.slots = tuple(Slot(f"part{i}") for i in range(self.options.parts))
-        fixed = Mixing("fixed", (1 / self.options.parts,) * self.options.parts)
-        self.mixing = {"none": SUM, "mean": fixed, "softmax": SOFTMAX}[self.options.router]
+    def setup(self) -> None:
+        """The parts, and how they are weighed."""
+        self.slots = tuple(Slot(f"part{i}") for i in range(self.settings.parts))
+        fixed = Mixing("fixed", (1 / self.settings.parts,) * self.settings.parts)
+        self.mixing = {"none": SUM, "mean": fixed, "softmax": SOFTMAX}[self.settings.router]
 
-    def ranks(self, r: int) -> dict[str, int]:
+    @property
+    def ranks(self) -> dict[str, int]:
         """r/n each.
 
         Raises:
             UserError: n does not divide r.
         """
-        if r % self.options.parts:
-            raise UserError(f"lora.r: {r} is not divisible by fedit_split.parts = {self.options.parts}")
-        return {slot.name: r // self.options.parts for slot in self.slots}
+        r = self.config.lora.r
+        if r % self.settings.parts:
+            raise UserError(f"lora.r: {r} is not divisible by fedit_split.parts = {self.settings.parts}")
+        return {slot.name: r // self.settings.parts for slot in self.slots}
 
-    def scale(self, lora: LoraConfig) -> float:
+    @property
+    def scale(self) -> float:
         """alpha/r, or alpha over each part's rank."""
-        return lora.alpha / (lora.r if self.options.scaling == "rank" else self.ranks(lora.r)[self.slots[0].name])
+        lora = self.config.lora
+        return lora.alpha / (lora.r if self.settings.scaling == "rank" else self.ranks[self.slots[0].name])
 
     def phases(self, round_: int) -> tuple[Phase, ...]:
         """All parts, and the router."""
@@ -50,4 +70,4 @@ class FedITSplit(Method):
 
     def shares(self, key: Key) -> bool:
         """All parts; the router if it is averaged."""
-        return super().shares(key) or (key.slot == MIXER and self.options.router_average)
+        return super().shares(key) or (key.slot == MIXER and self.settings.router_average)

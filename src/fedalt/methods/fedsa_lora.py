@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fedalt.methods.base import Method, Slot
 from fedalt.names import GLOBAL, A
+from fedalt.registry import METHODS
 
 
+@METHODS.register("fedsa_lora")
 class FedSALoRA(Method):
     """A and B are trained, A alone is sent and averaged, B stays with its client: y = W0 x + s B_k Ā x̃.
 
@@ -13,7 +15,6 @@ class FedSALoRA(Method):
     aggregation are those of that pair, scores before it those of (A_k, B_k).
     """
 
-    name = "fedsa_lora"
     title = "FedSA-LoRA"
     source = "ICLR 2025, arXiv 2410.01463"
     slots = (Slot(GLOBAL, share=frozenset(A)),)

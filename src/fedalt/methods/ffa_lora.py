@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from fedalt.config import RunConfig
 from fedalt.errors import UserError
 from fedalt.methods.base import Method, Phase, Slot
 from fedalt.names import GLOBAL, B
+from fedalt.registry import METHODS
 
 
+@METHODS.register("ffa_lora")
 class FFALoRA(Method):
     """A is drawn once from the run's seed, the same for all, and never trained or sent; B is trained and averaged.
 
@@ -17,13 +18,12 @@ class FFALoRA(Method):
     A mean of B's for different A's would mean nothing, so ``lora.init`` must be shared.
     """
 
-    name = "ffa_lora"
     title = "FFA-LoRA"
     source = "ICLR 2024, arXiv 2403.12313"
     slots = (Slot(GLOBAL, share=frozenset(B)),)
 
-    def __init__(self, clients: int, config: RunConfig | None = None) -> None:
-        super().__init__(clients, config)
+    def setup(self) -> None:
+        """Refuse start values under which the mean of B would mean nothing."""
         init = self.config.lora.init
         if init != "shared":
             raise UserError(

@@ -11,19 +11,20 @@ from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.products import truncated
 from fedalt.methods.unequal import Unequal
 from fedalt.names import GLOBAL, A, B, Key
+from fedalt.registry import METHODS
 
 
+@METHODS.register("flexlora")
 class FlexLoRA(Unequal):
     """Bai et al., NeurIPS 2024: the exact mean of products, decomposed for every client's rank.
 
     Σ p_k B_k A_k = U Σ Vᵀ,   B_j = U_r Σ_r,   A_j = V_rᵀ
     """
 
-    name = "flexlora"
     title = "FlexLoRA"
     source = "NeurIPS 2024, arXiv 2402.11505"
 
-    def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
+    def client_messages(self, gathered: Gathered) -> Callable[[int, int], Message]:
         """The best approximation of the client's rank."""
         layers = gathered.factors(GLOBAL)
         bests = {module: truncated(parts) for module, parts in layers.items()}

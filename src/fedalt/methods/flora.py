@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,9 +13,11 @@ from fedalt.methods.products import stacked
 from fedalt.methods.unequal import Unequal
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, MERGED, A, B, Key, Tensors, W
+from fedalt.registry import METHODS
 from fedalt.seeding import rng
 
 
+@METHODS.register("flora")
 class FLoRA(Unequal):
     """Wang et al., NeurIPS 2024, arXiv 2409.05976: stacks of all LoRAs are merged into everybody's base.
 
@@ -26,16 +28,16 @@ class FLoRA(Unequal):
     that an absent client has missed.
     """
 
-    name = "flora"
     title = "FLoRA"
     source = "NeurIPS 2024, arXiv 2409.05976"
-    stateful = True
+    has_server_state = True
 
-    def shape(self, r: int, layers: Mapping[str, tuple[int, int]]) -> AdapterShape:
+    @property
+    def shape(self) -> AdapterShape:
         """With room for what is merged."""
-        return replace(super().shape(r, layers), merged=True)
+        return replace(super().shape, merged=True)
 
-    def serve(self, gathered: Gathered) -> Tensors:
+    def server_update(self, gathered: Gathered) -> Tensors:
         """Remember this round's stack."""
         shares, memory = gathered.shares(), dict(gathered.memory)
         for module, parts in gathered.factors(GLOBAL).items():
@@ -44,7 +46,7 @@ class FLoRA(Unequal):
             memory[Key(module, f"round{gathered.round}", B)] = b
         return memory
 
-    def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
+    def client_messages(self, gathered: Gathered) -> Callable[[int, int], Message]:
         """All stacks since the client last took part."""
         rounds = {key: int(key.slot.removeprefix("round")) for key in gathered.memory}
 
@@ -53,7 +55,7 @@ class FLoRA(Unequal):
 
         return answer
 
-    def install(self, state: ClientState, message: Message) -> ClientState:
+    def receive(self, state: ClientState, message: Message) -> ClientState:
         """Merge, and start a new LoRA."""
         changes: dict[Key, Tensor] = {}
         for key, a in message.tensors.items():

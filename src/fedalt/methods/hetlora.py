@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from fedalt.config import RunConfig
-from fedalt.methods.base import Phase
 from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.mean import mean_of, refuse_weighting
 from fedalt.methods.products import norm
@@ -16,9 +15,11 @@ from fedalt.methods.resize import cut, padded
 from fedalt.methods.unequal import Unequal
 from fedalt.model.state import ClientState
 from fedalt.names import RANK_AXIS, A, B, Tensors
-from fedalt.training.rules import Plain, Trainable
+from fedalt.registry import METHODS
+from fedalt.section import Section
 
 
+@METHODS.register("hetlora")
 class HetLoRA(Unequal):
     """Cho et al., EMNLP 2024: padding with weights by size, and ranks that shrink.
 
@@ -27,38 +28,41 @@ class HetLoRA(Unequal):
     λ and the rule for dropping could not be checked against the paper.
     """
 
-    name = "hetlora"
+    class Settings(Section):
+        """HetLoRA."""
+
+        tail: float = Field(0.99, gt=0, le=1, description="share of the rank before the tail that may be pruned")
+        decay: float = Field(5e-3, ge=0, description="weight of the tail's norm in the loss")
+        prune: bool = Field(True, description="drop a tail that has become smaller than it was received")
+
+    settings: Settings
+
     title = "HetLoRA"
     source = "EMNLP 2024"
 
-    def __init__(self, clients: int, config: RunConfig | None = None) -> None:
-        super().__init__(clients, config)
+    def setup(self) -> None:
+        """Ranks shrink, even when all start alike."""
         refuse_weighting(self.config, "hetlora", "whose uploads are weighed by their size")
-        self.options = self.config.hetlora
-        self.client_ranks = self.client_ranks or (self.config.lora.r,)  # it shrinks, even when all start alike
+        self.client_ranks = self.client_ranks or (self.config.lora.r,)
 
-    def phases(self, round_: int) -> tuple[Phase, ...]:
-        """FedIT's, with the tail's norm in the loss."""
-        (phase,) = super().phases(round_)
-        return (Phase(phase.slots, phase.train, rule=Plain(self._penalty)),)
-
-    def _penalty(self, trainable: Trainable) -> Tensor:
+    def penalty(self, trained: Tensors, start: Tensors) -> Tensor:
+        """λ times the tail's norm."""
         total = torch.zeros(())
-        for key, a in trainable.items():
+        for key, a in trained.items():
             if key.factor == A:
-                b = trainable[key._replace(factor=B)]
+                b = trained[key._replace(factor=B)]
                 present = a.detach().abs().sum(2) > 0
                 ranks = (present * torch.arange(1, a.shape[1] + 1, device=a.device)).amax(1)
-                start = (self.options.tail * ranks.double()).floor()  # in fp64, as ``after`` counts
-                tail = torch.arange(a.shape[1], device=a.device) >= start[:, None]
+                first = (self.settings.tail * ranks.double()).floor()  # in fp64, as ``after_training`` counts
+                tail = torch.arange(a.shape[1], device=a.device) >= first[:, None]
                 total = total + _norm(b * tail[:, None]) * _norm(a * tail[:, :, None])
-        return self.options.decay * total
+        return self.settings.decay * total
 
-    def after(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
+    def after_training(self, state: ClientState, began: ClientState, round_: int) -> ClientState:
         """Drop a tail that has become smaller."""
         rank = rank_in(state.tensors)
-        kept = max(1, int(self.options.tail * rank))
-        if not self.options.prune or kept == rank or self._tail(state, kept) >= self._tail(began, kept):
+        kept = max(1, int(self.settings.tail * rank))
+        if not self.settings.prune or kept == rank or self._tail(state, kept) >= self._tail(began, kept):
             return state
         return state.with_tensors(padded(cut(state.tensors, kept), state.tensors))
 
@@ -73,12 +77,12 @@ class HetLoRA(Unequal):
         """Factors of the rank that is left."""
         return cut(state.tensors, rank_in(state.tensors))
 
-    def install(self, state: ClientState, message: Message) -> ClientState:
+    def receive(self, state: ClientState, message: Message) -> ClientState:
         """As much of the mean as the client holds."""
         rank = min(rank_in(state.tensors), self.rank_of(state.client))
-        return super().install(state, Message(cut(message.tensors, rank)))
+        return super().receive(state, Message(cut(message.tensors, rank)))
 
-    def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
+    def client_messages(self, gathered: Gathered) -> Callable[[int, int], Message]:
         """The mean weighed by size, cut to the rank a client last sent."""
         full = self.full(gathered)
         sizes = {client: size(tensors) for client, tensors in full.items()}

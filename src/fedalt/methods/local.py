@@ -2,8 +2,10 @@
 
 from fedalt.methods.base import NONE, Method, Slot
 from fedalt.names import INDIVIDUAL
+from fedalt.registry import METHODS
 
 
+@METHODS.register("local")
 class Local(Method):
     """Every client trains its own LoRA on its own rows, as many epochs as in the federated runs, and shares nothing.
 
@@ -11,7 +13,6 @@ class Local(Method):
     difference is what comes from others.
     """
 
-    name = "local"
     title = "Local"
     source = "baseline"
     slots = (Slot(INDIVIDUAL, share=NONE),)

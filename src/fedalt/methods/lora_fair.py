@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
-from fedalt.config import RunConfig
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Gathered, Message
-from fedalt.methods.options import LoRAFairConfig
 from fedalt.methods.products import Factors, Weighted, factor_means, fit_b, norm, onto, stacked
 from fedalt.names import GLOBAL, A, B, Key
+from fedalt.registry import METHODS
+from fedalt.section import Section
 
 
+@METHODS.register("lora_fair")
 class LoRAFair(Method):
     """Bian et al., ICCV 2025: everybody starts from Ā and B̄ + ΔB, found on the server layer by layer.
 
@@ -25,29 +28,36 @@ class LoRAFair(Method):
     in least squares instead (``products.fit_b``). Steps and step size could not be checked against the paper.
     """
 
-    name = "lora_fair"
+    class Settings(Section):
+        """LoRA-FAIR."""
+
+        solver: Literal["sgd", "ridge"] = Field(
+            "sgd", description="cosine by gradient descent (paper), or least squares"
+        )
+        weight: float = Field(0.01, ge=0, description="weight of the correction's size")
+        lr: float = Field(0.01, gt=0, description="sgd: learning rate")
+        steps: int = Field(1000, ge=1, description="sgd: steps")
+
+    settings: Settings
+
     title = "LoRA-FAIR"
     source = "ICCV 2025"
-    individually = True
+    needs_uploads = True
 
-    def __init__(self, clients: int, config: RunConfig | None = None) -> None:
-        super().__init__(clients, config)
-        self.options = self.config.lora_fair
-
-    def answers(self, gathered: Gathered) -> Callable[[int, int], Message]:
+    def client_messages(self, gathered: Gathered) -> Callable[[int, int], Message]:
         """The corrected mean, for everybody."""
         shares = gathered.shares()
-        ridge = self.options.solver == "ridge"
+        ridge = self.settings.solver == "ridge"
         tensors: dict[Key, Tensor] = {}
         for module, mine in gathered.factors(GLOBAL).items():
             parts = [(*mine[client], share) for client, share in shares.items()]
-            a, b = fit_b(parts, self.options.weight) if ridge else descend(parts, self.options)
+            a, b = fit_b(parts, self.settings.weight) if ridge else descend(parts, self.settings)
             tensors |= {Key(module, GLOBAL, A): a.float(), Key(module, GLOBAL, B): b.float()}
         message = Message(tensors)
         return lambda client, last: message
 
 
-def descend(parts: list[Weighted], options: LoRAFairConfig) -> Factors:
+def descend(parts: list[Weighted], options: LoRAFair.Settings) -> Factors:
     """Gradient descent on the cosine, from r × r products alone.
 
     The norm, which has no slope at zero, takes its part as a proximal step: ΔB ← ΔB max(0, 1 − ηλ/‖ΔB‖).

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from math import ceil
+from typing import Literal
 
-from fedalt.config import RunConfig
+from pydantic import Field
+
 from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot
 from fedalt.model.mixing import SUM, Mixing
 from fedalt.names import GLOBAL, PRIVATE
+from fedalt.registry import METHODS
+from fedalt.section import Section
 from fedalt.training.rules import Bilevel
 
 _SGD = 100
 """A step of SGD in steps of AdamW, whose size does not depend on the gradient's. Measured once, on tinyworld."""
 
 
+@METHODS.register("pf2lora")
 class PF2LoRA(Method):
     """y = W0 x + s (B A + D_k C_k) x̃, with A, B common and averaged and C_k, D_k of rank r̃ < r never sent.
 
@@ -24,24 +29,44 @@ class PF2LoRA(Method):
     first order, ``unrolled`` looks through y's step.
     """
 
-    name = "pf2lora"
+    class Settings(Section):
+        """PF2LoRA."""
+
+        private_rank: int | None = Field(
+            None, ge=1, description="rank of the private LoRA; lora.r / 4, rounded up, when not given"
+        )
+        private_lr: float | None = Field(
+            None,
+            gt=0,
+            description="SGD step of the private LoRA; 100 times training.lr if not given: AdamW's steps are not SGD's",
+        )
+        hypergrad: Literal["first_order", "unrolled"] = Field(
+            "first_order", description="whether the common LoRA's gradient looks through the private LoRA's step"
+        )
+        private_scale: Literal["same", "own_rank"] = Field(
+            "same", description="alpha over lora.r, or over private_rank"
+        )
+
+    settings: Settings
+
     title = "PF2LoRA"
     source = "arXiv 2503.03920"
     weighting = "uniform"
     slots = (Slot(GLOBAL), Slot(PRIVATE, share=NONE))
 
-    def __init__(self, clients: int, config: RunConfig | None = None) -> None:
-        super().__init__(clients, config)
-        self.options = self.config.pf2lora
+    def setup(self) -> None:
+        """How the two LoRAs are weighed."""
         r = self.config.lora.r
-        own = self.options.private_scale == "own_rank"
-        self.mixing = Mixing("fixed", (1.0, r / self.ranks(r)[PRIVATE])) if own else SUM
+        own = self.settings.private_scale == "own_rank"
+        self.mixing = Mixing("fixed", (1.0, r / self.ranks[PRIVATE])) if own else SUM
 
-    def ranks(self, r: int) -> dict[str, int]:
+    @property
+    def ranks(self) -> dict[str, int]:
         """r, and a quarter of it, rounded up."""
-        return {GLOBAL: r, PRIVATE: self.options.private_rank or ceil(r / 4)}
+        r = self.config.lora.r
+        return {GLOBAL: r, PRIVATE: self.settings.private_rank or ceil(r / 4)}
 
     def phases(self, round_: int) -> tuple[Phase, ...]:
         """Both LoRAs, on two levels."""
-        rule = Bilevel(PRIVATE, self.options.private_lr, self.options.hypergrad == "unrolled", factor=_SGD)
+        rule = Bilevel(PRIVATE, self.settings.private_lr, self.settings.hypergrad == "unrolled", factor=_SGD)
         return (Phase(self.slot_names, {GLOBAL: BOTH, PRIVATE: BOTH}, self.mixing, rule=rule),)

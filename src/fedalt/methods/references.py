@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from fedalt.methods.base import NONE, Method, Phase, Slot
 from fedalt.names import GLOBAL
+from fedalt.registry import METHODS
 
 
+@METHODS.register("centralized")
 class Centralized(Method):
     """One LoRA trained on the rows of all clients, as if they could be brought together: no federation."""
 
-    name = "centralized"
     title = "Centralized"
     source = "reference"
-    pooled = True
+    centralised = True
 
 
+@METHODS.register("zero_shot")
 class ZeroShot(Method):
     """The base model without training."""
 
-    name = "zero_shot"
     title = "Zero-shot"
     source = "reference"
     slots = (Slot(GLOBAL, share=NONE),)

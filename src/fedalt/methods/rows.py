@@ -2,6 +2,7 @@
 
 Each builder reads all uploads once and returns the row of any client. For client k, with weights q_m over the others:
 
+    factor_mean   A = Σ q_m A_m,  B = Σ q_m B_m               the paper's; the server sends the sum to all instead
     stack         A = [A_m],  B = [q_m B_m]                  B A = Σ q_m B_m A_m exactly
     svd           the best approximation of that of a given rank (Eckart-Young), never forming B A
     fair          A = Σ q_m A_m,  B = Σ q_m B_m + ΔB,  ΔB = (Σ q_m B_m A_m − B A) Aᵀ (A Aᵀ + λ I)⁻¹
@@ -13,27 +14,69 @@ Each builder reads all uploads once and returns the row of any client. For clien
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedalt.methods.exchange import Gathered
-from fedalt.methods.options import FedALTConfig
+from fedalt.methods.mean import mean_of
 from fedalt.methods.products import Factors, fit_b, stacked, truncated
-from fedalt.names import INDIVIDUAL, ROW, A, B, Key
+from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Key
+from fedalt.registry import AGGREGATORS, registered_name
+from fedalt.section import Section
 
 Rows = Callable[[int], dict[Key, Tensor]]
-Builder = Callable[[Gathered, int, FedALTConfig], Rows]
+Builder = Callable[[Gathered, int, "RestOfWorldSettings"], Rows]
+FACTOR_MEAN = "factor_mean"
+
+
+class RestOfWorldSettings(Section):
+    """How the RoW LoRA is made of the others' uploads."""
+
+    rest_of_world_aggregator: registered_name(AGGREGATORS) = Field(  # type: ignore[valid-type]
+        FACTOR_MEAN,
+        description="how the RoW LoRA is made of the others' uploads: means of A and of B (paper), the exact mean of "
+        "products, its best approximation of rank rest_of_world_rank, factor_mean with B fitted to it, a robust rule, "
+        "or FILE.py:name",
+    )
+    rest_of_world_rank: int | None = Field(None, ge=1, description="rank of an svd RoW LoRA; lora.r when not given")
+    ridge: float = Field(0.01, ge=0, description="fair: weight of the size of the correction")
+    trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed_mean: share of values dropped at each end")
+    byzantine: int = Field(1, ge=0, description="krum: clients that may be faulty")
+
+
+def _robust(name: str) -> Callable[[Builder], Builder]:
+    """Register a rule to which every upload counts the same."""
+
+    def decorate(build: Builder) -> Builder:
+        build.robust = True  # type: ignore[attr-defined]
+        return cast(Builder, AGGREGATORS.register(name)(build))
+
+    return decorate
 
 
 def _row(factors: Mapping[str, Factors]) -> dict[Key, Tensor]:
     row = {}
     for module, (a, b) in factors.items():
-        row[Key(module, ROW, A)], row[Key(module, ROW, B)] = a.float(), b.float()
+        row[Key(module, REST_OF_WORLD, A)], row[Key(module, REST_OF_WORLD, B)] = a.float(), b.float()
     return row
 
 
-def stack(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
+@AGGREGATORS.register(FACTOR_MEAN)
+def factor_mean(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
+    """The means of A and of B; what runs do in another way, with one sum for all clients."""
+
+    def row(client: int) -> dict[Key, Tensor]:
+        mean = mean_of(gathered.uploads, gathered.shares(client))
+        return {key._replace(slot=REST_OF_WORLD): value for key, value in mean.items()}
+
+    return row
+
+
+@AGGREGATORS.register("stack")
+def stack(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
     """The exact mean of products, of as many times the rank as there are others."""
     layers = gathered.factors(INDIVIDUAL)
 
@@ -44,7 +87,8 @@ def stack(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
     return row
 
 
-def svd(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
+@AGGREGATORS.register("svd")
+def svd(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
     """The exact mean's best approximation of the row's rank."""
     layers = gathered.factors(INDIVIDUAL)
     bases = {module: truncated(mine) for module, mine in layers.items()}
@@ -56,26 +100,28 @@ def svd(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
     return row
 
 
-def fair(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
+@AGGREGATORS.register("fair")
+def fair(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
     """The factor mean with B fitted to the mean of products, as LoRA-FAIR does by least squares."""
     layers = gathered.factors(INDIVIDUAL)
 
     def row(client: int) -> dict[Key, Tensor]:
         shares = gathered.shares(client)
-        fits = {m: fit_b([(*mine[c], q) for c, q in shares.items()], options.ridge) for m, mine in layers.items()}
+        fits = {m: fit_b([(*mine[c], q) for c, q in shares.items()], settings.ridge) for m, mine in layers.items()}
         return _row(fits)
 
     return row
 
 
 def _by_coordinate(rule: Callable[[Tensor], Tensor]) -> Builder:
-    def build(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
+    def build(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
         uploads = {client: gathered.uploads[client] for client in gathered.weights}
 
         def row(client: int) -> dict[Key, Tensor]:
             others = [tensors for c, tensors in uploads.items() if c != client]
             return {
-                key._replace(slot=ROW): rule(torch.stack([tensors[key] for tensors in others])) for key in others[0]
+                key._replace(slot=REST_OF_WORLD): rule(torch.stack([tensors[key] for tensors in others]))
+                for key in others[0]
             }
 
         return row
@@ -83,23 +129,30 @@ def _by_coordinate(rule: Callable[[Tensor], Tensor]) -> Builder:
     return build
 
 
-def _median(values: Tensor) -> Tensor:
+@_robust("median")
+def median(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
     """The middle value, or the mean of the two in the middle."""
-    ordered, n = values.sort(0).values, len(values)
-    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+
+    def rule(values: Tensor) -> Tensor:
+        ordered, n = values.sort(0).values, len(values)
+        return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+
+    return _by_coordinate(rule)(gathered, rank, settings)
 
 
-def trimmed_mean(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
+@_robust("trimmed_mean")
+def trimmed_mean(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
     """The mean without ⌊trim·n⌋ values at each end."""
 
     def rule(values: Tensor) -> Tensor:
-        cut = int(options.trim * len(values))
+        cut = int(settings.trim * len(values))
         return values.sort(0).values[cut : len(values) - cut].mean(0)
 
-    return _by_coordinate(rule)(gathered, rank, options)
+    return _by_coordinate(rule)(gathered, rank, settings)
 
 
-def krum(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
+@_robust("krum")
+def krum(gathered: Gathered, rank: int, settings: RestOfWorldSettings) -> Rows:
     """The upload with the least sum of squared distances to its n − f − 2 (at least one) nearest among the n others."""
     clients = list(gathered.weights)
     keys = list(gathered.uploads[clients[0]])
@@ -108,21 +161,9 @@ def krum(gathered: Gathered, rank: int, options: FedALTConfig) -> Rows:
 
     def row(client: int) -> dict[Key, Tensor]:
         others = [i for i, c in enumerate(clients) if c != client]
-        near = max(1, len(others) - options.byzantine - 2)
+        near = max(1, len(others) - settings.byzantine - 2)
         scores = [distances[i, [j for j in others if j != i]].sort().values[:near].sum() for i in others]
         chosen = clients[others[int(torch.stack(scores).argmin())]]
-        return {key._replace(slot=ROW): value for key, value in gathered.uploads[chosen].items()}
+        return {key._replace(slot=REST_OF_WORLD): value for key, value in gathered.uploads[chosen].items()}
 
     return row
-
-
-AGGREGATORS: dict[str, Builder] = {
-    "stack": stack,
-    "svd": svd,
-    "fair": fair,
-    "median": _by_coordinate(_median),
-    "trimmed_mean": trimmed_mean,
-    "krum": krum,
-}
-ROBUST = ("median", "trimmed_mean", "krum")
-"""Those to which every upload counts the same."""

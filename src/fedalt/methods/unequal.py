@@ -20,14 +20,14 @@ class Unequal(Method):
     """What these methods have in common."""
 
     heterogeneous = True
-    individually = True
+    needs_uploads = True
 
     def rank_of(self, client: int) -> int:
         """A client's rank, r when all have the same."""
         own = super().rank_of(client)
         return self.config.lora.r if own is None else own
 
-    def install(self, state: ClientState, message: Message) -> ClientState:
+    def receive(self, state: ClientState, message: Message) -> ClientState:
         """Directions that the mean does not have keep their A: with A and B both zero they would never train."""
         changes = padded(message.tensors, state.tensors)
         for key, value in changes.items():
@@ -37,5 +37,5 @@ class Unequal(Method):
 
     def full(self, gathered: Gathered) -> dict[int, Tensors]:
         """All uploads, padded with zeros to the largest rank."""
-        most = self.ranks(self.config.lora.r)[GLOBAL]
+        most = self.ranks[GLOBAL]
         return {client: widened(gathered.uploads[client], most) for client in gathered.weights}

@@ -19,6 +19,9 @@ ALIASES = (
     ("q_lin", "v_lin"),  # DistilBERT
 )
 """Attention projections, by name; the first set of which every name occurs in the model is taken."""
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the output head. Classification heads, too, are no targets: each client trains
+its own in full, and they have left the model when targets are looked for."""
 
 
 def find_targets(model: Any, names: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -26,13 +29,18 @@ def find_targets(model: Any, names: Sequence[str] | None = None) -> tuple[str, .
 
     Args:
         model: The base model.
-        names: Last parts of module paths (``q_proj``) or full paths; ``None`` looks the architecture up.
+        names: Last parts of module paths (``q_proj``) or full paths, or ``all-linear`` alone; ``None`` looks the
+            architecture up.
 
     Raises:
         UserError: A name matches no linear layer below the output head, or the architecture is unknown.
     """
     head = model.get_output_embeddings()
     linear = [path for path, module in model.named_modules() if is_linear(module) and module is not head]
+    if names is not None and ALL_LINEAR in names:
+        if len(names) > 1:
+            raise UserError(f"lora.targets: {ALL_LINEAR} means every layer; leave the other names out")
+        return tuple(linear)
     endings = Counter(path.rsplit(".", 1)[-1] for path in linear)
     if names is None:
         names = next((alias for alias in ALIASES if all(name in endings for name in alias)), None)
@@ -40,7 +48,7 @@ def find_targets(model: Any, names: Sequence[str] | None = None) -> tuple[str, .
             raise UserError(f"lora.targets: {type(model).__name__} is not in the alias list; {_candidates(endings)}")
     for name in names:
         if not any(_matches(path, name) for path in linear):
-            hint = did_you_mean(name, endings)
+            hint = did_you_mean(name, [*endings, ALL_LINEAR])
             raise UserError(f'lora.targets: "{name}" matches no linear layer{hint}; {_candidates(endings)}')
     return tuple(path for path in linear if any(_matches(path, name) for name in names))
 

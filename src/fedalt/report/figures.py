@@ -77,18 +77,18 @@ def alpha_map(events: Sequence[Event], tasks: Mapping[str, str], layers: int) ->
 
 
 def row_curves(events: Sequence[Event]) -> Drawing:
-    """row_gap and row_drift over rounds."""
+    """product_gap and row_lora_drift over rounds."""
     figure = go.Figure()
     rounds = [e for e in events if e["event"] == "round"]
-    for place, name in enumerate(("row_gap", "row_drift")):
+    for place, name in enumerate(("product_gap", "row_lora_drift")):
         points = [(e["round"], e[name]) for e in rounds if e[name] is not None]
         xs, ys = zip(*points, strict=True) if points else ((), ())
         marker, line = {"symbol": SYMBOLS[place], "size": 7}, {"color": colour(place)}
         figure.add_scatter(x=xs, y=ys, name=name, mode="lines+markers", marker=marker, line=line)
     styled(figure, "round", height=260)
     figure.update_yaxes(rangemode="tozero")
-    note = "row_gap: how far the mean of factors is from the mean of products; row_drift: change of the row."
-    return Drawing("row", "The row LoRA", note, _over_rounds(figure))
+    note = "product_gap: how far the mean of factors is from the mean of products; row_lora_drift: change of the row."
+    return Drawing("row", "The RoW LoRA", note, _over_rounds(figure))
 
 
 def _scores(events: Sequence[Event], point: str) -> list[Event]:

@@ -7,11 +7,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import LABELS, as_text, group_mean
 from fedalt.experiment.events import Event, first_start, read_events
-from fedalt.experiment.folder import RunFolder
+from fedalt.experiment.folder import RunFolder, open_run
 from fedalt.experiment.insight import read_insight
+from fedalt.experiment.members import Bases
 from fedalt.files import write_text
 from fedalt.methods.registry import title_of
 from fedalt.report import comparison as compared
@@ -42,7 +44,7 @@ def write_report(folder: RunFolder) -> Path:
         mixer += [insights.histogram(insight, tasks), insights.shaded_rows(insight, tasks)]
     others: list[str | Drawing] = [insights.matrix(insight, tasks)] if insight.get("matrix") else []
     others += [insights.similarity(insight, tasks)] if insight.get("similarity") else []
-    rows = layers or any(e["event"] == "client" and e["row_drift"] is not None for e in events)
+    rows = layers or any(e["event"] == "client" and e["row_lora_drift"] is not None for e in events)
     sections = [
         Section("scores", "Scores", [_scores_table(latest, tasks)]),
         Section("curves", "Curves", _curves(events, tasks, start["metric"], scored)),
@@ -76,6 +78,29 @@ def write_comparison_report(out: Path, comparison: Mapping[str, Any]) -> Path:
     path = out / "report.html"
     write_text(path, page(f"Comparison on {comparison['source']}", [about, caption(scores)], sections))
     return path
+
+
+def write_reports(
+    out: Path, comparison: Mapping[str, Any], insight: int = 0, bases: Bases | None = None, rows: Rows | None = None
+) -> Path:
+    """Write the reports of a comparison and of each of its runs, with a look at so many test rows per client.
+
+    Args:
+        out: Folder of the comparison.
+        comparison: The content of ``comparison.json``.
+        insight: Test rows per client, see ``look``.
+        bases: Where the base may be in memory already.
+        rows: Where the rows may be in memory already.
+
+    Raises:
+        UserError: Rows or base are not where they were.
+    """
+    bases, rows = bases or Bases(), rows or Rows()
+    for path in (path for block in comparison["methods"].values() for path in block["runs"]):
+        folder, mine = open_run(Path(path))
+        insights.look(folder, insight, bases.of(mine) if insight else None, rows)
+        write_report(folder)
+    return write_comparison_report(out, comparison)
 
 
 def _about(start: Event) -> str:

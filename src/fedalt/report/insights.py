@@ -10,7 +10,7 @@ from typing import Any
 from plotly.subplots import make_subplots
 
 from fedalt.config import load_config
-from fedalt.data.rows import Federation
+from fedalt.data.load import Rows
 from fedalt.experiment.folder import RunFolder, final_scores
 from fedalt.experiment.insight import BINS, write_insight
 from fedalt.experiment.prepare import Resident
@@ -35,11 +35,11 @@ _CATEGORIES = 16
 """Kinds of rows that get a colour and pattern of their own."""
 
 
-def look(folder: RunFolder, rows: int, resident: Resident | None = None, federation: Federation | None = None) -> None:
+def look(folder: RunFolder, count: int, resident: Resident | None = None, rows: Rows | None = None) -> None:
     """Write a finished run's insight for the clients that its report shows; see ``write_insight``."""
     scores = final_scores(folder)
     clients = [int(c) for c in shown({c: v[scores["metric"]] for c, v in scores["last"]["clients"].items()})]
-    write_insight(folder, load_config(folder.config), clients, rows, resident, federation)
+    write_insight(folder, load_config(folder.config), clients, count, resident, rows)
 
 
 def matrix(insight: Insight, tasks: Mapping[str, str]) -> Drawing:

@@ -57,8 +57,8 @@ def tracked(names: Sequence[str], out: Path, sink: Sink) -> Iterator[Sink]:
 class Trackers:
     """A sink for one run after another: a tracker run for each, its numbers by round.
 
-    Logged are ``seconds``, ``bytes_up``, ``bytes_down``, ``row_gap``, ``row_drift``, the loss of every client and
-    their mean (``loss/3``, ``loss/mean``), and after scoring every metric in the same way (``rouge1/3``, …).
+    Logged are ``seconds``, ``bytes_up``, ``bytes_down``, ``product_gap``, ``row_lora_drift``, the loss of every client
+    and their mean (``loss/3``, ``loss/mean``), and after scoring every metric in the same way (``rouge1/3``, …).
     """
 
     def __init__(self, names: Sequence[str], out: Path, complain: Sink) -> None:
@@ -97,7 +97,7 @@ class Trackers:
         self.losses[f"loss/{event['client']}"] = event["loss"]
 
     def _on_round(self, event: Event) -> None:
-        names = {name: name for name in ("seconds", "bytes_up", "bytes_down", "row_gap", "row_drift")}
+        names = {name: name for name in ("seconds", "bytes_up", "bytes_down", "product_gap", "row_lora_drift")}
         names["loss"] = "loss/mean"
         values = {tag: event[name] for name, tag in names.items() if event[name] is not None}
         self._log(values | self.losses, event["round"])

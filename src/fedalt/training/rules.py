@@ -10,12 +10,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from fedalt.errors import UserError
 from fedalt.names import Key
 from fedalt.training.optimizer import StackedAdamW
 
 Losses = Callable[[], Float[Tensor, " k"]]
 """Computes every client's loss on the step's rows, with the adapters as they are now."""
 Trainable = Mapping[Key, nn.Parameter]
+Penalty = Callable[[Trainable], Float[Tensor, " k"] | None]
+"""Adds to each client's loss something of what trains, or nothing."""
 
 
 class Rule(Protocol):
@@ -23,6 +26,13 @@ class Rule(Protocol):
 
     def by_optimizer(self, key: Key) -> bool:
         """Whether AdamW moves this tensor."""
+
+    def with_penalty(self, penalty: Penalty) -> Rule:
+        """The same with something added to every client's loss.
+
+        Raises:
+            UserError: This rule knows no penalty.
+        """
 
     def __call__(
         self,
@@ -40,10 +50,14 @@ class Plain:
     """Backward and AdamW.
 
     Attributes:
-        penalty: Added to every client's loss, or nothing.
+        penalty: Added to every client's loss, if there is one.
     """
 
-    penalty: Callable[[Trainable], Float[Tensor, " k"]] | None = None
+    penalty: Penalty | None = None
+
+    def with_penalty(self, penalty: Penalty) -> Rule:
+        """With the penalty."""
+        return Plain(penalty)
 
     def by_optimizer(self, key: Key) -> bool:
         """Everything."""
@@ -55,8 +69,8 @@ class Plain:
         """One backward pass."""
         values = losses()
         total = values.sum()
-        if self.penalty is not None:
-            total = total + self.penalty(trainable).sum()
+        if self.penalty is not None and (added := self.penalty(trainable)) is not None:
+            total = total + added.sum()
         total.backward()
         optimizer.step(lr, active)
         return values.detach()
@@ -89,6 +103,12 @@ class Bilevel:
     unrolled: bool = False
     reach: float = 1e-2
     factor: float = 1.0
+
+    def with_penalty(self, penalty: Penalty) -> Rule:
+        """Not known for two levels."""
+        raise UserError(
+            "penalty: a method that trains on two levels (Bilevel) has none; put it into the loss of a phase"
+        )
 
     def by_optimizer(self, key: Key) -> bool:
         """The upper tensors."""

@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from fedalt.benchmarks.sides.uploads import SERVED, norm, shape, upload
 from fedalt.benchmarks.task import Job, Outcome, Spec
-from fedalt.config import FederationConfig
+from fedalt.config import FederationConfig, RunConfig
 from fedalt.federation.server import Server
-from fedalt.methods.registry import get_method
+from fedalt.methods.registry import build
 from fedalt.model.state import ClientState
-from fedalt.names import ROW, Key, Tensors
+from fedalt.names import REST_OF_WORLD, Key, Tensors
 
 
 def prepare(spec: Spec) -> Job:
     """Everything before the clock."""
     adapters = shape(spec)
-    method = get_method("fedalt")(spec.clients)
+    method = build(RunConfig(), spec.clients)
     sizes = {key: size for key, size in adapters.shapes().items() if method.shares(key)}
     folder = TemporaryDirectory(prefix="fedalt-bench-")
 
@@ -42,9 +42,11 @@ def prepare(spec: Spec) -> Job:
         norms = []
         for client in clients:
             sent = read(client)
-            installed = method.install(ClientState(client, 1, sent, sent), messages[client])
+            installed = method.receive(ClientState(client, 1, sent, sent), messages[client])
             if client < SERVED:
-                norms.append(norm({key: value for key, value in installed.tensors.items() if key.slot == ROW}))
+                norms.append(
+                    norm({key: value for key, value in installed.tensors.items() if key.slot == REST_OF_WORLD})
+                )
         return norms
 
     def play() -> Outcome:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedalt.model.layer import features
 from fedalt.model.targets import find_targets
-from fedalt.names import INDIVIDUAL, MIXER, ROW, A, B, G, Key, Tensors
+from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, A, B, G, Key, Tensors
 
 
 class DualLora(nn.Module):
@@ -25,8 +25,8 @@ class DualLora(nn.Module):
         super().__init__()
         d_in, d_out = features(base_layer)
         self.base_layer = base_layer
-        self.lora_a = nn.ModuleList(nn.Linear(d_in, r, bias=False) for _ in (INDIVIDUAL, ROW))
-        self.lora_b = nn.ModuleList(nn.Linear(r, d_out, bias=False) for _ in (INDIVIDUAL, ROW))
+        self.lora_a = nn.ModuleList(nn.Linear(d_in, r, bias=False) for _ in (INDIVIDUAL, REST_OF_WORLD))
+        self.lora_b = nn.ModuleList(nn.Linear(r, d_out, bias=False) for _ in (INDIVIDUAL, REST_OF_WORLD))
         self.mixer = nn.Linear(d_in, 2, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.scale = scale
@@ -48,7 +48,7 @@ class DualLora(nn.Module):
         """The weight behind a slot and factor."""
         if slot == MIXER:
             return self.mixer.weight
-        layer = (self.lora_a if factor == A else self.lora_b)[(INDIVIDUAL, ROW).index(slot)]
+        layer = (self.lora_a if factor == A else self.lora_b)[(INDIVIDUAL, REST_OF_WORLD).index(slot)]
         return layer.weight  # type: ignore[return-value]
 
 

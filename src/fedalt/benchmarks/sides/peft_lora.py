@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fedalt.benchmarks.sides.plain import silence
 from fedalt.benchmarks.workload import LORA
-from fedalt.methods.registry import get_method
+from fedalt.config import RunConfig
+from fedalt.methods.registry import build
 from fedalt.model.layer import features
 from fedalt.model.state import initial_state
 from fedalt.model.targets import find_targets
@@ -27,7 +28,7 @@ class PeftLora:
         config = LoraConfig(r=LORA.r, lora_alpha=int(LORA.alpha), lora_dropout=dropout, target_modules=list(sizes))
         self.base = base
         self.model: Any = get_peft_model(base, config)
-        start = initial_state(get_method("fedit")(1).shape(LORA.r, sizes), 0, seed, LORA.init, LORA.mixer_init)
+        start = initial_state(build(RunConfig(method="fedit"), 1, sizes).shape, 0, seed, LORA.init, LORA.mixer_init)
         self.start: list[tuple[nn.Parameter, Tensor]] = []
         for key, value in start.tensors.items():
             layer = base.get_submodule(key.module)

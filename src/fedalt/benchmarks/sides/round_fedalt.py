@@ -32,7 +32,7 @@ class Round:
         world = self.federation
         states = {state.client: state for state in world.states}
         lengths = [mean(len(row) for step in plan.steps for row in step) for plan in plans]
-        sizes = (world.shape.size(), trainable(world.method, world.shape))
+        sizes = (world.shape.size(), trainable(world.method))
         fitting = self.spec.cohort or fitting_cohort(self.model, lengths, self.spec.batch_size, *sizes)
         cohort = 1 if self.spec.side == "loop" else fitting
         by_client = {plan.client: plan for plan in plans}
@@ -63,8 +63,7 @@ def build(spec: Spec, work: workload.Workload) -> Round:
     """Wrap the base and set the clients up."""
     model = AdaptedModel(work.base)
     world = workload.federation(spec, model.layer_sizes)
-    lora = workload.LORA.model_copy(update={"dropout": spec.dropout})
-    settings = RoundSettings(world.method, lora, workload.training(spec))
+    settings = RoundSettings(world.method, workload.training(spec))
     return Round(spec, model, world, settings)
 
 

@@ -7,8 +7,9 @@ import torch
 from fedalt.benchmarks import shapes
 from fedalt.benchmarks.task import Spec
 from fedalt.benchmarks.workload import LORA
+from fedalt.config import RunConfig, with_settings
 from fedalt.errors import UserError
-from fedalt.methods.registry import get_method
+from fedalt.methods.registry import build
 from fedalt.model.layer import features
 from fedalt.model.state import AdapterShape
 from fedalt.model.targets import find_targets
@@ -33,7 +34,7 @@ def shape(spec: Spec) -> AdapterShape:
     sizes = {path: features(base.get_submodule(path)) for path in find_targets(base)}
     each = sum(map(sum, sizes.values()))  # parameters of an upload by rank
     rank = LORA.r if spec.parameters is None else -(-spec.parameters // each)
-    return get_method("fedalt")(spec.clients).shape(rank, sizes)
+    return build(with_settings(RunConfig(), {"lora.r": rank}), spec.clients, sizes).shape
 
 
 def upload(spec: Spec, adapters: AdapterShape, client: int) -> Tensors:

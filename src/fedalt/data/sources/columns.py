@@ -66,15 +66,23 @@ class Columns:
         return f"{'text: ' + ', '.join(self.text) if self.text else 'images'}; label: {self.label}"
 
 
-def to_pool(config: DataConfig, splits: Mapping[str, Sequence[Record]], source: str, kind: str, hint: str = "") -> Pool:
+def to_pool(
+    config: DataConfig,
+    splits: Mapping[str, Sequence[Record]],
+    source: str,
+    kind: str,
+    hint: str = "",
+    task: str | None = None,
+) -> Pool:
     """Rows of every split from the columns that the settings name.
 
     Args:
         config: Names of columns and labels.
         splits: Records by split.
-        source: What the pool is called; rows without a task have the last part of it.
+        source: What the pool is called.
         kind: What was recognised, for a note.
         hint: What else may be the matter where a column is not found.
+        task: Task of rows that name none; the last part of ``source`` when not given.
 
     Raises:
         UserError: No training rows, a column that is not there, an empty text or label.
@@ -84,7 +92,7 @@ def to_pool(config: DataConfig, splits: Mapping[str, Sequence[Record]], source: 
             raise UserError(f"{source}: no {split} rows")
     first = splits["train"][0]
     columns = _choose(config, list(first.values), first.picture is not None, source, hint)
-    task = source.rstrip("/").rpartition("/")[2].partition(".")[0]
+    task = source.rstrip("/").rpartition("/")[2].partition(".")[0] if task is None else task
     rows = {s: tuple(_row(record, columns, config, task) for record in splits.get(s, ())) for s in SPLITS}
     labels = frozenset(_cell(record, columns.label) for records in splits.values() for record in records)
     extra = columns.extra

@@ -47,7 +47,22 @@ def read_hub(name: str, config: DataConfig) -> Pool:
     """
     has_header(config, name)
     source = f"{name}/{config.config}" if config.config else name
-    found, notes = _named(_load(name, config.config), source)
+    return from_datasets(_load(name, config.config), source, config)
+
+
+def from_datasets(loaded: Any, source: str, config: DataConfig, task: str | None = None) -> Pool:
+    """Rows of a loaded ``Dataset``, or of several by split; class numbers and splits as for ``read_hub``.
+
+    Args:
+        loaded: The data set, or split → data set.
+        source: What the pool is called.
+        config: Names of columns and labels.
+        task: Task of rows that name none; the last part of ``source`` when not given.
+
+    Raises:
+        UserError: No training rows, training rows without labels, and what ``to_pool`` refuses.
+    """
+    found, notes = _named(loaded, source)
     records = {split: _records(rows, f"{source}: {split}", config) for split, rows in found.items()}
     for split in records.keys() - {"train"}:
         if find_label(config, found[split].column_names) is None:
@@ -61,7 +76,7 @@ def read_hub(name: str, config: DataConfig) -> Pool:
     if "test" in records and "test" not in labelled and "validation" in labelled:
         labelled["test"] = labelled.pop("validation")
         notes += (f"{source}: validation rows take the place of test rows",)
-    pool = to_pool(config, labelled, source, "a Hugging Face data set")
+    pool = to_pool(config, labelled, source, "a Hugging Face data set", task=task)
     return replace(pool, notes=(*pool.notes, *notes))
 
 

@@ -11,6 +11,7 @@ from fedalt.data.options import DataConfig
 from fedalt.data.pool import Pool
 from fedalt.data.rows import Federation
 from fedalt.data.sources.digits import DIGITS, read_digits
+from fedalt.data.sources.given import PREFIX, read_handed_on
 from fedalt.data.sources.hub import BUILT_IN, TINYWORLD, is_loadable, is_saved, read_hub
 from fedalt.data.sources.images import is_image_folder, read_images
 from fedalt.data.sources.table import ENDINGS, is_table_folder, read_table
@@ -35,6 +36,8 @@ def read_source(config: DataConfig) -> Federation | Pool:
     Raises:
         UserError: No such source, a folder of no kind or of two, and what the source's reader refuses.
     """
+    if config.source.startswith(PREFIX):
+        return read_handed_on(config.source).read(config)
     path = Path(config.source).expanduser()
     if path.is_file():
         if path.suffix not in ENDINGS:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fedalt.data.folder import json_values, read_text
 from fedalt.data.options import DataConfig
@@ -51,7 +53,7 @@ def _records(path: Path, config: DataConfig) -> list[Record]:
         records = _lines(path, config)
     else:
         has_header(config, str(path))
-        records = _objects(path)
+        records = mappings(json_values(read_text(path), path))
     if not records:
         raise UserError(f"{path}: no rows")
     return records
@@ -87,10 +89,15 @@ def _header(cells: list[str], path: Path) -> list[str]:
     return cells
 
 
-def _objects(path: Path) -> list[Record]:
+def mappings(values: Iterable[tuple[str, Any]]) -> list[Record]:
+    """Mappings of columns to values, each after where it stands.
+
+    Raises:
+        UserError: One is no mapping, or lacks a column that the first one has.
+    """
     records: list[Record] = []
-    for where, value in json_values(read_text(path), path):
-        if not isinstance(value, dict):
+    for where, value in values:
+        if not isinstance(value, Mapping):
             raise UserError(f"{where}: a row is a mapping of columns to values, found {type(value).__name__}")
         known = records[0].values if records else value
         for name in known:

@@ -65,7 +65,7 @@ def submit(config: RunConfig, connection: Connection, if_exists: IfExists, tell:
 def write_app(folder: Path, config: RunConfig, if_exists: IfExists) -> None:
     """Write the app: nothing but a ``pyproject.toml``, as all code is in the installed package."""
     run_config = {
-        "settings": json.dumps(config.model_dump(mode="json")),
+        "settings": json.dumps(config.portable()),
         "resume": if_exists == "resume",
         "overwrite": if_exists == "overwrite",
     }

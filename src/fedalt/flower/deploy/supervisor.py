@@ -46,6 +46,7 @@ class Site:
         device: Another device than the settings'.
         allow_two: Whether to take part in a federation of two.
         share: Private parts that it lets the server have.
+        plugins: Files of code that runs may use here.
     """
 
     connection: Connection
@@ -58,6 +59,7 @@ class Site:
     device: str | None = None
     allow_two: bool = False
     share: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Check the files.
@@ -77,7 +79,8 @@ class Site:
     def settings(self) -> dict[str, object]:
         """The content of ``site.json``, for the trainer."""
         names = ("client", "data", "model", "device", "allow_two")
-        return {**{name: getattr(self, name) for name in names}, "share": list(self.share)}
+        lists = {"share": list(self.share), "plugins": list(self.plugins)}
+        return {name: getattr(self, name) for name in names} | lists
 
     def command(self) -> list[str]:
         """The plain ``flower-supernode`` line, but for its own port and how often it looks for messages."""

@@ -1,0 +1,194 @@
+"""``fedalt methods`` and ``fedalt metrics``: what there is, what it is made of, how it is set."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from fedalt.cli import complete, show
+from fedalt.cli.show import print_json
+from fedalt.errors import UserError, did_you_mean
+from fedalt.hints import in_words
+from fedalt.registry import METHODS
+
+_Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
+
+
+def methods(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="say all about this one; FILE.py:Name, too", autocompletion=complete.methods
+        ),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """List methods, and variants that are a method with other settings: what they send, where they come from."""
+    chosen = METHODS.resolve(name) if name else None
+    _show("methods", method_facts(), chosen, as_json)
+
+
+def metrics(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="say all about this one", autocompletion=complete.metrics),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """List what can be measured, and in which task."""
+    _show("metrics", metric_facts(), name, as_json)
+
+
+def _show(kind: str, facts: Mapping[str, dict[str, Any]], name: str | None, as_json: bool) -> None:
+    if name is not None and name not in facts:
+        raise UserError(
+            f'{kind.removesuffix("s")}: "{name}" is unknown{did_you_mean(name, facts)}; known: {", ".join(facts)}'
+        )
+    if as_json:
+        print_json(list(facts.values()) if name is None else facts[name])
+    elif name is None:
+        show.out.print(_table(kind, facts))
+    else:
+        _page(facts[name])
+
+
+def _table(kind: str, facts: Mapping[str, dict[str, Any]]) -> Table:
+    """All but the long text and the settings, in two columns, so that nothing is cut in a narrow terminal."""
+    table = Table(title=f"{kind}; fedalt {kind} NAME says more", title_justify="left", show_header=False, box=None)
+    for name, one in facts.items():
+        short = "; ".join(_labelled(head, value) for head, value in one.items() if head not in _LONG)
+        table.add_row(f"[bold]{name}[/]", f"{escape(short)}\n[dim]{escape(one['what it is'])}[/]")
+    return table
+
+
+_LONG = ("name", "what it is", "text", "settings")
+
+
+def _labelled(head: str, value: str) -> str:
+    return f"{head} {value}" if head == "sends" else value
+
+
+def _page(one: Mapping[str, Any]) -> None:
+    show.out.print(f"[bold]{escape(one['title'])}[/]  ({one['name']})", highlight=False)
+    for head, value in one.items():
+        if head not in (*_LONG, "title"):
+            show.out.print(f"{head}: {escape(str(value))}", highlight=False)
+    for paragraph in one["text"].replace("``", "").split("\n\n"):
+        equation = paragraph.startswith(" ")
+        text = paragraph if equation else " ".join(paragraph.split())
+        show.out.print(f"\n{escape(text)}", highlight=False, soft_wrap=equation)
+    for setting in one.get("settings", ()):
+        show.out.print(f"\n[bold]{setting['key']}[/] = {escape(setting['default'])}", highlight=False)
+        for line in (setting["what it may be"], setting["what it does"]):
+            show.out.print(Padding(escape(line), (0, 0, 0, 4)), highlight=False)
+
+
+def method_titles() -> dict[str, str]:
+    """Name → title of methods and variants."""
+    return {entry.name: entry.value.title or entry.name for entry in METHODS.entries()}
+
+
+def method_facts() -> dict[str, dict[str, Any]]:
+    """Name → everything that is shown of a method or a variant."""
+    from fedalt.methods.registry import Variant, get_method, section_of
+
+    facts: dict[str, dict[str, Any]] = {}
+    for entry in METHODS.entries():
+        kind = get_method(entry.name)
+        text = inspect.cleandoc(kind.__doc__ or "")
+        if isinstance(entry.value, Variant):
+            changed = ", ".join(f"{key}={_yaml(value)}" for key, value in entry.value.settings.items())
+            text = f"{method_titles()[entry.value.method]} with {changed}\n\n{text}"
+        facts[entry.name] = {
+            "name": entry.name,
+            "title": method_titles()[entry.name],
+            "sends": _sent(entry.name),
+            "source": kind.source or entry.origin,
+            "what it is": _first_sentence(text),
+            "text": text,
+            "settings": _settings(section_of(kind), kind.Settings),
+        }
+    return facts
+
+
+def _sent(name: str) -> str:
+    """What a client uploads in a round, by the method's own rule."""
+    from fedalt.config import RunConfig
+    from fedalt.methods.registry import build, configured
+    from fedalt.names import MIXER
+
+    method = build(configured(RunConfig(), name), 2, {"layer": (4, 4)})
+    if method.centralised:
+        return "its rows"
+    keys = [key for key in method.shape.shapes() if method.shares(key)]
+    parts = sorted({key.factor for key in keys if key.slot != MIXER})
+    parts += ["mixer"] if any(key.slot == MIXER for key in keys) else []
+    return ", ".join(parts) or "nothing"
+
+
+def _settings(section: str, kind: type[BaseModel]) -> list[dict[str, Any]]:
+    """The settings of a method, in words."""
+    return [
+        {
+            "key": f"{section}.{key}",
+            "what it may be": in_words(field),
+            "default": "required" if field.is_required() else _yaml(field.default),
+            "what it does": field.description or "",
+        }
+        for key, field in kind.model_fields.items()
+    ]
+
+
+def metric_titles() -> dict[str, str]:
+    """Name → title of everything that can be measured."""
+    from fedalt.evaluation.metrics import LABELS
+
+    return LABELS
+
+
+def metric_facts() -> dict[str, dict[str, Any]]:
+    """Name → everything that is shown of a metric."""
+    facts: dict[str, dict[str, Any]] = {}
+    for name, title in metric_titles().items():
+        task, text = _METRICS[name]
+        scale = "nats, lower is better" if name == "log_loss" else "0 to 100"
+        facts[name] = {"name": name, "title": title, "task": task, "scale": scale}
+        facts[name] |= {"what it is": _first_sentence(text), "text": text}
+    return facts
+
+
+_ROUGE = (
+    "Google's rouge_score with its default tokenizer keeps a to z and 0 to 9 only: text in other scripts scores 0. "
+    "evaluation.stemmer changes the scores."
+)
+_METRICS = {
+    "rouge1": ("answers", f"F1 of the words that answer and reference share. {_ROUGE}"),
+    "rouge2": ("answers", f"F1 of the pairs of neighbouring words that answer and reference share. {_ROUGE}"),
+    "rougeL": ("answers", f"F1 of the longest common subsequence of words of answer and reference. {_ROUGE}"),
+    "exact_match": ("answers", "Share of answers that equal their reference, spaces at both ends aside."),
+    "accuracy": ("classes", "Share of rows whose most probable class is the right one."),
+    "macro_f1": ("classes", "Mean of the classes' F1 scores, over classes among references or choices."),
+    "log_loss": ("classes", "Mean of -log p(right class). p counts as 1e-12 at least."),
+    "option_accuracy": (
+        "answers",
+        "Share of rows whose most likely option is the right one. For rows whose instruction lists OPTIONS; needs "
+        "evaluation.options=sum or mean, which says how an option's tokens are added up.",
+    ),
+}
+"""Name → what is scored, and how."""
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = text.partition("\n\n")[0]
+    return " ".join(paragraph.split()).partition(". ")[0].rstrip(".").replace("``", "")
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,57 @@
+"""A run from settings to report, for whoever starts one: the command line and the Python API."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from fedalt.config import RunConfig
+from fedalt.data.load import Rows
+from fedalt.experiment.engine import run
+from fedalt.experiment.events import Sink
+from fedalt.experiment.folder import IfExists, RunFolder, check_folder, claim_folder
+from fedalt.experiment.machine import forget_peak_memory
+from fedalt.experiment.members import Bases
+from fedalt.experiment.prepare import Experiment, load_rows, prepare
+from fedalt.experiment.workers import check_devices
+from fedalt.methods.registry import configured
+from fedalt.report.html import write_report
+from fedalt.report.insights import look
+from fedalt.report.trackers import check_trackers, tracked
+
+
+def run_one(
+    config: RunConfig,
+    if_exists: IfExists,
+    bar: AbstractContextManager[Sink],
+    bases: Bases | None = None,
+    rows: Rows | None = None,
+) -> tuple[Experiment, RunFolder, dict[str, Any]]:
+    """Check everything, train, score, save every client's model, write the report.
+
+    Args:
+        config: All settings.
+        if_exists: What to do with a run that is in the folder already.
+        bar: Gives the sink of all events while the run lasts, for a progress bar.
+        bases: Where the base may be in memory already.
+        rows: Where the rows may be in memory already.
+
+    Returns:
+        The experiment, its folder, and the content of ``final_scores.json``.
+
+    Raises:
+        UserError: Anything that is wrong with the settings, the rows, the model or the folder.
+    """
+    check_trackers(config.report.trackers)
+    check_devices(config)
+    check_folder(config.folder, if_exists)
+    forget_peak_memory()
+    bases, rows = bases or Bases(), rows or Rows()
+    config, federation = load_rows(configured(config, config.method), rows)
+    experiment = prepare(config, bases.of(config), federation, rows=rows)
+    folder = claim_folder(config.folder, if_exists)
+    with bar as show, tracked(config.report.trackers, folder.path, show) as sink:
+        scores = run(experiment, folder, sink)
+    look(folder, config.report.insight, experiment.resident, rows)
+    write_report(folder)
+    return experiment, folder, scores
