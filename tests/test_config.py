@@ -9,8 +9,8 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from fedalt.compare.compare import plan
-from fedalt.compare.sweep import parse_axis, points
+from fedalt.comparisons.compare import plan
+from fedalt.comparisons.sweep import parse_axis, points
 from fedalt.config import RunConfig, hints, load_config, parse_config, parse_override
 from fedalt.errors import UserError
 from micro import labelled_table, refused

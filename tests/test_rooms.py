@@ -22,8 +22,8 @@ ORDER = (
     {"evaluation"},
     {"methods"},
     {"federation"},
-    {"run"},
-    {"compare", "personal"},
+    {"runs"},
+    {"comparisons", "personal"},
     {"report"},
     {"flower"},
     {"benchmarks", "testing", "progress", "start"},
@@ -35,14 +35,14 @@ NEIGHBOURS = ({"names", "errors", "files", "seeding", "runtime", "compat"}, {"da
 NEVER = {
     "model": {"fedalt.data", "fedalt.methods"},
     "methods": {"fedalt.files", "fedalt.flower", "fedalt.cli", "pathlib", "typer", "rich"},
-    "federation": {"fedalt.files", "fedalt.run", "pathlib"},
-    "report": {"fedalt.model", "fedalt.training", "fedalt.federation", "fedalt.run.setup", "torch", "transformers"},
+    "federation": {"fedalt.files", "fedalt.runs", "pathlib"},
+    "report": {"fedalt.model", "fedalt.training", "fedalt.federation", "fedalt.runs.setup", "torch", "transformers"},
 }
 """Room → what no file of it imports."""
 
 EXCEPTIONS = {
     ("benchmarks/first_step.py", "fedalt.cli"): "a program around the command, to be timed",
-    ("report/insights.py", "fedalt.run.setup"): "has models answer, where a report asks for that and no file has it",
+    ("report/insights.py", "fedalt.runs.setup"): "has models answer, where a report asks for that and no file has it",
 }
 """(File, module) → why it may."""
 
@@ -146,6 +146,6 @@ def test_the_package_does_without_the_tools() -> None:
 
 
 def test_an_arrow_that_goes_up_is_found_wherever_it_is() -> None:
-    bad = "import fedalt.cli\ndef late():\n    from fedalt.run import folder\n    from fedalt import methods\n"
-    assert {name for _, name in upward("model/x.py", ast.parse(bad))} == {"fedalt.cli", "fedalt.run", "fedalt.methods"}
-    assert not list(upward("run/x.py", ast.parse("from fedalt.model.base import load_base\nimport torch\n")))
+    bad = "import fedalt.cli\ndef late():\n    from fedalt.runs import folder\n    from fedalt import methods\n"
+    assert {name for _, name in upward("model/x.py", ast.parse(bad))} == {"fedalt.cli", "fedalt.runs", "fedalt.methods"}
+    assert not list(upward("runs/x.py", ast.parse("from fedalt.model.base import load_base\nimport torch\n")))

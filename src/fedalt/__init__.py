@@ -38,6 +38,34 @@ _WHERE = {
 """Public name → the module or package that has it."""
 
 
+__all__ = [
+    "Column",
+    "Dirichlet",
+    "GLDirichlet",
+    "Iid",
+    "Method",
+    "Pathological",
+    "Quantity",
+    "SCDirichlet",
+    "Settings",
+    "Simulation",
+    "aggregator",
+    "compare",
+    "load_base",
+    "load_data",
+    "load_run",
+    "method",
+    "metric",
+    "partitioner",
+    "run",
+    "source",
+    "squared_distance",
+    "template",
+    "testing",
+    "tracker",
+]
+
+
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'fedalt' has no attribute {name!r}")

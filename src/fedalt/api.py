@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 
-from fedalt.compare.compare import compare as train_all
-from fedalt.compare.jobs import Budget
-from fedalt.compare.tables import client_lines, latex, markdown, score_grid
+from fedalt.comparisons.compare import compare as train_all
+from fedalt.comparisons.jobs import Budget
+from fedalt.comparisons.tables import client_lines, latex, markdown, score_grid
 from fedalt.config import RunConfig, with_settings
 from fedalt.data.deals import Deal
 from fedalt.data.federation import ClientData, Federation, Row
@@ -30,13 +30,13 @@ from fedalt.personal.export import export_folders
 from fedalt.progress import in_notebook, on_terminal
 from fedalt.report.html import write_comparison_report, write_report, write_reports
 from fedalt.report.insights import look
-from fedalt.run.client_folder import client_ids
-from fedalt.run.events import Sink
-from fedalt.run.folder import IfExists, RunFolder, final_scores, finished_run, open_run, settings_of
-from fedalt.run.history import History, read_history
-from fedalt.run.scoring import Scores
-from fedalt.run.setup import Bases
-from fedalt.run.simulation import Rounds
+from fedalt.runs.client_folder import client_ids
+from fedalt.runs.events import Sink
+from fedalt.runs.folder import IfExists, RunFolder, final_scores, finished_run, open_run, settings_of
+from fedalt.runs.history import History, read_history
+from fedalt.runs.scoring import Scores
+from fedalt.runs.setup import Bases
+from fedalt.runs.simulation import Rounds
 from fedalt.start import run_one
 
 if TYPE_CHECKING:

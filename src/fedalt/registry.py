@@ -473,7 +473,7 @@ TEMPLATES: Registry[Any] = Registry(
     open=True,
 )
 TRACKERS: Registry[Any] = Registry(
-    "tracker", "fedalt.trackers", "fedalt.run.trackers", accepts=inspect.isclass, wanted="a class"
+    "tracker", "fedalt.trackers", "fedalt.runs.trackers", accepts=inspect.isclass, wanted="a class"
 )
 ALL: Sequence[Registry[Any]] = (METHODS, METRICS, PARTITIONERS, AGGREGATORS, SOURCES, TEMPLATES, TRACKERS)
 

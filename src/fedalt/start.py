@@ -10,13 +10,13 @@ from fedalt.data.load import Rows
 from fedalt.methods.registry import configured
 from fedalt.report.html import write_report
 from fedalt.report.insights import look
-from fedalt.run.devices import check_devices
-from fedalt.run.events import Sink
-from fedalt.run.folder import IfExists, RunFolder, check_folder, claim_folder
-from fedalt.run.machine import forget_peak_memory
-from fedalt.run.rounds import run
-from fedalt.run.setup import Bases, Experiment, load_rows, prepare
-from fedalt.run.trackers import check_trackers, tracked
+from fedalt.runs.devices import check_devices
+from fedalt.runs.events import Sink
+from fedalt.runs.folder import IfExists, RunFolder, check_folder, claim_folder
+from fedalt.runs.machine import forget_peak_memory
+from fedalt.runs.rounds import run
+from fedalt.runs.setup import Bases, Experiment, load_rows, prepare
+from fedalt.runs.trackers import check_trackers, tracked
 
 
 def run_one(

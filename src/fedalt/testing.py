@@ -38,7 +38,7 @@ from fedalt.model.batch_layout import BatchLayout
 from fedalt.model.layer import Placement
 from fedalt.model.state import AdapterShape, ClientState, initial_state
 from fedalt.names import Tensors
-from fedalt.run.checkpoint import Checkpoint, load_checkpoint
+from fedalt.runs.checkpoint import Checkpoint, load_checkpoint
 
 VOCAB, HIDDEN, LAYERS = 64, 32, 2
 PAD = 0

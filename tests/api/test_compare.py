@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import fedalt as fa
-from fedalt.compare.compare import compare as compare_below
-from fedalt.compare.sweep import sweep
-from fedalt.compare.tables import Grid, Score, latex
+from fedalt.comparisons.compare import compare as compare_below
+from fedalt.comparisons.sweep import sweep
+from fedalt.comparisons.tables import Grid, Score, latex
 from fedalt.config import parse_config
 from fedalt.config.data import DataConfig
 from fedalt.data.load import Rows, load_both

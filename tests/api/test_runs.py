@@ -14,7 +14,7 @@ import fedalt as fa
 from fedalt.data.formats.folder import read_folder
 from fedalt.errors import UserError
 from fedalt.personal.chat import Chat
-from fedalt.run.checkpoint import load_checkpoint
+from fedalt.runs.checkpoint import load_checkpoint
 from micro import CLIENTS, call, finished, refused, settings, shared_data, shared_model, tree, write_yaml
 from support import bitwise
 

@@ -14,7 +14,7 @@ from fedalt.flower.consent import Consent
 from fedalt.flower.requests import Request
 from fedalt.flower.server_app import serve
 from fedalt.flower.site import SiteRows
-from fedalt.run.setup import Bases
+from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 
 QUICK: dict[str, Any] = {"evaluation__every": 3}

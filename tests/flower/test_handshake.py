@@ -15,7 +15,7 @@ from fedalt.errors import UserError
 from fedalt.flower.members import rule_of
 from fedalt.flower.requests import Reply
 from fedalt.methods.registry import build, configured
-from fedalt.run.setup import Bases
+from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 from flower.rounds import failures, run
 

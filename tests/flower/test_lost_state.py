@@ -12,7 +12,7 @@ import torch
 
 from fedalt.flower.requests import Request
 from fedalt.flower.wire import unpack
-from fedalt.run.setup import Bases
+from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 from flower.rounds import elsewhere_trained, failures, notes, run
 

@@ -19,7 +19,7 @@ from fedalt.flower.server_app import serve
 from fedalt.methods.registry import get_method
 from fedalt.model.state import load_state
 from fedalt.names import Key
-from fedalt.run.setup import Bases
+from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 from flower.wired import raw, size, wired
 from support import METHODS, VARIANTS

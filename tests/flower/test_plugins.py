@@ -13,7 +13,7 @@ from fedalt.errors import UserError
 from fedalt.flower.requests import Reply, Request
 from fedalt.flower.server_app import serve
 from fedalt.registry import HELD, METHODS, hold_plugins
-from fedalt.run.setup import Bases
+from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 from flower.test_parity import across, on_one_machine, site_files
 

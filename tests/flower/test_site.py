@@ -18,8 +18,8 @@ from fedalt.flower.requests import Reply, Request
 from fedalt.flower.site import Site, SiteRows
 from fedalt.flower.wire import pack, unpack
 from fedalt.names import INDIVIDUAL
-from fedalt.run import setup
-from fedalt.run.setup import Bases
+from fedalt.runs import setup
+from fedalt.runs.setup import Bases
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_round_that_is_done_is_not_trained_again(tmp_path: Path, bases: Bases)
 def test_a_site_remembers_what_the_server_received(wire: str, tmp_path: Path, bases: Bases) -> None:
     mine = site(tmp_path, bases)
     reply = good(mine.answer(asking("train", tmp_path, 1, flower__wire=wire)))
-    from fedalt.run.checkpoint import load_checkpoint
+    from fedalt.runs.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(tmp_path / "state/run-1/checkpoints")
     assert checkpoint is not None
@@ -83,7 +83,7 @@ def test_a_request_of_an_earlier_round_changes_nothing(tmp_path: Path, bases: Ba
 
 
 def test_the_base_is_loaded_once_for_all_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedalt.compare import jobs
+    from fedalt.comparisons import jobs
 
     load, loaded = jobs.load_resident, list[jobs.Resident]()
 

@@ -27,7 +27,7 @@ from fedalt.errors import UserError
 from fedalt.flower import trainer
 from fedalt.flower.requests import Reply, Request
 from fedalt.flower.site import Site
-from fedalt.run.setup import Bases
+from fedalt.runs.setup import Bases
 from flower.grid import Clock
 
 CLIENT = 1

@@ -27,8 +27,8 @@ from fedalt.model.base import fingerprint, load_base
 from fedalt.model.peft_files import LoraFolder, read_folder, write_lora
 from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, A, B, G, Key
 from fedalt.personal.export import export_static
-from fedalt.run.client_folder import client_ids, read_client
-from fedalt.run.folder import RunFolder
+from fedalt.runs.client_folder import client_ids, read_client
+from fedalt.runs.folder import RunFolder
 from micro import CLIENTS, answers, finished, shared_data, shared_model
 
 KINDS = ("llama", "bloom", "gpt2")

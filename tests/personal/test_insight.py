@@ -14,7 +14,7 @@ from fedalt.config import load_config
 from fedalt.data.encode import token_texts
 from fedalt.personal.chat import Chat
 from fedalt.personal.insight import BINS, read_insight, write_insight
-from fedalt.run.folder import RunFolder
+from fedalt.runs.folder import RunFolder
 from micro import CLIENTS, TEST, TRAIN, answers, call, finished, read_lines, refused, settings, tokenizer, write_yaml
 
 ALL = list(range(CLIENTS))

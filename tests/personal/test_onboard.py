@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from fedalt.names import Key, Tensors
 from fedalt.personal.onboard import onboard
-from fedalt.run.client_folder import read_client
-from fedalt.run.folder import finished_run
-from fedalt.run.setup import load_resident
+from fedalt.runs.client_folder import read_client
+from fedalt.runs.folder import finished_run
+from fedalt.runs.setup import load_resident
 from micro import (
     CLIENTS,
     answers,

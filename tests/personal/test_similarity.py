@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from fedalt.names import INDIVIDUAL, A, B, Key
 from fedalt.personal.insight import inner_products, similarity
-from fedalt.run.folder import RunFolder
+from fedalt.runs.folder import RunFolder
 from micro import CLIENTS, finished
 
 

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from fedalt.config import load_config
 from fedalt.report.html import write_comparison_report, write_report
 from fedalt.report.page import SCRIPT
-from fedalt.run.folder import RunFolder
+from fedalt.runs.folder import RunFolder
 from micro import (
     CLIENTS,
     call,

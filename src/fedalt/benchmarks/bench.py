@@ -17,7 +17,7 @@ from unittest import mock
 
 from fedalt.benchmarks.side_command import finish
 from fedalt.benchmarks.task import Spec
-from fedalt.run.machine import commit, versions
+from fedalt.runs.machine import commit, versions
 
 
 def describe() -> dict[str, Any]:

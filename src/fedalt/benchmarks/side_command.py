@@ -16,7 +16,7 @@ from fedalt.benchmarks import workload
 from fedalt.benchmarks.task import Job, Outcome, Spec
 from fedalt.errors import UserError
 from fedalt.model.base import resolve_source
-from fedalt.run.events import read_events
+from fedalt.runs.events import read_events
 
 ROUNDS = 2
 COMMAND = "from fedalt.cli import main; main()"

@@ -21,7 +21,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     """
     import torch
 
-    from fedalt.run.machine import peak_memory
+    from fedalt.runs.machine import peak_memory
 
     choose("what", spec.what, WHATS)
     side, _, work = (

@@ -26,7 +26,7 @@ from fedalt.cli.show import print_json, say
 from fedalt.cli.submit import submit
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
-from fedalt.run.folder import IfExists
+from fedalt.runs.folder import IfExists
 
 app = typer.Typer(
     name="fedalt",
@@ -86,7 +86,7 @@ def evaluate(
     """Score a run's saved adapters again."""
     from fedalt.evaluation.metrics import metrics_in
     from fedalt.personal.rescore import rescore
-    from fedalt.run.folder import final_scores
+    from fedalt.runs.folder import final_scores
 
     scored = rescore(run, client, data, central)
     scores = {str(c): evaluation.scores for c, evaluation in scored.items()}
@@ -166,7 +166,7 @@ def report(
     """Rebuild report.html from events.jsonl and results/insight.json."""
     from fedalt.report.html import write_report
     from fedalt.report.insights import look
-    from fedalt.run.folder import finished_run
+    from fedalt.runs.folder import finished_run
 
     if insight is not None:
         look(finished_run(run)[0], insight)
@@ -176,10 +176,10 @@ def report(
 @settings(starts=False)
 def validate(config: RunConfig, as_json: Json = False) -> None:
     """Check everything that can be checked before the first step, and estimate memory and time. Writes nothing."""
-    from fedalt.run.devices import check_devices
-    from fedalt.run.estimate import estimate, row_table
-    from fedalt.run.setup import prepare
-    from fedalt.run.trackers import check_trackers
+    from fedalt.runs.devices import check_devices
+    from fedalt.runs.estimate import estimate, row_table
+    from fedalt.runs.setup import prepare
+    from fedalt.runs.trackers import check_trackers
 
     check_trackers(config.report.trackers)
     check_devices(config)
@@ -238,7 +238,7 @@ app.add_typer(prepare_group, name="prepare", rich_help_panel="Data")
 
 
 def _folder(path: Path) -> Any:
-    from fedalt.run.folder import open_run
+    from fedalt.runs.folder import open_run
 
     return open_run(path)[0]
 

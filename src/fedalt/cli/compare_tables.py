@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedalt.cli.show import grouped
-from fedalt.compare.tables import (
+from fedalt.comparisons.tables import (
     Cell,
     Grid,
     average,

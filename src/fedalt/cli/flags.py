@@ -19,7 +19,7 @@ from fedalt.cli.show import complain
 from fedalt.config import RunConfig, parse_override
 from fedalt.config.hints import fields_at, in_words
 from fedalt.errors import UserError, shortened
-from fedalt.run.folder import IfExists, settings_of
+from fedalt.runs.folder import IfExists, settings_of
 
 _OPTIONS: dict[str, tuple[str, str, str, Any]] = {
     "model": ("model.name", "--model", "NAME", None),

@@ -14,7 +14,7 @@ from fedalt.cli.flags import settings
 from fedalt.cli.show import complain, print_json, say
 from fedalt.config import RunConfig, with_settings
 from fedalt.errors import UserError, needs
-from fedalt.run.folder import IfExists
+from fedalt.runs.folder import IfExists
 
 _SLACK = 5.0
 """Seconds that a file server's clock may be late."""
@@ -74,8 +74,8 @@ def _simulate(config: RunConfig, if_exists: IfExists) -> None:
 def _show(config: RunConfig, since: float, as_json: bool) -> None:
     """The table, where the run folder is one of this machine."""
     from fedalt.methods.registry import title_of
-    from fedalt.run.folder import RunFolder, final_scores
-    from fedalt.run.history import read_history
+    from fedalt.runs.folder import RunFolder, final_scores
+    from fedalt.runs.history import read_history
 
     folder = RunFolder(config.folder)
     if not folder.final_scores.is_file() or folder.final_scores.stat().st_mtime < since - _SLACK:

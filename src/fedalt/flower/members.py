@@ -18,8 +18,8 @@ from fedalt.errors import UserError
 from fedalt.flower.requests import Reply
 from fedalt.methods.base import Method
 from fedalt.names import Key
-from fedalt.run.rounds import frozen_settings
-from fedalt.run.setup import RunInfo
+from fedalt.runs.rounds import frozen_settings
+from fedalt.runs.setup import RunInfo
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from fedalt.flower.sites import RemoteClients, joining
 from fedalt.flower.waits import retry_soon
 from fedalt.methods.base import Method
 from fedalt.methods.registry import build, configured
-from fedalt.run.checkpoint import load_checkpoint, run_id
-from fedalt.run.events import Event, EventLog, Sink
-from fedalt.run.folder import IfExists, RunFolder, claim_folder
-from fedalt.run.rounds import find_checkpoint, frozen_settings, go, start
+from fedalt.runs.checkpoint import load_checkpoint, run_id
+from fedalt.runs.events import Event, EventLog, Sink
+from fedalt.runs.folder import IfExists, RunFolder, claim_folder
+from fedalt.runs.rounds import find_checkpoint, frozen_settings, go, start
 
 app = ServerApp()
 RUN = "flower.json"

@@ -22,9 +22,9 @@ from fedalt.flower.requests import Reply
 from fedalt.flower.server_app import checked, serve
 from fedalt.flower.site import Site
 from fedalt.registry import hold_plugins
-from fedalt.run.events import Sink
-from fedalt.run.folder import IfExists, RunFolder
-from fedalt.run.setup import Bases
+from fedalt.runs.events import Sink
+from fedalt.runs.folder import IfExists, RunFolder
+from fedalt.runs.setup import Bases
 from fedalt.runtime import usual_priority
 
 SITES = "sites"

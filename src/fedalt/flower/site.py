@@ -33,15 +33,15 @@ from fedalt.flower.wire import pack, unpack
 from fedalt.methods.exchange import Message
 from fedalt.model.state import ClientState
 from fedalt.names import REST_OF_WORLD, parted
-from fedalt.run.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
-from fedalt.run.client_folder import write_client
-from fedalt.run.clients import plans_of, states_in
-from fedalt.run.events import EventLog
-from fedalt.run.folder import RunFolder
-from fedalt.run.machine import versions
-from fedalt.run.rounds import frozen_settings
-from fedalt.run.scoring import Scoring
-from fedalt.run.setup import Bases, Experiment, RunInfo, prepare
+from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
+from fedalt.runs.client_folder import write_client
+from fedalt.runs.clients import plans_of, states_in
+from fedalt.runs.events import EventLog
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.machine import versions
+from fedalt.runs.rounds import frozen_settings
+from fedalt.runs.scoring import Scoring
+from fedalt.runs.setup import Bases, Experiment, RunInfo, prepare
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from fedalt.flower.requests import Do, Reply, Request
 from fedalt.flower.wire import pack, unpack
 from fedalt.methods.exchange import Message
 from fedalt.names import Tensors
-from fedalt.run.checkpoint import Checkpoint
-from fedalt.run.clients import ClientReport
-from fedalt.run.events import EventLog
-from fedalt.run.folder import RunFolder
-from fedalt.run.scoring import Points, log_points
-from fedalt.run.setup import RunInfo
+from fedalt.runs.checkpoint import Checkpoint
+from fedalt.runs.clients import ClientReport
+from fedalt.runs.events import EventLog
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.scoring import Points, log_points
+from fedalt.runs.setup import RunInfo
 from fedalt.training.loop import TrainingStats
 
 _WELCOME = 60.0

@@ -93,7 +93,7 @@ def _site(state: Path) -> Any:
     from fedalt.flower.consent import Consent
     from fedalt.flower.site import Site, SiteRows
     from fedalt.registry import hold_plugins
-    from fedalt.run.setup import Bases
+    from fedalt.runs.setup import Bases
 
     said = read_json(state / SITE)
     hold_plugins(said.get("plugins", ()))

@@ -14,9 +14,9 @@ from fedalt.evaluation.classify import probabilities
 from fedalt.evaluation.generate import answer
 from fedalt.evaluation.prompt_similarity import load_to_answer
 from fedalt.model.base import positions
-from fedalt.run.client_folder import read_client
-from fedalt.run.folder import finished_run
-from fedalt.run.setup import Resident, load_resident
+from fedalt.runs.client_folder import read_client
+from fedalt.runs.folder import finished_run
+from fedalt.runs.setup import Resident, load_resident
 from fedalt.training.loop import mixer_weights
 
 

@@ -18,9 +18,9 @@ from fedalt.model.layer import SUM
 from fedalt.model.peft_files import LoraFolder, write_lora
 from fedalt.model.state import ClientState
 from fedalt.names import MERGED, A, B, Key
-from fedalt.run.client_folder import PersonalModel, client_folder, read_client
-from fedalt.run.folder import finished_run
-from fedalt.run.setup import Resident, load_resident
+from fedalt.runs.client_folder import PersonalModel, client_folder, read_client
+from fedalt.runs.folder import finished_run
+from fedalt.runs.setup import Resident, load_resident
 from fedalt.training.loop import mixer_weights
 
 STATIC = "static"

@@ -25,9 +25,9 @@ from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.files import read_json, write_json
 from fedalt.model.peft_files import read_folder
 from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Tensors
-from fedalt.run.client_folder import CONFIG, PersonalModel, client_folder, read_client
-from fedalt.run.folder import RunFolder, final_scores
-from fedalt.run.setup import Resident, load_resident
+from fedalt.runs.client_folder import CONFIG, PersonalModel, client_folder, read_client
+from fedalt.runs.folder import RunFolder, final_scores
+from fedalt.runs.setup import Resident, load_resident
 from fedalt.training.loop import mixer_weights
 
 

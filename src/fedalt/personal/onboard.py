@@ -21,11 +21,11 @@ from fedalt.files import write_json
 from fedalt.methods.exchange import Message
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
-from fedalt.run.checkpoint import Checkpoint, load_checkpoint
-from fedalt.run.client_folder import client_ids, read_client, write_client
-from fedalt.run.clients import plan_phases
-from fedalt.run.folder import IfExists, RunFolder, claim_folder, finished_run
-from fedalt.run.setup import Experiment, load_resident, prepare
+from fedalt.runs.checkpoint import Checkpoint, load_checkpoint
+from fedalt.runs.client_folder import client_ids, read_client, write_client
+from fedalt.runs.clients import plan_phases
+from fedalt.runs.folder import IfExists, RunFolder, claim_folder, finished_run
+from fedalt.runs.setup import Experiment, load_resident, prepare
 
 FOLDER = "newcomers"
 """Where newcomers go, inside the run that they join."""

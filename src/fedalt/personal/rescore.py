@@ -11,9 +11,9 @@ from fedalt.data.load import elsewhere, load_federation, read
 from fedalt.errors import UserError, listed
 from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.federation.cohort import cohort_size, cohorts
-from fedalt.run.client_folder import client_ids, read_client
-from fedalt.run.folder import finished_run
-from fedalt.run.setup import load_resident
+from fedalt.runs.client_folder import client_ids, read_client
+from fedalt.runs.folder import finished_run
+from fedalt.runs.setup import load_resident
 
 
 def rescore(

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from fedalt.evaluation.metrics import metric_of
 from fedalt.report.theme import DASHES, DIVERGING, SYMBOLS, Drawing, again, cells, colour, decimals, labels, styled
-from fedalt.run.events import Event
+from fedalt.runs.events import Event
 
 
 def loss_curves(events: Sequence[Event], tasks: Mapping[str, str]) -> Drawing:

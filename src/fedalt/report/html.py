@@ -18,9 +18,9 @@ from fedalt.report import figures, insights
 from fedalt.report.page import Section, page, paragraph, table
 from fedalt.report.shown import caption, shown
 from fedalt.report.theme import Drawing
-from fedalt.run.events import Event, first_start, read_events
-from fedalt.run.folder import RunFolder, open_run
-from fedalt.run.setup import Bases
+from fedalt.runs.events import Event, first_start, read_events
+from fedalt.runs.folder import RunFolder, open_run
+from fedalt.runs.setup import Bases
 
 
 def write_report(folder: RunFolder) -> Path:

@@ -16,8 +16,8 @@ from fedalt.personal.insight import BINS, write_insight
 from fedalt.report.page import paragraph
 from fedalt.report.shown import shown
 from fedalt.report.theme import PATTERNS, SEQUENTIAL, Drawing, again, cells, colour, decimals, labels, styled
-from fedalt.run.folder import RunFolder, final_scores
-from fedalt.run.setup import Resident
+from fedalt.runs.folder import RunFolder, final_scores
+from fedalt.runs.setup import Resident
 
 Insight = Mapping[str, Any]
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]

@@ -9,8 +9,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from fedalt.compare.sweep import grids, sent_up, values_of
-from fedalt.compare.tables import Grid, Score, average, seeds
+from fedalt.comparisons.sweep import grids, sent_up, values_of
+from fedalt.comparisons.tables import Grid, Score, average, seeds
 from fedalt.evaluation.metrics import metric_of
 from fedalt.files import write_text
 from fedalt.report.page import Section, linked, page, paragraph, table

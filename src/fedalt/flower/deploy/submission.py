@@ -18,7 +18,7 @@ from fedalt.errors import UserError
 from fedalt.flower.deploy.address import Connection
 from fedalt.flower.deploy.control import NAME, Control, control
 from fedalt.flower.deploy.processes import plain, shortened
-from fedalt.run.folder import IfExists
+from fedalt.runs.folder import IfExists
 
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _ERROR = "error: "

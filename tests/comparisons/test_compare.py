@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from fedalt.cli.compare_tables import compare_table
-from fedalt.compare import budget
-from fedalt.compare import compare as comparing
-from fedalt.compare import jobs as members
-from fedalt.compare.compare import collect, compare, plan
-from fedalt.compare.statistics import half_width, paired
-from fedalt.compare.sweep import Point, parse_axis, points, sweep
-from fedalt.compare.tables import EQUAL, Grid, Score, columns, gain_grid, markdown, score_grid, verdict_grid
+from fedalt.comparisons import budget
+from fedalt.comparisons import compare as comparing
+from fedalt.comparisons import jobs as members
+from fedalt.comparisons.compare import collect, compare, plan
+from fedalt.comparisons.statistics import half_width, paired
+from fedalt.comparisons.sweep import Point, parse_axis, points, sweep
+from fedalt.comparisons.tables import EQUAL, Grid, Score, columns, gain_grid, markdown, score_grid, verdict_grid
 from fedalt.config import RunConfig, parse_config
 from fedalt.errors import UserError
 from fedalt.methods.registry import title_of
-from fedalt.run import setup
-from fedalt.run.setup import load_resident
+from fedalt.runs import setup
+from fedalt.runs.setup import load_resident
 from micro import CLIENTS, data_folder, labelled_table, left_behind, settings, shared_classifier
 from pooled import dying, leaving
 from support import METHODS

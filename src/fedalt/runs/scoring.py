@@ -10,9 +10,9 @@ from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.evaluation.metrics import group_mean, metrics_in, over_clients
 from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.model.state import ClientState
-from fedalt.run.events import EventLog
-from fedalt.run.folder import RunFolder
-from fedalt.run.setup import Experiment
+from fedalt.runs.events import EventLog
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.setup import Experiment
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedalt.run.trackers import tracked
+from fedalt.runs.trackers import tracked
 from micro import CLIENTS, METRICS, call, events, refused, settings, write_yaml
 
 QUICK = {"federation__rounds": 2, "training__local_epochs": 1}
@@ -203,7 +203,7 @@ def test_a_run_that_breaks_off_closes_its_tracker(stand_in: Any, tmp_path: Path)
 def test_a_tracker_that_is_not_installed_stops_the_run_before_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedalt.run.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("fedalt.runs.trackers.find_spec", lambda name: None)
     config = write_yaml(tmp_path / "x.yaml", settings(tmp_path / "run", report__trackers=["wandb"]))
     for command in ("run", "compare", "validate"):
         assert refused(command, config) == 'report.trackers: "wandb" is not installed; pip install wandb'

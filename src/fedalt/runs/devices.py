@@ -20,13 +20,13 @@ from fedalt.methods.registry import refuse_session
 from fedalt.model.base import resolve_device
 from fedalt.model.state import load_tensors, save_tensors
 from fedalt.names import Tensors
-from fedalt.run.checkpoint import Checkpoint
-from fedalt.run.clients import ClientReport, LocalClients
-from fedalt.run.events import Event, EventLog, Sink
-from fedalt.run.folder import RunFolder
-from fedalt.run.pool import Pool, Task
-from fedalt.run.scoring import Points, log_points
-from fedalt.run.setup import Experiment, prepare
+from fedalt.runs.checkpoint import Checkpoint
+from fedalt.runs.clients import ClientReport, LocalClients
+from fedalt.runs.events import Event, EventLog, Sink
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.pool import Pool, Task
+from fedalt.runs.scoring import Points, log_points
+from fedalt.runs.setup import Experiment, prepare
 
 Filed = dict[int, tuple[Path, float]]
 """Client → file of the tensors that the server sends it, and its share in them."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedalt.compare.statistics import Paired, against, half_width, holm, paired, verdict
+from fedalt.comparisons.statistics import Paired, against, half_width, holm, paired, verdict
 from support import quick
 
 # ------------------------------------------------------------------------------------------------------------ intervals

@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fedalt.compare.jobs import Budget, Member, train, train_in_jobs
-from fedalt.compare.statistics import against, half_width
-from fedalt.compare.tables import LOCAL, write_comparison
+from fedalt.comparisons.jobs import Budget, Member, train, train_in_jobs
+from fedalt.comparisons.statistics import against, half_width
+from fedalt.comparisons.tables import LOCAL, write_comparison
 from fedalt.config import RunConfig, with_settings
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
@@ -19,10 +19,10 @@ from fedalt.evaluation.metrics import Metric, metric_of
 from fedalt.files import read_json
 from fedalt.methods.registry import Variant, build, configured, method_names, refuse_session, title_of
 from fedalt.registry import split_reference
-from fedalt.run.devices import check_devices
-from fedalt.run.events import Sink, read_events
-from fedalt.run.folder import IfExists, check_folder, final_scores
-from fedalt.run.setup import Bases
+from fedalt.runs.devices import check_devices
+from fedalt.runs.events import Sink, read_events
+from fedalt.runs.folder import IfExists, check_folder, final_scores
+from fedalt.runs.setup import Bases
 
 REFERENCE = "fedalt"
 """The method that others are tested against; the first one where it is not among them."""

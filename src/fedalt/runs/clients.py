@@ -16,12 +16,12 @@ from fedalt.federation.server import PerClient
 from fedalt.methods.exchange import Message
 from fedalt.model.state import ClientState
 from fedalt.names import REST_OF_WORLD
-from fedalt.run.checkpoint import Checkpoint
-from fedalt.run.client_folder import write_client
-from fedalt.run.events import EventLog
-from fedalt.run.folder import RunFolder
-from fedalt.run.scoring import Points, Scoring, log_points
-from fedalt.run.setup import Experiment
+from fedalt.runs.checkpoint import Checkpoint
+from fedalt.runs.client_folder import write_client
+from fedalt.runs.events import EventLog
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.scoring import Points, Scoring, log_points
+from fedalt.runs.setup import Experiment
 from fedalt.training.loop import TrainingStats
 
 

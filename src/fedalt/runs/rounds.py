@@ -17,13 +17,13 @@ from fedalt.files import read_json, write_json
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Message
 from fedalt.methods.registry import section_of, title_of
-from fedalt.run.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune, run_id
-from fedalt.run.clients import ClientBackend, ClientReport, LocalClients
-from fedalt.run.devices import Devices, fitting_cohort, started
-from fedalt.run.events import EventLog, Sink
-from fedalt.run.folder import RunFolder, check_code
-from fedalt.run.machine import commit, peak_memory, versions
-from fedalt.run.setup import Experiment, RunInfo
+from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune, run_id
+from fedalt.runs.clients import ClientBackend, ClientReport, LocalClients
+from fedalt.runs.devices import Devices, fitting_cohort, started
+from fedalt.runs.events import EventLog, Sink
+from fedalt.runs.folder import RunFolder, check_code
+from fedalt.runs.machine import commit, peak_memory, versions
+from fedalt.runs.setup import Experiment, RunInfo
 
 
 @dataclass

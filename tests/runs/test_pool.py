@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fedalt.errors import UserError
-from fedalt.run.pool import Pool, Task
+from fedalt.runs.pool import Pool, Task
 from micro import ENVIRONMENT
 from pooled import dying, obliging, spawned, squares
 
@@ -147,7 +147,7 @@ def test_a_script_needs_no_guard_and_no_file(tmp_path: Path) -> None:
     script = tmp_path / "beside" / "script.py"
     script.parent.mkdir()
     script.write_text(
-        "print('once')\nfrom pooled import obliging\nfrom fedalt.run.pool import Pool, Task\n"
+        "print('once')\nfrom pooled import obliging\nfrom fedalt.runs.pool import Pool, Task\n"
         "with Pool(obliging, 'a', ['a'], '--jobs') as pool:\n"
         "    print(pool.map([Task('', ('main',)), Task('', ('import', 'mine'))]))\n"
     )
@@ -170,7 +170,7 @@ def test_what_the_processes_inherit_is_as_before_here() -> None:
 
 SPINNING = """
 from pooled import obliging
-from fedalt.run.pool import Pool, Task
+from fedalt.runs.pool import Pool, Task
 with Pool(obliging, "ab", "ab", "--jobs") as pool:
     pool.map([Task("", ("spin",))] * 2, lambda task, event: print(event["event"], flush=True))
 """

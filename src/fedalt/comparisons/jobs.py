@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from fedalt.config import RunConfig, parse_config
 from fedalt.data.load import Rows
-from fedalt.run.events import Event, Sink
-from fedalt.run.folder import IfExists, RunFolder, claim_folder
-from fedalt.run.machine import forget_peak_memory
-from fedalt.run.pool import Pool, Task
-from fedalt.run.rounds import run
-from fedalt.run.setup import Bases, Resident, load_rows, prepare
+from fedalt.runs.events import Event, Sink
+from fedalt.runs.folder import IfExists, RunFolder, claim_folder
+from fedalt.runs.machine import forget_peak_memory
+from fedalt.runs.pool import Pool, Task
+from fedalt.runs.rounds import run
+from fedalt.runs.setup import Bases, Resident, load_rows, prepare
 
 Budget = Literal["parameters", "bytes"]
 
@@ -96,6 +96,6 @@ def _job(settings: tuple[int, IfExists], sink: Sink) -> Callable[[dict[str, Any]
 def _matched(config: RunConfig, member: Member, resident: Resident, clients: int) -> RunConfig:
     if member.budget is None:
         return config
-    from fedalt.compare.budget import matched
+    from fedalt.comparisons.budget import matched
 
     return matched(config, config.method, resident.model.layer_sizes, clients, member.budget)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import group_mean, metrics_in
-from fedalt.run.events import Event, Sink
+from fedalt.runs.events import Event, Sink
 
 PROJECT = "fedalt"
 """Project or experiment where a tracker sorts its runs into such."""

@@ -13,9 +13,9 @@ from fedalt.evaluation.evaluate import evaluate
 from fedalt.federation.client import run_clients
 from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.federation.server import PerClient, sample_clients
-from fedalt.run.clients import plans_of
-from fedalt.run.machine import peak_memory
-from fedalt.run.setup import Experiment
+from fedalt.runs.clients import plans_of
+from fedalt.runs.machine import peak_memory
+from fedalt.runs.setup import Experiment
 
 _TIMED = 3
 """Steps that are timed."""

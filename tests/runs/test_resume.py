@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 
 from fedalt.config import parse_config
-from fedalt.run.folder import claim_folder
-from fedalt.run.rounds import run as run_engine
-from fedalt.run.setup import prepare
+from fedalt.runs.folder import claim_folder
+from fedalt.runs.rounds import run as run_engine
+from fedalt.runs.setup import prepare
 from micro import (
     ENVIRONMENT,
     call,
@@ -86,7 +86,7 @@ def call_main(arguments: Sequence[str]) -> int:
 
 EARLY = (
     "fedalt.cli.app",
-    "fedalt.run.rounds",
+    "fedalt.runs.rounds",
     "fedalt.report.html",
     "peft",
     "plotly.io",

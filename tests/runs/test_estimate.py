@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fedalt.config import parse_config
-from fedalt.run.clients import plans_of
-from fedalt.run.estimate import estimate
-from fedalt.run.setup import prepare
+from fedalt.runs.clients import plans_of
+from fedalt.runs.estimate import estimate
+from fedalt.runs.setup import prepare
 from micro import fedalt, of_kind, settings, write_yaml
 
 

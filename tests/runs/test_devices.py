@@ -19,10 +19,10 @@ from fedalt.config import load_config, parse_config
 from fedalt.errors import UserError
 from fedalt.methods.exchange import Message
 from fedalt.names import Key
-from fedalt.run.devices import Outbox, read
-from fedalt.run.folder import claim_folder
-from fedalt.run.rounds import run as run_engine
-from fedalt.run.setup import prepare
+from fedalt.runs.devices import Outbox, read
+from fedalt.runs.folder import claim_folder
+from fedalt.runs.rounds import run as run_engine
+from fedalt.runs.setup import prepare
 from micro import (
     ENVIRONMENT,
     data_folder,

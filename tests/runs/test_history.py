@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedalt.errors import UserError
-from fedalt.run.folder import RunFolder, final_scores
-from fedalt.run.history import read_history
+from fedalt.runs.folder import RunFolder, final_scores
+from fedalt.runs.history import read_history
 from micro import CLIENTS, finished, of_kind, settings, write_yaml
 
 

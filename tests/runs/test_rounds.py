@@ -21,8 +21,8 @@ from fedalt.config import load_config, parse_config
 from fedalt.evaluation.evaluate import evaluate
 from fedalt.methods.registry import configured
 from fedalt.model.state import load_state
-from fedalt.run.events import EventLog, read_events
-from fedalt.run.setup import prepare
+from fedalt.runs.events import EventLog, read_events
+from fedalt.runs.setup import prepare
 from micro import (
     CLIENTS,
     METRICS,

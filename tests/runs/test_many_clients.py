@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 from fedalt.config import parse_config
 from fedalt.model.state import load_state
-from fedalt.run import checkpoint as checkpoints
-from fedalt.run.checkpoint import Checkpoint, load_checkpoint
-from fedalt.run.folder import claim_folder
-from fedalt.run.rounds import run as run_engine
-from fedalt.run.setup import prepare
+from fedalt.runs import checkpoint as checkpoints
+from fedalt.runs.checkpoint import Checkpoint, load_checkpoint
+from fedalt.runs.folder import claim_folder
+from fedalt.runs.rounds import run as run_engine
+from fedalt.runs.setup import prepare
 from micro import (
     ENVIRONMENT,
     call,

@@ -11,7 +11,7 @@ from fedalt.config import parse_config
 from fedalt.federation import cohort
 from fedalt.model.fast import packing
 from fedalt.model.fast.packing import NotPackable
-from fedalt.run.setup import Experiment, prepare
+from fedalt.runs.setup import Experiment, prepare
 from micro import settings
 
 

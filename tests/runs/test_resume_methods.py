@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fedalt.config import parse_config
-from fedalt.run.folder import claim_folder
-from fedalt.run.rounds import run as run_engine
-from fedalt.run.setup import prepare
+from fedalt.runs.folder import claim_folder
+from fedalt.runs.rounds import run as run_engine
+from fedalt.runs.setup import prepare
 from micro import left_behind, of_kind, run_here, settings
 from support import METHODS, VARIANTS
 

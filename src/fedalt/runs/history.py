@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedalt.errors import UserError
-from fedalt.run.events import Event, first_start, read_events
-from fedalt.run.folder import open_run
+from fedalt.runs.events import Event, first_start, read_events
+from fedalt.runs.folder import open_run
 
 Course = dict[int, dict[int, float]]
 """Client → round → value."""

@@ -12,18 +12,18 @@ from typing import Any
 
 import yaml
 
-from fedalt.compare.compare import finish, plan
-from fedalt.compare.jobs import Budget
-from fedalt.compare.tables import LOWER, Cell, Grid, Score, average, markdown, seeds, write_csv
+from fedalt.comparisons.compare import finish, plan
+from fedalt.comparisons.jobs import Budget
+from fedalt.comparisons.tables import LOWER, Cell, Grid, Score, average, markdown, seeds, write_csv
 from fedalt.config import RunConfig, with_settings
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of
 from fedalt.files import write_json, write_text
 from fedalt.methods.registry import Variant
-from fedalt.run.events import Sink
-from fedalt.run.folder import IfExists
-from fedalt.run.setup import Bases
+from fedalt.runs.events import Sink
+from fedalt.runs.folder import IfExists
+from fedalt.runs.setup import Bases
 
 Axis = tuple[str, list[Any]]
 """A setting's dotted key and its values."""

@@ -15,8 +15,8 @@ from fedalt.model.layer import Mixing, Placement
 from fedalt.model.peft_files import LoraFolder, read_folder, write_extras, write_lora, write_mixer
 from fedalt.model.state import ClientState
 from fedalt.names import Key, parted
-from fedalt.run.folder import RunFolder
-from fedalt.run.setup import Experiment
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.setup import Experiment
 
 CONFIG = "fedalt_config.json"
 

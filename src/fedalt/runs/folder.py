@@ -14,7 +14,7 @@ import yaml
 from fedalt.config import RunConfig, load_config, outside_code
 from fedalt.errors import UserError, listed
 from fedalt.files import disk_errors, read_json, write_json, write_json_lines, write_text
-from fedalt.run.events import first_start, read_events
+from fedalt.runs.events import first_start, read_events
 
 IfExists = Literal["ask", "resume", "overwrite"]
 

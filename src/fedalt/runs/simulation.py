@@ -18,10 +18,10 @@ from fedalt.methods.exchange import Message
 from fedalt.methods.registry import configured
 from fedalt.model.state import ClientState
 from fedalt.names import Tensors
-from fedalt.run.clients import plans_of
-from fedalt.run.rounds import check_some_left
-from fedalt.run.scoring import Scores, scored_on
-from fedalt.run.setup import Bases, Experiment, load_rows, prepare
+from fedalt.runs.clients import plans_of
+from fedalt.runs.rounds import check_some_left
+from fedalt.runs.scoring import Scores, scored_on
+from fedalt.runs.setup import Bases, Experiment, load_rows, prepare
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, Self
 
 from fedalt.errors import UserError
-from fedalt.run.events import Event, Sink
+from fedalt.runs.events import Event, Sink
 from fedalt.runtime import keep_freed_memory, keep_libraries_quiet
 
 Work = Callable[[Any, Sink], Callable[[Any], Any]]
