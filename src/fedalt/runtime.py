@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from typing import Any
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -60,6 +61,7 @@ def keep_libraries_quiet() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, in a notebook without widgets
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
