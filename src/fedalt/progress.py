@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fedalt.evaluation.metrics import Metric, metric_of
+
 _WIDTH = 110
 _SECONDS = 0.2
 """Least time between two drawings in a notebook."""
@@ -26,6 +28,8 @@ class Live:
         rounds: Rounds of a run, until it says so itself.
         notes: What has been printed already; shared by the jobs of a comparison.
     """
+
+    metric: Metric
 
     def __init__(self, progress: Progress, rounds: int, notes: set[str]) -> None:
         self.progress = progress
@@ -50,7 +54,7 @@ class Live:
     def _on_run_started(self, event: Mapping[str, Any]) -> None:
         if self.task is not None:
             self.progress.update(self.task, completed=self.rounds)
-        self.loss, self.rounds = "", event["rounds"]
+        self.loss, self.rounds, self.metric = "", event["rounds"], metric_of(event["metric"])
         label = self.label or event["method"]
         self.task = self.progress.add_task(label, total=self.rounds, completed=event["round"], state="")
 
@@ -68,7 +72,8 @@ class Live:
         self._update(event["round"], f"scored in {event['seconds']:.0f} s{self.loss}")
 
     def _on_run_finished(self, event: Mapping[str, Any]) -> None:
-        self._update(self.rounds, f"mean {event['mean']:.1f}, worst {event['worst']:.1f}")
+        text = self.metric.text
+        self._update(self.rounds, f"mean {text(event['mean'])}, worst {text(event['worst'])}")
 
     def _on_client_failed(self, event: Mapping[str, Any]) -> None:
         self.progress.console.print(
