@@ -372,7 +372,8 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
     except ValidationError as error:
         problems += error.errors()
     if problems:
-        code = f"; plugins: {listed(values['plugins'])}" if values.get("plugins") else ""
+        plugins = values.get("plugins")
+        code = f"; plugins: {listed(plugins)}" if plugins and _are_texts(plugins) else ""
         lines = (explain(problem, RunConfig, where, typed) + code for problem in problems)
         raise UserError("\n".join(dict.fromkeys(lines)))
     return config
