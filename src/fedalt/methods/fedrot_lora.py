@@ -9,12 +9,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from fedalt.config.section import Section
+from fedalt.methods.algebra import Factors
 from fedalt.methods.base import Method
-from fedalt.methods.products import Factors
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, A, B, Key
 from fedalt.registry import METHODS
-from fedalt.section import Section
 
 
 @METHODS.register("fedrot_lora")
@@ -67,4 +67,5 @@ class FedRotLoRA(Method):
         if not target.any():
             return torch.eye(len(target), dtype=torch.float64)
         u, _, v = torch.linalg.svd(target)
-        return u @ v
+        rotation: Tensor = u @ v
+        return rotation
