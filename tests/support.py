@@ -36,10 +36,20 @@ from fedalt.testing import (
     LAYERS,
     LORA,
     PAD,
+    RANK,
     SCALE,
     VOCAB,
     WIDE,
     TinyFederation,
+    bitwise,
+    distance,
+    example,
+    examples,
+    plans_of,
+    round_settings,
+    shape_of,
+    start_states,
+    training,
 )
 from fedalt.testing import tiny_model as llama
 
