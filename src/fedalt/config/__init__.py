@@ -450,9 +450,11 @@ def _are_texts(value: Any) -> bool:
 
 def _name(value: Any, registry: Registry[Any], plugins: list[str]) -> Any:
     """The name in place of a reference, whose file or module joins the plugins."""
-    reference = registry.reference(value) if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return value  # the field's own validation says so
+    reference = registry.reference(value)
     if reference is None:
-        registry.adopt(str(value), plugins)
+        registry.adopt(value, plugins)
         return value
     plugins.append(_absolute(reference[0]))
     return registry.name_in(plugins[-1], reference[1])
