@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -255,7 +256,7 @@ class RunConfig(Section):
         given = info.data.get("sections", {})
         if not given:
             return part
-        named = {section_of(entry) for _, entry in _named({str(info.field_name): part.model_dump()})}
+        named = {section_of(entry) for _, entry in _named({str(info.field_name): part.model_dump()}, NAMED.items())}
         return part.knowing({name: given[name] for name in sorted(named & given.keys())})
 
     @model_serializer(mode="wrap")
@@ -398,7 +399,8 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
     for place in given or ():
         plugins.append(_absolute(place))
         import_plugin(plugins[-1])
-    for key, registry in NAMED.items():
+    own = named.keys() - RunConfig.model_fields.keys()
+    for key, registry in chain(NAMED.items(), _naming_in(own)):
         *parents, last = key.split(".")
         section: Any = named
         for parent in parents:
@@ -410,6 +412,14 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
         elif given is not None:
             section[last] = _name(given, registry, plugins)
     return {**named, **({"plugins": tuple(dict.fromkeys(plugins))} if plugins else {})}
+
+
+def _naming_in(names: Collection[str]) -> Iterator[tuple[str, Registry[Any]]]:
+    """Keys of some sections of registered things whose value is itself a registered name."""
+    found = sections() if names else {}
+    for name in sorted(names & found.keys()):
+        for key, field in found[name].model_fields.items():
+            yield from ((f"{name}.{key}", one) for one in field.metadata if isinstance(one, Registry))
 
 
 def _are_texts(value: Any) -> bool:
@@ -432,12 +442,17 @@ def _absolute(place: str) -> str:
 
 def used_entries(config: RunConfig) -> Iterator[tuple[str, Entry[Any]]]:
     """Everything registered that the settings name and the numbers depend on, after its kind."""
-    return ((registry.kind, entry) for registry, entry in _named(config.model_dump()) if registry is not TRACKERS)
+    values = config.model_dump()
+    found = [(registry, entry) for registry, entry in _named(values, NAMED.items()) if registry is not TRACKERS]
+    inside = _named(values, _naming_in({section_of(entry) for _, entry in found}))
+    return ((registry.kind, entry) for registry, entry in chain(found, inside))
 
 
-def _named(values: Mapping[str, Any]) -> Iterator[tuple[Registry[Any], Entry[Any]]]:
-    """Everything registered that settings name."""
-    for key, registry in NAMED.items():
+def _named(
+    values: Mapping[str, Any], keys: Iterable[tuple[str, Registry[Any]]]
+) -> Iterator[tuple[Registry[Any], Entry[Any]]]:
+    """Everything registered that some settings name."""
+    for key, registry in keys:
         for name in _texts(_at(values, key)):
             if not registry.open or name in registry:
                 yield registry, registry.entry(name)
