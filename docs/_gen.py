@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -24,7 +24,9 @@ from rich.text import Text
 import fedalt
 from fedalt.cli.app import app
 from fedalt.config import RunConfig
-from fedalt.methods import registry
+from fedalt.methods.registry import Variant
+from fedalt.registry import METHODS
+from fedalt.registry import sections as registered_sections
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,21 +79,12 @@ def _sections(section: type[BaseModel], path: str) -> Iterator[str]:
     for key, kind in nested.items():
         yield from _sections(kind, f"{path}.{key}".lstrip("."))
     if not path:
-        for key, kind in _registered_sections().items():
+        for key, kind in registered_sections().items():
             yield from _sections(kind, key)
 
 
 def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _registered_sections() -> Mapping[str, type[BaseModel]]:
-    """Settings of methods and of other registered things."""
-    try:
-        from fedalt.registry import sections
-    except ImportError:  # they are fields of RunConfig
-        return {}
-    return sections()
 
 
 def setting(key: str, field: FieldInfo) -> str:
@@ -208,9 +201,8 @@ def plain(text: str) -> str:
 
 def methods_page() -> str:
     """Every method and variant of the registry."""
-    sources = (registry.METHODS, getattr(registry, "VARIANTS", {}))
-    known = {name: source.get(name) for source in sources for name in source}
-    variants = {name: one for name, one in known.items() if isinstance(one, registry.Variant)}
+    known = {entry.name: entry.value for entry in METHODS.entries()}
+    variants = {name: one for name, one in known.items() if isinstance(one, Variant)}
     lines = [
         "# Methods in the package",
         "",
@@ -236,7 +228,7 @@ def methods_page() -> str:
 
 def api_page() -> str:
     """The public names of the package and what their functions return, documented by mkdocstrings."""
-    public = {name: getattr(fedalt, name) for name in getattr(fedalt, "__all__", ())}
+    public = {name: getattr(fedalt, name) for name in fedalt._WHERE}
     head = "# Python API\n\nThese names, and no others, are public: `import fedalt as fa`.\n"
     parts = [_documented(f"fedalt.{name}", _place(name, value)) for name, value in public.items()]
     returned = {kind.__name__: kind for value in public.values() for kind in _returned(value)}
@@ -251,8 +243,9 @@ def _documented(heading: str, place: str) -> str:
 
 def _place(name: str, value: Any) -> str:
     """Where a public name is defined: the package imports it when it is asked for, so its source is elsewhere."""
-    module = getattr(value, "__module__", None)
-    return f"{module}.{value.__qualname__}" if module and hasattr(value, "__qualname__") else f"fedalt.{name}"
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(getattr(value, "__name__", f"fedalt.{name}"))
 
 
 def _returned(value: Any, seen: frozenset[Any] = frozenset()) -> Iterator[type]:

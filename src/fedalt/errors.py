@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -12,7 +13,7 @@ class UserError(ValueError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``' (did you mean "x"?)'`` for the closest known word, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.5)
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
@@ -32,3 +33,13 @@ def alternatives(words: Sequence[object]) -> str:
     """``a, b or c``."""
     *first, last = map(str, words)
     return f"{', '.join(first)} or {last}" if first else last
+
+
+@contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Around an import: a library that is missing becomes one line that says how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        name = f" ({error.name} is missing)" if error.name else ""
+        raise UserError(f"{what} need pip install 'fedalt[{extra}]'{name}") from None

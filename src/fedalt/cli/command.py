@@ -38,10 +38,6 @@ class Command(TyperCommand):
         super().__init__(*args, **options)
         for argument in (param for param in self.params if isinstance(param, click.Argument)):
             argument.help = _help_of(argument, self.callback)
-        flags = {flag for param in self.params for flag in param.opts}
-        others = [f"{old} for {new}" for old, new in OLD.items() if new in flags and old not in flags]
-        if others:
-            self.epilog = f"{self.epilog or ''}\n\nOther spellings: {', '.join(others)}."
 
     def make_parser(self, ctx: click.Context) -> Any:
         """Click's parser, which knows the other spellings, too."""
