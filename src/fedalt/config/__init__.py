@@ -389,10 +389,10 @@ def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
     """
     if values.get("plugins"):
         raise UserError(f"{where}: refused: plugins point at code")
-    for key, registry in NAMED.items():
+    values, held = settings_today(values), held_plugins()
+    for key, registry in _naming(values):
         if any(map(registry.points_at_code, _texts(_at(values, key)))):
             raise UserError(f"{where}: refused: {key} points at code")
-    held = held_plugins()
     method = values.get("method", "fedalt")
     if method not in METHODS:
         raise UserError(f'{where}: refused: method "{method}" is not held here; --plugin FILE.py names its file')
@@ -421,8 +421,7 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
     for place in given or ():
         plugins.append(_absolute(place))
         import_plugin(plugins[-1])
-    own = named.keys() - RunConfig.model_fields.keys()
-    for key, registry in chain(NAMED.items(), _naming_in(own)):
+    for key, registry in _naming(named):
         *parents, last = key.split(".")
         section: Any = named
         for parent in parents:
@@ -434,6 +433,12 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
         elif given is not None:
             section[last] = _name(given, registry, plugins)
     return {**named, **({"plugins": tuple(dict.fromkeys(plugins))} if plugins else {})}
+
+
+def _naming(values: Mapping[str, Any]) -> Iterator[tuple[str, Registry[Any]]]:
+    """Keys whose value is a registered name, or a list of such: the package's, and those in sections that are given."""
+    yield from NAMED.items()
+    yield from _naming_in(values.keys() - RunConfig.model_fields.keys())
 
 
 def _naming_in(names: Collection[str]) -> Iterator[tuple[str, Registry[Any]]]:
