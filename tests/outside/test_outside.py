@@ -353,7 +353,7 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     ("key", "value", "expected"),
     [
         ("prox.strenght", "1", 'unknown key "prox.strenght" (did you mean "strength"?)'),
-        ("prox.strength", "-1", '"prox.strength" = -1'),
+        ("prox.strength", "-1", "--set prox.strength=-1: must be at least 0"),
         ("porx.strength", "1", 'unknown key "porx"'),
     ],
 )

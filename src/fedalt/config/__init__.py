@@ -373,7 +373,10 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
         problems += error.errors()
     if problems:
         code = f"; plugins: {listed(values['plugins'])}" if values.get("plugins") else ""
-        lines = (explain(problem, RunConfig, where, typed) + code for problem in problems)
+        lines = (
+            explain(problem, RunConfig, where, typed) + (code if problem["type"] == "extra_forbidden" else "")
+            for problem in problems
+        )
         raise UserError("\n".join(dict.fromkeys(lines)))
     return config
 
