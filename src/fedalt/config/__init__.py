@@ -374,7 +374,10 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
     if problems:
         plugins = values.get("plugins")
         code = f"; plugins: {listed(plugins)}" if plugins and _are_texts(plugins) else ""
-        lines = (explain(problem, RunConfig, where, typed) + code for problem in problems)
+        lines = (
+            explain(problem, RunConfig, where, typed) + (code if problem["type"] == "extra_forbidden" else "")
+            for problem in problems
+        )
         raise UserError("\n".join(dict.fromkeys(lines)))
     return config
 
