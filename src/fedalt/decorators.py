@@ -58,16 +58,16 @@ def metric(name: str, **facts: Any) -> Callable[[T], T]:
     """Give a metric a name, for ``evaluation.metric``: a function of one answer and its reference, or of all of them.
 
     >>> import fedalt as fa
-    >>> @fa.metric("length_gap", higher_is_better=False)
-    ... def length_gap(answer: str, reference: str) -> float:
+    >>> @fa.metric("length_apart", higher_is_better=False)
+    ... def length_apart(answer: str, reference: str) -> float:
     ...     return abs(len(answer) - len(reference))
-    >>> @fa.metric("distinct_words", corpus=True, digits=3)
-    ... def distinct_words(answers: list[str], references: list[str]) -> float:
+    >>> @fa.metric("word_variety", corpus=True, digits=3)
+    ... def word_variety(answers: list[str], references: list[str]) -> float:
     ...     words = " ".join(answers).split()
     ...     return len(set(words)) / max(1, len(words))
     >>> data = fa.load_data("tinyworld", clients=2, train_limit=4, test_limit=2)
-    >>> sim = fa.Simulation(data, "tiny-base", epochs=1, seed=0, **{"evaluation.metrics": ["distinct_words"]})
-    >>> "distinct_words" in sim.score().details[0]
+    >>> sim = fa.Simulation(data, "tiny-base", epochs=1, seed=0, settings={"evaluation.metrics": ["word_variety"]})
+    >>> "word_variety" in sim.score().details[0]
     True
 
     Args:
@@ -87,10 +87,10 @@ def partitioner(name: str, **facts: Any) -> Callable[[T], T]:
 
     >>> import fedalt as fa
     >>> import numpy as np
-    >>> @fa.partitioner("shuffled")
-    ... def shuffled(rows, clients, rng):
+    >>> @fa.partitioner("evenly")
+    ... def evenly(rows, clients, rng):
     ...     return np.array_split(rng.permutation(len(rows)), clients)
-    >>> data = fa.load_data("tinyworld", clients=4, partition="shuffled", seed=0)
+    >>> data = fa.load_data("tinyworld", clients=4, partition="evenly", seed=0)
     >>> [len(rows.train) for rows in data.clients.values()]
     [600, 600, 600, 600]
 
@@ -111,11 +111,11 @@ def source(name: str) -> Callable[[T], T]:
     """Give a reader of rows a name, for ``data.source``: a function that returns what ``fedalt.load_data`` takes.
 
     >>> import fedalt as fa
-    >>> @fa.source("sums")
-    ... def sums():
+    >>> @fa.source("additions")
+    ... def additions():
     ...     rows = [{"instruction": f"{i} + 1 =", "output": str(i + 1)} for i in range(20)]
     ...     return {"anna": (rows[:8], rows[8:10]), "ben": (rows[10:18], rows[18:])}
-    >>> [len(rows.train) for rows in fa.load_data("sums").clients.values()]
+    >>> [len(rows.train) for rows in fa.load_data("additions").clients.values()]
     [8, 8]
 
     Args:
@@ -131,10 +131,10 @@ def template(name: str) -> Callable[[T], T]:
     """Give a prompt template a name, for ``data.template``: a function from an instruction to a prompt.
 
     >>> import fedalt as fa
-    >>> @fa.template("question")
-    ... def question(instruction: str) -> str:
+    >>> @fa.template("asked")
+    ... def asked(instruction: str) -> str:
     ...     return f"Q: {instruction}" + chr(10) + "A: "
-    >>> question("Why?").splitlines()
+    >>> asked("Why?").splitlines()
     ['Q: Why?', 'A: ']
 
     Args:
@@ -150,8 +150,8 @@ def tracker(name: str) -> Callable[[T], T]:
     """Give a place where a run's numbers go a name, for ``report.trackers``: a class with start, log and finish.
 
     >>> import fedalt as fa
-    >>> @fa.tracker("lines")
-    ... class Lines:
+    >>> @fa.tracker("plain_lines")
+    ... class PlainLines:
     ...     def start(self, run, about, folder):
     ...         folder.mkdir(parents=True)
     ...         self.file = (folder / "numbers.txt").open("w")
