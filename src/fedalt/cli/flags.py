@@ -16,9 +16,10 @@ from fedalt.cli import complete
 from fedalt.cli.command import spelt
 from fedalt.cli.recipes import config_path
 from fedalt.cli.show import complain
-from fedalt.config import RunConfig, parse_override
+from fedalt.config import RunConfig, absolute, parse_override
 from fedalt.config.hints import fields_at, in_words
 from fedalt.errors import UserError, shortened
+from fedalt.registry import METHODS
 from fedalt.runs.folder import IfExists, settings_of
 
 _OPTIONS: dict[str, tuple[str, str, str, Any]] = {
@@ -86,7 +87,9 @@ def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None
                 typed[overrides[-1][0]] = f"--set {shortened(text)}"
             given = {"if_exists": exists} if starts else {}
             try:
+                files = import_methods(values.get("methods") or "")
                 config = settings_of(path and config_path(path), overrides, exists, typed)
+                config = config.model_copy(update={"plugins": tuple(dict.fromkeys((*config.plugins, *files)))})
                 command(config=config, **given, **values)
             except UserError as error:
                 raise UserError(_in_flags(str(error), {key: flag for key, (flag, _) in flags.items()})) from None
@@ -106,6 +109,20 @@ def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None
 
 
 _GIVEN = ("config", "if_exists")
+
+
+def import_methods(listed: str) -> list[str]:
+    """Files and modules of the methods that a list names; imported, so that settings may have sections of these.
+
+    Raises:
+        UserError: A file or module is not there, or has no such method.
+    """
+    places = []
+    for name in (name.strip() for name in listed.split(",")):
+        if reference := METHODS.reference(name):
+            METHODS.resolve(name)
+            places.append(absolute(reference[0]))
+    return places
 
 
 def _in_flags(message: str, flags: Mapping[str, str]) -> str:

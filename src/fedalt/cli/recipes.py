@@ -10,7 +10,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-import fedalt
 from fedalt.cli import complete, show
 from fedalt.cli.show import print_json, say
 from fedalt.errors import UserError, did_you_mean
@@ -19,7 +18,7 @@ from fedalt.files import write_text
 
 def folder() -> Path:
     """The recipes of the package."""
-    return Path(fedalt.__file__).parent / "recipes"
+    return Path(__file__).parents[1] / "recipes"
 
 
 def packaged() -> dict[str, Path]:

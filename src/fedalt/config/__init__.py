@@ -422,7 +422,7 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
     if given is not None and not _are_texts(given):
         return named  # the field's own validation says so
     for place in given or ():
-        plugins.append(_absolute(place))
+        plugins.append(absolute(place))
         import_plugin(plugins[-1])
     for key, registry in _naming(named):
         *parents, last = key.split(".")
@@ -464,11 +464,12 @@ def _name(value: Any, registry: Registry[Any], plugins: list[str]) -> Any:
     if reference is None:
         registry.adopt(value, plugins)
         return value
-    plugins.append(_absolute(reference[0]))
+    plugins.append(absolute(reference[0]))
     return registry.name_in(plugins[-1], reference[1])
 
 
-def _absolute(place: str) -> str:
+def absolute(place: str) -> str:
+    """A file of code by its whole path; a module by its name."""
     return str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
 
 

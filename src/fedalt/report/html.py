@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
@@ -20,7 +20,9 @@ from fedalt.report.shown import caption, shown
 from fedalt.report.theme import Drawing
 from fedalt.runs.events import Event, first_start, read_events
 from fedalt.runs.folder import RunFolder, open_run
-from fedalt.runs.setup import Bases
+
+if TYPE_CHECKING:
+    from fedalt.runs.setup import Bases
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -96,10 +98,9 @@ def write_reports(
     Raises:
         UserError: Rows or base are not where they were.
     """
-    bases, rows = bases or Bases(), rows or Rows()
-    for path in (path for block in comparison["methods"].values() for path in block["runs"]):
-        folder, mine = open_run(Path(path))
-        insights.look(folder, insight, bases.of(mine) if insight else None, rows)
+    folders = [open_run(Path(path))[0] for block in comparison["methods"].values() for path in block["runs"]]
+    insights.look_at_each(folders, insight, bases, rows)
+    for folder in folders:
         write_report(folder)
     return write_comparison_report(out, comparison)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -17,7 +17,7 @@ from fedalt.report.page import paragraph
 from fedalt.report.shown import shown
 from fedalt.report.theme import PATTERNS, SEQUENTIAL, Drawing, again, cells, colour, decimals, labels, styled
 from fedalt.runs.folder import RunFolder, final_scores
-from fedalt.runs.setup import Resident
+from fedalt.runs.setup import Bases, Resident
 
 Insight = Mapping[str, Any]
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
@@ -32,6 +32,15 @@ def look(folder: RunFolder, count: int, resident: Resident | None = None, rows: 
     name, found = scores["metric"], scores["last"]["clients"]
     clients = [int(c) for c in shown({c: v[name] for c, v in found.items()}, metric_of(name).higher_is_better)]
     write_insight(folder, load_config(folder.config), clients, count, resident, rows)
+
+
+def look_at_each(
+    folders: Sequence[RunFolder], count: int, bases: Bases | None = None, rows: Rows | None = None
+) -> None:
+    """``look`` at several runs, with one base and one set of rows in memory where they can share them."""
+    bases, rows = bases or Bases(), rows or Rows()
+    for folder in folders if count else ():
+        look(folder, count, bases.of(load_config(folder.config)), rows)
 
 
 def matrix(insight: Insight, tasks: Mapping[str, str]) -> Drawing:
