@@ -15,8 +15,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedalt.runtime import keep_libraries_quiet
-
 if TYPE_CHECKING:
     from fedalt import testing
     from fedalt.api import Simulation, compare, load_base, load_data, load_run, run
@@ -69,6 +67,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'fedalt' has no attribute {name!r}")
+    from fedalt.runtime import keep_libraries_quiet
+
     keep_libraries_quiet()  # they look before they are imported
     if name == "testing":
         return importlib.import_module("fedalt.testing")
