@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import time
 from collections import defaultdict
@@ -95,19 +96,18 @@ def on_terminal(console: Console, rounds: int) -> Iterator[Callable[[Mapping[str
 @contextmanager
 def in_notebook(rounds: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """The same in the output of a notebook's cell, drawn by its own means: no widgets are needed."""
-    from IPython.display import HTML, display
-
+    shown: Any = importlib.import_module("IPython.display")
     console = Console(file=io.StringIO(), record=True, width=_WIDTH, force_jupyter=False, force_terminal=True)
     progress = _progress(console)
     sink = _sink(progress, rounds)
-    handle = display(HTML(""), display_id=True)
+    handle = shown.display(shown.HTML(""), display_id=True)
     drawn = 0.0
 
     def draw() -> None:
         page = Console(file=io.StringIO(), record=True, width=_WIDTH, force_jupyter=False, force_terminal=True)
         page.print(progress.get_renderable())
         notes = console.export_html(clear=False, inline_styles=True, code_format=_PAGE)
-        handle.update(HTML(notes + page.export_html(inline_styles=True, code_format=_PAGE)))
+        handle.update(shown.HTML(notes + page.export_html(inline_styles=True, code_format=_PAGE)))
 
     def follow(event: Mapping[str, Any]) -> None:
         nonlocal drawn

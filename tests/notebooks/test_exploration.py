@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cells import cells_of, check_stripped, execute, text_of
 from micro import CLIENTS, answers, finished, run_here, settings, shared_classifier, shared_data
 
-nbformat = pytest.importorskip("nbformat")
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "exploration.ipynb"
-
-
-def execute(run: Path, folder: Path) -> Any:
-    """The cells with their outputs on a run, from a kernel of this very interpreter."""
-    pytest.importorskip("ipykernel")
-    client = pytest.importorskip("nbclient")
-    jupyter = pytest.importorskip("jupyter_client")
-    paths = os.pathsep.join(path for path in sys.path if path)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    manager = jupyter.AsyncKernelManager(kernel_name="python3")
-    manager.kernel_spec.argv[0] = sys.executable
-    executor = client.NotebookClient(notebook, km=manager, timeout=60, resources={"metadata": {"path": str(folder)}})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDALT_RUN", str(run))
-        patch.setenv("PYTHONPATH", paths)
-        patch.setenv("IPYTHONDIR", str(folder / "ipython"))
-        return executor.execute(cleanup_kc=True)  # a kernel manager of ours is not shut down otherwise
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The notebook on a run that answers in free text."""
-    return execute(finished(), tmp_path_factory.mktemp("notebook"))
-
-
-def text_of(notebook: Any, cell: str) -> str:
-    (found,) = [c for c in notebook.cells if c.id == cell]
-    return "".join(
-        output.text for output in found.outputs if output.output_type == "stream" and output.name == "stdout"
-    )
+    return execute(NOTEBOOK, tmp_path_factory.mktemp("notebook"), FEDALT_RUN=str(finished()))
 
 
 def test_every_cell_runs(executed: Any) -> None:
@@ -84,7 +59,7 @@ def test_a_run_that_classifies_images(tmp_path: Path) -> None:
         "training__local_epochs": 1,
     }
     folder, _ = run_here(settings(tmp_path / "run", shared_classifier("vit"), Path("digits"), **changes))
-    read = execute(folder.path, tmp_path)
+    read = execute(NOTEBOOK, tmp_path, FEDALT_RUN=str(folder.path))
     assert not [output for cell in read.cells for output in cell.get("outputs", ()) if output.output_type == "error"]
     assert "accuracy" in text_of(read, "table")
     said = text_of(read, "chat").splitlines()
@@ -92,8 +67,22 @@ def test_a_run_that_classifies_images(tmp_path: Path) -> None:
     assert said[0] == first["text"] and f"client 0 (digits): {first['answer']}" in said
 
 
+def test_without_a_run_it_trains_one(tmp_path: Path) -> None:
+    """With a progress bar that is drawn in the notebook, without widgets."""
+    read = execute(NOTEBOOK, tmp_path)
+    (cell,) = [cell for cell in read.cells if cell.id == "run"]
+    (bar,) = [output.data["text/html"] for output in cell.outputs if "text/html" in output.get("data", {})]
+    assert "fedalt" in bar and "mean" in bar and "worst" in bar
+    assert not [output for output in cell.outputs if output.output_type == "stream"]
+    assert "fedalt on tinyworld: 8 clients, 2 rounds" in text_of(read, "history")
+
+
+def test_it_uses_the_public_names_alone() -> None:
+    for path in NOTEBOOK.parent.glob("*.ipynb"):
+        code = "\n".join(cell.source for cell in cells_of(path) if cell.cell_type == "code")
+        assert "import fedalt as fa" in code
+        assert not re.findall(r"(?:from|import) fedalt\.", code), path
+
+
 def test_outputs_are_stripped() -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    check_stripped(NOTEBOOK)
