@@ -1,16 +1,17 @@
-# make demo | make deploy-demo | make test | make check | make clean        (needs git, make and Python 3.11 or newer)
+# make demo | make deploy-demo | make test | make docs | make check | make clean   (git, make, Python 3.11 or newer)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo deploy-demo test test-slow lint check clean
+.PHONY: demo deploy-demo test test-slow docs lint check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    eight clients, three methods, three minutes: a table, a report, models to talk to"
 	@echo "make deploy-demo    a server and three sites on Flower, on this machine; one is killed and comes back"
 	@echo "make test    the test suite"
+	@echo "make docs    the documentation as a site, in build/site"
 	@echo "make check   what CI runs: linters, types, tests, slow tests"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -31,6 +32,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --durations=12
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -2,8 +2,28 @@
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from fedalt.registry import ALL
 
 for name in ("COLUMNS", "LINES"):  # the width of tables: readline notes the terminal's, and workers inherit it
     os.environ.pop(name, None)
 # a job in the background ignores Ctrl-C, and so would every process that a test starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What a test registers is gone when it ends, and so are the modules of its files."""
+    before, modules = [dict(registry._entries) for registry in ALL], set(sys.modules)
+    complete = [registry._complete for registry in ALL]
+    yield
+    for registry, entries, whole in zip(ALL, before, complete, strict=True):
+        ours = {name: entry for name, entry in registry._entries.items() if entry.origin == "fedalt"}
+        registry._entries, registry._complete = {**ours, **entries}, registry._complete or whole
+    for name in set(sys.modules) - modules:
+        if name.startswith("fedalt_plugin_"):
+            del sys.modules[name]

@@ -11,7 +11,7 @@ def test_every_run_of_every_job_has_its_own_bar(capsys: pytest.CaptureFixture[st
     with show.live(9) as sink:
         for job, method in enumerate(("local", "fedalt")):
             sink({"event": "member", "method": method, "seed": 1, "job": job})
-            sink({"event": "run_started", "method": method, "round": 0, "rounds": 2, "job": job})
+            sink({"event": "run_started", "method": method, "round": 0, "rounds": 2, "metric": "rouge1", "job": job})
             sink({"event": "note", "text": "said once", "job": job})
         sink({"event": "point", "name": "lora.r=[4]"})
         sink({"event": "run_finished", "mean": 40.0, "worst": 30.0, "job": 1})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import (
@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -22,18 +23,41 @@ from pydantic import (
 
 from fedalt.compat import settings_today, today
 from fedalt.data.options import DataConfig
-from fedalt.errors import UserError, shortened
+from fedalt.errors import UserError, listed, shortened
 from fedalt.flower.options import FlowerConfig
 from fedalt.hints import explain
-from fedalt.registry import METHODS, Registry, held_plugins, import_plugin, sections, split_reference
-from fedalt.section import Section
+from fedalt.registry import (
+    METHODS,
+    METRICS,
+    PARTITIONERS,
+    SOURCES,
+    TEMPLATES,
+    TRACKERS,
+    Entry,
+    Registry,
+    held_plugins,
+    import_plugin,
+    registered_name,
+    section_of,
+    sections,
+    settings_of,
+)
+from fedalt.section import Named, S, Section, settings_in
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
-Metric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "option_accuracy", "accuracy", "macro_f1"]
 
+NAMED: Mapping[str, Registry[Any]] = {
+    "method": METHODS,
+    "data.source": SOURCES,
+    "data.partition.by": PARTITIONERS,
+    "data.template": TEMPLATES,
+    "evaluation.metric": METRICS,
+    "evaluation.metrics": METRICS,
+    "report.trackers": TRACKERS,
+}
+"""Settings whose value is a registered name, or a list of such; each may be ``FILE.py:Name`` or ``module:Name``."""
 
-NAMED: Mapping[str, Registry[Any]] = {"method": METHODS}
-"""Settings whose value is a registered name; each may be ``FILE.py:Name`` or ``module:Name`` instead."""
+_LISTS = ("evaluation.metrics", "report.trackers")
 
 
 def _device(name: str) -> str:
@@ -52,6 +76,10 @@ def _names(value: Any) -> Any:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 """A list, or one text with commas."""
+_MetricName: TypeAlias = registered_name(METRICS)  # type: ignore[valid-type]
+_TrackerName: TypeAlias = registered_name(TRACKERS)  # type: ignore[valid-type]
+_MetricNames = Annotated[tuple[_MetricName, ...], BeforeValidator(_names)]
+_TrackerNames = Annotated[tuple[_TrackerName, ...], BeforeValidator(_names)]
 
 
 class ModelConfig(Section):
@@ -144,7 +172,7 @@ class FederationConfig(Section):
     )
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(Named):
     """When and how clients are scored on their own rows."""
 
     every: int = Field(5, ge=1, description="evaluate every N rounds, and always at the end (paper code: 5)")
@@ -159,11 +187,12 @@ class EvaluationConfig(Section):
         None,
         description="also score rows whose instruction lists OPTIONS by each one's likelihood: sum or mean over tokens",
     )
-    metric: Metric | None = Field(
+    metric: _MetricName | None = Field(
         None,
-        description="the score in tables, and the one that picks the best round on validation rows; rouge1 or accuracy "
-        "by task when not given",
+        description="the score in tables, and the one that picks the best round on validation rows: the name of a "
+        "metric, or FILE.py:Name, or module:Name; rouge1 or accuracy by task when not given",
     )
+    metrics: _MetricNames = Field((), description="more metrics to measure, besides those that fedalt has for the task")
 
     @field_validator("points")
     @classmethod
@@ -173,7 +202,7 @@ class EvaluationConfig(Section):
         return points
 
 
-class ReportConfig(Section):
+class ReportConfig(Named):
     """What is shown of a run; none of it changes the run."""
 
     insight: int = Field(
@@ -181,12 +210,11 @@ class ReportConfig(Section):
         ge=0,
         description="test rows per client for the client matrix and the mixer's weights in report.html; 0: none",
     )
-    trackers: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] = Field(
-        (), description="where else losses, scores, bytes and seconds go"
+    trackers: _TrackerNames = Field(
+        (),
+        description="where else losses, scores, bytes and seconds go: tensorboard, mlflow, wandb, trackio, or "
+        "FILE.py:Name",
     )
-
-
-S = TypeVar("S", bound=Section)
 
 
 class RunConfig(Section):
@@ -198,6 +226,9 @@ class RunConfig(Section):
     )
     seed: int = Field(42, ge=0, description="seed of everything random (paper code: 42)")
     out: str | None = Field(None, description="run folder; runs/<method>-<source>-seed<seed> when not given")
+    sections: dict[str, SerializeAsAny[Section]] = Field(
+        {}, description="settings of single methods and of other registered things; in YAML at the top, by their names"
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
@@ -206,9 +237,6 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
     flower: FlowerConfig = FlowerConfig()
-    sections: dict[str, SerializeAsAny[Section]] = Field(
-        {}, description="settings of single methods and of other registered things; in YAML at the top, by their names"
-    )
 
     @model_validator(mode="before")
     @classmethod
@@ -219,6 +247,16 @@ class RunConfig(Section):
         own = {name: part for name, part in value.items() if name not in cls.model_fields and isinstance(part, Section)}
         rest = {name: part for name, part in value.items() if name not in own}
         return {**rest, "sections": {**rest.get("sections", {}), **own}}
+
+    @field_validator("data", "evaluation", "report")
+    @classmethod
+    def _know_settings(cls, part: Named, info: ValidationInfo) -> Named:
+        """A section that names things knows their settings, which stand beside it."""
+        given = info.data.get("sections", {})
+        if not given:
+            return part
+        named = {section_of(entry) for _, entry in _named({str(info.field_name): part.model_dump()})}
+        return part.knowing({name: given[name] for name in sorted(named & given.keys())})
 
     @model_serializer(mode="wrap")
     def _spread_sections(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -234,18 +272,25 @@ class RunConfig(Section):
 
     def section(self, name: str, kind: type[S]) -> S:
         """The settings of a registered thing: those given, or its defaults."""
-        found = self.sections.get(name)
-        return found if isinstance(found, kind) else kind()
+        return settings_in(self.sections, name, kind)
 
     @model_validator(mode="after")
-    def _metric_of_task(self) -> RunConfig:
-        metric, classes = self.evaluation.metric, self.classifies
-        if metric is not None and (metric in ("accuracy", "macro_f1")) != classes:
-            allowed = "accuracy or macro_f1" if classes else "rouge1, rouge2, rougeL, exact_match or option_accuracy"
-            raise ValueError(f"evaluation.metric: {metric} does not suit the task {self.model.task}; use {allowed}")
-        if metric == "option_accuracy" and self.evaluation.options is None:
-            raise ValueError("evaluation.metric: option_accuracy needs evaluation.options=sum or mean")
+    def _metrics_of_task(self) -> RunConfig:
+        given = self.evaluation
+        for key, name in (("metric", given.metric), *(("metrics", name) for name in given.metrics)):
+            if name is None:
+                continue
+            task = getattr(METRICS.get(name), "task", None)
+            if task not in (None, "class" if self.classifies else "text"):
+                allowed = ", ".join(self._suitable())
+                raise ValueError(f"evaluation.{key}: {name} does not suit the task {self.model.task}; use {allowed}")
+            if getattr(METRICS.get(name), "reads", None) == "option" and given.options is None:
+                raise ValueError(f"evaluation.{key}: {name} needs evaluation.options=sum or mean")
         return self
+
+    def _suitable(self) -> Iterator[str]:
+        kind = "class" if self.classifies else "text"
+        return (entry.name for entry in METRICS.entries() if getattr(entry.value, "task", None) in (None, kind))
 
     @property
     def classifies(self) -> bool:
@@ -253,7 +298,7 @@ class RunConfig(Section):
         return self.model.task != "causal_lm"
 
     @property
-    def metric(self) -> Metric:
+    def metric(self) -> str:
         """The score in tables."""
         return self.evaluation.metric or ("accuracy" if self.classifies else "rouge1")
 
@@ -292,6 +337,8 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
     """
     values = _with_plugins(settings_today(values))
     known = sections() if values.keys() - RunConfig.model_fields.keys() else {}
+    for name in known.keys() & RunConfig.model_fields.keys():
+        raise UserError(f'{where}: something registered has settings in a section "{name}", which means something else')
     problems, own = list[Any](), dict[str, Section]()
     for name in (name for name in values if name in known):
         try:
@@ -303,7 +350,8 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
     except ValidationError as error:
         problems += error.errors()
     if problems:
-        lines = (explain(problem, RunConfig, where, typed) for problem in problems)
+        code = f"; plugins: {listed(values['plugins'])}" if values.get("plugins") else ""
+        lines = (explain(problem, RunConfig, where, typed) + code for problem in problems)
         raise UserError("\n".join(dict.fromkeys(lines)))
     return config
 
@@ -318,9 +366,8 @@ def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
     """
     if values.get("plugins"):
         raise UserError(f"{where}: refused: plugins point at code")
-    for key in NAMED:
-        value = _at(values, key)
-        if isinstance(value, str) and split_reference(value):
+    for key, registry in NAMED.items():
+        if any(map(registry.points_at_code, _texts(_at(values, key)))):
             raise UserError(f"{where}: refused: {key} points at code")
     held = held_plugins()
     method = values.get("method", "fedalt")
@@ -333,6 +380,12 @@ def _at(values: Any, dotted: str) -> Any:
     for part in dotted.split("."):
         values = values.get(part) if isinstance(values, Mapping) else None
     return values
+
+
+def _texts(value: Any) -> list[str]:
+    """The names in a setting that holds one, a list of them, or one text with commas."""
+    values = _names(value)
+    return [one for one in values if isinstance(one, str)] if isinstance(values, list | tuple) else []
 
 
 def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -350,11 +403,12 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
         section: Any = named
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
-        text = section.get(last) if isinstance(section, dict) else None
-        reference = split_reference(text) if isinstance(text, str) else None
-        if reference:
-            plugins.append(_absolute(reference[0]))
-            section[last] = registry.name_in(plugins[-1], reference[1])
+        given = section.get(last) if isinstance(section, dict) else None
+        given = _names(given) if key in _LISTS else given
+        if isinstance(given, list | tuple):
+            section[last] = [_name(one, registry, plugins) for one in given]
+        elif given is not None:
+            section[last] = _name(given, registry, plugins)
     return {**named, **({"plugins": tuple(dict.fromkeys(plugins))} if plugins else {})}
 
 
@@ -362,19 +416,46 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
 
 
+def _name(value: Any, registry: Registry[Any], plugins: list[str]) -> Any:
+    """The name in place of a reference, whose file or module joins the plugins."""
+    reference = registry.reference(value) if isinstance(value, str) else None
+    if reference is None:
+        registry.adopt(str(value), plugins)
+        return value
+    plugins.append(_absolute(reference[0]))
+    return registry.name_in(plugins[-1], reference[1])
+
+
 def _absolute(place: str) -> str:
     return str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
 
 
-def used_code(config: RunConfig) -> dict[str, str]:
-    """Kind and name of every outside thing that the settings name → digest of its source."""
-    values, found = config.model_dump(), {}
+def used_entries(config: RunConfig) -> Iterator[tuple[str, Entry[Any]]]:
+    """Everything registered that the settings name and the numbers depend on, after its kind."""
+    return ((registry.kind, entry) for registry, entry in _named(config.model_dump()) if registry is not TRACKERS)
+
+
+def _named(values: Mapping[str, Any]) -> Iterator[tuple[Registry[Any], Entry[Any]]]:
+    """Everything registered that settings name."""
     for key, registry in NAMED.items():
-        value = _at(values, key)
-        entry = registry.entry(value) if isinstance(value, str) else None
-        if entry and entry.digest:
-            found[f"{registry.kind} {entry.name}"] = entry.digest
-    return found
+        for name in _texts(_at(values, key)):
+            if not registry.open or name in registry:
+                yield registry, registry.entry(name)
+
+
+def outside_code(config: RunConfig) -> dict[str, Entry[Any]]:
+    """Kind and name of every outside thing that the settings name → what is known of it."""
+    return {f"{kind} {entry.name}": entry for kind, entry in used_entries(config) if entry.digest}
+
+
+def used_code(config: RunConfig) -> dict[str, str]:
+    """Kind and name of every outside thing that the numbers of a run depend on → digest of its source."""
+    return {thing: str(entry.digest) for thing, entry in outside_code(config).items()}
+
+
+def used_sections(config: RunConfig) -> set[str]:
+    """The sections of everything that the numbers of a run depend on."""
+    return {section_of(entry) for _, entry in used_entries(config) if settings_of(entry.value)}
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "settings") -> RunConfig:

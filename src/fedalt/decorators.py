@@ -36,7 +36,7 @@ def method(name: str) -> Callable[[T], T]:
 
 
 def aggregator(name: str) -> Callable[[T], T]:
-    """Give a way to make RoW LoRAs of uploads a name, for ``fedalt.row_aggregator``.
+    """Give a way to make RoW LoRAs of uploads a name, for ``fedalt.rest_of_world_aggregator``.
 
     >>> import fedalt as fa
     >>> @fa.aggregator("nobody")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import time
 from collections import defaultdict
@@ -13,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedalt.evaluation.metrics import Metric, metric_of
 
 _WIDTH = 110
 _SECONDS = 0.2
@@ -27,6 +28,8 @@ class Live:
         rounds: Rounds of a run, until it says so itself.
         notes: What has been printed already; shared by the jobs of a comparison.
     """
+
+    metric: Metric
 
     def __init__(self, progress: Progress, rounds: int, notes: set[str]) -> None:
         self.progress = progress
@@ -51,7 +54,7 @@ class Live:
     def _on_run_started(self, event: Mapping[str, Any]) -> None:
         if self.task is not None:
             self.progress.update(self.task, completed=self.rounds)
-        self.loss, self.rounds = "", event["rounds"]
+        self.loss, self.rounds, self.metric = "", event["rounds"], metric_of(event["metric"])
         label = self.label or event["method"]
         self.task = self.progress.add_task(label, total=self.rounds, completed=event["round"], state="")
 
@@ -69,7 +72,8 @@ class Live:
         self._update(event["round"], f"scored in {event['seconds']:.0f} s{self.loss}")
 
     def _on_run_finished(self, event: Mapping[str, Any]) -> None:
-        self._update(self.rounds, f"mean {event['mean']:.1f}, worst {event['worst']:.1f}")
+        text = self.metric.text
+        self._update(self.rounds, f"mean {text(event['mean'])}, worst {text(event['worst'])}")
 
     def _on_client_failed(self, event: Mapping[str, Any]) -> None:
         self.progress.console.print(
@@ -96,18 +100,22 @@ def on_terminal(console: Console, rounds: int) -> Iterator[Callable[[Mapping[str
 @contextmanager
 def in_notebook(rounds: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """The same in the output of a notebook's cell, drawn by its own means: no widgets are needed."""
-    shown: Any = importlib.import_module("IPython.display")
+    from IPython import display as ipython
+
+    show: Any = ipython.display
+    html: Any = ipython.HTML
+
     console = Console(file=io.StringIO(), record=True, width=_WIDTH, force_jupyter=False, force_terminal=True)
     progress = _progress(console)
     sink = _sink(progress, rounds)
-    handle = shown.display(shown.HTML(""), display_id=True)
+    handle = show(html(""), display_id=True)
     drawn = 0.0
 
     def draw() -> None:
         page = Console(file=io.StringIO(), record=True, width=_WIDTH, force_jupyter=False, force_terminal=True)
         page.print(progress.get_renderable())
         notes = console.export_html(clear=False, inline_styles=True, code_format=_PAGE)
-        handle.update(shown.HTML(notes + page.export_html(inline_styles=True, code_format=_PAGE)))
+        handle.update(html(notes + page.export_html(inline_styles=True, code_format=_PAGE)))
 
     def follow(event: Mapping[str, Any]) -> None:
         nonlocal drawn

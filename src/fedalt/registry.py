@@ -3,6 +3,10 @@
 A table is filled by its decorator, by entry points of installed packages (``fedalt.methods``, ``fedalt.metrics``, …),
 and by ``FILE.py:Name`` or ``module:Name`` wherever a name is expected. Code is never sent anywhere: every machine of
 a run holds the file, and the digest of its text is part of the run's identity.
+
+Facts about a thing are attributes of its function or class; the decorator sets them: ``register(name, corpus=True)``.
+A class may have settings: a nested ``Settings``, which is a section of the YAML named after it. An instance is made
+without arguments, and has them as ``self.settings`` before its ``__init__`` runs.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -33,6 +38,8 @@ HELD = "FEDALT_PLUGINS"
 """Environment variable with the files of code that an administrator lets runs of others use."""
 _FILES = "fedalt_plugin_"
 """Modules made from files start with this, followed by the file's digest."""
+_PLUGINS: dict[str, ModuleType] = {}
+"""File or module → what was last imported from it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,9 @@ class Registry(Generic[T]):
         home: Our own package or module whose import registers ours; all modules of a package are imported.
         accepts: Whether something can be registered; for what ``FILE.py:Name`` finds.
         wanted: What ``accepts`` asks for, in words.
+        facts: What ``register`` can say about a thing of this kind.
+        reserved: Names that mean something else where things of this kind are named.
+        open: Whether a path or another name may stand where a name of this kind is expected.
     """
 
     def __init__(
@@ -68,26 +78,39 @@ class Registry(Generic[T]):
         kind: str,
         group: str,
         home: str,
+        *,
         accepts: Callable[[Any], bool] = callable,
         wanted: str = "a function or a class",
+        facts: Sequence[str] = (),
+        reserved: Sequence[str] = (),
+        open: bool = False,
     ) -> None:
-        self.kind, self.group, self.home = kind, group, home
-        self._accepts, self._wanted = accepts, wanted
+        self.kind, self.group, self.home, self.open = kind, group, home, open
+        self._accepts, self._wanted, self._facts, self._reserved = accepts, wanted, facts, reserved
         self._entries: dict[str, Entry[T]] = {}
         self._complete = False
 
-    def register(self, name: str) -> Callable[[Any], Any]:
-        """A decorator that gives its class or function a name here.
+    def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
+        """A decorator that gives its class or function a name here, and attributes.
 
         Raises:
-            UserError: The name is taken, or is none: letters, digits and underscores, first a letter.
+            UserError: The name is taken, or is none: letters, digits and underscores, first a letter; or a fact is
+                unknown.
         """
+        for fact in facts:
+            if fact not in self._facts:
+                raise UserError(
+                    f'{self.kind} "{name}": nothing is known of "{fact}"{did_you_mean(fact, self._facts)}; '
+                    f"known: {listed(self._facts) or 'nothing'}"
+                )
         if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise UserError(
                 f'{self.kind} "{name}": a name has letters, digits and underscores, and starts with a letter'
             )
 
         def decorate(value: Any) -> Any:
+            for fact, known in facts.items():
+                setattr(value, fact, known)
             self.add(name, value)
             return value
 
@@ -98,6 +121,8 @@ class Registry(Generic[T]):
         origin, digest = _origin(module or str(getattr(value, "__module__", "")), value)
         if origin != OURS:
             self._load()  # a collision with one of ours is found whoever is imported first
+        if name in self._reserved:
+            raise UserError(f'{self.kind} "{name}" of {origin}: the name means something else here; choose another')
         old = self._entries.get(name)
         again = old and (old.origin == origin or old.digest == digest is not None)  # a cell or a file that runs again
         if old and not again:
@@ -120,9 +145,7 @@ class Registry(Generic[T]):
         Raises:
             UserError: See ``get``.
         """
-        if name not in self._entries:
-            self._load()
-        if name not in self._entries:
+        if name not in self:
             known = self.names()
             short = name if len(name) <= 80 else name[:77] + "…"
             raise UserError(
@@ -130,13 +153,70 @@ class Registry(Generic[T]):
             )
         return self._entries[name]
 
+    def make(self, name: str, settings: Callable[[str, type[Any]], Any], shared: Any = None) -> Any:
+        """Something to call: a function as it is, or an instance of a class.
+
+        Args:
+            name: Its name.
+            settings: From a section and its class to the settings there.
+            shared: What ``self.settings`` is where the class has no ``Settings`` of its own: the section of the YAML
+                where things of this kind are named.
+
+        Raises:
+            UserError: See ``get``; or the class cannot be made an instance of.
+        """
+        value = self.get(name)
+        if not inspect.isclass(value):
+            return value
+        own = settings_of(value)
+        made: Any = value.__new__(value)
+        made.settings = settings(section_of(self.entry(name)), own) if own else shared
+        with self.blamed(name):
+            value.__init__(made)
+        return made
+
+    @contextmanager
+    def blamed(self, name: str) -> Iterator[None]:
+        """Errors of outside code become one line that says whose code it is; those of ours stay as they are."""
+        entry = self.entry(name)
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if entry.origin == OURS:
+                raise
+            module = sys.modules.get(getattr(entry.value, "__module__", ""))
+            line = _line_of(error, Path(getattr(module, "__file__", None) or ""))
+            text = " ".join(str(error).split())
+            raise UserError(f'{self.kind} "{name}" of {entry.origin}{line}: {type(error).__name__}: {text}') from None
+
+    def reference(self, text: str) -> tuple[str, str] | None:
+        """``FILE.py:Name`` or ``module:Name`` as its two parts; None for a plain name.
+
+        Where paths and other names may stand, too, a reference is what has ``.py`` before the colon, or an importable
+        module that holds the name; a file or folder that is called so is none.
+        """
+        parts = split_reference(text) if self.points_at_code(text) else None
+        if parts is None or not self.open or parts[0].endswith(".py"):
+            return parts
+        place, name = parts
+        return parts if hasattr(import_plugin(place), name) else None
+
+    def points_at_code(self, text: str) -> bool:
+        """Whether a text might be a reference; found out without importing anything."""
+        parts = split_reference(text)
+        if parts is None or not self.open or parts[0].endswith(".py"):
+            return parts is not None
+        return not Path(text).exists() and _importable(parts[0].partition(".")[0])
+
     def resolve(self, text: str) -> str:
         """The name behind a name, ``FILE.py:Name`` or ``module:Name``; a file or module is imported.
 
         Raises:
             UserError: There is no such file, module or name in it, or it is of another kind.
         """
-        return self.name_in(*outside) if (outside := split_reference(text)) else self.entry(text).name
+        return self.name_in(*outside) if (outside := self.reference(text)) else self.entry(text).name
 
     def name_in(self, place: str, name: str) -> str:
         """The registered name of something in a file or module; it is registered now if it has not been.
@@ -145,9 +225,7 @@ class Registry(Generic[T]):
             UserError: See ``resolve``.
         """
         module = import_plugin(place)
-        found = vars(module)
-        own = {key: value for key, value in found.items() if getattr(value, "__module__", "") == module.__name__}
-        known = [key for key, value in own.items() if not key.startswith("_") and self._accepts(value)]
+        found, known = vars(module), list(self._own(module))
         by_name = next((e for e in self._entries.values() if e.name == name and _is_of(e.value, module)), None)
         if by_name:
             return by_name.name
@@ -158,8 +236,7 @@ class Registry(Generic[T]):
             raise UserError(f"{self.kind}: {name} in {place} is not {self._wanted}")
         entry = next((entry for entry in self._entries.values() if entry.value is value), None)
         if entry is None:
-            given = vars(value).get("name") if inspect.isclass(value) else None
-            self.add(given if isinstance(given, str) and given else _snake(name), value, module.__name__)
+            self.add(_name_of(name, value), value, module.__name__)
             entry = next(entry for entry in self._entries.values() if entry.value is value)
         return entry.name
 
@@ -172,8 +249,39 @@ class Registry(Generic[T]):
         self._load()
         return tuple(self._entries.values())
 
+    def _own(self, module: ModuleType) -> dict[str, T]:
+        """What a plugin defines that could be registered here."""
+        own = {
+            key: value
+            for key, value in list(vars(module).items())
+            if isinstance(value, str) or getattr(value, "__module__", "") == module.__name__
+        }
+        return {key: value for key, value in own.items() if not key.startswith("_") and self._accepts(value)}
+
+    def adopt(self, name: str, places: Sequence[str]) -> None:
+        """Register what some plugins define under a name and do not register themselves.
+
+        A run names it by ``FILE.py:Name`` once; from then on its settings have the name, and the file among plugins.
+
+        Raises:
+            UserError: Something else has this name.
+        """
+        for place in places:
+            module = import_plugin(place)
+            for key, value in self._own(module).items():
+                if _name_of(key, value) == name:
+                    self.add(name, value, module.__name__)
+
+    def forget(self, origin: str, digest: str) -> None:
+        """Drop what an earlier text of a file has registered."""
+        self._entries = {n: e for n, e in self._entries.items() if e.origin != origin or e.digest == digest}
+
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        if name not in self._entries:
+            self._load()
+        if name not in self._entries and isinstance(name, str):
+            self.adopt(name, list(_PLUGINS))
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -202,6 +310,13 @@ def split_reference(text: str) -> tuple[str, str] | None:
     return (place, name) if colon and place and name.isidentifier() else None
 
 
+def _importable(place: str) -> bool:
+    try:
+        return importlib.util.find_spec(place) is not None
+    except (ImportError, ValueError):  # no such package, or no name of a module
+        return False
+
+
 def import_plugin(place: str) -> ModuleType:
     """The module of a file or of an installed package. A file is run once, whatever it is called, and stands alone.
 
@@ -210,7 +325,8 @@ def import_plugin(place: str) -> ModuleType:
     """
     if not place.endswith(".py"):
         try:
-            return importlib.import_module(place)
+            _PLUGINS[place] = importlib.import_module(place)
+            return _PLUGINS[place]
         except Exception as error:
             told = shortened(f"{type(error).__name__}: {error}", 200)
             raise UserError(f"{shortened(place)}: cannot be imported ({told})") from None
@@ -218,9 +334,18 @@ def import_plugin(place: str) -> ModuleType:
     if not path.is_file():
         raise UserError(f"{place}: no such file")
     text = path.read_bytes()
+    digest = hashlib.sha256(text).hexdigest()
+    module, old = sys.modules.get(_FILES + digest) or _run(place, path, text), _PLUGINS.get(str(path))
+    if old is not None and old is not module:
+        sys.modules.pop(old.__name__, None)  # or it would not register anything when the file has this text again
+        for registry in ALL:
+            registry.forget(f"file {path}", digest)
+    _PLUGINS[str(path)] = module
+    return module
+
+
+def _run(place: str, path: Path, text: bytes) -> ModuleType:
     name = _FILES + hashlib.sha256(text).hexdigest()
-    if name in sys.modules:
-        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -306,6 +431,12 @@ def _is_of(value: Any, module: ModuleType) -> bool:
     )
 
 
+def _name_of(key: str, value: Any) -> str:
+    """What something without a registered name is called: by its attribute ``name``, or by its own in small letters."""
+    given = vars(value).get("name") if inspect.isclass(value) else None
+    return given if isinstance(given, str) and given else _snake(key)
+
+
 def _snake(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
@@ -315,20 +446,35 @@ def _is_method(value: Any) -> bool:
 
 
 METHODS: Registry[Any] = Registry(
-    "method", "fedalt.methods", "fedalt.methods", _is_method, "a method: derive it from fedalt.Method"
+    "method",
+    "fedalt.methods",
+    "fedalt.methods",
+    accepts=_is_method,
+    wanted="a method: derive it from fedalt.Method",
 )
-METRICS: Registry[Any] = Registry("metric", "fedalt.metrics", "fedalt.evaluation.metrics")
-PARTITIONERS: Registry[Any] = Registry("partitioner", "fedalt.partitioners", "fedalt.data.partition")
+METRICS: Registry[Any] = Registry(
+    "metric",
+    "fedalt.metrics",
+    "fedalt.evaluation.metrics",
+    facts=("title", "task", "corpus", "reads", "higher_is_better", "points", "unit", "digits"),
+    reserved=("rows", "categories", "client_id", "client", "stemmer", "round", "point", "event", "time", "job"),
+)
+PARTITIONERS: Registry[Any] = Registry(
+    "partitioner", "fedalt.partitioners", "fedalt.data.partition", facts=("uses", "alpha", "fixed")
+)
 AGGREGATORS: Registry[Any] = Registry("aggregator", "fedalt.aggregators", "fedalt.methods.rows")
-SOURCES: Registry[Any] = Registry("source", "fedalt.sources", "fedalt.data.load")
+SOURCES: Registry[Any] = Registry("source", "fedalt.sources", "fedalt.data.load", open=True)
 TEMPLATES: Registry[Any] = Registry(
     "template",
     "fedalt.templates",
     "fedalt.data.templates",
-    lambda value: isinstance(value, str) or callable(value),
-    "a text or a function",
+    accepts=lambda value: isinstance(value, str) or callable(value),
+    wanted="a text or a function",
+    open=True,
 )
-TRACKERS: Registry[Any] = Registry("tracker", "fedalt.trackers", "fedalt.report.trackers")
+TRACKERS: Registry[Any] = Registry(
+    "tracker", "fedalt.trackers", "fedalt.report.trackers", accepts=inspect.isclass, wanted="a class"
+)
 ALL: Sequence[Registry[Any]] = (METHODS, METRICS, PARTITIONERS, AGGREGATORS, SOURCES, TEMPLATES, TRACKERS)
 
 
@@ -343,12 +489,36 @@ def registered_name(registry: Registry[Any]) -> Any:
     return Annotated[str, AfterValidator(known), registry]
 
 
+def settings_of(value: Any) -> type[Any] | None:
+    """The class of something's own settings; None where it has none."""
+    settings = getattr(value, "Settings", None)
+    return settings if settings is not None and settings.model_fields else None
+
+
+def section_of(entry: Entry[Any]) -> str:
+    """The section of the YAML with the settings of something that has some."""
+    return getattr(entry.value, "section", None) or entry.name
+
+
 def sections() -> Mapping[str, type[Any]]:
-    """Section of the YAML → settings class, of everything that has settings of its own."""
+    """Section of the YAML → settings class, of everything that has settings of its own.
+
+    Raises:
+        UserError: Things of two kinds have sections of one name.
+    """
     found: dict[str, type[Any]] = {}
+    owners: dict[str, tuple[Registry[Any], Entry[Any]]] = {}
     for registry in ALL:
         for entry in registry.entries():
-            settings = getattr(entry.value, "Settings", None)
-            if settings is not None and settings.model_fields:
-                found[getattr(entry.value, "section", None) or entry.name] = settings
+            settings = settings_of(entry.value)
+            if settings is None:
+                continue
+            name = section_of(entry)
+            kind, first = owners.setdefault(name, (registry, entry))
+            if kind is not registry:
+                raise UserError(
+                    f'{registry.kind} "{entry.name}" of {entry.origin}: its settings would be the section "{name}", '
+                    f"which is that of the {kind.kind} of {first.origin}; choose another name"
+                )
+            found[name] = settings
     return found

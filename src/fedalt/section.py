@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
@@ -31,3 +32,33 @@ class Settings(Section):
 
     Fields have a type and a default; a key that is none of them is refused, and so is a value of another type.
     """
+
+
+S = TypeVar("S", bound=Section)
+
+
+class Named(Section):
+    """A section that names registered things, and knows the settings that they have in sections of their own."""
+
+    _own: Mapping[str, Section] = PrivateAttr(default_factory=dict)
+
+    def knowing(self, own: Mapping[str, Section]) -> Self:
+        """The same with settings of registered things: name of the section → settings."""
+        copy = self.model_copy()
+        copy._own = dict(own)
+        return copy
+
+    @property
+    def own(self) -> str:
+        """The settings of registered things as one text, for finding out whether two are equal."""
+        return str(self._own)
+
+    def section(self, name: str, kind: type[S]) -> S:
+        """The settings of a registered thing: those given, or its defaults."""
+        return settings_in(self._own, name, kind)
+
+
+def settings_in(own: Mapping[str, Section], name: str, kind: type[S]) -> S:
+    """The settings of a registered thing among all that were given, or its defaults."""
+    found = own.get(name)
+    return found if isinstance(found, kind) else kind()

@@ -18,7 +18,7 @@ from fedalt.data.clients import to_clients
 from fedalt.data.load import load_federation, load_held_out
 from fedalt.data.mirror import held_out, largest_remainder, mirrored
 from fedalt.data.options import DataConfig, PartitionConfig
-from fedalt.data.partition import ALPHA, cover
+from fedalt.data.partition import alpha_of, cover
 from fedalt.data.pool import Pool, pooled
 from fedalt.data.record import in_order, label_counts, record, reproduce, row_digest
 from fedalt.data.rows import SPLITS, ClientData, Federation, Row
@@ -214,11 +214,11 @@ def test_superclasses_are_shared_whole_or_label_by_label() -> None:
     assert apart("class_in_superclass") > 0.3
 
 
-@pytest.mark.parametrize(("by", "usual"), ALPHA.items())
+@pytest.mark.parametrize(("by", "usual"), {"dirichlet": 0.5, "quantity": 0.5, "gl_dir": 0.3, "sc_dir": 3.0}.items())
 def test_alpha_has_the_papers_value_where_none_is_given(by: str, usual: float) -> None:
     rows = by_twelve(600)
     assert trained(rows, by, 6) == trained(rows, by, 6, alpha=usual) != trained(rows, by, 6, alpha=10 * usual)
-    assert ALPHA["sc_dir"] == 3
+    assert alpha_of(PartitionConfig(by=by)) == usual
 
 
 def test_sizes_vary_and_labels_do_not() -> None:
@@ -421,7 +421,7 @@ def test_what_cannot_be_dealt(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "pieces"),
     [
-        ({"by": "dirichlt"}, ['"data.partition.by"', "'iid', 'dirichlet'"]),
+        ({"by": "dirichlt"}, ['"data.partition.by"', '(did you mean "dirichlet"?)']),
         ({"by": "dirichlet", "alpha": 0}, ['"data.partition.alpha" = 0', "greater than 0"]),
         ({"alpha": -1.0}, ["greater than 0"]),
         ({"bye": "iid"}, ['unknown key "data.partition.bye" (did you mean "by"?)']),

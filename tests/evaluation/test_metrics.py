@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from math import log
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedalt.evaluation.metrics import (
-    Judged,
-    class_scores,
-    group_mean,
-    mean_scores,
-    over_clients,
-    percentile,
-    score_answer,
-    summarise,
-)
+from fedalt.config import EvaluationConfig
+from fedalt.evaluation.metrics import group_mean, measures, metric_of, over_clients, percentile, score
 from micro import METRICS
 from support import quick
+
+
+def score_answer(answer: str, reference: str, stemmer: bool) -> dict[str, float]:
+    """One row's scores."""
+    found = score([row(answer, reference)], measures(EvaluationConfig(stemmer=stemmer), classes=False))
+    return {name: value for name, value in found.items() if name not in ("rows", "categories")}
+
+
+def row(answer: str, reference: str, category: str = "", **more: float) -> dict[str, Any]:
+    return {"answer": answer, "reference": reference, "category": category, **more}
 
 
 def test_rouge_by_hand() -> None:
@@ -64,31 +67,37 @@ def test_text_in_other_scripts_has_exact_match_only() -> None:
 
 
 def test_summary_is_a_mean_over_rows_not_over_categories() -> None:
-    def row(value: float) -> dict[str, float]:
-        return dict.fromkeys(METRICS, value)
-
-    summary = summarise([("news", row(90.0)), ("news", row(60.0)), ("fiction", row(0.0))], mean_scores)
-    assert (summary["rows"], summary["rouge1"]) == (3, 50)
+    rows = [row("a", "a", "news"), row("b", "a", "news"), row("b", "a", "fiction")]
+    summary = score(rows, measures(EvaluationConfig(), classes=False))
+    assert (summary["rows"], summary["rouge1"]) == (3, pytest.approx(100 / 3))
     assert list(summary["categories"]) == ["fiction", "news"]
-    assert summary["categories"]["news"] == {"rows": 2, **row(75.0)}
-    assert summary["categories"]["fiction"] == {"rows": 1, **row(0.0)}
+    assert summary["categories"]["news"] == {"rows": 2, **dict.fromkeys(METRICS, 50.0), "rouge2": 0.0}
+    assert summary["categories"]["fiction"] == {"rows": 1, **dict.fromkeys(METRICS, 0.0)}
 
 
 def test_means_of_nothing() -> None:
-    assert mean_scores([]) == {}
-    assert summarise([], mean_scores) == {"rows": 0, "categories": {}}
+    assert score([], measures(EvaluationConfig(), classes=False)) == {"rows": 0, "categories": {}}
+    assert score([], measures(EvaluationConfig(), classes=True)) == {"rows": 0, "categories": {}}
     assert group_mean([]) is None
     assert group_mean(iter([1.0, 2.0])) == 1.5
 
 
+def test_options_count_where_there_are_some() -> None:
+    rows = [row("x", "yes", option=" yes"), row("x", "yes", option="no"), row("x", "yes", "none")]  # type: ignore[arg-type]
+    summary = score(rows, measures(EvaluationConfig(), classes=False))
+    assert summary["option_accuracy"] == 50
+    assert "option_accuracy" not in summary["categories"]["none"]
+
+
 def test_classes_by_hand() -> None:
     """a: TP 1, FN 1, F1 2/3. b: TP 1, FP 1, F1 2/3. c is a reference only, d is chosen only: F1 0, and both count."""
-    rows = [Judged("a", "a", 0.5), Judged("d", "a", 0.25), Judged("b", "b", 1.0), Judged("b", "c", 0.0)]
-    scores = class_scores(rows)
+    chosen = [("a", "a", 0.5), ("d", "a", 0.25), ("b", "b", 1.0), ("b", "c", 0.0)]
+    rows = [row(answer, reference, probability=p) for answer, reference, p in chosen]
+    scores = score(rows, measures(EvaluationConfig(), classes=True))
+    assert list(scores) == ["rows", "accuracy", "macro_f1", "log_loss", "categories"]
     assert scores["accuracy"] == 50
     assert scores["macro_f1"] == pytest.approx(100 * (2 / 3 + 2 / 3 + 0 + 0) / 4)
     assert scores["log_loss"] == pytest.approx((log(2) + log(4) + 0 + 12 * log(10)) / 4), "p = 0 counts as 1e-12"
-    assert class_scores([]) == {}
 
 
 @quick
@@ -98,6 +107,17 @@ def test_percentiles_are_those_of_numpy(values: list[float], percent: float) -> 
 
 
 def test_mean_worst_and_tenth_percentile() -> None:
-    found = over_clients([90.0, 10.0, 50.0])
+    found = over_clients([90.0, 10.0, 50.0], "rouge1")
     assert (found["mean"], found["worst"]) == (50, 10)
     assert found["p10"] == pytest.approx(18)  # a fifth of the way from 10 to 50
+
+
+def test_where_lower_is_better_the_worst_is_the_highest() -> None:
+    found = over_clients([0.9, 0.1, 0.5], "log_loss")
+    assert (found["mean"], found["worst"]) == (pytest.approx(0.5), 0.9)
+    assert found["p10"] == pytest.approx(0.82)  # a fifth of the way from .9 to .5
+    loss, rouge = metric_of("log_loss"), metric_of("rouge1")
+    assert loss.better(0.1, 0.2) and not loss.better(0.2, 0.2) and rouge.better(0.2, 0.1)
+    assert (loss.best([2, 1, 3]), rouge.best([2, 1, 3])) == (1, 3)
+    assert loss.gain(0.1, 0.3) == pytest.approx(0.2) and rouge.gain(0.1, 0.3) == pytest.approx(-0.2)
+    assert (loss.text(0.1234), rouge.text(-12.34, sign=True), rouge.text(None)) == ("0.123", "-12.3", "–")

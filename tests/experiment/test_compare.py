@@ -14,7 +14,7 @@ from fedalt.cli.compare_tables import compare_table
 from fedalt.config import RunConfig, parse_config
 from fedalt.errors import UserError
 from fedalt.experiment import compare as comparing
-from fedalt.experiment import members, processes
+from fedalt.experiment import members
 from fedalt.experiment.compare import collect, compare, plan
 from fedalt.experiment.prepare import load_resident
 from fedalt.experiment.statistics import half_width, paired
@@ -23,6 +23,7 @@ from fedalt.experiment.tables import EQUAL, Grid, Score, columns, gain_grid, mar
 from fedalt.methods import budget
 from fedalt.methods.registry import title_of
 from micro import CLIENTS, data_folder, labelled_table, left_behind, settings, shared_classifier
+from pooled import dying, leaving
 from support import METHODS
 
 QUICK = {"federation__rounds": 1, "training__local_epochs": 1}
@@ -248,22 +249,16 @@ def test_an_error_in_a_job_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "error", "line"),
+    ("work", "error", "line"),
     [
-        (
-            "import os; os.kill(os.getpid(), 9)",
-            UserError,
-            r"--jobs: job 0 \(local seed 0\) was killed \(signal 9\).*--resume",
-        ),
-        ("raise SystemExit(3)", RuntimeError, r"job 0 \(local seed 0\) ended with status 3"),
+        (dying, UserError, r"--jobs: job 0 \(local seed 0\) was killed \(signal 9\).*--resume"),
+        (leaving, RuntimeError, r"job 0 \(local seed 0\) ended with status 3"),
     ],
 )
 def test_a_job_that_dies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, error: type[Exception], line: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Any, error: type[Exception], line: str
 ) -> None:
-    import sys
-
-    monkeypatch.setattr(processes, "_COMMAND", (sys.executable, "-c", code))
+    monkeypatch.setattr(members, "_job", work)
     with pytest.raises(error, match=line):
         compare(config(), ["local"], (0,), tmp_path / "out", "ask", quiet, jobs=2)
 

@@ -17,9 +17,9 @@ import torch
 
 from fedalt.config import load_config, parse_config
 from fedalt.errors import UserError
+from fedalt.experiment.devices import Outbox, read
 from fedalt.experiment.engine import run as run_engine
 from fedalt.experiment.folder import claim_folder
-from fedalt.experiment.messages import Outbox, read
 from fedalt.experiment.prepare import prepare
 from fedalt.methods.exchange import Message
 from fedalt.names import Key
@@ -72,7 +72,7 @@ def same_run(one: Path, other: Path) -> None:
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    return [child for child in process.children() if "fedalt.experiment.worker" in child.cmdline()]
+    return [child for child in process.children() if "--multiprocessing-fork" in child.cmdline()]
 
 
 # ------------------------------------------------------------------------------------------------------ the same run

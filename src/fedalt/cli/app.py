@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from fedalt.cli import complete, show
 from fedalt.cli.bench import bench
-from fedalt.cli.command import INSIGHT_ROWS, Command
+from fedalt.cli.command import INSIGHT_ROWS, OLD, Command
 from fedalt.cli.compare import compare
 from fedalt.cli.deploy import certs, server, site, status
 from fedalt.cli.env import env
@@ -134,6 +134,7 @@ def export(
     ] = False,
 ) -> None:
     """Take one client's model away: PEFT folders and mixer, or one static LoRA."""
+    from fedalt.evaluation.metrics import metric_of
     from fedalt.experiment.export import export_folders, export_static
 
     if not static:
@@ -142,9 +143,10 @@ def export(
         return
     cost = export_static(run, client, out)
     say(f"wrote {out}")
+    text = metric_of(cost.metric).text
     show.out.print(
-        f"client {client}, own test rows: personal {cost.personal:.1f}, static {cost.static:.1f} "
-        f"({cost.static - cost.personal:+.1f})"
+        f"client {client}, own test rows: personal {text(cost.personal)}, static {text(cost.static)} "
+        f"({text(cost.static - cost.personal, sign=True)})"
     )
 
 
@@ -174,9 +176,9 @@ def report(
 @settings(starts=False)
 def validate(config: RunConfig, as_json: Json = False) -> None:
     """Check everything that can be checked before the first step, and estimate memory and time. Writes nothing."""
+    from fedalt.experiment.devices import check_devices
     from fedalt.experiment.estimate import estimate, row_table
     from fedalt.experiment.prepare import prepare
-    from fedalt.experiment.workers import check_devices
     from fedalt.report.trackers import check_trackers
 
     check_trackers(config.report.trackers)
@@ -226,9 +228,12 @@ GROUPS: dict[str, dict[Callable[..., None], str]] = {
 }
 """Help panel → command → an example of it."""
 
+_OTHERS = f"Other spellings, in every command: {', '.join(f'{old} for {new}' for old, new in OLD.items())}."
+
 for panel, commands in GROUPS.items():
     for command, example in commands.items():
-        app.command(cls=Command, rich_help_panel=panel, epilog=f"Example: {escape(example)}")(command)
+        epilog = f"Example: {escape(example)}" + (f"\n\n{_OTHERS}" if command is run else "")
+        app.command(cls=Command, rich_help_panel=panel, epilog=epilog)(command)
 app.add_typer(prepare_group, name="prepare", rich_help_panel="Data")
 
 

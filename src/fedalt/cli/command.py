@@ -38,15 +38,12 @@ class Command(TyperCommand):
         super().__init__(*args, **options)
         for argument in (param for param in self.params if isinstance(param, click.Argument)):
             argument.help = _help_of(argument, self.callback)
-        flags = {flag for param in self.params for flag in param.opts}
-        others = [f"{old} for {new}" for old, new in OLD.items() if new in flags and old not in flags]
-        if others:
-            self.epilog = f"{self.epilog or ''}\n\nOther spellings: {', '.join(others)}."
 
     def make_parser(self, ctx: click.Context) -> Any:
         """Click's parser, which knows the other spellings, too."""
         parser = super().make_parser(ctx)
-        known = {flag: param for param in self.get_params(ctx) for flag in param.opts}
+        options = (param for param in self.get_params(ctx) if isinstance(param, click.Option))
+        known = {flag: option for option in options for flag in option.opts}
         for old, new in (OLD | _BOTH).items():
             if new in known and old not in known:
                 parser.add_option(known[new], opts=[old], dest=known[new].name, action="store", nargs=1)
@@ -65,7 +62,8 @@ class Command(TyperCommand):
 def spelt(flag: str, context: click.Context | None = None) -> str:
     """An option as it was typed, in this context or the present one."""
     context = context or click.get_current_context(silent=True)
-    return (context.meta.get(_SPELT, {}) if context else {}).get(flag, flag)
+    known: dict[str, str] = context.meta.get(_SPELT, {}) if context else {}
+    return known.get(flag, flag)
 
 
 def usage_line(error: click.UsageError) -> str:
@@ -90,7 +88,7 @@ def _name(param: click.Parameter, context: click.Context | None) -> str:
     )
 
 
-def _wanted(kind: click.ParamType) -> str:
+def _wanted(kind: Any) -> str:
     """What a value must be; nothing where click's own message says it better."""
     if isinstance(kind, click.Choice):
         return f"must be {alternatives(kind.choices)}"

@@ -12,14 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fedalt.cli.show import grouped
-from fedalt.evaluation.metrics import LABELS
+from fedalt.evaluation.metrics import Metric, metric_of
 from fedalt.experiment.tables import (
     Cell,
     Grid,
     average,
     conditions,
     difference,
-    gain,
     harmed,
     score_grid,
     seeds,
@@ -69,30 +68,31 @@ def _brief(grid: Grid) -> Group:
     def picked(rows: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
         return [[row[i] for i in kept] for row in rows]
 
-    return grid_table(Grid(grid.title, heads, picked(grid.rows), picked(grid.below), grid.notes), gap=0)
+    return grid_table(Grid(grid.title, heads, picked(grid.rows), picked(grid.below), grid.notes, grid.highest), gap=0)
 
 
 def _by_client(comparison: Mapping[str, Any]) -> Group:
     methods, tasks = comparison["methods"], comparison["tasks"]
     blocks = list(methods.values())
-    title = f"{LABELS[comparison['metric']]} on each client's own test rows, {seeds(comparison)}"
+    metric = metric_of(comparison["metric"])
+    title = f"{metric.title} on each client's own test rows, {seeds(comparison)}"
     table = Table(title=title, title_justify="left")
     table.add_column("client")
     table.add_column("task")
     for block in blocks:
         table.add_column(escape(block["title"]), justify="right")
     clients = {c: [block["per_client"][c] for block in blocks] for c in tasks}
-    for client in grouped(table, {c: sum(values) for c, values in clients.items()}):
-        table.add_row(client, escape(tasks[client]), *_mark_best(clients[client]))
+    for client in grouped(table, {c: sum(values) for c, values in clients.items()}, metric.higher_is_better):
+        table.add_row(client, escape(tasks[client]), *_mark_best(clients[client], metric))
     table.add_section()
-    table.add_row("mean", "", *(average(block).text for block in blocks), style="bold")
-    table.add_row("worst client", "", *(f"{block['worst']:.1f}" for block in blocks))
-    table.add_row("10th percentile", "", *(f"{block['p10']:.1f}" for block in blocks))
+    table.add_row("mean", "", *(average(block, metric).text for block in blocks), style="bold")
+    table.add_row("worst client", "", *(metric.text(block["worst"]) for block in blocks))
+    table.add_row("10th percentile", "", *(metric.text(block["p10"]) for block in blocks))
     if "local" in methods:
-        table.add_row("gain over Local", "", *map(gain, blocks))
+        table.add_row("gain over Local", "", *(metric.text(b["gain_over_local"], sign=True) for b in blocks))
         table.add_row("clients harmed", "", *(harmed(block, len(tasks)) for block in blocks))
     if len(methods) > 1:
-        apart, p, verdict = zip(*(difference(block["against"]) for block in blocks), strict=True)
+        apart, p, verdict = zip(*(difference(block["against"], metric) for block in blocks), strict=True)
         table.add_section()
         table.add_row(f"vs {escape(methods[comparison['reference']]['title'])}", "", *apart)
         table.add_row("p (Holm)", "", *p)
@@ -121,6 +121,6 @@ def _cell(cell: Cell, top: float | None) -> str:
     return f"[green]{cell.text}[/]" if cell.value == top else cell.text
 
 
-def _mark_best(values: list[float]) -> list[str]:
-    best = max(values)
-    return [f"[green]{value:.1f}[/]" if value == best else f"{value:.1f}" for value in values]
+def _mark_best(values: list[float], metric: Metric) -> list[str]:
+    best = metric.best(values)
+    return [f"[green]{metric.text(value)}[/]" if value == best else metric.text(value) for value in values]

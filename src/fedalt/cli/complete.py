@@ -60,7 +60,11 @@ def settings(incomplete: str) -> Offers:
 
 def choices(key: str) -> Callable[[str], Offers]:
     """What a setting may be, where that is one of a few words."""
-    return lambda incomplete: iter(_choices(fields().get(key)))
+    from fedalt.config import RunConfig
+    from fedalt.hints import fields_at
+
+    *path, last = key.split(".")
+    return lambda incomplete: iter(_choices(fields_at(path, RunConfig).get(last)))
 
 
 def listed(offer: Callable[[str], Offers]) -> Callable[[str], Offers]:
@@ -84,10 +88,9 @@ def fields(path: Sequence[str] = ()) -> dict[str, FieldInfo]:
     from fedalt.registry import sections
 
     found: dict[str, FieldInfo] = {}
-    names = dict(fields_at(path, RunConfig)) | ({} if path else dict.fromkeys(sections()))
-    for name, field in names.items():
-        inner = fields([*path, name])
-        found |= inner or ({".".join([*path, name]): field} if name != "sections" else {})
+    here = {name: field for name, field in fields_at(path, RunConfig).items() if name != "sections"}
+    for name in (*here, *(() if path else sections())):
+        found |= fields([*path, name]) or {".".join([*path, name]): here[name]}
     return found
 
 

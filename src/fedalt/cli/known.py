@@ -16,7 +16,7 @@ from fedalt.cli import complete, show
 from fedalt.cli.show import print_json
 from fedalt.errors import UserError, did_you_mean
 from fedalt.hints import in_words
-from fedalt.registry import METHODS
+from fedalt.registry import METHODS, METRICS, section_of, settings_of
 
 _Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 
@@ -38,12 +38,15 @@ def methods(
 def metrics(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="say all about this one", autocompletion=complete.metrics),
+        typer.Argument(
+            metavar="[NAME]", help="say all about this one; FILE.py:Name, too", autocompletion=complete.metrics
+        ),
     ] = None,
     as_json: _Json = False,
 ) -> None:
     """List what can be measured, and in which task."""
-    _show("metrics", metric_facts(), name, as_json)
+    chosen = METRICS.resolve(name) if name else None
+    _show("metrics", metric_facts(), chosen, as_json)
 
 
 def _show(kind: str, facts: Mapping[str, dict[str, Any]], name: str | None, as_json: bool) -> None:
@@ -97,7 +100,8 @@ def method_titles() -> dict[str, str]:
 
 def method_facts() -> dict[str, dict[str, Any]]:
     """Name → everything that is shown of a method or a variant."""
-    from fedalt.methods.registry import Variant, get_method, section_of
+    from fedalt.methods.registry import Variant, get_method
+    from fedalt.methods.registry import section_of as section_of_method
 
     facts: dict[str, dict[str, Any]] = {}
     for entry in METHODS.entries():
@@ -113,7 +117,7 @@ def method_facts() -> dict[str, dict[str, Any]]:
             "source": kind.source or entry.origin,
             "what it is": _first_sentence(text),
             "text": text,
-            "settings": _settings(section_of(kind), kind.Settings),
+            "settings": _settings(section_of_method(kind), kind.Settings),
         }
     return facts
 
@@ -148,41 +152,31 @@ def _settings(section: str, kind: type[BaseModel]) -> list[dict[str, Any]]:
 
 def metric_titles() -> dict[str, str]:
     """Name → title of everything that can be measured."""
-    from fedalt.evaluation.metrics import LABELS
+    from fedalt.evaluation.metrics import metric_of
 
-    return LABELS
+    return {name: metric_of(name).title for name in METRICS.names()}
 
 
 def metric_facts() -> dict[str, dict[str, Any]]:
     """Name → everything that is shown of a metric."""
+    from fedalt.evaluation.metrics import metric_of
+
     facts: dict[str, dict[str, Any]] = {}
-    for name, title in metric_titles().items():
-        task, text = _METRICS[name]
-        scale = "nats, lower is better" if name == "log_loss" else "0 to 100"
-        facts[name] = {"name": name, "title": title, "task": task, "scale": scale}
-        facts[name] |= {"what it is": _first_sentence(text), "text": text}
+    for entry in METRICS.entries():
+        metric, text = metric_of(entry.name), inspect.getdoc(entry.value) or ""
+        order = "" if metric.higher_is_better else "lower is better"
+        scale = ", ".join(filter(None, ["0 to 100" if metric.points else metric.unit, order]))
+        facts[entry.name] = {
+            "name": entry.name,
+            "title": metric.title,
+            "task": {"text": "answers", "class": "classes"}.get(metric.task or "", "answers or classes"),
+            "scale": scale or "a number, higher is better",
+            "source": entry.origin,
+            "what it is": _first_sentence(text),
+            "text": text,
+            "settings": _settings(section_of(entry), own) if (own := settings_of(entry.value)) else [],
+        }
     return facts
-
-
-_ROUGE = (
-    "Google's rouge_score with its default tokenizer keeps a to z and 0 to 9 only: text in other scripts scores 0. "
-    "evaluation.stemmer changes the scores."
-)
-_METRICS = {
-    "rouge1": ("answers", f"F1 of the words that answer and reference share. {_ROUGE}"),
-    "rouge2": ("answers", f"F1 of the pairs of neighbouring words that answer and reference share. {_ROUGE}"),
-    "rougeL": ("answers", f"F1 of the longest common subsequence of words of answer and reference. {_ROUGE}"),
-    "exact_match": ("answers", "Share of answers that equal their reference, spaces at both ends aside."),
-    "accuracy": ("classes", "Share of rows whose most probable class is the right one."),
-    "macro_f1": ("classes", "Mean of the classes' F1 scores, over classes among references or choices."),
-    "log_loss": ("classes", "Mean of -log p(right class). p counts as 1e-12 at least."),
-    "option_accuracy": (
-        "answers",
-        "Share of rows whose most likely option is the right one. For rows whose instruction lists OPTIONS; needs "
-        "evaluation.options=sum or mean, which says how an option's tokens are added up.",
-    ),
-}
-"""Name → what is scored, and how."""
 
 
 def _first_sentence(text: str) -> str:

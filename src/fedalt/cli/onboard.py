@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedalt.cli import complete, show
 from fedalt.cli.show import print_json, say
-from fedalt.evaluation.metrics import LABELS, as_text
+from fedalt.evaluation.metrics import metric_of
 
 EPOCHS = 5
 
@@ -44,18 +44,17 @@ def onboard(
 
 
 def _table(joined: dict[str, Any]) -> Table:
-    metric = joined["metric"]
-    label = LABELS[metric]
-    table = Table(title=f"newcomers of {joined['run']}: {label} on their own test rows", title_justify="left")
+    metric = metric_of(joined["metric"])
+    table = Table(title=f"newcomers of {joined['run']}: {metric.title} on their own test rows", title_justify="left")
     for name in ("client", "task"):
         table.add_column(name)
     for name in ("rows", "at once", f"after {joined['epochs']} epochs"):
         table.add_column(name, justify="right")
     for client, one in joined["clients"].items():
-        scores = (as_text(metric, one[point][metric]) for point in ("before", "after"))
+        scores = (metric.text(one[point][metric.name]) for point in ("before", "after"))
         table.add_row(client, one["task"], str(one["rows"]), *scores)
     table.add_section()
     for title, key in (("mean", "mean"), ("worst", "worst"), ("10th percentile", "p10")):
-        values = (as_text(metric, joined[point][key]) for point in ("before", "after"))
+        values = (metric.text(joined[point][key]) for point in ("before", "after"))
         table.add_row(title, "", "", *values, style="bold" if key == "mean" else None)
     return table

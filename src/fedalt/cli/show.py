@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedalt.evaluation.metrics import LABELS, as_text, percentile
+from fedalt.evaluation.metrics import metric_of, metrics_in
 from fedalt.progress import on_terminal
 from fedalt.report.shown import MOST, groups
 
@@ -52,24 +52,22 @@ def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
     table = Table(title=f"{_plain(scores['title'])}: scores after round {last['round']}", title_justify="left")
     table.add_column("client")
     table.add_column("task")
-    names = [name for name in LABELS if any(name in values for values in last["clients"].values())]
-    for name in names:
-        table.add_column(LABELS[name], justify="right")
-    for client in grouped(table, {c: values[scores["metric"]] for c, values in last["clients"].items()}):
+    metrics = [metric_of(name) for name in metrics_in({n: 0 for values in last["clients"].values() for n in values})]
+    for metric in metrics:
+        table.add_column(metric.title, justify="right")
+    main = metric_of(scores["metric"])
+    for client in grouped(table, {c: v[main.name] for c, v in last["clients"].items()}, main.higher_is_better):
         values = last["clients"][client]
-        table.add_row(client, _plain(tasks.get(client, "")), *(as_text(name, values.get(name)) for name in names))
+        table.add_row(client, _plain(tasks.get(client, "")), *(m.text(values.get(m.name)) for m in metrics))
     table.add_section()
     count = len(last["clients"])
-    columns = {name: [v[name] for v in last["clients"].values() if name in v] for name in names}
-    means = (as_text(name, sum(values) / count) for name, values in columns.items())
+    columns = [(m, [v[m.name] for v in last["clients"].values() if m.name in v]) for m in metrics]
+    means = (m.text(sum(values) / count) for m, values in columns)
     table.add_row("mean", f"of {count} clients" if count > MOST else "", *means, style="bold")
     for title, percent in (("worst", 0), ("10th percentile", 10)):
-        low = (as_text(n, percentile(v, 100 - percent if n == "log_loss" else percent)) for n, v in columns.items())
-        table.add_row(title, "", *low)
+        table.add_row(title, "", *(m.text(m.tail(values, percent)) for m, values in columns))
     if best and best["round"] != last["round"]:
-        table.caption = (
-            f"best round on validation rows: {best['round']}, mean {LABELS[scores['metric']]} {best['mean']:.1f}"
-        )
+        table.caption = f"best round on validation rows: {best['round']}, mean {main.title} {main.text(best['mean'])}"
     return table
 
 
@@ -108,9 +106,9 @@ def alpha_line(alpha: list[tuple[str, float]], slot: str) -> str:
     return "".join(parts) + f"\n[dim]mean weight of the {slot} LoRA: {mean:.2f}, of the others' {1 - mean:.2f}[/]"
 
 
-def grouped(table: Table, scores: Mapping[str, float]) -> Iterator[str]:
+def grouped(table: Table, scores: Mapping[str, float], highest: bool = True) -> Iterator[str]:
     """The clients to show, with a line above each group of them."""
-    for title, clients in groups(scores).items():
+    for title, clients in groups(scores, highest).items():
         if title:
             table.add_section()
             table.add_row(f"[dim]{title}[/]")

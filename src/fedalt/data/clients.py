@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedalt.data.mirror import check_kinds, held_out, mirrored, test_rows
-from fedalt.data.options import DataConfig
-from fedalt.data.partition import ALPHA, Deck, deal
+from fedalt.data.options import DataConfig, PartitionConfig
+from fedalt.data.partition import TrainingRows, alpha_of, deal, partitioner_of, unused
 from fedalt.data.pool import LABEL, Pool
 from fedalt.data.rows import ClientData, Federation, Row
 from fedalt.errors import UserError
@@ -39,8 +39,8 @@ def to_clients(pool: Pool, config: DataConfig, seed: int, clients: int | None, c
     later = [split for split in ("validation", "test") if pool.split(split)]
     for split in later:
         check_kinds(pool, split, column)
-    deck = Deck(kinds, [row.category for row in pool.train], count, options, column, pool.source)
-    train = deal(deck, _fewest(pool, config), seed)
+    categories = [row.category for row in pool.train]
+    train = deal(TrainingRows(kinds, categories, _fewest(pool, config), seed, column, pool.source), count, config)
     parts = {"train": train}
     for split in later:
         everything = [list(range(len(pool.split(split))))] * count
@@ -48,7 +48,9 @@ def to_clients(pool: Pool, config: DataConfig, seed: int, clients: int | None, c
     made = {k: ClientData(**{s: _rows(pool.split(s), places[k]) for s, places in parts.items()}) for k in range(count)}
     if not pool.test:
         made = {client: _with_test(client, data, config.test_share, seed) for client, data in made.items()}
-    return Federation(made, pool.source, (*pool.notes, _note(deck)))
+    return Federation(
+        made, pool.source, (*pool.notes, _note(options, count, column), *unused(config, True, pool.source))
+    )
 
 
 def one_client(pool: Pool, share: float, seed: int) -> Federation:
@@ -83,6 +85,7 @@ def _with_test(client: int, data: ClientData, share: float, seed: int) -> Client
     return ClientData(_rows(data.train, train), data.validation, _rows(data.train, test))
 
 
-def _note(deck: Deck) -> str:
-    detail = f", alpha {deck.alpha:g}" if deck.by in ALPHA else ""
-    return f"rows dealt to {deck.clients} clients: {deck.by}{detail}; by {deck.column}"
+def _note(options: PartitionConfig, clients: int, column: str) -> str:
+    alpha = alpha_of(options)
+    detail = "" if alpha is None else f", alpha {alpha:g}"
+    return f"rows dealt to {clients} clients: {partitioner_of(options)}{detail}; by {column}"

@@ -12,6 +12,7 @@ import torch
 from fedalt.data.clients import one_client, to_clients
 from fedalt.data.encode import Encoder, Once
 from fedalt.data.options import DataConfig, PartitionConfig
+from fedalt.data.partition import unused
 from fedalt.data.pool import Pool, check_names, pooled
 from fedalt.data.record import held_out_in, reproduce
 from fedalt.data.regroup import keep_tasks, mix_tasks, split_rows
@@ -84,14 +85,14 @@ class Rows:
 
     def both(self, config: DataConfig, seed: int) -> tuple[Federation, Federation]:
         """As ``load_both``."""
-        key = (config.model_dump_json(exclude=_OF_PROMPTS), seed)
+        key = (config.model_dump_json(exclude=_OF_PROMPTS), config.own, seed)
         if self._dealt is None or self._dealt[0] != key:
             self._dealt = key, load_both(config, seed, self.read)
         return self._dealt[1]
 
     def read(self, config: DataConfig) -> Federation | Pool:
         """As ``read``; what is given is read in its place."""
-        key = config.model_dump_json(exclude={**dict.fromkeys(_OF_PROMPTS, True), **_OF_DEALS})
+        key = (config.model_dump_json(exclude={**dict.fromkeys(_OF_PROMPTS, True), **_OF_DEALS}), config.own)
         if self._read is None or self._read[0] != key:
             self._encoder = None
             self._read = key, self.given.read(config) if self.given else read(config)
@@ -135,14 +136,17 @@ def _everybody(config: DataConfig, seed: int, reader: Callable[[DataConfig], Fed
         check_names(config.label_names or {}, source)
     pool = pooled(source) if isinstance(source, Federation) else source
     if options.file:
-        return _as_in_file(_file(config), pool, config)
+        federation = _as_in_file(_file(config), pool, config)
+        return replace(federation, notes=(*federation.notes, *unused(config, False, pool.source)))
     if isinstance(source, Federation):
         federation = keep_tasks(source, config.tasks) if config.tasks else source
         if options.by:
             again = pooled(federation)
             federation = to_clients(again, config, _seed(config, seed), len(federation.clients), "task")
-        elif config.clients and config.clients > len(federation.clients):
-            federation = split_rows(federation, config.clients)
+        else:
+            federation = replace(federation, notes=(*federation.notes, *unused(config, False, source.source)))
+            if config.clients and config.clients > len(federation.clients):
+                federation = split_rows(federation, config.clients)
     elif config.tasks:
         raise UserError(
             f"data.tasks: {source.source} has no clients with tasks; this is for tinyworld and client files"

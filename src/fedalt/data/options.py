@@ -6,14 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from fedalt.section import Section
+from fedalt.registry import PARTITIONERS, registered_name
+from fedalt.section import Named, Section
 
 
 class PartitionConfig(Section):
     """Who gets which rows, where a source has no clients of its own or they are to be dealt anew."""
 
-    by: Literal["iid", "dirichlet", "pathological", "column", "quantity", "gl_dir", "sc_dir"] | None = Field(
-        None, description="how rows are dealt; iid for rows without clients, clients as they are for others"
+    by: registered_name(PARTITIONERS) | None = Field(  # type: ignore[valid-type]
+        None,
+        description="how rows are dealt: iid, dirichlet, pathological, column, quantity, gl_dir, sc_dir, or "
+        "FILE.py:Name; iid for rows without clients when not given, clients as they are for others",
     )
     alpha: float | None = Field(
         None,
@@ -54,13 +57,13 @@ class TinyworldConfig(Section):
     clash: float = Field(0.5, ge=0, le=1, description="how much the clients' answer conventions conflict, 0 to 1")
 
 
-class DataConfig(Section):
+class DataConfig(Named):
     """Whose rows, and how they become prompts."""
 
     source: str = Field(
         "tinyworld",
         description="tinyworld, or a folder with train/local_training_{i}.json; or rows to deal to clients: digits, a "
-        "CSV, TSV or JSON file, a folder of them, of images by class, or a Hugging Face data set",
+        "CSV, TSV or JSON file, a folder of them, of images by class, a Hugging Face data set, or FILE.py:Name",
     )
     config: str | None = Field(None, description="configuration of a Hugging Face data set, for example sst2 of glue")
     text_columns: tuple[str, ...] | None = Field(
@@ -93,7 +96,9 @@ class DataConfig(Section):
     tasks_per_client: int = Field(
         1, ge=1, description="clients whose rows each client holds equal shares of: its own and its neighbours'"
     )
-    template: str = Field("alpaca_short", description="alpaca_short (paper code), alpaca, chat, or a file")
+    template: str = Field(
+        "alpaca_short", description="alpaca_short (paper code), alpaca, chat, a file, or FILE.py:Name"
+    )
     cutoff: int = Field(512, ge=8, description="longest row in tokens (paper code: 512)")
     validation_rows: int = Field(
         0, ge=0, description="rows per client held out of training where the source has no validation rows"

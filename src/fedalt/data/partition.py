@@ -1,94 +1,185 @@
-"""Partitioners: which client gets which training rows. Flower Datasets' where it has them, our own where not."""
+"""Partitioners: which client gets which training rows. Flower Datasets' where it has them, our own where not.
+
+A partitioner is a function of the rows, as it sees them, the number of clients, and a random generator; it returns the
+places of every client's rows, each row once:
+
+    @PARTITIONERS.register("halves")
+    def halves(rows: TrainingRows, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+        return np.array_split(rng.permutation(len(rows)), clients)
+
+A class is made once, and called in the same way; its settings are ``self.settings``: those of its nested ``Settings``,
+or the section ``data.partition``, of which it uses the keys that it lists in ``uses``. Rows are dealt again, with
+another generator, until every client has enough.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import index
+from typing import TYPE_CHECKING, Any
 
 from fedalt.data.mirror import grouped, shuffled
-from fedalt.data.options import PartitionConfig
+from fedalt.data.options import DataConfig, PartitionConfig
 from fedalt.errors import UserError
 from fedalt.extras import needs
+from fedalt.registry import PARTITIONERS
 from fedalt.seeding import derive_seed
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _DRAWS, _TRIES = 20, 10
 """Draws, and Dirichlet's own tries of each, after which too few rows mean that the settings do not fit the rows."""
-ALPHA = {"dirichlet": 0.5, "quantity": 0.5, "gl_dir": 0.3, "sc_dir": 3.0}
-"""Concentration of the partitioners that have one."""
+_SHARED = {"by", "column", "min_rows", "test", "seed"}
+"""Settings that matter whatever deals the rows."""
 
 Parts = list[list[int]]
 """Places of every client's rows, in the order in which it has them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Deck:
-    """Training rows to deal, seen by their kinds only.
+class TrainingRows:
+    """Training rows to deal to clients, as a partitioner sees them.
 
     Attributes:
-        kinds: What every row is dealt by, usually its label.
-        superclasses: The category of every row.
-        clients: How many share them.
-        options: How.
-        column: What the kinds are, for messages.
+        labels: What every row is dealt by, usually its label.
+        categories: The category of every row.
+        fewest: Rows that every client must get.
+        seed: Of this draw.
+        column: What the labels are, for messages.
         source: Where the rows are from, for messages.
     """
 
-    kinds: Sequence[str]
-    superclasses: Sequence[str]
-    clients: int
-    options: PartitionConfig
+    labels: Sequence[str]
+    categories: Sequence[str]
+    fewest: int
+    seed: int
     column: str
     source: str
 
-    @property
-    def alpha(self) -> float:
-        """Dirichlet's concentration."""
-        return self.options.alpha or ALPHA[self.by]
-
-    @property
-    def by(self) -> str:
-        """The partitioner."""
-        return self.options.by or "iid"
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
-def deal(deck: Deck, fewest: int, seed: int) -> Parts:
+def partitioner_of(options: PartitionConfig) -> str:
+    """The name of what deals rows that are dealt."""
+    return options.by or "iid"
+
+
+def deal(rows: TrainingRows, clients: int, config: DataConfig) -> Parts:
     """Deal rows until every client has enough; every row goes to exactly one client.
 
+    Args:
+        rows: The rows; their seed is that of the deal.
+        clients: How many share them.
+        config: How.
+
     Raises:
-        UserError: More clients than rows, settings that the kinds of rows do not allow, or no draw that leaves every
-            client ``fewest`` rows.
+        UserError: More clients than rows, settings that the labels of rows do not allow, a partitioner that forgets
+            rows, or no draw that leaves every client enough.
     """
-    if deck.clients > len(deck.kinds):
-        raise UserError(
-            f"data.clients: {deck.clients} clients asked for, but {deck.source} has {len(deck.kinds)} training rows"
-        )
-    partitioner = _PARTITIONERS[deck.by]
-    for draw in range(1 if deck.by in _FIXED else _DRAWS):
-        parts = partitioner(deck, fewest, derive_seed(seed, "partition", draw))
-        if parts and min(map(len, parts)) >= fewest:
+    if clients > len(rows):
+        raise UserError(f"data.clients: {clients} clients asked for, but {rows.source} has {len(rows)} training rows")
+    name = partitioner_of(config.partition)
+    partition = PARTITIONERS.make(name, config.section, config.partition)
+    fixed = getattr(partition, "fixed", False)
+    for draw in range(1 if fixed else _DRAWS):
+        parts = _drawn(name, partition, replace(rows, seed=derive_seed(rows.seed, "partition", draw)), clients)
+        if parts and min(map(len, parts)) >= rows.fewest:
             return parts
     raise UserError(
-        f"data.partition: {deck.by} leaves one of {deck.clients} clients with fewer than {fewest} rows of "
-        f"{deck.source} (data.partition.min_rows, and what is held out); ask for fewer clients"
-        + (", a larger data.partition.alpha" if deck.by in ALPHA else "")
+        f"data.partition: {name} leaves one of {clients} clients with fewer than {rows.fewest} rows of "
+        f"{rows.source} (data.partition.min_rows, and what is held out); ask for fewer clients"
+        + (", a larger data.partition.alpha" if "alpha" in used_by(name) else "")
         + " or a smaller min_rows"
     )
 
 
-def _iid(deck: Deck, fewest: int, seed: int) -> Parts:
-    return _dealt(_flower().IidPartitioner(deck.clients), deck.kinds, seed)
+def _drawn(name: str, partition: Any, rows: TrainingRows, clients: int) -> Parts:
+    """What a partitioner deals; none where it asks to draw again."""
+    import numpy as np
+
+    with PARTITIONERS.blamed(name):
+        parts = [[index(i) for i in part] for part in partition(rows, clients, np.random.default_rng(rows.seed))]
+    if not parts:
+        return []
+    if len(parts) != clients:
+        raise UserError(f'partitioner "{name}" made parts for {len(parts)} clients; there are {clients}')
+    times = Counter(i for part in parts for i in part)
+    wrong = next((i for i in {*range(len(rows)), *times} if times[i] != 1 or not 0 <= i < len(rows)), None)
+    if wrong is not None:
+        raise UserError(
+            f'partitioner "{name}" dealt row {wrong} {times[wrong]} times; each of rows 0 to {len(rows) - 1} goes to '
+            "one client"
+        )
+    return parts
 
 
-def _dirichlet(deck: Deck, fewest: int, seed: int) -> Parts:
-    """For each kind, the clients' shares are drawn from Dir(alpha): Flower's, which is also GL-Dir of HiLoRA."""
-    return _dirichlet_of(deck.kinds, deck.clients, deck.alpha, fewest, seed)
+def used_by(name: str) -> tuple[str, ...]:
+    """The settings of ``data.partition`` that a partitioner uses, besides those that always matter."""
+    return getattr(PARTITIONERS.get(name), "uses", ())
 
 
-def _dirichlet_of(kinds: Sequence[str], clients: int, alpha: float, fewest: int, seed: int) -> Parts:
+def alpha_of(options: PartitionConfig) -> float | None:
+    """Dirichlet's concentration; None where the partitioner has none."""
+    default = getattr(PARTITIONERS.get(partitioner_of(options)), "alpha", None)
+    return options.alpha or default if "alpha" in used_by(partitioner_of(options)) else None
+
+
+def unused(config: DataConfig, dealt: bool, source: str) -> tuple[str, ...]:
+    """A note on settings of ``data.partition`` that differ from their defaults and change nothing; none if all do.
+
+    Args:
+        config: The settings.
+        dealt: Whether rows are dealt, and do not stay with the clients that have them.
+        source: Where rows are from.
+    """
+    options = config.partition
+    if options.file:
+        used, why = {"file"}, f"clients and rows are as in {options.file}"
+    elif dealt:
+        used, why = {*_SHARED, *used_by(partitioner_of(options))}, f"{partitioner_of(options)} does not use them"
+    else:
+        used, why = (
+            {"seed"} if config.shuffle else set(),
+            f"the clients of {source} keep their rows; data.partition.by deals them anew",
+        )
+    given = [key for key, field in PartitionConfig.model_fields.items() if getattr(options, key) != field.default]
+    idle = [f"data.partition.{key}" for key in given if key not in used]
+    return (f"without effect: {', '.join(idle)}; {why}",) if idle else ()
+
+
+@PARTITIONERS.register("iid", fixed=True)
+def iid(rows: TrainingRows, clients: int, rng: np.random.Generator) -> Parts:
+    """Evenly and at random."""
+    return _dealt(_flower().IidPartitioner(clients), rows.labels, rows.seed)
+
+
+@PARTITIONERS.register("dirichlet", uses=("alpha",))
+class DirichletPartitioner:
+    """For each label, the clients' shares are drawn from Dir(alpha): Flower's, which is also GL-Dir of HiLoRA."""
+
+    alpha = 0.5
+    settings: PartitionConfig
+
+    def __call__(self, rows: TrainingRows, clients: int, rng: np.random.Generator) -> Parts:
+        """Deal the rows."""
+        return _dirichlet(rows.labels, clients, self.settings.alpha or self.alpha, rows.fewest, rows.seed)
+
+
+@PARTITIONERS.register("gl_dir")
+class GlDirPartitioner(DirichletPartitioner):
+    """The same, as HiLoRA sets it."""
+
+    alpha = 0.3
+
+
+def _dirichlet(labels: Sequence[str], clients: int, alpha: float, fewest: int, seed: int) -> Parts:
     partitioner = _flower().DirichletPartitioner(
         num_partitions=clients,
         partition_by="kind",
@@ -98,91 +189,100 @@ def _dirichlet_of(kinds: Sequence[str], clients: int, alpha: float, fewest: int,
         seed=seed,
     )
     try:
-        return _dealt(partitioner, kinds, seed)
+        return _dealt(partitioner, labels, seed)
     except ValueError:  # none of its tries gave everybody enough
         return []
 
 
-def _pathological(deck: Deck, fewest: int, seed: int) -> Parts:
+@PARTITIONERS.register("pathological", uses=("classes_per_client",))
+class PathologicalPartitioner:
     """A few labels each. Flower's leaves labels out where clients are fewer, so there our own assignment is used."""
-    each, places = deck.options.classes_per_client, grouped(deck.kinds)
-    if each > len(places):
-        raise UserError(
-            f"data.partition.classes_per_client: {each}, but {deck.source} has {len(places)} values of {deck.column}"
+
+    settings: PartitionConfig
+
+    def __call__(self, rows: TrainingRows, clients: int, rng: np.random.Generator) -> Parts:
+        """Deal the rows."""
+        each, places = self.settings.classes_per_client, grouped(rows.labels)
+        if each > len(places):
+            raise UserError(
+                f"data.partition.classes_per_client: {each}, but {rows.source} has {len(places)} values of "
+                f"{rows.column}"
+            )
+        _check_cover(rows, clients, each * clients, len(places), "classes_per_client")
+        if clients < len(places):
+            return _shared(places, cover(list(places), [each] * clients, rows.seed), rows.seed)
+        partitioner = _flower().PathologicalPartitioner(
+            num_partitions=clients,
+            partition_by="kind",
+            num_classes_per_partition=each,
+            class_assignment_mode="first-deterministic",
+            seed=rows.seed,
         )
-    _check_cover(deck, each * deck.clients, len(places), "classes_per_client")
-    if deck.clients < len(places):
-        return _shared(places, cover(list(places), [each] * deck.clients, seed), seed)
-    partitioner = _flower().PathologicalPartitioner(
-        num_partitions=deck.clients,
-        partition_by="kind",
-        num_classes_per_partition=each,
-        class_assignment_mode="first-deterministic",
-        seed=seed,
-    )
-    try:
-        return _dealt(partitioner, deck.kinds, seed)
-    except ValueError:  # a label is drawn for more clients than it has rows: draw again
-        return []
-
-
-def _column(deck: Deck, fewest: int, seed: int) -> Parts:
-    return _dealt(_flower().NaturalIdPartitioner("kind"), deck.kinds, seed)
-
-
-def _quantity(deck: Deck, fewest: int, seed: int) -> Parts:
-    """Sizes are drawn from Dir(alpha), as in NIID-Bench; which rows, evenly."""
-    import numpy as np
-
-    draws = np.random.default_rng(seed).dirichlet([deck.alpha] * deck.clients, _TRIES)
-    ends = np.round(np.cumsum(draws, axis=1) * len(deck.kinds)).astype(int)
-    ends[:, -1] = len(deck.kinds)
-    sizes = next((row for row in np.diff(ends, prepend=0).tolist() if min(row) >= fewest), None)
-    if sizes is None:
-        return []
-    return _dealt(_flower().SizePartitioner(sizes), deck.kinds, seed)
-
-
-def _sc_dir(deck: Deck, fewest: int, seed: int) -> Parts:
-    """Superclasses are handed out, and the rows of each shared by Dir(alpha) among the clients that hold it."""
-    import numpy as np
-
-    places, each = grouped(deck.superclasses), deck.options.superclasses_per_client
-    if "" in places:
-        raise UserError(
-            f"data.partition.by: sc_dir needs the category of every row, and {deck.source} has some without"
-        )
-    if (each or 1) > len(places):
-        raise UserError(
-            f"data.partition.superclasses_per_client: {each}, but {deck.source} has {len(places)} categories"
-        )
-    _check_cover(deck, (each or 2) * deck.clients, len(places), "superclasses_per_client")
-    drawn = np.random.default_rng(seed).integers(1, min(2, len(places)) + 1, deck.clients).tolist()
-    held = cover(list(places), [each] * deck.clients if each else drawn, seed)
-    parts: Parts = [[] for _ in range(deck.clients)]
-    for place, (superclass, rows) in enumerate(places.items()):
-        holders = [client for client, mine in enumerate(held) if superclass in mine]
-        if not 0 < len(holders) <= len(rows):
+        try:
+            return _dealt(partitioner, rows.labels, rows.seed)
+        except ValueError:  # a label is drawn for more clients than it has rows: draw again
             return []
-        within = deck.options.dir_level == "class_in_superclass"
-        kinds = [deck.kinds[i] if within else superclass for i in rows]
-        shares = _dirichlet_of(kinds, len(holders), deck.alpha, 0, derive_seed(seed, "superclass", place))
-        for client, share in zip(holders, shares, strict=True):
-            parts[client] += [rows[i] for i in share]
-    return [[part[i] for i in shuffled(len(part), seed, "order", k)] for k, part in enumerate(parts)]
 
 
-_PARTITIONERS: dict[str, Callable[[Deck, int, int], Parts]] = {
-    "iid": _iid,
-    "dirichlet": _dirichlet,
-    "pathological": _pathological,
-    "column": _column,
-    "quantity": _quantity,
-    "gl_dir": _dirichlet,
-    "sc_dir": _sc_dir,
-}
-_FIXED = {"iid", "column"}
-"""Sizes of their parts do not depend on the draw."""
+@PARTITIONERS.register("column", fixed=True)
+def column(rows: TrainingRows, clients: int, rng: np.random.Generator) -> Parts:
+    """A client per value."""
+    return _dealt(_flower().NaturalIdPartitioner("kind"), rows.labels, rows.seed)
+
+
+@PARTITIONERS.register("quantity", uses=("alpha",))
+class QuantityPartitioner:
+    """Sizes are drawn from Dir(alpha), as in NIID-Bench; which rows, evenly."""
+
+    alpha = 0.5
+    settings: PartitionConfig
+
+    def __call__(self, rows: TrainingRows, clients: int, rng: np.random.Generator) -> Parts:
+        """Deal the rows."""
+        import numpy as np
+
+        draws = rng.dirichlet([self.settings.alpha or self.alpha] * clients, _TRIES)
+        ends = np.round(np.cumsum(draws, axis=1) * len(rows)).astype(int)
+        ends[:, -1] = len(rows)
+        sizes = next((row for row in np.diff(ends, prepend=0).tolist() if min(row) >= rows.fewest), None)
+        if sizes is None:
+            return []
+        return _dealt(_flower().SizePartitioner(sizes), rows.labels, rows.seed)
+
+
+@PARTITIONERS.register("sc_dir", uses=("alpha", "superclasses_per_client", "dir_level"))
+class ScDirPartitioner:
+    """Superclasses are handed out, and the rows of each shared by Dir(alpha) among the clients that hold it."""
+
+    alpha = 3.0
+    settings: PartitionConfig
+
+    def __call__(self, rows: TrainingRows, clients: int, rng: np.random.Generator) -> Parts:
+        """Deal the rows."""
+        places, each = grouped(rows.categories), self.settings.superclasses_per_client
+        if "" in places:
+            raise UserError(
+                f"data.partition.by: sc_dir needs the category of every row, and {rows.source} has some without"
+            )
+        if (each or 1) > len(places):
+            raise UserError(
+                f"data.partition.superclasses_per_client: {each}, but {rows.source} has {len(places)} categories"
+            )
+        _check_cover(rows, clients, (each or 2) * clients, len(places), "superclasses_per_client")
+        drawn = rng.integers(1, min(2, len(places)) + 1, clients).tolist()
+        held = cover(list(places), [each] * clients if each else drawn, rows.seed)
+        parts: Parts = [[] for _ in range(clients)]
+        for place, (superclass, own) in enumerate(places.items()):
+            holders = [client for client, mine in enumerate(held) if superclass in mine]
+            if not 0 < len(holders) <= len(own):
+                return []
+            within = self.settings.dir_level == "class_in_superclass"
+            labels = [rows.labels[i] if within else superclass for i in own]
+            seed = derive_seed(rows.seed, "superclass", place)
+            shares = _dirichlet(labels, len(holders), self.settings.alpha or self.alpha, 0, seed)
+            for client, share in zip(holders, shares, strict=True):
+                parts[client] += [own[i] for i in share]
+        return [[part[i] for i in shuffled(len(part), rows.seed, "order", k)] for k, part in enumerate(parts)]
 
 
 def cover(values: Sequence[str], counts: Sequence[int], seed: int) -> list[list[str]]:
@@ -212,11 +312,11 @@ def _shared(places: dict[str, list[int]], held: Sequence[Sequence[str]], seed: i
     return [[part[i] for i in shuffled(len(part), seed, "order", k)] for k, part in enumerate(parts)]
 
 
-def _check_cover(deck: Deck, most: int, values: int, key: str) -> None:
+def _check_cover(rows: TrainingRows, clients: int, most: int, values: int, key: str) -> None:
     if most < values:
         raise UserError(
-            f"data.partition.{key}: {deck.clients} clients hold at most {most} of the {values} values in "
-            f"{deck.source}, so some would be left with no client; ask for more clients or more of them per client"
+            f"data.partition.{key}: {clients} clients hold at most {most} of the {values} values in "
+            f"{rows.source}, so some would be left with no client; ask for more clients or more of them per client"
         )
 
 

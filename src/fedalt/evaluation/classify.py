@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,9 +13,15 @@ from fedalt.config import EvaluationConfig
 from fedalt.data.encode import Example, Input, laid_out
 from fedalt.evaluation.generate import chunks
 from fedalt.evaluation.likeness import Weights
-from fedalt.evaluation.metrics import Judged
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.rowmap import RowMap
+
+
+class Judged(NamedTuple):
+    """The class that a model chose, and the probability that it gave the right one."""
+
+    chosen: str
+    probability: float
 
 
 def classify(
@@ -31,10 +38,7 @@ def classify(
     names = [model.base.config.id2label[i] for i in range(model.base.config.num_labels)]
     found = probabilities(model, [[example.input for example in mine] for mine in rows], config.batch_size, weights)
     return [
-        [
-            Judged(names[int(p.argmax())], example.row.output, float(p[example.label]))
-            for example, p in zip(mine, chances, strict=True)
-        ]
+        [Judged(names[int(p.argmax())], float(p[example.label])) for example, p in zip(mine, chances, strict=True)]
         for mine, chances in zip(rows, found, strict=True)
     ]
 

@@ -10,8 +10,8 @@ from fedalt.config import EvaluationConfig
 from fedalt.data.encode import Example
 from fedalt.evaluation.classify import classify
 from fedalt.evaluation.generate import answer_all
-from fedalt.evaluation.likeness import load_to_answer
-from fedalt.evaluation.metrics import Judged, Scores, class_scores, mean_scores, score_answer, summarise
+from fedalt.evaluation.likeness import Weights, load_to_answer
+from fedalt.evaluation.metrics import measures, score
 from fedalt.evaluation.options import choose
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
@@ -26,7 +26,7 @@ class Evaluation:
         client: Client id.
         lines: One mapping per row: ``text, answer, reference, category, client_id``; for classes, ``probability``
             of the reference, too; for rows with options, the most likely ``option``.
-        scores: Means over rows, and by category.
+        scores: Every metric over all rows, and by category.
     """
 
     client: int
@@ -46,44 +46,46 @@ def evaluate(
     if not states:
         return []
     mine = [rows[state.client] for state in states]
+    asked = measures(config, classes=bool(model.heads))
     weights = load_to_answer(model, states, [[example.input for example in part] for part in mine], placement)
     if model.heads:
-        judged = classify(model, mine, config, weights)
-        return [_judged(s.client, part, found) for s, part, found in zip(states, mine, judged, strict=True)]
-    answers = answer_all(model, tokenizer, [[example.prompt for example in part] for part in mine], config, weights)
-    chosen: list[list[str | None]] = [[None] * len(part) for part in mine]
-    if config.options:
-        chosen = choose(model, tokenizer, mine, config, weights, normalise=config.options == "mean")
-    found = zip(mine, answers, chosen, strict=True)
-    return [_score(state.client, *one, config) for state, one in zip(states, found, strict=True)]
-
-
-def _score(
-    client: int,
-    rows: Sequence[Example],
-    answers: Sequence[str],
-    chosen: Sequence[str | None],
-    config: EvaluationConfig,
-) -> Evaluation:
-    lines: list[dict[str, Any]] = []
-    scored: list[tuple[str, Scores]] = []
-    for example, answer, option in zip(rows, answers, chosen, strict=True):
-        line, scores = _line(client, example, answer), score_answer(answer, example.row.output, config.stemmer)
-        if option is not None:
-            line["option"] = option
-            scores["option_accuracy"] = 100.0 * (option.strip() == example.row.output.strip())
-        lines.append(line)
-        scored.append((example.row.category, scores))
-    return Evaluation(client, lines, {"client_id": client, "stemmer": config.stemmer, **summarise(scored, mean_scores)})
-
-
-def _judged(client: int, rows: Sequence[Example], judged: Sequence[Judged]) -> Evaluation:
-    lines = [
-        {**_line(client, example, one.chosen), "probability": one.probability}
-        for example, one in zip(rows, judged, strict=True)
+        lines = [
+            [
+                {**_line(s.client, example, one.chosen), "probability": one.probability}
+                for example, one in zip(*both, strict=True)
+            ]
+            for s, *both in zip(states, mine, classify(model, mine, config, weights), strict=True)
+        ]
+        about: dict[str, Any] = {}
+    else:
+        lines = _answered(model, tokenizer, states, mine, weights, config)
+        about = {"stemmer": config.stemmer}
+    return [
+        Evaluation(state.client, part, {"client_id": state.client, **about, **score(part, asked)})
+        for state, part in zip(states, lines, strict=True)
     ]
-    scored = [(example.row.category, one) for example, one in zip(rows, judged, strict=True)]
-    return Evaluation(client, lines, {"client_id": client, **summarise(scored, class_scores)})
+
+
+def _answered(
+    model: AdaptedModel,
+    tokenizer: Any,
+    states: Sequence[ClientState],
+    rows: Sequence[Sequence[Example]],
+    weights: Weights,
+    config: EvaluationConfig,
+) -> list[list[dict[str, Any]]]:
+    """A line per row with what each client's model writes, and with the option that it finds likeliest."""
+    answers = answer_all(model, tokenizer, [[example.prompt for example in part] for part in rows], config, weights)
+    lines = [
+        [_line(state.client, example, answer) for example, answer in zip(part, written, strict=True)]
+        for state, part, written in zip(states, rows, answers, strict=True)
+    ]
+    if config.options:
+        chosen = choose(model, tokenizer, rows, config, weights, normalise=config.options == "mean")
+        for part, options in zip(lines, chosen, strict=True):
+            for line, option in zip(part, options, strict=True):
+                line.update({} if option is None else {"option": option})
+    return lines
 
 
 def _line(client: int, example: Example, answer: str) -> dict[str, Any]:

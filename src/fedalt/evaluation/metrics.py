@@ -1,102 +1,249 @@
-"""Scores of answers (ROUGE, exact match) and of classes (accuracy, macro-F1, log-loss); means are taken where shown."""
+"""Metrics: what is measured of answers and of classes, ours and anybody's; means are taken where shown.
+
+A metric compares answers with references. Most are functions of one row, and a client's score is the mean over its
+rows; one with ``corpus=True`` is a function of all rows at once:
+
+    @METRICS.register("length_gap", higher_is_better=False)
+    def length_gap(answer: str, reference: str) -> float: ...
+
+    @METRICS.register("distinct", corpus=True, digits=3)
+    def distinct(answers: list[str], references: list[str]) -> float: ...
+
+A class is made once, and called in the same way; its settings are ``self.settings``: those of its nested ``Settings``,
+or the section ``evaluation``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from math import log
-from typing import Any, TypeVar
+from functools import lru_cache
+from math import isfinite, log
+from typing import TYPE_CHECKING, Any, Literal
 
-LABELS = {
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "exact_match": "exact match",
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "log_loss": "log-loss",
-    "option_accuracy": "option accuracy",
-}
-"""Name → heading of everything that can be measured, in the order of tables. 0 to 100; log-loss is in nats."""
+from fedalt.errors import UserError
+from fedalt.registry import METRICS, OURS
+
+if TYPE_CHECKING:
+    from fedalt.config import EvaluationConfig
+
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 _LEAST = 1e-12
 
-Scores = Mapping[str, float]
-T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """A class that a model chose.
+@dataclass(frozen=True)
+class Metric:
+    """What is known of a metric.
 
     Attributes:
-        chosen: The class.
-        reference: The right one.
-        probability: What the model gave the right one.
+        name: Its name.
+        title: Heading in tables; the name when not given.
+        task: ``text`` or ``class`` where it suits answers or classes alone.
+        corpus: Whether it is a function of all of a client's rows, and not of one.
+        reads: What is compared with the reference: the answer or the class that the model chose, the likeliest
+            ``option``, or the ``probability`` that the model gave the right class. Rows without it are left out.
+        higher_is_better: Whether more is better.
+        points: Whether it runs from 0 to 100.
+        unit: What it is counted in, for people; usually nothing.
+        digits: Decimals that are shown.
     """
 
-    chosen: str
-    reference: str
-    probability: float
+    name: str
+    title: str
+    task: Literal["text", "class"] | None = None
+    corpus: bool = False
+    reads: Literal["answer", "option", "probability"] = "answer"
+    higher_is_better: bool = True
+    points: bool = False
+    unit: str = ""
+    digits: int = 1
+
+    def text(self, value: float | None, sign: bool = False) -> str:
+        """A score, or a difference of two, as tables show it; a dash for none."""
+        return "–" if value is None else f"{value:{'+' if sign else ''}.{self.digits}f}"
+
+    def gain(self, score: float, other: float) -> float:
+        """How much better a score is than another one; negative where it is worse."""
+        return score - other if self.higher_is_better else other - score
+
+    def better(self, score: float, other: float) -> bool:
+        """Whether a score is better than another one."""
+        return self.gain(score, other) > 0
+
+    def best(self, scores: Iterable[float]) -> float:
+        """The best of some scores."""
+        return max(scores) if self.higher_is_better else min(scores)
+
+    def worst(self, scores: Iterable[float]) -> float:
+        """The worst of some scores."""
+        return min(scores) if self.higher_is_better else max(scores)
+
+    def tail(self, scores: Sequence[float], percent: float) -> float:
+        """The percentile, counted from the worst score."""
+        return percentile(scores, percent if self.higher_is_better else 100 - percent)
 
 
-def score_answer(answer: str, reference: str, stemmer: bool) -> dict[str, float]:
-    """ROUGE-1/2/L F-measures and exact match of one answer, each 0 to 100.
+def metric_of(name: str) -> Metric:
+    """What is known of a metric.
 
-    ROUGE is Google's ``rouge_score`` with its default tokenizer, which keeps a–z and 0–9 only: text in other scripts
-    scores 0. Exact match compares the stripped strings.
+    Raises:
+        UserError: No such metric.
     """
-    rouge = _scorer(stemmer).score(reference, answer)
-    scores = {name: 100 * float(rouge[name].fmeasure) for name in _ROUGE}
-    return scores | {"exact_match": 100.0 * (answer.strip() == reference.strip())}
+    value, known = METRICS.get(name), Metric(name, name)
+    facts = {fact: getattr(value, fact, default) for fact, default in vars(known).items() if fact != "name"}
+    return Metric(name, **facts)
 
 
-def mean_scores(rows: Sequence[Scores]) -> dict[str, float]:
-    """Mean of every metric over rows that have it."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    found = {name: [row[name] for row in rows if name in row] for name in names}
-    return {name: sum(values) / len(values) for name, values in found.items()}
+@dataclass(frozen=True)
+class Measure:
+    """A metric, ready to be called.
 
-
-def class_scores(rows: Sequence[Judged]) -> dict[str, float]:
-    """Accuracy and macro-F1, 0 to 100, and log-loss in nats.
-
-    F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c),   averaged over the classes that occur among references or choices
-    log-loss = −mean log p(reference),   p no lower than 1e-12
+    Attributes:
+        metric: What is known of it.
+        call: The function.
     """
-    if not rows:
-        return {}
-    hits = sum(row.chosen == row.reference for row in rows)
-    present = sorted({row.reference for row in rows} | {row.chosen for row in rows})
-    f1 = [_f1(rows, label) for label in present]
-    loss = -sum(log(max(row.probability, _LEAST)) for row in rows) / len(rows)
-    return {"accuracy": 100 * hits / len(rows), "macro_f1": 100 * sum(f1) / len(f1), "log_loss": loss}
+
+    metric: Metric
+    call: Any
+
+    def __call__(self, answers: Any, references: Any) -> float:
+        """Its value for one row, or for all rows of a client.
+
+        Raises:
+            UserError: The metric fails, or what it returns is no finite number.
+        """
+        with METRICS.blamed(self.metric.name):
+            value = self.call(answers, references)
+            found = float(value) if isinstance(value, int | float) or hasattr(value, "__float__") else None
+        if found is None or not isfinite(found):
+            raise UserError(f'metric "{self.metric.name}" returned {value!r}; a score is a finite number')
+        return found
 
 
-def _f1(rows: Sequence[Judged], label: str) -> float:
-    right = sum(row.chosen == row.reference == label for row in rows)
-    named = sum((row.chosen == label) + (row.reference == label) for row in rows)
-    return 2 * right / named
+def measures(config: EvaluationConfig, classes: bool) -> list[Measure]:
+    """What a run measures: all of ours for its task, and what is asked for.
+
+    Raises:
+        UserError: No such metric, or one that cannot be made.
+    """
+    ours = [entry.name for entry in METRICS.entries() if entry.origin == OURS]
+    asked = [*((config.metric,) if config.metric else ()), *config.metrics]
+    suiting = [name for name in ours if metric_of(name).task == ("class" if classes else "text")]
+    return [Measure(metric_of(n), METRICS.make(n, config.section, config)) for n in dict.fromkeys((*suiting, *asked))]
 
 
-def summarise(rows: Sequence[tuple[str, T]], means: Callable[[Sequence[T]], dict[str, float]]) -> dict[str, Any]:
-    """Scores of all rows and by category, with counts."""
-    categories = sorted({category for category, _ in rows})
-    by_category = {name: _block([s for category, s in rows if category == name], means) for name in categories}
-    return {**_block([s for _, s in rows], means), "categories": by_category}
+def score(lines: Sequence[Mapping[str, Any]], asked: Sequence[Measure]) -> dict[str, Any]:
+    """Scores of all rows and by category, with counts.
+
+    Args:
+        lines: One mapping per row: ``answer``, ``reference``, ``category``, and for some ``option`` or ``probability``.
+        asked: What is measured.
+    """
+    single = [measure for measure in asked if not measure.metric.corpus]
+    rows = [{m.metric.name: m(*_pair(m, line)) for m in single if m.metric.reads in line} for line in lines]
+
+    def block(places: Sequence[int]) -> dict[str, Any]:
+        found: dict[str, Any] = {"rows": len(places)}
+        for measure in asked:
+            name, read = measure.metric.name, [i for i in places if measure.metric.reads in lines[i]]
+            if read and measure.metric.corpus:
+                found[name] = measure(*map(list, zip(*(_pair(measure, lines[i]) for i in read), strict=True)))
+            elif read:
+                found[name] = sum(rows[i][name] for i in read) / len(read)
+        return found
+
+    categories = sorted({line["category"] for line in lines})
+    parts = {c: block([i for i, line in enumerate(lines) if line["category"] == c]) for c in categories}
+    return {**block(range(len(lines))), "categories": parts}
+
+
+def _pair(measure: Measure, line: Mapping[str, Any]) -> tuple[Any, Any]:
+    return line[measure.metric.reads], line["reference"]
+
+
+class _Rouge:
+    name = ""
+    task, points = "text", True
+    settings: EvaluationConfig
+
+    def __call__(self, answer: str, reference: str) -> float:
+        """The score of one answer."""
+        return float(_rouge(answer, reference, self.settings.stemmer)[self.name])
+
+
+@METRICS.register("rouge1", title="ROUGE-1")
+class Rouge1(_Rouge):
+    """F1 of the words that answer and reference share.
+
+    Google's rouge_score with its default tokenizer keeps a to z and 0 to 9 only: text in other scripts scores 0.
+    ``evaluation.stemmer`` changes the scores.
+    """
+
+
+@METRICS.register("rouge2", title="ROUGE-2")
+class Rouge2(_Rouge):
+    """F1 of the pairs of neighbouring words that answer and reference share. See ``rouge1``."""
+
+
+@METRICS.register("rougeL", title="ROUGE-L")
+class RougeL(_Rouge):
+    """F1 of the longest common subsequence of words of answer and reference. See ``rouge1``."""
+
+
+@METRICS.register("exact_match", title="exact match", task="text", points=True)
+def exact_match(answer: str, reference: str) -> float:
+    """Share of answers that equal their reference, spaces at both ends aside."""
+    return 100.0 * (answer.strip() == reference.strip())
+
+
+@METRICS.register("accuracy", task="class", corpus=True, points=True)
+def accuracy(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Share of rows whose most probable class is the right one."""
+    return 100 * sum(a == r for a, r in zip(answers, references, strict=True)) / len(references)
+
+
+@METRICS.register("macro_f1", title="macro-F1", task="class", corpus=True, points=True)
+def macro_f1(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Mean of the classes' F1 scores, over classes among references or choices.
+
+    F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c)
+    """
+    pairs = list(zip(answers, references, strict=True))
+    f1 = [
+        2 * sum(a == r == label for a, r in pairs) / sum((a == label) + (r == label) for a, r in pairs)
+        for label in sorted({*answers, *references})
+    ]
+    return 100 * sum(f1) / len(f1)
+
+
+@METRICS.register(
+    "log_loss",
+    title="log-loss",
+    task="class",
+    corpus=True,
+    reads="probability",
+    higher_is_better=False,
+    unit="nats",
+    digits=3,
+)
+def log_loss(probabilities: Sequence[float], references: Sequence[str]) -> float:
+    """Mean of -log p(right class). p counts as 1e-12 at least."""
+    return -sum(log(max(p, _LEAST)) for p in probabilities) / len(references)
+
+
+@METRICS.register("option_accuracy", title="option accuracy", task="text", reads="option", points=True)
+def option_accuracy(option: str, reference: str) -> float:
+    """Share of rows whose most likely option is the right one.
+
+    For rows whose instruction lists OPTIONS; needs ``evaluation.options=sum`` or ``mean``, which says how an option's
+    tokens are added up.
+    """
+    return float(exact_match(option, reference))
 
 
 def metrics_in(scores: Mapping[str, Any]) -> dict[str, float]:
     """The metrics among other things, in the order of tables."""
-    return {name: scores[name] for name in LABELS if name in scores}
-
-
-def as_text(name: str, value: float | None) -> str:
-    """A score as tables show it; a dash for none."""
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if name == "log_loss" else f"{value:.1f}"
+    return {name: scores[name] for name in METRICS.names() if name in scores}
 
 
 def group_mean(values: Iterable[float]) -> float | None:
@@ -105,9 +252,10 @@ def group_mean(values: Iterable[float]) -> float | None:
     return sum(listed) / len(listed) if listed else None
 
 
-def over_clients(scores: Sequence[float]) -> dict[str, float]:
-    """Mean, worst and 10th percentile of the clients' scores."""
-    return {"mean": sum(scores) / len(scores), "worst": min(scores), "p10": percentile(scores, 10)}
+def over_clients(scores: Sequence[float], name: str) -> dict[str, float]:
+    """Mean, worst and 10th percentile of the clients' scores by a metric; a tenth of clients are worse than that."""
+    metric = metric_of(name)
+    return {"mean": sum(scores) / len(scores), "worst": metric.worst(scores), "p10": metric.tail(scores, 10)}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -119,11 +267,14 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def _block(rows: Sequence[T], means: Callable[[Sequence[T]], dict[str, float]]) -> dict[str, Any]:
-    return {"rows": len(rows), **means(rows)}
+@lru_cache(maxsize=1)
+def _rouge(answer: str, reference: str, stemmer: bool) -> dict[str, float]:
+    """All three at once: they are asked for one after another."""
+    found = _scorer(stemmer).score(reference, answer)
+    return {name: 100 * float(found[name].fmeasure) for name in _ROUGE}
 
 
-@cache
+@lru_cache
 def _scorer(stemmer: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 

@@ -12,13 +12,13 @@ from typing import Any
 from fedalt.config import RunConfig, with_settings
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
+from fedalt.evaluation.metrics import Metric, metric_of
+from fedalt.experiment.devices import check_devices
 from fedalt.experiment.events import Sink, read_events
 from fedalt.experiment.folder import IfExists, check_folder, final_scores
-from fedalt.experiment.jobs import train_in_jobs
-from fedalt.experiment.members import Bases, Budget, Member, train
+from fedalt.experiment.members import Bases, Budget, Member, train, train_in_jobs
 from fedalt.experiment.statistics import against, half_width
 from fedalt.experiment.tables import LOCAL, write_comparison
-from fedalt.experiment.workers import check_devices
 from fedalt.files import read_json
 from fedalt.methods.registry import (
     Variant,
@@ -145,7 +145,7 @@ def _check_lists(methods: Sequence[str | Variant], seeds: Sequence[int]) -> None
 
 def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:
     """Put the final scores of finished runs side by side."""
-    metric = config.metric
+    metric = metric_of(config.metric)
     start = next(read_events(members[0].folder.events))
     methods = {
         name: _method([member for member in members if member.name == name], metric)
@@ -154,11 +154,12 @@ def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:
     reference = next((name for name in (REFERENCE, *methods) if name in methods and name not in REFERENCE_ROWS), None)
     reference = reference or next(iter(methods))
     scores = {name: _by_pair(block) for name, block in methods.items()}
-    tests = against(scores[reference], {name: mine for name, mine in scores.items() if name != reference})
+    others = {name: mine for name, mine in scores.items() if name != reference}
+    tests = against(scores[reference], others, metric.higher_is_better)
     for name, block in methods.items():
-        block.update(_gains(block, methods.get(LOCAL), name not in REFERENCE_ROWS), against=tests.get(name))
+        block.update(_gains(block, methods.get(LOCAL), name not in REFERENCE_ROWS, metric), against=tests.get(name))
     return {
-        "metric": metric,
+        "metric": metric.name,
         "source": start["source"],
         "tasks": start["tasks"],
         "seeds": list(dict.fromkeys(member.config.seed for member in members)),
@@ -173,24 +174,24 @@ def _by_pair(block: dict[str, Any]) -> dict[tuple[str, str], float]:
     return {(client, seed): score for seed, mine in block["per_seed"].items() for client, score in mine.items()}
 
 
-def _gains(block: dict[str, Any], local: dict[str, Any] | None, federated: bool) -> dict[str, Any]:
-    """Gain over Local, and which clients would rather have trained alone."""
+def _gains(block: dict[str, Any], local: dict[str, Any] | None, federated: bool, metric: Metric) -> dict[str, Any]:
+    """Gain over Local, positive where it is better, and which clients would rather have trained alone."""
     if local is None:
         return dict.fromkeys(("gain_over_local", "gain_per_client", "harmed", "harmed_clients"))
-    gains = {client: score - local["per_client"][client] for client, score in block["per_client"].items()}
+    gains = {client: metric.gain(score, local["per_client"][client]) for client, score in block["per_client"].items()}
     harmed = [client for client, gain in gains.items() if round(gain, 9) < 0]
     return {
-        "gain_over_local": block["mean"] - local["mean"],
+        "gain_over_local": metric.gain(block["mean"], local["mean"]),
         "gain_per_client": gains,
         "harmed": len(harmed) if federated else None,
         "harmed_clients": harmed if federated else None,
     }
 
 
-def _method(members: Sequence[Member], metric: str) -> dict[str, Any]:
+def _method(members: Sequence[Member], metric: Metric) -> dict[str, Any]:
     runs = [final_scores(member.folder)["last"] for member in members]
     means = [one["mean"] for one in runs]
-    clients = {c: mean(one["clients"][c][metric] for one in runs) for c in runs[0]["clients"]}
+    clients = {c: mean(one["clients"][c][metric.name] for one in runs) for c in runs[0]["clients"]}
     return {
         "title": members[0].title,
         "mean": mean(means),
@@ -198,11 +199,11 @@ def _method(members: Sequence[Member], metric: str) -> dict[str, Any]:
         "ci95": half_width(means),
         "worst": mean(one["worst"] for one in runs),
         "p10": mean(one["p10"] for one in runs),
-        "worst_client": min(clients, key=clients.__getitem__),
-        "validation": _on_validation(members, runs, metric),
+        "worst_client": next(c for c, score in clients.items() if score == metric.worst(clients.values())),
+        "validation": _on_validation(members, runs, metric.name),
         "per_client": clients,
         "per_seed": {
-            str(m.config.seed): {c: v[metric] for c, v in r["clients"].items()}
+            str(m.config.seed): {c: v[metric.name] for c, v in r["clients"].items()}
             for m, r in zip(members, runs, strict=True)
         },
         **_cost([list(read_events(member.folder.events)) for member in members]),

@@ -6,18 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 from fedalt.compat import settings_0_1
-from fedalt.config import RunConfig, used_code
+from fedalt.config import RunConfig, used_code, used_sections
 from fedalt.errors import UserError
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, prune, run_id
 from fedalt.experiment.crew import Crew, Facts
-from fedalt.experiment.devices import Devices
+from fedalt.experiment.devices import Devices, fitting_cohort, started
 from fedalt.experiment.events import EventLog, Sink
-from fedalt.experiment.folder import RunFolder
+from fedalt.experiment.folder import RunFolder, check_code
 from fedalt.experiment.loop import Loop
 from fedalt.experiment.machine import commit, versions
 from fedalt.experiment.prepare import Experiment
 from fedalt.experiment.residents import Residents
-from fedalt.experiment.workers import started
 from fedalt.federation.server import Server
 from fedalt.files import write_json
 from fedalt.methods.base import Method
@@ -47,13 +46,13 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
     facts, config = experiment.facts, experiment.config
     run_, checkpoint = find_checkpoint(facts, folder)
     log = EventLog(folder.events, sink)
-    with started(experiment, folder) as workers:
-        size = config.federation.cohort or (checkpoint.cohort if checkpoint else (workers or experiment).fitting_cohort)
+    with started(experiment, folder) as pool:
+        size = config.federation.cohort or (checkpoint.cohort if checkpoint else fitting_cohort(experiment, pool))
         experiment = experiment.with_cohort(size)
         here = Residents(experiment, folder, log)
-        crew = Devices(here, workers) if workers else here
+        crew = Devices(here, pool) if pool else here
         loop = start(replace(facts, config=experiment.config), crew, folder, log, run_, checkpoint, size)
-        if workers:
+        if pool:
             log.emit("note", round=loop.checkpoint.round, text=_MEMORY)
         return go(loop)
 
@@ -69,9 +68,10 @@ def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | 
     """What identifies the run, and its newest checkpoint in a folder, if a round has finished.
 
     Raises:
-        UserError: The folder holds another run, or one that has gone further.
+        UserError: The folder holds another run, one that has gone further, or one of other code.
     """
     config = facts.config
+    check_code(folder, config)
     known_by = frozen_settings(config, facts.method), settings_0_1(_frozen(config, facts.method))
     run_, *older = (run_id(settings, facts.base, facts.rows) for settings in known_by if settings is not None)
     checkpoint = load_checkpoint(folder.checkpoints, run_, *older)
@@ -86,7 +86,7 @@ def find_checkpoint(facts: Facts, folder: RunFolder) -> tuple[str, Checkpoint | 
 def frozen_settings(config: RunConfig, method: Method) -> dict[str, Any]:
     """The settings that a run's numbers depend on, as JSON: of code its text, wherever it lies."""
     values = _frozen(config, method)
-    for name in config.sections.keys() - {section_of(type(method))}:
+    for name in config.sections.keys() - {section_of(type(method)), *used_sections(config)}:
         del values[name]
     if code := used_code(config):
         values["code"] = code
@@ -98,6 +98,8 @@ def _frozen(config: RunConfig, method: Method) -> dict[str, Any]:
     values = config.model_dump(mode="json", exclude=_FREE)
     if not method.depends_on_rounds:
         del values["federation"]["rounds"]
+    if not config.evaluation.metrics:
+        del values["evaluation"]["metrics"]  # as before there was such a setting
     return values
 
 

@@ -34,11 +34,13 @@ class StaticExport:
     Attributes:
         personal: Score of the personal model on the client's test rows.
         static: Score of the static LoRA on the same rows.
+        metric: What the scores are.
         alpha: Layer path → the fixed weight of the first slot.
     """
 
     personal: float
     static: float
+    metric: str
     alpha: dict[str, float]
 
 
@@ -88,7 +90,7 @@ def export_static(run: Path, client: int, to: Path) -> StaticExport:
             (static, replace(personal.placement, slots=(STATIC,), mixing=SUM)),
         )
     ]
-    return StaticExport(scores[0], scores[1], {path: weights[0] for path, weights in alpha.items()})
+    return StaticExport(scores[0], scores[1], config.metric, {path: weights[0] for path, weights in alpha.items()})
 
 
 def freeze_mixer(state: ClientState, slots: tuple[str, ...], alpha: dict[str, list[float]]) -> ClientState:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import yaml
 
-from fedalt.config import RunConfig, load_config
-from fedalt.errors import UserError
+from fedalt.config import RunConfig, load_config, outside_code
+from fedalt.errors import UserError, listed
+from fedalt.experiment.events import first_start, read_events
 from fedalt.files import disk_errors, read_json, write_json, write_json_lines, write_text
 
 IfExists = Literal["ask", "resume", "overwrite"]
@@ -115,12 +116,32 @@ def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
     """An existing run and its configuration.
 
     Raises:
-        UserError: No run there.
+        UserError: No run there, or its code from outside the package has changed or is gone.
     """
     folder = RunFolder(path)
     if not folder.config.is_file():
         raise UserError(f"{path}: not a run folder (no config.yaml)")
-    return folder, load_config(folder.config)
+    config = load_config(folder.config)
+    check_code(folder, config)
+    return folder, config
+
+
+def check_code(folder: RunFolder, config: RunConfig) -> None:
+    """Refuse to go on with a run whose methods, metrics and so on from outside are not those that it was made with.
+
+    Raises:
+        UserError: The code behind a name has changed since.
+    """
+    known = (first_start(read_events(folder.events)) or {}).get("code") or {}
+    if not known:
+        return
+    try:
+        now = outside_code(config)
+    except UserError as error:
+        raise UserError(f"{folder.path}: {error}; this run has its code from {listed(config.plugins)}") from None
+    for thing in known.keys() & now.keys():
+        if known[thing] != now[thing].digest:
+            raise UserError(f"{folder.path}: {thing} of {now[thing].origin} has changed since; put the old code back")
 
 
 def finished_run(path: Path) -> tuple[RunFolder, RunConfig]:

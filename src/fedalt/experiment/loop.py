@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedalt.errors import UserError
-from fedalt.evaluation.metrics import group_mean, metrics_in, over_clients
+from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in, over_clients
 from fedalt.experiment.checkpoint import Checkpoint, next_checkpoint, prune
 from fedalt.experiment.crew import Crew, Facts, Outcome
 from fedalt.experiment.events import EventLog
@@ -131,7 +131,8 @@ class Loop:
         seconds = time.perf_counter() - started
         self.log.emit("evaluated", round=checkpoint.round, seconds=seconds, peak_memory=peak_memory())
         best = checkpoint.best
-        if validation is not None and (best is None or validation > best["score"]):
+        metric = metric_of(self.facts.config.metric)
+        if validation is not None and (best is None or metric.better(validation, best["score"])):
             checkpoint.best = {"round": checkpoint.round, "score": validation}
 
     def _final(self, number: int) -> dict[str, Any]:
@@ -140,7 +141,8 @@ class Loop:
         clients = {str(client): metrics_in(read_json(path)) for client, path in files.items() if path.is_file()}
         if not clients:
             raise UserError(f"round {number}: no site could be scored; add --resume when they are back")
-        return {"round": number, **over_clients([scores[metric] for scores in clients.values()]), "clients": clients}
+        means = over_clients([scores[metric] for scores in clients.values()], metric)
+        return {"round": number, **means, "clients": clients}
 
 
 def check_some_left(failures: Sequence[str | None], number: int, lr: float) -> None:

@@ -1,18 +1,19 @@
-"""The runs of a comparison: what each is, and one after another on one base in memory."""
+"""The runs of a comparison: what each is; one after another on one base in memory, or in processes with a base each."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedalt.config import RunConfig, parse_config
 from fedalt.data.load import Rows
 from fedalt.experiment.engine import run
-from fedalt.experiment.events import Sink
+from fedalt.experiment.events import Event, Sink
 from fedalt.experiment.folder import IfExists, RunFolder, claim_folder
 from fedalt.experiment.machine import forget_peak_memory
+from fedalt.experiment.pool import Pool, Task
 from fedalt.experiment.prepare import Resident, load_resident, load_rows, prepare
 
 Budget = Literal["parameters", "bytes"]
@@ -81,6 +82,31 @@ def train(members: Iterable[Member], if_exists: IfExists, sink: Sink, bases: Bas
         started = time.perf_counter()
         scores = run(experiment, member.folder, sink)
         sink({"event": "member_finished", "scores": scores, "seconds": time.perf_counter() - started})
+
+
+def train_in_jobs(members: Sequence[Member], jobs: int, if_exists: IfExists, sink: Sink) -> None:
+    """Train members in ``jobs`` processes; whoever has finished one gets the next.
+
+    Every process loads the base for itself and has its share of this process's threads. Events have ``job`` added. The
+    first error ends all processes; their finished rounds are safe.
+
+    Raises:
+        UserError: As for a single run; or a process was killed, for lack of memory for example.
+        RuntimeError: A process failed for another reason; its traceback is on stderr.
+    """
+    numbers = range(min(jobs, len(members)))
+    tasks = [Task(f"{member.name} seed {member.config.seed}", member.to_json()) for member in members]
+    with Pool(_job, [(job, if_exists) for job in numbers], [f"job {job}" for job in numbers], "--jobs") as pool:
+        pool.map(tasks, lambda task, event: sink(event), last=True)
+
+
+def _job(settings: tuple[int, IfExists], sink: Sink) -> Callable[[dict[str, Any]], None]:
+    (job, if_exists), bases, rows = settings, Bases(), Rows()
+
+    def numbered(event: Event) -> None:
+        sink({**event, "job": job})
+
+    return lambda value: train([Member.from_json(value)], if_exists, numbered, bases, rows)
 
 
 def _matched(config: RunConfig, member: Member, resident: Resident, clients: int) -> RunConfig:

@@ -82,7 +82,8 @@ def onboard(
     }
     about = {"method": config.method, "metric": config.metric}
     points = {
-        point: over_clients([one[point][config.metric] for one in clients.values()]) for point in ("before", "after")
+        point: over_clients([one[point][config.metric] for one in clients.values()], config.metric)
+        for point in ("before", "after")
     }
     scores = {"run": str(path), **about, "epochs": epochs, "clients": clients, **points}
     write_json(target.path / "results" / "onboarding.json", scores)

@@ -27,6 +27,7 @@ from fedalt.data.record import digests, record
 from fedalt.data.rows import Federation
 from fedalt.data.templates import template_text
 from fedalt.errors import UserError
+from fedalt.evaluation.metrics import metric_of
 from fedalt.evaluation.options import options_of
 from fedalt.experiment.crew import Facts
 from fedalt.federation.client import RoundSettings
@@ -239,8 +240,8 @@ def prepare(
     resident = resident or load_resident(config)
     config, shortened = _fit_positions(config, resident)
     examples = encode_federation(federation, _encoder(rows, resident, config), config.data)
-    if config.metric == "option_accuracy":
-        _check_options(examples)
+    if metric_of(config.metric).reads == "option":
+        _check_options(config.metric, examples)
     method = build(config, clients or len(federation.clients), resident.model.layer_sizes)
     method.rank_of(0)  # refuses ranks where there is no rule for them
     settings = RoundSettings(method, config.training, method.centralised or config.federation.heads == "shared")
@@ -255,12 +256,10 @@ def _encoder(rows: Rows, resident: Resident, config: RunConfig) -> Encoder:
     return rows.encoder(resident.base.tokenizer, settings, lambda: resident.encoder(config))
 
 
-def _check_options(examples: Mapping[int, ClientExamples]) -> None:
+def _check_options(metric: str, examples: Mapping[int, ClientExamples]) -> None:
     for client, mine in examples.items():
         if not any(options_of(example.row.instruction) for example in mine.test):
-            raise UserError(
-                f"evaluation.metric: option_accuracy asked for, but no test row of client {client} lists OPTIONS"
-            )
+            raise UserError(f"evaluation.metric: {metric} asked for, but no test row of client {client} lists OPTIONS")
 
 
 def _fit_positions(config: RunConfig, resident: Resident) -> tuple[RunConfig, tuple[str, ...]]:

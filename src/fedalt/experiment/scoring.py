@@ -17,7 +17,7 @@ from fedalt.model.state import ClientState
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of all clients on their own test rows, in points from 0 to 100.
+    """Scores of all clients on their own test rows.
 
     Attributes:
         metric: The score in tables, for example ``rouge1``.
@@ -41,7 +41,8 @@ class Scores:
     def of(metric: str, round_: int, details: Mapping[int, dict[str, float]]) -> Scores:
         """From every client's scores."""
         clients = {client: scores[metric] for client, scores in details.items()}
-        return Scores(metric, round_, **over_clients(list(clients.values())), clients=clients, details=dict(details))
+        means = over_clients(list(clients.values()), metric)
+        return Scores(metric, round_, **means, clients=clients, details=dict(details))
 
 
 Points = dict[str, dict[int, dict[str, Any]]]

@@ -1,4 +1,4 @@
-"""Intervals and paired tests over seeds and clients; every score is a number of points from 0 to 100."""
+"""Intervals and paired tests over seeds and clients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Paired:
     """A method against the reference.
 
     Attributes:
-        difference: Mean of method less reference, in points.
+        difference: Mean of method less reference, in the score's own unit.
         ci95: Half of the difference's 95 % interval (Student's t over pairs); nothing with fewer than two pairs.
         p: Two-sided p value; nothing with fewer than two pairs.
         pairs: How many differences.
@@ -80,19 +80,22 @@ def holm(values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in values}
 
 
-def verdict(test: Paired, adjusted: float | None) -> Verdict:
+def verdict(test: Paired, adjusted: float | None, higher_is_better: bool = True) -> Verdict:
     """``better`` or ``worse`` if the adjusted p is below .05 and the interval excludes zero, otherwise ``tie``."""
     if adjusted is None or test.ci95 is None or adjusted >= LEVEL or abs(test.difference) <= test.ci95:
         return "tie"
-    return "better" if test.difference > 0 else "worse"
+    return "better" if (test.difference > 0) is higher_is_better else "worse"
 
 
-def against(reference: Mapping[Any, float], others: Mapping[str, Mapping[Any, float]]) -> dict[str, dict[str, Any]]:
+def against(
+    reference: Mapping[Any, float], others: Mapping[str, Mapping[Any, float]], higher_is_better: bool = True
+) -> dict[str, dict[str, Any]]:
     """Test every method against the reference, as one family.
 
     Args:
         reference: (client, seed) → score.
         others: Method → the same; its keys must be the reference's.
+        higher_is_better: Whether a higher score is a better one.
 
     Returns:
         Method → ``difference``, ``ci95``, ``p``, ``p_adjusted``, ``pairs``, ``verdict``.
@@ -100,6 +103,7 @@ def against(reference: Mapping[Any, float], others: Mapping[str, Mapping[Any, fl
     tests = {name: paired([scores[pair] - reference[pair] for pair in reference]) for name, scores in others.items()}
     adjusted = holm({name: test.p for name, test in tests.items() if test.p is not None})
     return {
-        name: {**asdict(test), "p_adjusted": adjusted.get(name), "verdict": verdict(test, adjusted.get(name))}
+        name: {**asdict(test), "p_adjusted": p, "verdict": verdict(test, p, higher_is_better)}
         for name, test in tests.items()
+        for p in [adjusted.get(name)]
     }

@@ -15,12 +15,12 @@ import yaml
 from fedalt.config import RunConfig, with_settings
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
-from fedalt.evaluation.metrics import LABELS
+from fedalt.evaluation.metrics import metric_of
 from fedalt.experiment.compare import finish, plan
 from fedalt.experiment.events import Sink
 from fedalt.experiment.folder import IfExists
 from fedalt.experiment.members import Bases, Budget
-from fedalt.experiment.tables import Cell, Grid, Score, average, markdown, seeds, write_csv
+from fedalt.experiment.tables import LOWER, Cell, Grid, Score, average, markdown, seeds, write_csv
 from fedalt.files import write_json, write_text
 from fedalt.methods.registry import Variant
 
@@ -89,8 +89,8 @@ def points(config: RunConfig, axes: Sequence[Axis], rows: Rows | None = None) ->
     if same:
         raise UserError(f"--sweep: {same} is there twice")
     rows = rows or Rows()
-    for data in dict.fromkeys(point.config.data.model_dump_json() for point in made):
-        rows.both(type(config.data).model_validate_json(data), config.seed)
+    for point in made:
+        rows.both(point.config.data, config.seed)
     return made
 
 
@@ -171,26 +171,26 @@ def grids(result: Mapping[str, Any]) -> list[Grid]:
 
 def validation_grid(result: Mapping[str, Any]) -> Grid:
     """Methods × points on validation rows, by which a value is chosen: the best of every method is marked."""
-    first = result["points"][0]["methods"]
+    first, metric = result["points"][0]["methods"], metric_of(result["metric"])
 
     def row(name: str) -> list[Cell]:
         scores = [point["methods"][name]["validation"] for point in result["points"]]
-        best = max(scores) if len(scores) > 1 else None
-        return [first[name]["title"], *(f"{score:.1f}{' ←' if score == best else ''}" for score in scores)]
+        best = metric.best(scores) if len(scores) > 1 else None
+        return [first[name]["title"], *(f"{metric.text(score)}{' ←' if score == best else ''}" for score in scores)]
 
     notes = ["← the best value of each method; test rows are not to choose it"]
-    title = f"{LABELS[result['metric']]} on validation rows by {', '.join(result['keys'])}"
+    title = f"{metric.title} on validation rows by {', '.join(result['keys'])}"
     return Grid(title, _head(result), [row(name) for name in first], notes=notes)
 
 
 def sweep_grid(result: Mapping[str, Any]) -> Grid:
     """Methods × points, means over clients; what differs significantly from the reference is marked."""
     marks = {"better": " ↑", "worse": " ↓"}
-    first = result["points"][0]["methods"]
+    first, metric = result["points"][0]["methods"], metric_of(result["metric"])
 
     def row(name: str) -> list[Cell]:
         cells = [point["methods"][name] for point in result["points"]]
-        scores = [average(cell) for cell in cells]
+        scores = [average(cell, metric) for cell in cells]
         marked = [marks.get(cell["against"]["verdict"], "") if cell["against"] else "" for cell in cells]
         return [first[name]["title"], *(Score(s.value, f"{s.text}{m}") for s, m in zip(scores, marked, strict=True))]
 
@@ -198,8 +198,9 @@ def sweep_grid(result: Mapping[str, Any]) -> Grid:
     below = [row(name) for name in result["below"]]
     notes = [f"mean over clients ± half of the 95 % interval over seeds; {seeds(result)}"]
     notes.append(f"↑ ↓ better or worse than {first[result['reference']]['title']} at the same value, see comparison.md")
-    title = f"{LABELS[result['metric']]} by {', '.join(result['keys'])}"
-    return Grid(title, _head(result), rows or below, below if rows else [], notes)
+    notes += [] if metric.higher_is_better else [LOWER]
+    title = f"{metric.title} by {', '.join(result['keys'])}"
+    return Grid(title, _head(result), rows or below, below if rows else [], notes, metric.higher_is_better)
 
 
 def _head(result: Mapping[str, Any]) -> list[str]:

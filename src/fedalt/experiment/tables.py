@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedalt.evaluation.metrics import LABELS
+from fedalt.evaluation.metrics import Metric, metric_of
 from fedalt.files import write_json, write_text
 
 INTERVAL = "± is half of the 95 % interval over seeds (Student's t)"
 EQUAL = "equal are rounds and local epochs, not trained parameters or bytes: see --match-budget"
+LOWER = "lower is better; a gain over Local is Local's score less the method's"
 NOTHING = "–"
 LOCAL = "local"
 """The method that gains are measured against."""
@@ -26,7 +27,7 @@ class Score:
     """A cell that competes with the others of its column.
 
     Attributes:
-        value: Points as shown; the highest wins, or several.
+        value: The score as shown; the best wins, or several.
         text: What is shown.
     """
 
@@ -47,6 +48,7 @@ class Grid:
         rows: The methods.
         below: Rows under a line, which do not compete.
         notes: Lines under the table.
+        highest: Whether the highest scores are the best.
     """
 
     title: str
@@ -54,22 +56,24 @@ class Grid:
     rows: Sequence[Sequence[Cell]]
     below: Sequence[Sequence[Cell]] = ()
     notes: Sequence[str] = ()
+    highest: bool = True
 
     @property
     def best(self) -> list[float | None]:
-        """The highest score of every column; nothing where no two compete."""
+        """The best score of every column; None where no two compete."""
         return [column[0] if len(column) > 1 else None for column in self._columns]
 
     @property
     def second(self) -> list[float | None]:
-        """The highest score of every column below the best; nothing where there is none."""
-        return [next((value for value in column if value < column[0]), None) for column in self._columns]
+        """The best score of every column but the best; None where there is none."""
+        return [next((value for value in column if value != column[0]), None) for column in self._columns]
 
     @property
     def _columns(self) -> list[list[float]]:
-        """Scores of every column, the highest first."""
+        """Scores of every column, the best first."""
         columns = zip(*self.rows, strict=True)
-        return [sorted((cell.value for cell in column if isinstance(cell, Score)), reverse=True) for column in columns]
+        found = [[cell.value for cell in column if isinstance(cell, Score)] for column in columns]
+        return [sorted(column, reverse=self.highest) for column in found]
 
 
 def columns(comparison: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -91,22 +95,25 @@ def score_grid(comparison: Mapping[str, Any], most: int = MOST) -> Grid:
     """Methods × tasks, and the average over clients, as in the paper's Table 1."""
     groups = columns(comparison)
     groups = groups if len(groups) <= most else {}
+    metric = metric_of(comparison["metric"])
 
     def row(block: Mapping[str, Any]) -> list[Cell]:
         means = [sum(block["per_client"][c] for c in mine) / len(mine) for mine in groups.values()]
-        return [block["title"], *(Score(round(m, 1), f"{m:.1f}") for m in means), average(block)]
+        scores = (Score(round(m, metric.digits), metric.text(m)) for m in means)
+        return [block["title"], *scores, average(block, metric)]
 
     rows, below = _parted(comparison, row)
-    title = f"{LABELS[comparison['metric']]} on each client's own test rows, {seeds(comparison)}"
+    title = f"{metric.title} on each client's own test rows, {seeds(comparison)}"
     notes = conditions(comparison)
     if not groups:
         notes.append("scores of every client: comparison.csv")
-    return Grid(title, ["method", *groups, "average"], rows, below, notes)
+    return Grid(title, ["method", *groups, "average"], rows, below, notes, metric.higher_is_better)
 
 
 def conditions(comparison: Mapping[str, Any]) -> list[str]:
-    """What ± is, and what is equal for all methods."""
-    notes = [INTERVAL] if len(comparison["seeds"]) > 1 else []
+    """Which scores are better if low ones are, what ± is, and what is equal for all methods."""
+    notes = [] if metric_of(comparison["metric"]).higher_is_better else [LOWER]
+    notes += [INTERVAL] if len(comparison["seeds"]) > 1 else []
     if comparison["budget"]:
         notes.append(f"ranks are chosen for equal {comparison['budget']}")
     elif len(comparison["methods"]) > 1:
@@ -115,17 +122,18 @@ def conditions(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def gain_grid(comparison: Mapping[str, Any]) -> Grid | None:
-    """Methods × tasks once more, as points over Local; nothing where there is no Local or too many tasks."""
+    """Methods × tasks once more, as gains over Local; nothing where there is no Local or too many tasks."""
     groups, methods = columns(comparison), comparison["methods"]
     others = {name: block for name, block in methods.items() if name != LOCAL}
     if LOCAL not in methods or not others or not groups:
         return None
+    metric = metric_of(comparison["metric"])
 
     def row(block: Mapping[str, Any]) -> list[Cell]:
         gains = block["gain_per_client"]
         means = [sum(gains[c] for c in mine) / len(mine) for mine in groups.values()]
         scores = [*means, block["gain_over_local"]]
-        return [block["title"], *(Score(round(m, 1), f"{m:+.1f}") for m in scores)]
+        return [block["title"], *(Score(round(m, metric.digits), metric.text(m, sign=True)) for m in scores)]
 
     rows, below = _parted({**comparison, "methods": others}, row)
     return Grid("Gain over Local, client by client", ["method", *groups, "average"], rows, below)
@@ -135,17 +143,17 @@ def verdict_grid(comparison: Mapping[str, Any]) -> Grid:
     """Methods against the reference and against Local, and what they cost."""
     reference = comparison["methods"][comparison["reference"]]["title"]
     gpu = any(block["peak_memory_gpu"] is not None for block in comparison["methods"].values())
-    count = len(comparison["tasks"])
+    count, metric = len(comparison["tasks"]), metric_of(comparison["metric"])
 
     def row(block: Mapping[str, Any]) -> list[Cell]:
         test, memory = block["against"], [block["peak_memory"], *([block["peak_memory_gpu"]] if gpu else [])]
         return [
             block["title"],
-            *difference(test),
-            gain(block),
+            *difference(test, metric),
+            metric.text(block["gain_over_local"], sign=True),
             harmed(block, count),
-            f"{block['worst']:.1f}",
-            f"{block['p10']:.1f}",
+            metric.text(block["worst"]),
+            metric.text(block["p10"]),
             f"{block['bytes_up'] / 1e6:.1f}",
             f"{block['bytes_down'] / 1e6:.1f}",
             f"{block['seconds']:.0f}",
@@ -169,33 +177,28 @@ def verdict_grid(comparison: Mapping[str, Any]) -> Grid:
     notes = [
         f"vs {reference}: mean difference of {pairs} (client, seed) pairs and half of its 95 % interval; "
         "p: signed ranks, Holm",
-        "better or worse: p < .05 and the interval excludes zero; harmed: mean over seeds below Local's",
+        "better or worse: p < .05 and the interval excludes zero; harmed: mean over seeds worse than Local's",
     ]
     return Grid(f"Against {reference} and Local", head, rows, below, notes)
 
 
-def average(block: Mapping[str, Any]) -> Score:
+def average(block: Mapping[str, Any], metric: Metric) -> Score:
     """Mean over clients and seeds, with its interval where there is one."""
-    spread = "" if block["ci95"] is None else f" ± {block['ci95']:.1f}"
-    return Score(round(block["mean"], 1), f"{block['mean']:.1f}{spread}")
+    spread = "" if block["ci95"] is None else f" ± {metric.text(block['ci95'])}"
+    return Score(round(block["mean"], metric.digits), f"{metric.text(block['mean'])}{spread}")
 
 
-def difference(test: Mapping[str, Any] | None) -> tuple[str, str, str]:
+def difference(test: Mapping[str, Any] | None, metric: Metric) -> tuple[str, str, str]:
     """Difference to the reference with its interval, adjusted p, verdict."""
     if test is None:
         return (NOTHING, NOTHING, "reference")
-    spread = "" if test["ci95"] is None else f" ± {test['ci95']:.1f}"
+    spread = "" if test["ci95"] is None else f" ± {metric.text(test['ci95'])}"
     p = test["p_adjusted"]
     return (
-        f"{test['difference']:+.1f}{spread}",
+        f"{metric.text(test['difference'], sign=True)}{spread}",
         NOTHING if p is None else "<.001" if p < 0.001 else f"{p:.3f}".replace("0.", "."),
         test["verdict"],
     )
-
-
-def gain(block: Mapping[str, Any]) -> str:
-    """Gain over Local in points."""
-    return NOTHING if block["gain_over_local"] is None else f"{block['gain_over_local']:+.1f}"
 
 
 def harmed(block: Mapping[str, Any], clients: int) -> str:
@@ -227,7 +230,7 @@ def write_comparison(out: Path, comparison: Mapping[str, Any]) -> None:
 
 def client_lines(comparison: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     """A line per method, seed and client."""
-    methods = comparison["methods"]
+    methods, metric = comparison["methods"], metric_of(comparison["metric"])
     local = methods.get(LOCAL)
     for name, block in methods.items():
         for seed, scores in block["per_seed"].items():
@@ -238,9 +241,9 @@ def client_lines(comparison: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
                     "seed": seed,
                     "client": client,
                     "task": comparison["tasks"][client],
-                    "metric": comparison["metric"],
+                    "metric": metric.name,
                     "score": score,
-                    "gain_over_local": score - local["per_seed"][seed][client] if local else None,
+                    "gain_over_local": metric.gain(score, local["per_seed"][seed][client]) if local else None,
                 }
 
 

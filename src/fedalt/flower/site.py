@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fedalt.config import RunConfig, parse_received, used_code
 from fedalt.errors import UserError
-from fedalt.evaluation.metrics import metrics_in, over_clients
+from fedalt.evaluation.metrics import metric_of, metrics_in, over_clients
 from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
 from fedalt.experiment.clients import write_client
 from fedalt.experiment.crew import Facts
@@ -201,7 +201,8 @@ class _Work:
         scoring.score(number, {client: before}, {client: after}, changed=request.told)
         drift = row_lora_drift(before.tensors, after.tensors) if REST_OF_WORLD in self.experiment.shape.slots else None
         scores = read_json(self.folder.scores(client, number))
-        self.note(f"round {number}: {self.experiment.config.metric} {scores[self.experiment.config.metric]:.2f}")
+        metric = metric_of(self.experiment.config.metric)
+        self.note(f"round {number}: {metric.name} {scores[metric.name]:.{max(2, metric.digits)}f}")
         return Reply({"scores": scores, "row_lora_drift": drift})
 
     def save(self, request: Request) -> Reply:
@@ -213,7 +214,8 @@ class _Work:
         scored = self.folder.scores(self.client, request.round)
         if self.folder == self.own and scored.is_file():  # a finished run with one client
             scores, config = metrics_in(read_json(scored)), self.experiment.config
-            last = {"round": request.round, **over_clients([scores[config.metric]]), "clients": {self.client: scores}}
+            means = over_clients([scores[config.metric]], config.metric)
+            last = {"round": request.round, **means, "clients": {self.client: scores}}
             final = {"method": config.method, "metric": config.metric, "last": last, "best_validation": None}
             write_json(self.own.final_scores, final)
         self.note(f"wrote {path}")

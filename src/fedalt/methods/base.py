@@ -27,6 +27,7 @@ from jaxtyping import Float
 from pydantic import ValidationError
 from torch import Tensor
 
+from fedalt.compat import slot_today
 from fedalt.config import RunConfig
 from fedalt.data.encode import Example
 from fedalt.errors import UserError
@@ -59,6 +60,10 @@ class Slot:
 
     name: str
     share: frozenset[str] = BOTH
+
+    def __post_init__(self) -> None:
+        if slot_today(self.name) != self.name or "." in self.name:
+            raise UserError(f'slot "{self.name}": not free; in fedalt 0.1 it named the rest-of-world LoRA')
 
 
 @dataclass(frozen=True)

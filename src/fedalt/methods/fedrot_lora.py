@@ -67,4 +67,5 @@ class FedRotLoRA(Method):
         if not target.any():
             return torch.eye(len(target), dtype=torch.float64)
         u, _, v = torch.linalg.svd(target)
-        return u @ v
+        rotation: Tensor = u @ v
+        return rotation

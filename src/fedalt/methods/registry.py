@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedalt.config import RunConfig, with_settings
+from fedalt.config import RunConfig, used_entries, with_settings
 from fedalt.errors import UserError
 from fedalt.methods.base import Method
 from fedalt.registry import METHODS, SESSION
@@ -67,20 +67,21 @@ def as_variant(method: str | type[Method] | Method) -> Variant:
 
 
 def refuse_session(config: RunConfig, flag: str) -> None:
-    """Refuse a method that other processes cannot see.
+    """Refuse what other processes cannot see.
 
     Args:
         config: The settings.
         flag: What asks for other processes.
 
     Raises:
-        UserError: The method was defined at a prompt or in a notebook.
+        UserError: The method, or something else with a name, was defined at a prompt or in a notebook.
     """
-    if METHODS.entry(config.method).origin == SESSION:
-        raise UserError(
-            f"{flag}: the method {config.method} was defined in this session, which other processes cannot see; put it "
-            "into a file and give FILE.py:Name"
-        )
+    for kind, entry in used_entries(config):
+        if entry.origin == SESSION:
+            raise UserError(
+                f"{flag}: the {kind} {entry.name} was defined in this session, which other processes cannot see; put "
+                "it into a file and give FILE.py:Name"
+            )
 
 
 def title_of(name: str) -> str:

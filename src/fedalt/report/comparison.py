@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from fedalt.evaluation.metrics import Metric, metric_of
 from fedalt.report.page import linked, paragraph, table
 from fedalt.report.theme import (
     DIVERGING,
@@ -35,14 +36,14 @@ _COSTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 
 def score_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
     """Client × method, with mean, worst client, 10th percentile, gain over Local and clients that are worse off."""
-    methods = comparison["methods"]
+    methods, text = comparison["methods"], metric_of(comparison["metric"]).text
     blocks = list(methods.values())
-    rows = [[c, task, *(f"{b['per_client'][c]:.1f}" for b in blocks)] for c, task in comparison["tasks"].items()]
-    rows.append(["mean", "", *map(_mean, blocks)])
-    rows.append(["worst client", "", *(f"{b['worst']:.1f}" for b in blocks)])
-    rows.append(["10th percentile", "", *(f"{b['p10']:.1f}" for b in blocks)])
+    rows = [[c, task, *(text(b["per_client"][c]) for b in blocks)] for c, task in comparison["tasks"].items()]
+    rows.append(["mean", "", *(_mean(b, text) for b in blocks)])
+    rows.append(["worst client", "", *(text(b["worst"]) for b in blocks)])
+    rows.append(["10th percentile", "", *(text(b["p10"]) for b in blocks)])
     if "local" in methods:
-        rows.append(["gain over Local", "", *(f"{b['gain_over_local']:+.1f}" for b in blocks)])
+        rows.append(["gain over Local", "", *(text(b["gain_over_local"], sign=True) for b in blocks)])
     if any(b.get("harmed") is not None for b in blocks):
         rows.append(["harmed clients", "", *(_harmed(b.get("harmed")) for b in blocks)])
     return table(["client", "task", *titles.values()], rows, bold=len(comparison["tasks"]))
@@ -50,14 +51,15 @@ def score_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
 
 def against_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
     """Every method's difference to the reference with its confidence interval and what follows; nothing if unknown."""
-    rows = []
+    rows, text = [], metric_of(comparison["metric"]).text
     for name, block in comparison["methods"].items():
         against = block.get("against")
         if not against:
             continue
-        half = f" ± {against['ci95']:.1f}" if against.get("ci95") is not None else ""
+        half = f" ± {text(against['ci95'])}" if against.get("ci95") is not None else ""
         numbers = ["–" if against.get(key) is None else f"{against[key]:.3g}" for key in ("p", "p_adjusted")]
-        rows.append([titles[name], f"{against['difference']:+.1f}{half}", *numbers, str(against.get("verdict") or "")])
+        apart = f"{text(against['difference'], sign=True)}{half}"
+        rows.append([titles[name], apart, *numbers, str(against.get("verdict") or "")])
     if not rows:
         return ""
     reference = str(comparison.get("reference"))
@@ -67,8 +69,9 @@ def against_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
 
 def cost_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
     """Bytes, seconds and memory of every method."""
+    text = metric_of(comparison["metric"]).text
     rows = [
-        [titles[name], f"{b['mean']:.1f}", *(f"{of(b):.1f}" for of in _COSTS.values()), f"{b['peak_memory'] / 1e9:.2f}"]
+        [titles[name], text(b["mean"]), *(f"{of(b):.1f}" for of in _COSTS.values()), f"{b['peak_memory'] / 1e9:.2f}"]
         for name, b in comparison["methods"].items()
     ]
     return table(["method", "score", *_COSTS, "peak memory, GB"], rows, words=(0,))
@@ -84,11 +87,11 @@ def links(out: Path, comparison: Comparison) -> str:
 def gain_map(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
     """Gain over Local by client and method, or the scores themselves when Local was not run."""
     methods, tasks = comparison["methods"], comparison["tasks"]
-    gains = "local" in methods
+    gains, metric = "local" in methods, metric_of(comparison["metric"])
     names = [name for name in methods if name != "local"] or list(methods)
-    columns = [_gains(methods[name], methods.get("local"), tasks) for name in names]
-    form = "+.1f" if gains else ".1f"
-    widest = max(ROOM, *(abs(column[c]) for column in columns for c in tasks))
+    columns = [_gains(methods[name], methods.get("local"), metric) for name in names]
+    form = f"{'+' if gains else ''}.{metric.digits}f"
+    widest = max(ROOM if metric.points else 10**-metric.digits, *(abs(column[c]) for column in columns for c in tasks))
     scale = {"zmin": -widest, "zmax": widest, "colorscale": DIVERGING} if gains else {"colorscale": SEQUENTIAL}
     figure = cells(
         [[column[c] for column in columns] for c in tasks],
@@ -99,14 +102,14 @@ def gain_map(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
         **scale,
     )
     if not gains:
-        return Drawing("gain", "Scores by client and method", f"{comparison['metric']}.", figure)
-    note = f"{comparison['metric']}, points. Blue: better than training alone; red: worse."
+        return Drawing("gain", "Scores by client and method", f"{metric.title}.", figure)
+    note = f"{metric.title}{', points' if metric.points else ''}. Blue: better than training alone; red: worse."
     return Drawing("gain", "Gain over Local", note, figure)
 
 
 def score_bars(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
     """Scores by client, a bar per method."""
-    tasks = comparison["tasks"]
+    tasks, metric = comparison["tasks"], metric_of(comparison["metric"])
     figure = go.Figure()
     for place, (name, block) in enumerate(comparison["methods"].items()):
         figure.add_bar(
@@ -115,10 +118,10 @@ def score_bars(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
             name=titles[name],
             orientation="h",
             marker={"color": colour(place), "pattern": {"shape": again(place, PATTERNS)}, "line": {"width": 0}},
-            hovertemplate="%{y}: %{x:.1f}",
+            hovertemplate=f"%{{y}}: %{{x:.{metric.digits}f}}",
         )
     count = len(comparison["methods"])
-    styled(figure, comparison["metric"], height=100 + (16 + 9 * count) * len(tasks))
+    styled(figure, metric.title, height=100 + (16 + 9 * count) * len(tasks))
     figure.update_layout(bargap=0.3)
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return Drawing("bars", "Scores by client", "On each client's own test rows, mean over seeds.", figure)
@@ -126,6 +129,7 @@ def score_bars(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
 
 def cost_plot(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
     """Mean score against bytes and against seconds, a point per method."""
+    metric = metric_of(comparison["metric"])
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.06)
     for place, (name, block) in enumerate(comparison["methods"].items()):
         for column, (label, cost) in enumerate(_COSTS.items(), 1):
@@ -140,31 +144,33 @@ def cost_plot(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
                 legendgroup=name,
                 row=1,
                 col=column,
-                hovertemplate=f"{label} %{{x:.1f}}<br>%{{y:.1f}}",
+                hovertemplate=f"{label} %{{x:.1f}}<br>%{{y:.{metric.digits}f}}",
             )
     styled(figure)
     for column, (label, cost) in enumerate(_COSTS.items(), 1):
         most = max(map(cost, comparison["methods"].values()))
         figure.update_xaxes(title_text=label, range=[-0.05 * most, 1.1 * most or 1], nticks=5, row=1, col=column)
-    figure.update_yaxes(range=score_range([block["mean"] for block in comparison["methods"].values()]))
-    figure.update_yaxes(title_text=f"mean {comparison['metric']}", row=1, col=1)
-    note = "Up and to the left is better. Bars: 95 % confidence." if _has(comparison, "ci95") else ""
-    return Drawing("cost-plot", "Score against cost", note or "Up and to the left is better.", figure)
+    figure.update_yaxes(range=score_range([block["mean"] for block in comparison["methods"].values()], metric.points))
+    figure.update_yaxes(title_text=f"mean {metric.title}", row=1, col=1)
+    note = f"{'Up' if metric.higher_is_better else 'Down'} and to the left is better."
+    note += " Bars: 95 % confidence." if _has(comparison, "ci95") else ""
+    return Drawing("cost-plot", "Score against cost", note, figure)
 
 
-def _gains(block: Mapping[str, Any], local: Mapping[str, Any] | None, tasks: Sequence[str] | Mapping[str, str]) -> Any:
-    known = block.get("gain_per_client")
-    if known:
-        return known
-    reference = local["per_client"] if local else dict.fromkeys(tasks, 0.0)
-    return {c: block["per_client"][c] - reference[c] for c in tasks}
+def _gains(block: Mapping[str, Any], local: Mapping[str, Any] | None, metric: Metric) -> Mapping[str, float]:
+    """Gains over Local; the scores themselves where there is no Local."""
+    scores: Mapping[str, float] = block["per_client"]
+    known: Mapping[str, float] | None = block.get("gain_per_client")
+    if known or not local:
+        return known or scores
+    return {c: metric.gain(score, local["per_client"][c]) for c, score in scores.items()}
 
 
-def _mean(block: Mapping[str, Any]) -> str:
+def _mean(block: Mapping[str, Any], text: Callable[[float], str]) -> str:
     half = block.get("ci95", None)
     if half is not None:
-        return f"{block['mean']:.1f} ± {half:.1f}"
-    return f"{block['mean']:.1f}" + (f" ± {block['sd']:.1f}" if block["sd"] else "")
+        return f"{text(block['mean'])} ± {text(half)}"
+    return text(block["mean"]) + (f" ± {text(block['sd'])}" if block["sd"] else "")
 
 
 def _harmed(value: Any) -> str:

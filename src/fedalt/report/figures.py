@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
+from fedalt.evaluation.metrics import metric_of
 from fedalt.experiment.events import Event
 from fedalt.report.theme import DASHES, DIVERGING, SYMBOLS, Drawing, again, cells, colour, decimals, labels, styled
 
@@ -31,7 +32,7 @@ def loss_curves(events: Sequence[Event], tasks: Mapping[str, str]) -> Drawing:
 
 def score_curves(events: Sequence[Event], tasks: Mapping[str, str], metric: str) -> Drawing:
     """Test scores of every client over evaluated rounds; hollow markers are before aggregation."""
-    figure, names = go.Figure(), labels(tasks)
+    figure, names, about = go.Figure(), labels(tasks), metric_of(metric)
     hollow = False
     for place, (client, task) in enumerate(tasks.items()):
         for point in ("after", "before"):
@@ -50,9 +51,10 @@ def score_curves(events: Sequence[Event], tasks: Mapping[str, str], metric: str)
                 marker={"symbol": SYMBOLS[place % len(SYMBOLS)] + ("-open" if before else ""), "size": 8},
                 line={"color": colour(place), "dash": again(place, DASHES)},
                 legendgroup=client,
-                hovertemplate="%{meta}<br>round %{x}: %{y:.1f}<extra></extra>",
+                hovertemplate=f"%{{meta}}<br>round %{{x}}: %{{y:.{about.digits}f}}<extra></extra>",
             )
-    figure.update_yaxes(range=[0, 103])
+    if about.points:
+        figure.update_yaxes(range=[0, 103])
     styled(figure, "round", metric)
     note = "On each client's own test rows" + ("; hollow: before aggregation." if hollow else ".")
     return Drawing("score-curves", "Scores over rounds", note, _over_rounds(figure))

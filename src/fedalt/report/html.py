@@ -9,7 +9,7 @@ from typing import Any
 
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
-from fedalt.evaluation.metrics import LABELS, as_text, group_mean
+from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in
 from fedalt.experiment.events import Event, first_start, read_events
 from fedalt.experiment.folder import RunFolder, open_run
 from fedalt.experiment.insight import read_insight
@@ -35,7 +35,7 @@ def write_report(folder: RunFolder) -> Path:
         raise UserError(f"{folder.path}: no run to report on (no run_started in events.jsonl)")
     latest = {str(e["client"]): e for e in events if e["event"] == "scores" and e["point"] == "after"}
     scores = {c: latest[c][start["metric"]] if c in latest else 0.0 for c in start["tasks"]}
-    tasks = {client: start["tasks"][client] for client in shown(scores)}
+    tasks = {client: start["tasks"][client] for client in shown(scores, metric_of(start["metric"]).higher_is_better)}
     insight = read_insight(folder) or {}
     scored = any(e["event"] == "scores" for e in events)
     layers = max((len(e["alpha"]) for e in events if e["event"] == "client"), default=0)
@@ -68,7 +68,8 @@ def write_comparison_report(out: Path, comparison: Mapping[str, Any]) -> Path:
     seeds = ", ".join(map(str, comparison["seeds"]))
     about = f"{comparison['metric']} on each client's own test rows; seeds {seeds}"
     scores = {c: sum(block["per_client"][c] for block in blocks.values()) for c in comparison["tasks"]}
-    few = {**comparison, "tasks": {c: comparison["tasks"][c] for c in shown(scores)}}
+    metric = metric_of(comparison["metric"])
+    few = {**comparison, "tasks": {c: comparison["tasks"][c] for c in shown(scores, metric.higher_is_better)}}
     sections = [
         Section("scores", "Scores", [compared.score_table(few, titles), compared.score_bars(few, titles)]),
         Section("gains", "Gains", [compared.gain_map(few, titles), compared.against_table(few, titles)]),
@@ -120,13 +121,13 @@ def _curves(events: Sequence[Event], tasks: Mapping[str, str], metric: str, scor
 def _scores_table(latest: Mapping[str, Event], tasks: Mapping[str, str]) -> str:
     if not latest:
         return paragraph("Not scored yet.")
-    names = [name for name in LABELS if any(name in event for event in latest.values())]
-    rows = [[c, tasks[c], *(as_text(name, latest[c].get(name)) for name in names)] for c in tasks if c in latest]
-    means = {name: group_mean(e[name] for e in latest.values() if name in e) for name in names}
+    metrics = [metric_of(name) for name in metrics_in({name: 0 for event in latest.values() for name in event})]
+    rows = [[c, tasks[c], *(m.text(latest[c].get(m.name)) for m in metrics)] for c in tasks if c in latest]
+    means = (m.text(group_mean(e[m.name] for e in latest.values() if m.name in e)) for m in metrics)
     number = max(e["round"] for e in latest.values())
     head = paragraph(f"Test scores after round {number} on each client's own rows")
-    rows.append(["mean", "", *(as_text(name, mean) for name, mean in means.items())])
-    return head + table(["client", "task", *(LABELS[name] for name in names)], rows, bold=len(rows) - 1)
+    rows.append(["mean", "", *means])
+    return head + table(["client", "task", *(metric.title for metric in metrics)], rows, bold=len(rows) - 1)
 
 
 def _cost_table(events: Sequence[Event]) -> str:

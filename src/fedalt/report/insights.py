@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from fedalt.config import load_config
 from fedalt.data.load import Rows
+from fedalt.evaluation.metrics import metric_of
 from fedalt.experiment.folder import RunFolder, final_scores
 from fedalt.experiment.insight import BINS, write_insight
 from fedalt.experiment.prepare import Resident
@@ -38,22 +39,23 @@ _CATEGORIES = 16
 def look(folder: RunFolder, count: int, resident: Resident | None = None, rows: Rows | None = None) -> None:
     """Write a finished run's insight for the clients that its report shows; see ``write_insight``."""
     scores = final_scores(folder)
-    clients = [int(c) for c in shown({c: v[scores["metric"]] for c, v in scores["last"]["clients"].items()})]
+    name, found = scores["metric"], scores["last"]["clients"]
+    clients = [int(c) for c in shown({c: v[name] for c, v in found.items()}, metric_of(name).higher_is_better)]
     write_insight(folder, load_config(folder.config), clients, count, resident, rows)
 
 
 def matrix(insight: Insight, tasks: Mapping[str, str]) -> Drawing:
     """Score of every client's model on every client's rows."""
-    names = _names(insight, tasks)
+    names, metric = _names(insight, tasks), metric_of(insight["metric"])
+    digits = metric.digits - 1 if metric.points else metric.digits
     figure = cells(
         insight["matrix"],
         [name.split(" ")[0] for name in names],
         names,
-        zmin=0,
-        zmax=100,
+        **({"zmin": 0, "zmax": 100} if metric.points else {}),
         colorscale=SEQUENTIAL,
-        text=[[f"{value:.0f}" for value in row] for row in insight["matrix"]],
-        hovertemplate="model of %{y}<br>rows of client %{x}<br>%{z:.1f}<extra></extra>",
+        text=[[f"{value:.{digits}f}" for value in row] for row in insight["matrix"]],
+        hovertemplate=f"model of %{{y}}<br>rows of client %{{x}}<br>%{{z:.{metric.digits}f}}<extra></extra>",
     )
     figure.update_xaxes(title="rows of client", type="category")
     note = f"{insight['metric']} on up to {insight['rows']} test rows of each client; own rows on the diagonal."

@@ -9,15 +9,16 @@ MOST = 20
 _FIRST, _ENDS = 8, 6
 
 
-def groups(scores: Mapping[str, float]) -> dict[str, list[str]]:
+def groups(scores: Mapping[str, float], highest: bool = True) -> dict[str, list[str]]:
     """Title → clients: all under no title while they fit, else the first ones, the worst and the best.
 
     Args:
         scores: Client → score, in the order of clients.
+        highest: Whether the highest scores are the best.
     """
     if len(scores) <= MOST:
         return {"": list(scores)}
-    ranked = sorted(scores, key=scores.__getitem__)
+    ranked = sorted(scores, key=lambda client: scores[client] if highest else -scores[client])
     return {
         f"first {_FIRST}": list(scores)[:_FIRST],
         f"worst {_ENDS}": ranked[:_ENDS],
@@ -25,9 +26,9 @@ def groups(scores: Mapping[str, float]) -> dict[str, list[str]]:
     }
 
 
-def shown(scores: Mapping[str, float]) -> list[str]:
+def shown(scores: Mapping[str, float], highest: bool = True) -> list[str]:
     """The clients of all groups, each once, in the order of clients."""
-    chosen = {client for group in groups(scores).values() for client in group}
+    chosen = {client for group in groups(scores, highest).values() for client in group}
     return [client for client in scores if client in chosen]
 
 

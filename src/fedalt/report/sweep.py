@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from fedalt.evaluation.metrics import LABELS
+from fedalt.evaluation.metrics import metric_of
 from fedalt.experiment.sweep import grids, sent_up, values_of
 from fedalt.experiment.tables import Grid, Score, average, seeds
 from fedalt.files import write_text
@@ -27,7 +27,7 @@ _TICKS = 7
 
 def write_sweep_report(out: Path, result: Sweep) -> Path:
     """Write the report of a sweep, from what ``sweep.json`` holds."""
-    about = f"{LABELS[result['metric']]} on each client's own test rows; {seeds(result)}"
+    about = f"{metric_of(result['metric']).title} on each client's own test rows; {seeds(result)}"
     kept = f"settings other than {', '.join(result['keys'])} are the same at all points"
     if result["budget"]:
         kept = f"ranks are chosen for equal {result['budget']}"
@@ -63,7 +63,7 @@ def value_plot(result: Sweep) -> Drawing:
 
     Methods stand a little beside each other, so that their intervals can be told apart.
     """
-    figure, ends = go.Figure(), []
+    figure, ends, metric = go.Figure(), list[float](), metric_of(result["metric"])
     methods, values = _methods(result), [values_of(point) for point in result["points"]]
     for place, name in enumerate(methods):
         blocks = _blocks(result, name)
@@ -74,13 +74,13 @@ def value_plot(result: Sweep) -> Drawing:
             y=[block["mean"] for block in blocks],
             text=values,
             error_y=interval(halves),
-            hovertemplate="%{text}: %{y:.1f}",
+            hovertemplate=f"%{{text}}: %{{y:.{metric.digits}f}}",
             **_look(result, place, name, "lines+markers"),
         )
     (key,) = result["keys"]
-    styled(figure, key, f"mean {LABELS[result['metric']]}")
+    styled(figure, key, f"mean {metric.title}")
     figure.update_xaxes(tickvals=list(range(len(values))), ticktext=values, range=[-0.3, len(values) - 0.7])
-    figure.update_yaxes(range=score_range(ends))
+    figure.update_yaxes(range=score_range(ends, metric.points))
     note = "Bars: 95 % confidence over seeds." if len(result["seeds"]) > 1 else f"{seeds(result)}, so no intervals."
     return Drawing("by-value", f"Score by {key}", note, figure)
 
@@ -94,7 +94,7 @@ def sent_plot(result: Sweep) -> Drawing:
     known = [value for values in sent.values() for value in values if value]
     nothing = min(known) / 2
     silent = any(not value for values in sent.values() for value in values)
-    figure, scores = go.Figure(), []
+    figure, scores, metric = go.Figure(), list[float](), metric_of(result["metric"])
     for place, (name, values) in enumerate(sent.items()):
         blocks = _blocks(result, name)
         scores += [block["mean"] for block in blocks]
@@ -106,10 +106,10 @@ def sent_plot(result: Sweep) -> Drawing:
             textfont={"color": colour(place), "size": 11},
             customdata=[megabytes(value) for value in values],
             cliponaxis=False,
-            hovertemplate="%{text}<br>%{customdata} MB<br>%{y:.1f}",
+            hovertemplate=f"%{{text}}<br>%{{customdata}} MB<br>%{{y:.{metric.digits}f}}",
             **_look(result, place, name, "lines+markers+text" if len(result["keys"]) == 1 else "markers+text"),
         )
-    styled(figure, "MB sent per client, logarithmic", f"mean {LABELS[result['metric']]}", height=380)
+    styled(figure, "MB sent per client, logarithmic", f"mean {metric.title}", height=380)
     ticks = _ticks(min(known), max(known))
     figure.update_xaxes(
         type="log",
@@ -117,15 +117,17 @@ def sent_plot(result: Sweep) -> Drawing:
         tickvals=[*([nothing] if silent else []), *ticks],
         ticktext=[*(["0"] if silent else []), *map(megabytes, ticks)],
     )
-    figure.update_yaxes(range=score_range(scores))
-    note = f"Up and to the left is better. Numbers at points: {', '.join(result['keys'])}."
+    figure.update_yaxes(range=score_range(scores, metric.points))
+    way = "Up" if metric.higher_is_better else "Down"
+    note = f"{way} and to the left is better. Numbers at points: {', '.join(result['keys'])}."
     return Drawing("by-bytes", "Score against what a client sends", note, figure)
 
 
 def sent_table(result: Sweep) -> str:
     """What a client sends in the whole run and the score, a line per method and point."""
+    metric = metric_of(result["metric"])
     rows = [
-        [block["title"], values_of(point), megabytes(sent_up(point, name)), average(block).text]
+        [block["title"], values_of(point), megabytes(sent_up(point, name)), average(block, metric).text]
         for name in _methods(result)
         for point, block in zip(result["points"], _blocks(result, name), strict=True)
     ]

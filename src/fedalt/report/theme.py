@@ -95,8 +95,10 @@ def interval(halves: Sequence[float | None]) -> dict[str, Any] | None:
     return None if all(half is None for half in halves) else {"array": list(halves), "thickness": 1, "width": 4}
 
 
-def score_range(values: Sequence[float]) -> list[float]:
-    """Range of an axis of scores, with room above and below."""
+def score_range(values: Sequence[float], points: bool) -> list[float] | None:
+    """Range of an axis of scores, with room above and below; Plotly's own where scores do not run from 0 to 100."""
+    if not points:
+        return None
     return [max(min(values) - ROOM, 0), min(max(values) + ROOM, 103)]
 
 
