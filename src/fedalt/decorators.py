@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fedalt.registry import AGGREGATORS, METHODS, METRICS, PARTITIONERS, SOURCES, TEMPLATES, TRACKERS, Registry
 
@@ -54,38 +54,48 @@ def aggregator(name: str) -> Callable[[T], T]:
     return _named(AGGREGATORS, name)
 
 
-def metric(name: str) -> Callable[[T], T]:
-    """Give a metric a name, for ``evaluation.metric``.
+def metric(name: str, **facts: Any) -> Callable[[T], T]:
+    """Give a metric a name, for ``evaluation.metric``: a function, or a class that is called like one.
 
     >>> import fedalt as fa
-    >>> fa.metric("first word")
-    Traceback (most recent call last):
-    fedalt.errors.UserError: metric "first word": a name has letters, digits and underscores, and starts with a letter
+    >>> @fa.metric("short", title="short answers", digits=2)
+    ... def short(answer, reference):
+    ...     return 100.0 * (len(answer) <= len(reference))
+    >>> data = fa.load_data("tinyworld", clients=2, train_limit=4, test_limit=2)
+    >>> sim = fa.Simulation(data, "tiny-base", "local", epochs=1, settings={"evaluation.metric": "short"})
+    >>> sim.score().metric
+    'short'
 
     Args:
         name: Letters, digits and underscores.
+        facts: ``title``, ``corpus=True`` for a function of all answers of a client, ``higher_is_better``, ``digits``,
+            ``unit``, ``task``; see ``fedalt.evaluation.metrics.Metric``.
 
     Raises:
-        UserError: The name is taken, or is none.
+        UserError: The name is taken, or is none, or a fact is unknown.
     """
-    return _named(METRICS, name)
+    return _named(METRICS, name, **facts)
 
 
-def partitioner(name: str) -> Callable[[T], T]:
+def partitioner(name: str, **facts: Any) -> Callable[[T], T]:
     """Give a way to deal rows to clients a name, for ``data.partition.by``.
 
-    >>> import fedalt as fa
-    >>> fa.partitioner("by size")
-    Traceback (most recent call last):
-    fedalt.errors.UserError: partitioner "by size": a name has letters, digits and underscores, and starts with a letter
+    >>> import fedalt as fa, numpy as np
+    >>> @fa.partitioner("halves")
+    ... def halves(rows, clients, rng):
+    ...     return np.array_split(rng.permutation(len(rows)), clients)
+    >>> data = fa.load_data("tinyworld", clients=2, partition="halves", seed=0)
+    >>> [len(rows.train) for rows in data.clients.values()]
+    [1200, 1200]
 
     Args:
         name: Letters, digits and underscores.
+        facts: ``uses``, the settings of ``data.partition`` that it looks at; see ``fedalt.data.partition``.
 
     Raises:
-        UserError: The name is taken, or is none.
+        UserError: The name is taken, or is none, or a fact is unknown.
     """
-    return _named(PARTITIONERS, name)
+    return _named(PARTITIONERS, name, **facts)
 
 
 def source(name: str) -> Callable[[T], T]:
@@ -139,5 +149,5 @@ def tracker(name: str) -> Callable[[T], T]:
     return _named(TRACKERS, name)
 
 
-def _named(registry: Registry[T], name: str) -> Callable[[T], T]:
-    return registry.register(name)
+def _named(registry: Registry[Any], name: str, **facts: Any) -> Callable[[T], T]:
+    return registry.register(name, **facts)

@@ -121,7 +121,7 @@ def test_a_folder_that_is_taken(tmp_path: Path, data: Any, base: Any) -> None:
         ({"dtype": "bfloat16"}, "run: dtype is an argument of load_base"),
         ({"settings": {"model.name": "x"}}, "model.name is the first argument of load_base"),
         ({"settings": {"lora.dropuot": 0}}, 'unknown key "lora.dropuot" (did you mean "dropout"?)'),
-        ({"rounds": 0}, '"federation.rounds" = 0'),
+        ({"rounds": 0}, "federation.rounds = 0: must be at least 1"),
         ({"method": "fedalr"}, '"fedalr" is unknown (did you mean "fedalt"?)'),
     ],
 )
@@ -246,3 +246,6 @@ def test_rows_in_memory_reach_other_processes(base: Any, tmp_path: Path) -> None
     here = fa.run(data, base, **quick)
     there = fa.run(data, base, devices="cpu,cpu", **quick)
     assert here.scores == there.scores
+    quick.pop("seed")
+    one, two = (fa.compare(data, base, ["local", "fedalt"], [3], jobs=jobs, **quick) for jobs in (1, 2))
+    assert one.to_markdown() == two.to_markdown() and two.runs["fedalt", 3].scores == here.scores
