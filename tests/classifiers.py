@@ -14,11 +14,10 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
 from fedalt.data.encode import Example, Image
-from fedalt.data.rows import Row
+from fedalt.data.federation import Row
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.classify import head_paths
-from fedalt.model.layer import Placement
-from fedalt.model.mixing import SUM
+from fedalt.model.classifier import head_paths
+from fedalt.model.layer import SUM, Placement
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import HEAD, A, B, Key
 from support import HIDDEN, LAYERS, PAD, SMALL, SPECIAL, VOCAB, WIDE

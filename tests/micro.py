@@ -47,9 +47,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fedalt.cli import main
-from fedalt.experiment.engine import run as run_engine
-from fedalt.experiment.folder import RunFolder, claim_folder
-from fedalt.experiment.prepare import prepare
+from fedalt.runs.folder import RunFolder, claim_folder
+from fedalt.runs.rounds import run as run_engine
+from fedalt.runs.setup import prepare
 
 METRICS = ("rouge1", "rouge2", "rougeL", "exact_match")
 VOCAB = 300

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from fedalt.errors import UserError
-from fedalt.experiment.pool import Pool, Task
+from fedalt.runs.pool import Pool, Task
 
 
 def dying(settings: Any, sink: Any) -> Any:

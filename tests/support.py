@@ -22,18 +22,16 @@ from transformers import (
 from fedalt.config import FederationConfig, RunConfig, TrainingConfig, with_settings
 from fedalt.data.batches import Plan
 from fedalt.data.encode import Example
-from fedalt.federation.client import ClientResult, RoundSettings
+from fedalt.federation.client import ClientResult, RoundSettings, run_clients
 from fedalt.federation.cohort import cohort_size
-from fedalt.federation.executor import run_clients
 from fedalt.federation.server import Server
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Message
 from fedalt.methods.registry import build, configured, method_names, variant_names
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.layer import Placement
-from fedalt.model.mixing import SOFTMAX, SUM
+from fedalt.model.layer import SOFTMAX, SUM, Placement
 from fedalt.model.state import AdapterShape, ClientState
-from fedalt.testing import (  # noqa: F401 - tests take them from here
+from fedalt.testing import (
     HIDDEN,
     LAYERS,
     LORA,

@@ -11,10 +11,10 @@ import pytest
 
 SHAPES = """
 import ctypes
-from fedalt.allocator import keep_freed_memory
+from fedalt.runtime import keep_freed_memory
 keep_freed_memory()
 import torch
-from fedalt.model.frozen import _linear, _pack
+from fedalt.model.fast.patches import _linear, _pack
 
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena o s h mapped u f used free keep".split()]

@@ -9,11 +9,10 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from fedalt import hints
-from fedalt.config import RunConfig, load_config, parse_config, parse_override
+from fedalt.comparisons.compare import plan
+from fedalt.comparisons.sweep import parse_axis, points
+from fedalt.config import RunConfig, hints, load_config, parse_config, parse_override
 from fedalt.errors import UserError
-from fedalt.experiment.compare import plan
-from fedalt.experiment.sweep import parse_axis, points
 from micro import labelled_table, refused
 from support import METHODS
 

@@ -29,7 +29,7 @@ class Kill(NamedTuple):
 
 def lay_trap(kill: Kill | None, run: Path, seen: list[str] | None = None) -> None:
     """Patch every operation that changes a run folder, in this process only."""
-    from fedalt.experiment.events import EventLog
+    from fedalt.runs.events import EventLog
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL if not kill or kill.how != "interrupt" else signal.SIGINT)

@@ -15,33 +15,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedalt.quiet import keep_libraries_quiet
+from fedalt.runtime import keep_libraries_quiet
 
 if TYPE_CHECKING:
-    from fedalt import testing as testing
-    from fedalt.api import Simulation as Simulation
-    from fedalt.api import compare as compare
-    from fedalt.api import load_base as load_base
-    from fedalt.api import load_data as load_data
-    from fedalt.api import load_run as load_run
-    from fedalt.api import run as run
-    from fedalt.data.deals import Column as Column
-    from fedalt.data.deals import Dirichlet as Dirichlet
-    from fedalt.data.deals import GLDirichlet as GLDirichlet
-    from fedalt.data.deals import Iid as Iid
-    from fedalt.data.deals import Pathological as Pathological
-    from fedalt.data.deals import Quantity as Quantity
-    from fedalt.data.deals import SCDirichlet as SCDirichlet
-    from fedalt.decorators import aggregator as aggregator
-    from fedalt.decorators import method as method
-    from fedalt.decorators import metric as metric
-    from fedalt.decorators import partitioner as partitioner
-    from fedalt.decorators import source as source
-    from fedalt.decorators import template as template
-    from fedalt.decorators import tracker as tracker
-    from fedalt.methods.base import Method as Method
-    from fedalt.methods.base import squared_distance as squared_distance
-    from fedalt.section import Settings as Settings
+    from fedalt import testing
+    from fedalt.api import Simulation, compare, load_base, load_data, load_run, run
+    from fedalt.config.section import Settings
+    from fedalt.data.deals import Column, Dirichlet, GLDirichlet, Iid, Pathological, Quantity, SCDirichlet
+    from fedalt.decorators import aggregator, method, metric, partitioner, source, template, tracker
+    from fedalt.methods.base import Method, squared_distance
 
 _DEALS = ("Column", "Dirichlet", "GLDirichlet", "Iid", "Pathological", "Quantity", "SCDirichlet")
 _NAMED = ("aggregator", "method", "metric", "partitioner", "source", "template", "tracker")
@@ -50,10 +32,38 @@ _WHERE = {
     **dict.fromkeys(_DEALS, "fedalt.data.deals"),
     **dict.fromkeys(_NAMED, "fedalt.decorators"),
     **dict.fromkeys(("Method", "squared_distance"), "fedalt.methods.base"),
-    "Settings": "fedalt.section",
+    "Settings": "fedalt.config.section",
     "testing": "fedalt",
 }
 """Public name → the module or package that has it."""
+
+
+__all__ = [
+    "Column",
+    "Dirichlet",
+    "GLDirichlet",
+    "Iid",
+    "Method",
+    "Pathological",
+    "Quantity",
+    "SCDirichlet",
+    "Settings",
+    "Simulation",
+    "aggregator",
+    "compare",
+    "load_base",
+    "load_data",
+    "load_run",
+    "method",
+    "metric",
+    "partitioner",
+    "run",
+    "source",
+    "squared_distance",
+    "template",
+    "testing",
+    "tracker",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,29 +14,29 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 
+from fedalt.comparisons.compare import compare as train_all
+from fedalt.comparisons.jobs import Budget
+from fedalt.comparisons.tables import client_lines, latex, markdown, score_grid
 from fedalt.config import RunConfig, with_settings
 from fedalt.data.deals import Deal
+from fedalt.data.federation import ClientData, Federation, Row
 from fedalt.data.load import Rows
-from fedalt.data.rows import ClientData, Federation, Row
 from fedalt.data.sources.given import Given, given_source, handed_on
-from fedalt.errors import UserError, did_you_mean, listed
-from fedalt.experiment.chat import Answer, Chat
-from fedalt.experiment.clients import client_ids
-from fedalt.experiment.compare import compare as train_all
-from fedalt.experiment.events import Sink
-from fedalt.experiment.export import export_folders
-from fedalt.experiment.folder import IfExists, RunFolder, final_scores, finished_run, open_run, settings_of
-from fedalt.experiment.history import History, read_history
-from fedalt.experiment.members import Bases, Budget
-from fedalt.experiment.scoring import Scores
-from fedalt.experiment.simulation import Rounds
-from fedalt.experiment.tables import client_lines, latex, markdown, score_grid
-from fedalt.extras import needs
+from fedalt.errors import UserError, did_you_mean, listed, needs
 from fedalt.files import write_text
 from fedalt.methods.registry import as_variant
+from fedalt.personal.chat import Answer, Chat
+from fedalt.personal.export import export_folders
 from fedalt.progress import in_notebook, on_terminal
 from fedalt.report.html import write_comparison_report, write_report, write_reports
 from fedalt.report.insights import look
+from fedalt.runs.client_folder import client_ids
+from fedalt.runs.events import Sink
+from fedalt.runs.folder import IfExists, RunFolder, final_scores, finished_run, open_run, settings_of
+from fedalt.runs.history import History, read_history
+from fedalt.runs.scoring import Scores
+from fedalt.runs.setup import Bases
+from fedalt.runs.simulation import Rounds
 from fedalt.start import run_one
 
 if TYPE_CHECKING:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -32,3 +33,13 @@ def alternatives(words: Sequence[object]) -> str:
     """``a, b or c``."""
     *first, last = map(str, words)
     return f"{', '.join(first)} or {last}" if first else last
+
+
+@contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Around an import: a library that is missing becomes one line that says how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        name = f" ({error.name} is missing)" if error.name else ""
+        raise UserError(f"{what} need pip install 'fedalt[{extra}]'{name}") from None

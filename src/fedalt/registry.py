@@ -462,18 +462,18 @@ METRICS: Registry[Any] = Registry(
 PARTITIONERS: Registry[Any] = Registry(
     "partitioner", "fedalt.partitioners", "fedalt.data.partition", facts=("uses", "alpha", "fixed")
 )
-AGGREGATORS: Registry[Any] = Registry("aggregator", "fedalt.aggregators", "fedalt.methods.rows")
+AGGREGATORS: Registry[Any] = Registry("aggregator", "fedalt.aggregators", "fedalt.methods.aggregators")
 SOURCES: Registry[Any] = Registry("source", "fedalt.sources", "fedalt.data.load", open=True)
 TEMPLATES: Registry[Any] = Registry(
     "template",
     "fedalt.templates",
-    "fedalt.data.templates",
+    "fedalt.data.encode",
     accepts=lambda value: isinstance(value, str) or callable(value),
     wanted="a text or a function",
     open=True,
 )
 TRACKERS: Registry[Any] = Registry(
-    "tracker", "fedalt.trackers", "fedalt.report.trackers", accepts=inspect.isclass, wanted="a class"
+    "tracker", "fedalt.trackers", "fedalt.runs.trackers", accepts=inspect.isclass, wanted="a class"
 )
 ALL: Sequence[Registry[Any]] = (METHODS, METRICS, PARTITIONERS, AGGREGATORS, SOURCES, TEMPLATES, TRACKERS)
 

@@ -7,17 +7,16 @@ from typing import Any
 
 from fedalt.config import RunConfig
 from fedalt.data.load import Rows
-from fedalt.experiment.devices import check_devices
-from fedalt.experiment.engine import run
-from fedalt.experiment.events import Sink
-from fedalt.experiment.folder import IfExists, RunFolder, check_folder, claim_folder
-from fedalt.experiment.machine import forget_peak_memory
-from fedalt.experiment.members import Bases
-from fedalt.experiment.prepare import Experiment, load_rows, prepare
 from fedalt.methods.registry import configured
 from fedalt.report.html import write_report
 from fedalt.report.insights import look
-from fedalt.report.trackers import check_trackers, tracked
+from fedalt.runs.devices import check_devices
+from fedalt.runs.events import Sink
+from fedalt.runs.folder import IfExists, RunFolder, check_folder, claim_folder
+from fedalt.runs.machine import forget_peak_memory
+from fedalt.runs.rounds import run
+from fedalt.runs.setup import Bases, Experiment, load_rows, prepare
+from fedalt.runs.trackers import check_trackers, tracked
 
 
 def run_one(

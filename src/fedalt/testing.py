@@ -26,20 +26,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedalt.config import FederationConfig, LoraConfig, RunConfig, TrainingConfig, with_settings
 from fedalt.data.batches import Plan, plan_round
 from fedalt.data.encode import Example
-from fedalt.data.rows import Row
-from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint
-from fedalt.federation.client import ClientResult, RoundSettings
+from fedalt.data.federation import Row
+from fedalt.federation.client import ClientResult, RoundSettings, run_clients
 from fedalt.federation.cohort import cohort_size
-from fedalt.federation.executor import run_clients
 from fedalt.federation.server import Server
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Message
 from fedalt.methods.registry import configured, get_method, section_of
 from fedalt.model.adapted import AdaptedModel
+from fedalt.model.batch_layout import BatchLayout
 from fedalt.model.layer import Placement
-from fedalt.model.rowmap import RowMap
 from fedalt.model.state import AdapterShape, ClientState, initial_state
 from fedalt.names import Tensors
+from fedalt.runs.checkpoint import Checkpoint, load_checkpoint
 
 VOCAB, HIDDEN, LAYERS = 64, 32, 2
 PAD = 0
@@ -458,6 +457,6 @@ def _check_answers(case: _Case, federation: TinyFederation) -> None:
             case.hold(not missing, f"the LoRAs that {what} are there", otherwise)
         model.load(found, placement)
         prompts = [ROWS[0][0].prompt for _ in found]
-        rows = RowMap(tuple(1 for _ in found), tuple(map(len, prompts)))
+        rows = BatchLayout(tuple(1 for _ in found), tuple(map(len, prompts)))
         out = model.hidden(torch.tensor([token for prompt in prompts for token in prompt]), rows).last_hidden_state
         case.hold(bool(out.isfinite().all()), f"the LoRAs that {what} give numbers", "hidden states are not finite")

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 import fedalt as fa
+from fedalt.comparisons.compare import compare as compare_below
+from fedalt.comparisons.sweep import sweep
+from fedalt.comparisons.tables import Grid, Score, latex
 from fedalt.config import parse_config
+from fedalt.config.data import DataConfig
 from fedalt.data.load import Rows, load_both
-from fedalt.data.options import DataConfig
 from fedalt.errors import UserError
-from fedalt.experiment.compare import compare as compare_below
-from fedalt.experiment.sweep import sweep
-from fedalt.experiment.tables import Grid, Score, latex
 from micro import call, labelled_table, settings, shared_data, shared_model, tree, write_yaml
 
 QUICK: dict[str, Any] = {"rounds": 1, "epochs": 1, "batch_size": 4, "lr": 0.02, "rank": 4, "quiet": True}

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import fedalt as fa
-from fedalt.data.folder import read_folder
+from fedalt.data.formats.folder import read_folder
 from fedalt.errors import UserError
-from fedalt.experiment.chat import Chat
-from fedalt.experiment.checkpoint import load_checkpoint
+from fedalt.personal.chat import Chat
+from fedalt.runs.checkpoint import load_checkpoint
 from micro import CLIENTS, call, finished, refused, settings, shared_data, shared_model, tree, write_yaml
 from support import bitwise
 
@@ -134,7 +134,7 @@ def test_what_is_refused(data: Any, base: Any, given: dict[str, Any], line: str)
 
 def test_short_names_are_those_of_the_command_line() -> None:
     from fedalt.api import _ELSEWHERE, KEYWORDS
-    from fedalt.cli.options import _OPTIONS
+    from fedalt.cli.flags import _OPTIONS
 
     elsewhere = {"method", "out", *_ELSEWHERE}
     flags = {name: key for name, (key, *_) in _OPTIONS.items() if name not in elsewhere}

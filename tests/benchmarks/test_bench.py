@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -15,11 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedalt.benchmarks import bench, shapes, task, worker, workload
-from fedalt.benchmarks.rows import HashTokenizer, client_examples
-from fedalt.benchmarks.sides import aggregation_fedalt, aggregation_paper
-from fedalt.benchmarks.sides.uploads import shape, upload
+from fedalt.benchmarks import bench, side_fedalt, side_paper, task, worker, workload
 from fedalt.benchmarks.task import WHATS, Spec, pair
+from fedalt.benchmarks.workload import HashTokenizer, client_examples, shape, upload
 from fedalt.errors import UserError
 from micro import call, refused, shared_data, shared_model
 
@@ -80,14 +79,17 @@ def test_a_spec_survives_json_and_refuses_what_it_does_not_know():
 
 
 @pytest.mark.parametrize("what", WHATS)
-def test_every_side_has_its_module(what):
+def test_every_side_has_its_job(what):
     for side in ("fedalt", *WHATS[what].opponents):
-        path = Path(bench.__file__).parent / "sides" / f"{WHATS[what].module(side)}.py"
-        assert path.is_file()
+        place, _, job = WHATS[what].job(side).partition(".")
+        module = importlib.import_module(f"fedalt.benchmarks.side_{place}")
+        assert callable(getattr(module, f"prepare_{job}"))
 
 
 def test_random_weights_have_the_sizes_of_their_namesakes():
-    millions = {name: shapes.build(name, "float32", 0, "meta").num_parameters() / 1e6 for name in shapes.SHAPES}
+    millions = {
+        name: workload.build_model(name, "float32", 0, "meta").num_parameters() / 1e6 for name in workload.SHAPES
+    }
     expected = {"llama-25m": 58.1, "llama-7b": 6738.4, "bloom-560m": 559.2, "gpt2-small": 124.4}
     assert millions == pytest.approx(expected, abs=0.1)
 
@@ -116,11 +118,11 @@ def test_more_clients_than_the_data_has_get_further_windows_of_its_rows():
 
 def test_eight_clients_of_many_are_served_and_the_rest_is_marked_as_extrapolated():
     spec = Spec(what="aggregation", model=str(shared_model()), clients=10)
-    ours, paper = aggregation_fedalt.prepare(spec).work(), aggregation_paper.prepare(spec).work()
+    ours, paper = side_fedalt.prepare_aggregation(spec).work(), side_paper.prepare_aggregation(spec).work()
     assert paper.scale == 10 / 8 and ours.scale == 1
     assert paper.more_memory > 0
     assert ours.values == pytest.approx(paper.values, rel=1e-5) and len(ours.values) == 8
-    few = aggregation_paper.prepare(Spec(what="aggregation", model=str(shared_model()), clients=3)).work()
+    few = side_paper.prepare_aggregation(Spec(what="aggregation", model=str(shared_model()), clients=3)).work()
     assert few.scale == 1 and few.more_memory == 0
 
 
@@ -148,8 +150,8 @@ def test_uploads_are_in_files_and_no_more_than_two_are_open_at_a_time(monkeypatc
         most = max(most, len(alive))
         return tensors
 
-    monkeypatch.setattr(aggregation_fedalt, "load_file", load)
-    job = aggregation_fedalt.prepare(Spec(what="aggregation", model=str(shared_model()), clients=12))
+    monkeypatch.setattr(side_fedalt, "load_file", load)
+    job = side_fedalt.prepare_aggregation(Spec(what="aggregation", model=str(shared_model()), clients=12))
     assert len(job.work().values) == 8
     assert 1 <= most <= 2
 

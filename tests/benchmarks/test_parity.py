@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from fedalt.benchmarks import workload
-from fedalt.benchmarks.rows import HashTokenizer
-from fedalt.benchmarks.sides import round_fedalt, round_paper
-from fedalt.benchmarks.sides.plain import Collator, answer_loss, others_mean, own_loss
+from fedalt.benchmarks import side_fedalt, side_paper, workload
+from fedalt.benchmarks.side_paper import Collator, answer_loss, others_mean, own_loss
 from fedalt.benchmarks.task import Spec
-from fedalt.benchmarks.workload import Workload
+from fedalt.benchmarks.workload import HashTokenizer, Workload
 from fedalt.model.adapted import AdaptedModel
 from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD
 from support import MODELS, PAD, bitwise, distance, examples
@@ -40,8 +38,8 @@ def work(kind: str, spec: Spec = SPEC) -> Workload:
 def test_without_dropout_fedalt_and_the_paper_end_with_the_same_adapters_and_losses(kind, side, clients):
     spec = Spec(clients=clients, rows=10, batch_size=4, dropout=0.0, side=side)
     mine, theirs = work(kind, spec), work(kind, spec)
-    ours = round_fedalt.build(spec, mine).whole(mine.plans())
-    trained, losses = round_paper.build(spec, theirs).whole(theirs.plans())
+    ours = side_fedalt.build(spec, mine).whole(mine.plans())
+    trained, losses = side_paper.build(spec, theirs).whole(theirs.plans())
     start = workload.federation(spec, AdaptedModel(MODELS[kind]()).layer_sizes).states
     for before, result, paper, loss in zip(start, ours, trained, losses, strict=True):
         assert result.failure is None
@@ -65,7 +63,7 @@ def test_both_sides_start_from_the_same_row_which_is_not_zero():
 
 def test_a_round_can_be_run_again_from_the_same_start():
     mine = work("llama")
-    round_ = round_fedalt.build(SPEC, mine)
+    round_ = side_fedalt.build(SPEC, mine)
     one, two = round_.whole(mine.plans()), round_.whole(mine.plans())
     assert all(bitwise(a.state.tensors, b.state.tensors) for a, b in zip(one, two, strict=True))
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from fedalt.cli.complete import fields
-from fedalt.cli.options import _OPTIONS
+from fedalt.cli.flags import _OPTIONS
 from fedalt.config import load_config, parse_config
 from fedalt.errors import UserError, shortened
 from micro import call, refused

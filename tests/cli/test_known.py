@@ -133,7 +133,7 @@ def test_a_method_of_ones_own_is_shown_like_ours(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from pydantic import Field\n"
         "from fedalt.methods.base import Method\n"
-        "from fedalt.section import Section\n"
+        "from fedalt.config.section import Section\n"
         "class ShownHere(Method):\n"
         '    """FedIT with a name of its own. It is here for a test."""\n'
         "    class Settings(Section):\n"

@@ -32,9 +32,9 @@ from test_old_files import RUNS as FINISHED
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fedalt.config import RunConfig, load_config, parse_config
-from fedalt.experiment.engine import run as run_engine
-from fedalt.experiment.folder import claim_folder
-from fedalt.experiment.prepare import prepare
+from fedalt.runs.folder import claim_folder
+from fedalt.runs.rounds import run as run_engine
+from fedalt.runs.setup import prepare
 from micro import VOCAB, call, label_rows, rows, tokenizer, write_rows, write_yaml
 
 HERE = Path(__file__).parent

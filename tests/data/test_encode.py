@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from fedalt.data.encode import AnswerEncoder, encode_federation
-from fedalt.data.options import DataConfig
-from fedalt.data.rows import ClientData, Federation, Row
-from fedalt.data.templates import get_template
+from fedalt.config.data import DataConfig
+from fedalt.data.encode import AnswerEncoder, encode_federation, get_template
+from fedalt.data.federation import ClientData, Federation, Row
 from fedalt.errors import UserError
 from micro import (
     CLIENTS,

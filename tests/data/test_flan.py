@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from fedalt.data.flan.build import build
-from fedalt.data.flan.tasks import TASKS
-from fedalt.data.flan.wording import WORDINGS, instruction
-from fedalt.data.folder import read_folder
-from fedalt.data.rows import Federation, Row
-from fedalt.evaluation.options import options_of
+from fedalt.data.federation import Federation, Row
+from fedalt.data.formats.folder import read_folder
+from fedalt.datasets.flan.build import WORDINGS, build, instruction
+from fedalt.datasets.flan.tasks import TASKS
+from fedalt.evaluation.choices import options_of
 from micro import call, refused, tree
 
 datasets = pytest.importorskip("datasets")

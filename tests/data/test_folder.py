@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fedalt.data.folder import read_folder
+from fedalt.config.data import DataConfig
+from fedalt.data.federation import FIELDS, Row
+from fedalt.data.formats.folder import read_folder
 from fedalt.data.load import load_federation
-from fedalt.data.options import DataConfig
-from fedalt.data.rows import FIELDS, Row
 from fedalt.errors import UserError
 from micro import TEST, TRAIN, data_folder, refused, rows, settings, write_rows, write_yaml
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedalt.data.glyphs import __main__ as command
-from fedalt.data.glyphs import letters
-from fedalt.data.glyphs.__main__ import Recipe, make, new_model, new_processor, pixels
-from fedalt.data.glyphs.letters import CLASSES, GREYS, draw_letters, picture
+from tools import glyphs
+from tools import glyphs as command
+from tools.glyphs import CLASSES, GREYS, Recipe, draw_letters, make, new_model, new_processor, picture, pixels
 
 pytest.importorskip("PIL")
 LIKE_DIGITS = set("0123456789") | set("OoQDIlijZzSsbGBgq")
@@ -54,10 +53,10 @@ def test_the_seed_decides_every_letter(monkeypatch: pytest.MonkeyPatch) -> None:
     one, again, other = (draw_letters(30, seed) for seed in (3, 3, 4))
     assert np.array_equal(one[0], again[0]) and np.array_equal(one[1], again[1])
     assert not np.array_equal(one[0], other[0])
-    monkeypatch.setattr(letters, "font_files", tuple)
-    letters._fonts.cache_clear()
+    monkeypatch.setattr(glyphs, "font_files", tuple)
+    glyphs._fonts.cache_clear()
     assert not np.array_equal(draw_letters(30, 3)[0], one[0]), "matplotlib's fonts are used where they are"
-    letters._fonts.cache_clear()
+    glyphs._fonts.cache_clear()
 
 
 def test_the_folder_loads_and_reads_digits(tmp_path: Path) -> None:
@@ -105,7 +104,7 @@ def test_it_learns() -> None:
 
 
 def test_without_pillow_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    letters._fonts.cache_clear()
+    glyphs._fonts.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("sys.argv", ["glyphs", "--out", "nowhere"])
     with pytest.raises(SystemExit) as ended:

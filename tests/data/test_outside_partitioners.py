@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("forgotten")
 FILE = """
 import numpy as np
 from fedalt.registry import PARTITIONERS
-from fedalt.section import Section
+from fedalt.config.section import Section
 
 
 def halves(rows, clients, rng):

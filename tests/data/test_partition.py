@@ -14,14 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedalt.config import parse_config
+from fedalt.config.data import DataConfig, PartitionConfig
 from fedalt.data.clients import to_clients
+from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, Row, pooled
 from fedalt.data.load import load_federation, load_held_out
-from fedalt.data.mirror import held_out, largest_remainder, mirrored
-from fedalt.data.options import DataConfig, PartitionConfig
-from fedalt.data.partition import alpha_of, cover
-from fedalt.data.pool import Pool, pooled
+from fedalt.data.partition import alpha_of, cover, held_out, largest_remainder, split_like_train
 from fedalt.data.record import in_order, label_counts, record, reproduce, row_digest
-from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.errors import UserError
 from micro import shared_data
 from support import quick
@@ -125,14 +123,14 @@ def test_test_rows_follow_the_shares_of_training_rows() -> None:
     train = [[i for i in range(80) if i % 4 in (0, 1)], [i for i in range(80) if i % 4 == 2]]
     train[1] += (third := [i for i in range(80) if i % 4 == 3])[:10]
     train[0] += third[10:]
-    parts = mirrored(rows, "test", "label", train, 0)
+    parts = split_like_train(rows, "test", "label", train, 0)
     counts = [Counter(rows.test[i].output for i in part) for part in parts]
     assert counts == [{"l0": 10, "l1": 10, "l3": 5}, {"l2": 10, "l3": 5}]
 
 
 def test_a_client_with_a_tiny_share_gets_a_test_row_all_the_same() -> None:
     rows = pool(80, 4, labels=2)
-    parts = mirrored(rows, "test", "label", [list(range(78)), [78], [79]], 0)
+    parts = split_like_train(rows, "test", "label", [list(range(78)), [78], [79]], 0)
     assert list(map(len, parts)) == [2, 1, 1]
     assert [rows.test[parts[k][0]].output for k in (1, 2)] == ["l0", "l1"]
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedalt.config.data import DataConfig
+from fedalt.data.clients import mix_tasks, split_rows
+from fedalt.data.federation import SPLITS, ClientData, Federation, Row
 from fedalt.data.load import load_federation
-from fedalt.data.options import DataConfig
-from fedalt.data.regroup import mix_tasks, split_rows
-from fedalt.data.rows import SPLITS, ClientData, Federation, Row
 from fedalt.errors import UserError
 from micro import data_folder, shared_data
 from support import quick

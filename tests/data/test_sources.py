@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedalt.data.load import load_federation
-from fedalt.data.options import DataConfig, PartitionConfig
-from fedalt.data.pictures import ArrayPicture, FilePicture
-from fedalt.data.pool import Pool
-from fedalt.data.rows import Row
-from fedalt.data.sources.recognise import read_source
+from fedalt.config.data import DataConfig, PartitionConfig
+from fedalt.data.federation import Pool, Row
+from fedalt.data.formats.images import ArrayPicture, FilePicture
+from fedalt.data.load import load_federation, read_source
 from fedalt.errors import UserError
 
 CSV = "sentence,label\nfine,1\nbad,0\n"

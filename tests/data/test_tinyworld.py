@@ -19,15 +19,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedalt.config.data import DataConfig
+from fedalt.data.federation import Federation, Row
 from fedalt.data.load import load_federation
-from fedalt.data.options import DataConfig
-from fedalt.data.rows import Federation, Row
-from fedalt.data.tinyworld import generate
-from fedalt.data.tinyworld.convention import LETTERS, letter, shift
-from fedalt.data.tinyworld.corpus import documents
-from fedalt.data.tinyworld.tasks import TASKS
-from fedalt.data.tinyworld.tokens import train_tokenizer
-from fedalt.data.tinyworld.world import (
+from fedalt.datasets.tinyworld import LETTERS, generate, letter, shift
+from fedalt.datasets.tinyworld.tasks import TASKS
+from fedalt.datasets.tinyworld.world import (
     KINDS,
     MEANINGS,
     PEOPLE,
@@ -38,6 +35,7 @@ from fedalt.data.tinyworld.world import (
     public_nouns,
 )
 from fedalt.errors import UserError
+from tools.tiny_base.documents import documents, train_tokenizer
 
 DIGEST = "36d46209edaf5334b6624083a91c8c01014f2ed5a3ea1d3a5983167f5406a622"
 TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
@@ -84,7 +82,7 @@ def test_the_default_federation_is_pinned(world):
 
 def test_another_process_with_another_hash_seed_makes_the_same_rows(world):
     code = (
-        "import hashlib, json; from fedalt.data.tinyworld import generate; "
+        "import hashlib, json; from fedalt.datasets.tinyworld import generate; "
         "print(json.dumps([[c, s, r.instruction, r.output] for c, d in generate().clients.items() "
         "for s in ('train', 'validation', 'test') for r in getattr(d, s)]))"
     )

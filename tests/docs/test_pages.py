@@ -18,8 +18,8 @@ import typer
 import fedalt
 from fedalt.cli.app import app
 from fedalt.config import RunConfig, parse_override, with_settings
-from fedalt.experiment.chat import Chat
 from fedalt.methods.registry import title_of
+from fedalt.personal.chat import Chat
 from fedalt.registry import METHODS, OURS
 from micro import call, data_folder, shared_model
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedalt.config import EvaluationConfig
-from fedalt.data.batches import Prompt, pad_prompts
-from fedalt.evaluation import batch
+from fedalt.data.batches import pad_prompts
+from fedalt.data.encode import Prompt
+from fedalt.evaluation import decode
 from fedalt.evaluation.generate import answer
 from fedalt.model.adapted import AdaptedModel
 from support import MODELS, PAD, example, opt, tokenizer
@@ -103,13 +104,13 @@ Reads = list[tuple[int, int]]
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     seen: Reads = []
-    read = batch.Batch._read
+    read = decode.Batch._read
 
-    def counting(self: batch.Batch, tokens: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def counting(self: decode.Batch, tokens: Tensor, *rest: Any, **options: Any) -> Tensor:
         seen.append((tokens.shape[0], tokens.shape[1]))
         return read(self, tokens, *rest, **options)
 
-    monkeypatch.setattr(batch.Batch, "_read", counting)
+    monkeypatch.setattr(decode.Batch, "_read", counting)
     return seen
 
 
@@ -141,15 +142,15 @@ def test_prompts_read_in_parts_give_the_same_answers(name: str, beams: int, monk
     make = ALL[name]
     whole = ours(make(), PROMPTS, beams, [2])
     for tokens in (1, 20):
-        monkeypatch.setattr(batch, "_TOKENS", tokens)
+        monkeypatch.setattr(decode, "_TOKENS", tokens)
         assert ours(make(), PROMPTS, beams, [2]) == whole
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=40), st.integers(1, 100))
 def test_parts_hold_every_row_once_longest_first_and_fit(lengths: list[int], tokens: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "_TOKENS", tokens)
-        parts = list(batch._alike(lengths))
+        patch.setattr(decode, "_TOKENS", tokens)
+        parts = list(decode._alike(lengths))
     assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
     for part in parts:
         assert part == sorted(part), "clients' rows must stay in blocks"

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from fedalt.config import EvaluationConfig
-from fedalt.data.batches import Prompt
-from fedalt.data.encode import Example
-from fedalt.data.rows import Row
-from fedalt.evaluation import batch, generate
+from fedalt.data.encode import Example, Prompt
+from fedalt.data.federation import Row
+from fedalt.evaluation import decode, generate
 from fedalt.evaluation.evaluate import evaluate
 from fedalt.evaluation.generate import answer_all, chunks
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.memory import cache_bytes
-from fedalt.model.rowmap import RowMap
+from fedalt.model.base import cache_bytes
+from fedalt.model.batch_layout import BatchLayout
 from fedalt.model.state import ClientState
 from fedalt.names import INDIVIDUAL
 from oracle.reference import merged
@@ -92,11 +91,11 @@ def test_prompts_of_several_clients_are_read_together(name: str, monkeypatch: py
     parts: list[tuple[int, ...]] = []
     rows = model.rows
 
-    def watched(rowmap: RowMap, *rest: Any) -> Any:
+    def watched(rowmap: BatchLayout, *rest: Any) -> Any:
         parts.append(rowmap.sizes)
         return rows(rowmap, *rest)
 
-    monkeypatch.setattr(batch, "_TOKENS", 30)
+    monkeypatch.setattr(decode, "_TOKENS", 30)
     monkeypatch.setattr(model, "rows", watched)
     assert answer_all(model, tokenizer(), PROMPTS, config(batch=8)) == whole
     reads = parts[: len(parts) - TOKENS + 1]

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("forgotten")
 
 FILE = """
 from fedalt.registry import METRICS
-from fedalt.section import Section
+from fedalt.config.section import Section
 
 
 def length_gap(answer: str, reference: str) -> float:
@@ -172,5 +172,5 @@ def test_a_metric_that_fails_or_returns_no_number_says_whose_it_is(file: Path, t
 def test_collisions(tmp_path: Path, text: str, line: str) -> None:
     file = tmp_path / "taken.py"
     own = "class Own:\n    class Settings(Section):\n        x: int = 1\n"
-    file.write_text(f"from fedalt.registry import METRICS\nfrom fedalt.section import Section\n{own}{text}\n")
+    file.write_text(f"from fedalt.registry import METRICS\nfrom fedalt.config.section import Section\n{own}{text}\n")
     assert line in refused("run", yaml(tmp_path, plugins=[str(file)], pf2lora={}))

@@ -11,7 +11,7 @@ import torch
 
 from fedalt.data.batches import plan_round
 from fedalt.data.encode import Example
-from fedalt.data.rows import Row
+from fedalt.data.federation import Row
 from fedalt.federation.client import ClientResult, client_round
 from fedalt.methods.exchange import Message
 from fedalt.model.adapted import AdaptedModel

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from fedalt.config import FederationConfig
 from fedalt.errors import UserError
-from fedalt.federation.finite import finite
+from fedalt.federation.client import finite
 from fedalt.federation.server import Server
+from fedalt.methods.algebra import WeightedSum
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Message
-from fedalt.methods.mean import WeightedSum
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, INDIVIDUAL, REST_OF_WORLD, A, B, Key, Tensors
 from oracle.reference import mean_of_others

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from fedalt.config import FederationConfig
 from fedalt.federation import diagnostics
+from fedalt.federation.client import run_clients
 from fedalt.federation.cohort import cohort_size, cohorts
 from fedalt.federation.diagnostics import ProductSum, product_gap
-from fedalt.federation.executor import run_clients
-from fedalt.federation.per_client import PerClient
-from fedalt.federation.server import Server
+from fedalt.federation.server import PerClient, Server
 from fedalt.model.adapted import AdaptedModel
 from fedalt.names import Key, Tensors
 from support import examples, llama, method_of, plans_of, quick, random_states, round_settings, shape_of, training

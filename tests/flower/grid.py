@@ -18,11 +18,11 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 import micro
-from fedalt.experiment.members import Bases
 from fedalt.flower.consent import Consent
 from fedalt.flower.messages import reply_in, request_in, to_server
 from fedalt.flower.requests import Reply, Request
 from fedalt.flower.site import Site
+from fedalt.runs.setup import Bases
 
 Fault = Callable[[int, Request], str | None]
 """(client, request) → "lost" (the site never hears of it), "late" (it does, its answer is lost), or nothing."""

@@ -10,11 +10,11 @@ import torch
 
 import micro
 from fedalt.config import parse_config
-from fedalt.experiment.members import Bases
 from fedalt.flower.consent import Consent
 from fedalt.flower.requests import Request
-from fedalt.flower.rows import SiteRows
 from fedalt.flower.server_app import serve
+from fedalt.flower.site import SiteRows
+from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 
 QUICK: dict[str, Any] = {"evaluation__every": 3}

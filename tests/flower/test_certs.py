@@ -17,8 +17,7 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from fedalt.errors import UserError
 from fedalt.flower import certs
 from fedalt.flower.certs import make_certs
-from fedalt.flower.deploy.address import Address
-from fedalt.flower.deploy.reach import Connection, UnreachableError, check_server
+from fedalt.flower.deploy.address import Address, Connection, UnreachableError, check_server
 from micro import call, refused
 
 

@@ -21,7 +21,7 @@ from fedalt.files import write_json
 from fedalt.flower.certs import make_certs
 from fedalt.flower.deploy.address import Address, check_free, free_port, parse_address
 from fedalt.flower.deploy.folders import locked
-from fedalt.flower.deploy.lines import shortened
+from fedalt.flower.deploy.processes import shortened
 from micro import ENVIRONMENT, call, events, refused, settings, shared_data, write_yaml
 
 PATIENCE = 240.0

@@ -10,9 +10,9 @@ import pytest
 
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
-from fedalt.experiment.members import Bases
 from fedalt.flower.consent import Consent, check_two
 from fedalt.methods.registry import build, get_method
+from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 from flower.rounds import LATE, failures, notes, run
 from support import METHODS

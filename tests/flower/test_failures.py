@@ -12,11 +12,11 @@ import torch
 
 import micro
 from fedalt.errors import UserError
-from fedalt.experiment.checkpoint import load_checkpoint
-from fedalt.experiment.members import Bases
 from fedalt.flower.requests import Reply, Request
 from fedalt.flower.wire import pack, unpack
 from fedalt.names import INDIVIDUAL, REST_OF_WORLD, Key
+from fedalt.runs.checkpoint import load_checkpoint
+from fedalt.runs.setup import Bases
 from flower.grid import Clock, LocalGrid
 from flower.rounds import LATE, KilledError, elsewhere_trained, failures, killed_at, once, run, same
 from flower.spoilt_site import HUGE, NAN, RANK

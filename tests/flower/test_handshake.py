@@ -12,10 +12,10 @@ import pytest
 import micro
 from fedalt.config import parse_config
 from fedalt.errors import UserError
-from fedalt.experiment.members import Bases
 from fedalt.flower.members import rule_of
 from fedalt.flower.requests import Reply
 from fedalt.methods.registry import build, configured
+from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 from flower.rounds import failures, run
 

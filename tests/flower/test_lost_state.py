@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedalt.experiment.members import Bases
 from fedalt.flower.requests import Request
 from fedalt.flower.wire import unpack
+from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 from flower.rounds import elsewhere_trained, failures, notes, run
 

@@ -13,13 +13,13 @@ import yaml
 
 import micro
 from fedalt.config import parse_config
-from fedalt.experiment.members import Bases
 from fedalt.flower.consent import Consent
 from fedalt.flower.messages import reply_in, request_in
 from fedalt.flower.server_app import serve
 from fedalt.methods.registry import get_method
 from fedalt.model.state import load_state
 from fedalt.names import Key
+from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 from flower.wired import raw, size, wired
 from support import METHODS, VARIANTS

@@ -10,17 +10,17 @@ import pytest
 import micro
 from fedalt.config import parse_config, parse_received
 from fedalt.errors import UserError
-from fedalt.experiment.members import Bases
 from fedalt.flower.requests import Reply, Request
 from fedalt.flower.server_app import serve
 from fedalt.registry import HELD, METHODS, hold_plugins
+from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 from flower.test_parity import across, on_one_machine, site_files
 
 CODE = '''
 from fedalt.methods.base import Method, squared_distance
 from fedalt.registry import METHODS
-from fedalt.section import Section
+from fedalt.config.section import Section
 
 
 @METHODS.register("{name}")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedalt.errors import UserError
-from fedalt.experiment.members import Bases
+from fedalt.runs.setup import Bases
 from flower.rounds import KilledError, killed_at, run, same
 
 pytestmark = pytest.mark.usefixtures("clock")

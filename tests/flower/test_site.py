@@ -13,13 +13,13 @@ import torch
 
 import micro
 from fedalt.config import RunConfig, parse_config
-from fedalt.experiment.members import Bases
 from fedalt.flower.consent import Consent
 from fedalt.flower.requests import Reply, Request
-from fedalt.flower.rows import SiteRows
-from fedalt.flower.site import Site
+from fedalt.flower.site import Site, SiteRows
 from fedalt.flower.wire import pack, unpack
 from fedalt.names import INDIVIDUAL
+from fedalt.runs import setup
+from fedalt.runs.setup import Bases
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_round_that_is_done_is_not_trained_again(tmp_path: Path, bases: Bases)
 def test_a_site_remembers_what_the_server_received(wire: str, tmp_path: Path, bases: Bases) -> None:
     mine = site(tmp_path, bases)
     reply = good(mine.answer(asking("train", tmp_path, 1, flower__wire=wire)))
-    from fedalt.experiment.checkpoint import load_checkpoint
+    from fedalt.runs.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(tmp_path / "state/run-1/checkpoints")
     assert checkpoint is not None
@@ -83,15 +83,15 @@ def test_a_request_of_an_earlier_round_changes_nothing(tmp_path: Path, bases: Ba
 
 
 def test_the_base_is_loaded_once_for_all_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedalt.experiment import members
+    from fedalt.comparisons import jobs
 
-    load, loaded = members.load_resident, list[members.Resident]()
+    load, loaded = jobs.load_resident, list[jobs.Resident]()
 
-    def counted(config: RunConfig) -> members.Resident:
+    def counted(config: RunConfig) -> jobs.Resident:
         loaded.append(load(config))
         return loaded[-1]
 
-    monkeypatch.setattr(members, "load_resident", counted)
+    monkeypatch.setattr(setup, "load_resident", counted)
     mine = site(tmp_path, Bases())
     good(mine.answer(asking("join", tmp_path)))
     one = good(mine.answer(asking("train", tmp_path, 1)))

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from fedalt.errors import UserError
-from fedalt.flower.deploy.address import parse_address
-from fedalt.flower.deploy.reach import Connection
+from fedalt.flower.deploy.address import Connection, parse_address
+from fedalt.flower.deploy.processes import ProcessEvent, Watch
 from fedalt.flower.deploy.supervisor import Site, _Supervisor
-from fedalt.flower.deploy.watch import Happened, Watch
 from fedalt.flower.trainer import WRONG
 
 
@@ -25,12 +24,12 @@ def supervisor(state: Path) -> Any:
 def test_a_state_folder_that_takes_no_file_any_more(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
     with pytest.raises(UserError, match="state/online: cannot write here"):
-        supervisor(tmp_path / "state")._read(Happened("line", "flower-supernode", "INFO : SuperNode ID: 7\n"))
+        supervisor(tmp_path / "state")._read(ProcessEvent("line", "flower-supernode", "INFO : SuperNode ID: 7\n"))
 
 
 def test_a_trainer_that_cannot_begin_is_not_started_again(tmp_path: Path) -> None:
     one = supervisor(tmp_path)
-    one._read(Happened("line", "trainer", "error: state/trainer.json: disk full (File too large)\n"))
+    one._read(ProcessEvent("line", "trainer", "error: state/trainer.json: disk full (File too large)\n"))
     ended = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({WRONG})"], text=True)
     ended.wait()
     one.processes["trainer"] = ended

@@ -24,10 +24,10 @@ import pytest
 import micro
 from fedalt.config import parse_config
 from fedalt.errors import UserError
-from fedalt.experiment.members import Bases
 from fedalt.flower import trainer
 from fedalt.flower.requests import Reply, Request
 from fedalt.flower.site import Site
+from fedalt.runs.setup import Bases
 from flower.grid import Clock
 
 CLIENT = 1

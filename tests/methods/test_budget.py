@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from fedalt.comparisons.budget import matched
 from fedalt.config import RunConfig
-from fedalt.methods.budget import matched, sent, trainable
+from fedalt.methods.base import sent, trainable
 from fedalt.methods.registry import build
 from fedalt.names import A, B
 from support import shape_of

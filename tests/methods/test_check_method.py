@@ -10,7 +10,7 @@ import torch
 
 from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot, squared_distance
 from fedalt.methods.exchange import Message
-from fedalt.model.mixing import SUM
+from fedalt.model.layer import SUM
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, LOCAL, A, Tensors
 from fedalt.testing import check_method

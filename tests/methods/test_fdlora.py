@@ -15,8 +15,7 @@ from fedalt.data.batches import collate
 from fedalt.methods import fdlora
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Gathered
-from fedalt.methods.fdlora import VELOCITY, fused
-from fedalt.methods.search import BOUND, best_pairs
+from fedalt.methods.fdlora import BOUND, VELOCITY, best_pairs, fused
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState

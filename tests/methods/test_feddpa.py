@@ -12,7 +12,7 @@ from fedalt.methods.base import Method
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState
 from fedalt.names import ANCHOR, GLOBAL, LOCAL, A, B, Key, Tensors
-from fedalt.training.local import train
+from fedalt.training.loop import train
 from support import (
     bitwise,
     distance,

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedalt.methods.algebra import Weighted
 from fedalt.methods.lora_fair import LoRAFair, descend
-from fedalt.methods.products import Weighted
 from support import quick
 
 

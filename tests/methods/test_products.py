@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedalt.methods.products import factor_means, fit_b, inner, norm, stacked, truncated
+from fedalt.methods.algebra import factor_means, fit_b, inner, norm, stacked, truncated
 from support import quick
 
 Array = np.ndarray[Any, Any]

@@ -13,18 +13,31 @@ from fedalt.config import FederationConfig
 from fedalt.errors import UserError
 from fedalt.federation.client import ClientResult
 from fedalt.federation.server import Server
+from fedalt.methods.aggregators import cluster_rows
 from fedalt.methods.base import Method, Phase, Slot
-from fedalt.methods.clusters import cluster_rows
 from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.fedalt import FedALT
 from fedalt.methods.fedalt_variants import FedALTVariants
 from fedalt.methods.fedsa_lora import FedSALoRA
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.layer import Placement
-from fedalt.model.mixing import Mixing
-from fedalt.model.rowmap import RowMap
+from fedalt.model.batch_layout import BatchLayout
+from fedalt.model.layer import Mixing, Placement
 from fedalt.model.state import ClientState
-from fedalt.names import GLOBAL, INDIVIDUAL, MERGED, MIXER, PERSONAL, PRIVATE, REST_OF_WORLD, A, B, G, Key, Tensors, W
+from fedalt.names import (
+    GLOBAL,
+    INDIVIDUAL,
+    MERGED,
+    MIXER,
+    PERSONAL,
+    PRIVATE,
+    REST_OF_WORLD,
+    A,
+    B,
+    G,
+    Key,
+    Tensors,
+    W,
+)
 from oracle.reference import merged
 from support import (
     MODELS,
@@ -296,7 +309,7 @@ def test_flora_merges_what_all_have_trained_into_everybodys_base(base: str) -> N
         model = AdaptedModel(MODELS[base]())
         model.load([state], Placement(*method.inference, SCALE, 0.0))
         with torch.no_grad():
-            got = model.hidden(ids, RowMap((1,), (len(ids),))).last_hidden_state
+            got = model.hidden(ids, BatchLayout((1,), (len(ids),))).last_hidden_state
             expected = plain.get_decoder()(input_ids=ids[None]).last_hidden_state[0]
         assert relative(got, expected) < 1e-4
 
@@ -357,7 +370,7 @@ def answered(state: ClientState, slots: tuple[str, ...], mixing: Mixing) -> torc
     model, ids = AdaptedModel(llama()), torch.tensor(ROWS[1][0].prompt)
     model.load([state], Placement(slots, mixing, SCALE, 0.0))
     with torch.no_grad():
-        return model.hidden(ids, RowMap((1,), (len(ids),))).last_hidden_state
+        return model.hidden(ids, BatchLayout((1,), (len(ids),))).last_hidden_state
 
 
 def test_the_global_averages_row_alone_answers_as_one_lora_of_mean_factors() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.branching import additive
+from fedalt.model.fast.branching import additive
 from support import MODELS, opt
 
 

@@ -12,7 +12,7 @@ from classifiers import CLASSES, KINDS, PLACEMENT, adapted, build, examples, inp
 from fedalt.data.batches import collate
 from fedalt.errors import UserError
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.classify import head_paths, summary_of
+from fedalt.model.classifier import head_paths, summary_of
 from fedalt.names import HEAD
 from fedalt.training.loss import client_losses
 from support import HIDDEN, LAYERS, bitwise, distance, relative

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedalt.model import frozen
-from fedalt.model.frozen import pack_weights
+from fedalt.model.fast import patches
+from fedalt.model.fast.patches import pack_weights
 from support import MODELS, relative
 
 D_IN, D_OUT = 24, 40
@@ -62,7 +62,7 @@ def test_nothing_is_packed_when_memory_is_short(monkeypatch: pytest.MonkeyPatch)
     model = MODELS["llama"]()
     size = sum(2 * m.weight.numel() * 4 for m in model.modules() if isinstance(m, nn.Linear))
     for free, packed in ((2 * size - 8, False), (2 * size, True)):
-        monkeypatch.setattr(frozen.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        monkeypatch.setattr(patches.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
         assert bool(pack_weights(model)) is packed
 
 
@@ -70,7 +70,7 @@ def test_nothing_is_packed_where_the_operators_are_missing(monkeypatch: pytest.M
     def missing(weight: Tensor) -> Tensor:
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(frozen, "_pack", missing)
+    monkeypatch.setattr(patches, "_pack", missing)
     assert pack_weights(MODELS["llama"]()) == 0
 
 

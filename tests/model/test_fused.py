@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedalt.model import fused, grouped
-from fedalt.model.layer import AdaptedLinear, Placement
-from fedalt.model.mixing import SOFTMAX, SUM
-from fedalt.model.rowmap import RowContext, RowMap
+from fedalt.model.batch_layout import BatchContext, BatchLayout
+from fedalt.model.fast import fused
+from fedalt.model.layer import SOFTMAX, SUM, AdaptedLinear, Placement
 from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, A, B, G, Key
 from support import relative
 
@@ -36,7 +35,7 @@ def stacked(clients: int) -> dict[Key, Tensor]:
     return {key: 0.5 * torch.randn(clients, *shape, generator=generator) for key, shape in SHAPES.items()}
 
 
-def literal(x: Tensor, base: nn.Linear, f: dict[Key, Tensor], rows: RowMap, mixed: bool, detached: bool) -> Tensor:
+def literal(x: Tensor, base: nn.Linear, f: dict[Key, Tensor], rows: BatchLayout, mixed: bool, detached: bool) -> Tensor:
     """Client by client; dropout is written out, with the mask that the layer draws."""
     drop = rows.dropout(x, P, INDEX)
     out = []
@@ -60,11 +59,11 @@ def test_every_gradient_under_dropout_is_that_of_autograd(
     name: str, mixed: bool, detached: bool, frozen: list[Key]
 ) -> None:
     sizes, lengths = ROWS[name]
-    rows = RowMap(sizes, lengths, tuple(range(11, 11 + len(sizes))), packed=True)
+    rows = BatchLayout(sizes, lengths, tuple(range(11, 11 + len(sizes))), packed=True)
     torch.manual_seed(0)
     base = nn.Linear(D_IN, D_OUT).requires_grad_(False)
     tensors = {key: value for key, value in stacked(len(sizes)).items() if mixed or key.slot != MIXER}
-    layer = AdaptedLinear(base, "w", INDEX, RowContext())
+    layer = AdaptedLinear(base, "w", INDEX, BatchContext())
     kind = Placement(SLOTS, SOFTMAX if mixed else SUM, S, P, (REST_OF_WORLD,) if detached else ())
     layer.place(kind, {key: value.clone() for key, value in tensors.items()}, [k for k in tensors if k not in frozen])
     layer.train()
@@ -96,7 +95,7 @@ def test_in_bf16_as_on_a_gpu_everything_is_near_fp32(
 ) -> None:
     """The dtypes and the kernel of a GPU, on the CPU."""
     generator = torch.Generator().manual_seed(4)
-    rows = RowMap(sizes, (length,) * sum(sizes), packed=True)
+    rows = BatchLayout(sizes, (length,) * sum(sizes), packed=True)
     tensors = {
         key: (0.5 * torch.randn(len(sizes), *shape, generator=generator)).bfloat16().float()
         for slot, r in zip(SLOTS, ranks, strict=True)
@@ -108,8 +107,8 @@ def test_in_bf16_as_on_a_gpu_everything_is_near_fp32(
     for dtype in (torch.float32, torch.bfloat16):
         if dtype == torch.bfloat16:
             monkeypatch.setattr(fused, "_working_dtype", lambda x, factor: x.dtype)
-            monkeypatch.setattr(grouped, "_joins", lambda x: True)
-        layer = AdaptedLinear(base.to(dtype), "w", INDEX, RowContext())
+            monkeypatch.setattr(fused, "_joins", lambda x: True)
+        layer = AdaptedLinear(base.to(dtype), "w", INDEX, BatchContext())
         layer.place(Placement(SLOTS, SOFTMAX, S, 0.0), {k: v.clone() for k, v in tensors.items()}, list(tensors))
         x = drawn.to(dtype).requires_grad_()
         with layer.context.rows(rows):
@@ -136,10 +135,10 @@ def test_a_frozen_row_costs_no_product_of_its_own(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fused, "outer_per_client", counted)
     found = []
     for frozen in (FROZEN, []):
-        layer = AdaptedLinear(nn.Linear(D_IN, D_OUT).requires_grad_(False), "w", INDEX, RowContext())
+        layer = AdaptedLinear(nn.Linear(D_IN, D_OUT).requires_grad_(False), "w", INDEX, BatchContext())
         layer.place(Placement(SLOTS, SOFTMAX, S, 0.0), stacked(2), [key for key in SHAPES if key not in frozen])
         calls.clear()
-        with layer.context.rows(RowMap((1, 2))):
+        with layer.context.rows(BatchLayout((1, 2))):
             layer(torch.ones(3, 4, D_IN)).sum().backward()
         found.append(len(calls))
     assert found == [3, 5]

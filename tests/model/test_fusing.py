@@ -22,8 +22,8 @@ from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.fusing import RmsNorm, Rotary, fuse
-from fedalt.model.rowmap import RowMap
+from fedalt.model.batch_layout import BatchLayout
+from fedalt.model.fast.patches import RmsNorm, Rotary, fuse
 from support import SMALL, SPECIAL, WIDE, relative
 
 LENGTHS = (9, 3, 14)
@@ -124,7 +124,7 @@ def test_states_and_gradients_of_packed_rows_are_those_of_each_row_in_the_plain_
     ids = torch.randint(3, 64, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
     weight = base.get_input_embeddings().weight
     weight.requires_grad_()
-    states = model.hidden(ids, RowMap((1, 2), LENGTHS)).last_hidden_state
+    states = model.hidden(ids, BatchLayout((1, 2), LENGTHS)).last_hidden_state
     slopes = drawn(*states.shape, seed=1)
     mine = torch.autograd.grad(states, weight, slopes)[0]
     expected = torch.cat([plain.model(part[None]).last_hidden_state[0] for part in ids.split(LENGTHS)])

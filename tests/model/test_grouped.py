@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedalt.model import grouped
+from fedalt.model.fast import fused
 
 
 @pytest.mark.parametrize("counts", [(5, 0, 7, 3), (1, 2), (0, 6), (1, 0, 0)])
@@ -18,11 +18,11 @@ def test_products_in_one_call_equal_products_client_by_client(counts: tuple[int,
     x, y = (torch.randn(sum(counts), size, generator=generator).bfloat16() for size in (narrow, wide))
     w = torch.randn(len(counts), wide, narrow, generator=generator).bfloat16()
     for one, matrices in ((x, w.transpose(1, 2)), (y, w)):
-        expected = grouped.per_client(one, matrices, counts)
-        torch.testing.assert_close(grouped.joint(one, matrices, counts), expected, rtol=1e-2, atol=1e-2)
+        expected = fused.per_client(one, matrices, counts)
+        torch.testing.assert_close(fused.joint(one, matrices, counts), expected, rtol=1e-2, atol=1e-2)
     for one, other in ((x, y), (y, x)):
-        expected = grouped.outer_per_client(one, other, counts)
-        found = grouped.joint_outer(one, other, counts)
+        expected = fused.outer_per_client(one, other, counts)
+        found = fused.joint_outer(one, other, counts)
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
         assert not any(found[k].any() for k, count in enumerate(counts) if not count)
 
@@ -35,6 +35,6 @@ def test_clients_without_tokens_get_zeros_whatever_the_kernel_leaves_there(monke
         out[1] = torch.nan
         return out
 
-    monkeypatch.setattr(grouped.F, "grouped_mm", careless)
+    monkeypatch.setattr(fused.F, "grouped_mm", careless)
     x = torch.ones(3, 8, dtype=torch.bfloat16)
-    assert grouped.joint_outer(x, x, (1, 0, 2))[:, 0, 0].tolist() == [1, 0, 2]
+    assert fused.joint_outer(x, x, (1, 0, 2))[:, 0, 0].tolist() == [1, 0, 2]

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedalt.model.layer import AdaptedLinear, Placement
-from fedalt.model.mixing import SUM, Mixing
-from fedalt.model.rowmap import RowContext, RowMap
+from fedalt.model.batch_layout import BatchContext, BatchLayout
+from fedalt.model.layer import SUM, AdaptedLinear, Mixing, Placement
 from fedalt.names import MERGED, A, B, Key, W
 
 CLIENTS, D_IN, D_OUT, SCALE = 2, 5, 4, 1.5
@@ -28,7 +27,7 @@ def tensors(merged: bool = False) -> dict[Key, Tensor]:
 
 def layer(mixing: Mixing, detached: tuple[str, ...] = (), merged: bool = False) -> AdaptedLinear:
     torch.manual_seed(3)
-    made = AdaptedLinear(nn.Linear(D_IN, D_OUT).double(), "m", 0, RowContext())
+    made = AdaptedLinear(nn.Linear(D_IN, D_OUT).double(), "m", 0, BatchContext())
     values = tensors(merged)
     made.place(Placement(tuple(RANKS), mixing, SCALE, 0.0, detached), values, [k for k in values if k.factor != W])
     return made
@@ -74,7 +73,7 @@ def test_outputs_and_gradients(case: str, detached: tuple[str, ...], merged: boo
     given = torch.tensor(ROW_WEIGHTS, dtype=torch.float64) if case == "instance" else None
     x, same = inputs().requires_grad_(), inputs().requires_grad_()
     leaves = {key: value.clone().requires_grad_() for key, value in values.items()}
-    with mine.context.rows(RowMap(SIZES, LENGTHS, packed=True, weights=given)):
+    with mine.context.rows(BatchLayout(SIZES, LENGTHS, packed=True, weights=given)):
         y = mine(x[None])[0]
     expected = literal(same, mine.base_layer, weights, leaves, detached)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)  # fixed weights are fp32
@@ -93,11 +92,11 @@ def test_beams_of_a_row_have_its_weights(beams: int) -> None:
     """Every row is there ``beams`` times, one after another, each with two tokens."""
     mine = layer(Mixing("instance"))
     x = inputs()[:2].expand(3 * beams, 2, D_IN)
-    with mine.context.rows(RowMap(SIZES, weights=torch.tensor(ROW_WEIGHTS, dtype=torch.float64))):
+    with mine.context.rows(BatchLayout(SIZES, weights=torch.tensor(ROW_WEIGHTS, dtype=torch.float64))):
         y = mine(x)
     for row, pair in enumerate(ROW_WEIGHTS):
         alone = layer(Mixing("fixed", pair))
-        with alone.context.rows(RowMap(SIZES)):
+        with alone.context.rows(BatchLayout(SIZES)):
             expected = alone(x)
         torch.testing.assert_close(y[row * beams : (row + 1) * beams], expected[row * beams : (row + 1) * beams])
 
@@ -105,6 +104,6 @@ def test_beams_of_a_row_have_its_weights(beams: int) -> None:
 def test_weights_of_a_slot_reach_its_whole_rank() -> None:
     """With weight 0 a slot is not there."""
     mine, values = layer(Mixing("fixed", (0.0, 1.0))), tensors()
-    with mine.context.rows(RowMap(SIZES, LENGTHS, packed=True)):
+    with mine.context.rows(BatchLayout(SIZES, LENGTHS, packed=True)):
         y = mine(inputs()[None])[0]
     torch.testing.assert_close(y, literal(inputs(), mine.base_layer, [(0.0, 1.0)] * 6, values, ()))

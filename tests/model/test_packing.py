@@ -20,11 +20,10 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from fedalt.model import packing
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.layout import layout
-from fedalt.model.packing import attend, attend_by_kernel
-from fedalt.model.rowmap import RowMap
+from fedalt.model.batch_layout import BatchLayout, layout
+from fedalt.model.fast import packing
+from fedalt.model.fast.packing import attend, attend_by_kernel
 from support import HIDDEN, LAYERS, MODELS, SMALL, VOCAB, WIDE, bert, opt, quick, relative
 
 CPU = torch.device("cpu")
@@ -123,7 +122,7 @@ def test_the_kernel_and_its_gradients_equal_the_groups(dtype: torch.dtype, causa
 def test_packed_states_equal_padded_ones(make: object) -> None:
     model = AdaptedModel(make())  # type: ignore[operator]
     ids = torch.randint(3, VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(2))
-    rows = RowMap((len(LENGTHS),), LENGTHS)
+    rows = BatchLayout((len(LENGTHS),), LENGTHS)
     with torch.no_grad():
         packed, padded = (model.hidden(ids, rows, packed=how)[0] for how in (True, False))
         wanted = torch.tensor([4, 0, 19])
@@ -137,10 +136,10 @@ def test_packed_states_equal_padded_ones(make: object) -> None:
 def test_a_model_uses_its_own_attention_again_after_packed_rows() -> None:
     model = AdaptedModel(MODELS["llama"]())
     before = model.base.config._attn_implementation
-    model.hidden(torch.arange(3, 9), RowMap((2,), (2, 4)))
+    model.hidden(torch.arange(3, 9), BatchLayout((2,), (2, 4)))
     assert model.base.config._attn_implementation == before
     with pytest.raises(IndexError):
-        model.hidden(torch.tensor([VOCAB + 5]), RowMap((1,), (1,)))
+        model.hidden(torch.tensor([VOCAB + 5]), BatchLayout((1,), (1,)))
     assert model.base.config._attn_implementation == before
 
 
@@ -185,7 +184,7 @@ def test_a_sliding_window_slides_inside_each_row() -> None:
     config = MistralConfig(num_key_value_heads=2, initializer_range=WIDE, sliding_window=16, **SMALL)
     torch.manual_seed(0)
     model = AdaptedModel(MistralForCausalLM(config).eval())
-    ids, rows = torch.arange(3, 43), RowMap((2,), (22, 18))
+    ids, rows = torch.arange(3, 43), BatchLayout((2,), (22, 18))
     assert model.packs
     with torch.no_grad():
         assert relative(model.hidden(ids, rows)[0], model.hidden(ids, rows, packed=False)[0]) < 1e-5

@@ -20,15 +20,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedalt.config import ModelConfig
+from fedalt.data.federation import Row
 from fedalt.data.record import row_digest
-from fedalt.data.rows import Row
 from fedalt.errors import UserError
-from fedalt.experiment.clients import client_ids, read_client
-from fedalt.experiment.export import export_static
-from fedalt.experiment.folder import RunFolder
 from fedalt.model.base import fingerprint, load_base
 from fedalt.model.peft_files import LoraFolder, read_folder, write_lora
 from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, A, B, G, Key
+from fedalt.personal.export import export_static
+from fedalt.runs.client_folder import client_ids, read_client
+from fedalt.runs.folder import RunFolder
 from micro import CLIENTS, answers, finished, shared_data, shared_model
 
 KINDS = ("llama", "bloom", "gpt2")

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, MptConfig, MptForCausalLM
 import classifiers
 from fedalt.errors import UserError
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.base import head_paths
+from fedalt.model.classifier import head_paths
 from fedalt.model.targets import find_targets
 from support import LAYERS, bloom, gpt2, llama, opt, relative
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fedalt.model import adapted
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.rowmap import RowMap
-from fedalt.model.trial import agree, untouched
+from fedalt.model.batch_layout import BatchLayout
+from fedalt.model.fast.trial import agree, untouched
 from support import gpt2
 
 STATES = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -45,7 +45,7 @@ def test_a_model_that_counts_positions_through_all_rows_is_padded(
 ) -> None:
     own = adapted._packed
 
-    def counted_on(ids: Tensor, rows: RowMap) -> dict[str, Tensor]:
+    def counted_on(ids: Tensor, rows: BatchLayout) -> dict[str, Tensor]:
         return own(ids, rows) | {"position_ids": torch.arange(len(ids))[None]}
 
     assert AdaptedModel(gpt2().to(dtype)).packs
@@ -58,7 +58,7 @@ def test_a_model_that_counts_positions_through_all_rows_is_padded(
 @pytest.mark.parametrize("dtype", [FULL, HALF])
 def test_branches_that_see_each_other_are_not_used(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     assert AdaptedModel(gpt2().to(dtype)).branches
-    leaking = "fedalt.model.branching.additive"
+    leaking = "fedalt.model.fast.branching.additive"
     monkeypatch.setattr(
         leaking,
         lambda seen, kind: torch.zeros(seen.shape, dtype=kind)[:, None].masked_fill(

@@ -39,8 +39,8 @@ def test_numbers_and_rows_are_the_runs(executed: Any) -> None:
 
 def test_two_clients_answer_the_same_prompt(executed: Any) -> None:
     """The answers are those of ``Chat``, which the first test row of client 0 is put to."""
-    from fedalt.data.folder import read_folder
-    from fedalt.experiment.chat import Chat
+    from fedalt.data.formats.folder import read_folder
+    from fedalt.personal.chat import Chat
 
     prompt = read_folder(shared_data()).clients[0].test[0].instruction
     said = text_of(executed, "chat")

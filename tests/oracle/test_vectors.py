@@ -15,9 +15,8 @@ from fedalt.config import FederationConfig
 from fedalt.federation.diagnostics import product_gap
 from fedalt.federation.server import Server
 from fedalt.methods.base import Method
-from fedalt.model.layer import AdaptedLinear, Placement
-from fedalt.model.mixing import SOFTMAX
-from fedalt.model.rowmap import RowContext
+from fedalt.model.batch_layout import BatchContext
+from fedalt.model.layer import SOFTMAX, AdaptedLinear, Placement
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, INDIVIDUAL, MERGED, MIXER, REST_OF_WORLD, A, B, G, Key, W
 from support import method_of, shape_of
@@ -115,7 +114,7 @@ def forward(state: ClientState, placement: Placement) -> float:
     """What the layer makes of x = 1 over W0 = 0."""
     base = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(base.weight)
-    layer = AdaptedLinear(base, "w", 0, RowContext())
+    layer = AdaptedLinear(base, "w", 0, BatchContext())
     layer.place(placement, {key: value[None] for key, value in state.tensors.items()}, ())
     return float(layer(torch.ones(1, 1, 1)).item())
 

@@ -1,6 +1,6 @@
 """An aggregator: the RoW LoRA of a client is the one upload of the others with the largest product."""
 
-from fedalt.methods.products import norm
+from fedalt.methods.algebra import norm
 from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Key
 from fedalt.registry import AGGREGATORS
 

@@ -1,8 +1,8 @@
 """A method that shares the adapters of the lower layers and keeps those of the upper ones, in a file of its own."""
 
+from fedalt.config.section import Section
 from fedalt.methods.base import Method
 from fedalt.registry import METHODS
-from fedalt.section import Section
 
 
 @METHODS.register("lower_layers")

@@ -2,8 +2,8 @@
 
 from pydantic import Field
 
+from fedalt.config.section import Section
 from fedalt.methods.base import Method, squared_distance
-from fedalt.section import Section
 
 
 class Prox(Method):

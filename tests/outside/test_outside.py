@@ -13,10 +13,10 @@ import torch
 from fedalt import registry
 from fedalt.config import parse_config
 from fedalt.errors import UserError
+from fedalt.methods.aggregators import RestOfWorldSettings
+from fedalt.methods.algebra import norm
 from fedalt.methods.exchange import Gathered
-from fedalt.methods.products import norm
 from fedalt.methods.registry import get_method
-from fedalt.methods.rows import RestOfWorldSettings
 from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Key
 from fedalt.registry import AGGREGATORS, METHODS, import_plugin
 from fedalt.testing import check_method

@@ -14,9 +14,9 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from fedalt.config import load_config
-from fedalt.experiment.folder import RunFolder
 from fedalt.report.html import write_comparison_report, write_report
-from fedalt.report.legend import SCRIPT
+from fedalt.report.page import SCRIPT
+from fedalt.runs.folder import RunFolder
 from micro import (
     CLIENTS,
     call,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedalt.experiment.sweep import grids, sweep_grid
-from fedalt.experiment.tables import markdown
+from fedalt.comparisons.sweep import grids, sweep_grid
+from fedalt.comparisons.tables import markdown
 from fedalt.report.sweep import megabytes, write_sweep_report
 from micro import CLIENTS, call, settings, write_yaml
 from report.test_html import Page, loads_nothing, page

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedalt.data.batches import collate
 from fedalt.data.encode import Example
-from fedalt.model import frozen
 from fedalt.model.adapted import AdaptedModel
+from fedalt.model.fast import patches
 from fedalt.names import Key
 from fedalt.training.loss import client_losses
 from support import LAYERS, MODELS, bert, examples, llama, method_of, placement, random_states, relative, shape_of
@@ -67,13 +67,13 @@ def test_a_bf16_base_has_the_same_gradients_stacked_and_alone(name: str) -> None
 def test_nothing_is_propagated_below_the_first_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters on the last layer's queries only: of the base, what is above them and no more goes backwards."""
     calls: list[int] = []
-    own = frozen._Product.backward
+    own = patches._Product.backward
 
     def counted(*arguments: Tensor) -> object:
         calls.append(1)
         return own(*arguments)
 
-    monkeypatch.setattr(frozen._Product, "backward", staticmethod(counted))
+    monkeypatch.setattr(patches._Product, "backward", staticmethod(counted))
     last = f"model.layers.{LAYERS - 1}.self_attn.q_proj"
     found = []
     for targets in ([last], ["q_proj"]):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from fedalt.data.batches import collate
-from fedalt.model import frozen
 from fedalt.model.adapted import AdaptedModel
+from fedalt.model.fast import patches
 from fedalt.names import Key
 from fedalt.training import loss
 from fedalt.training.loss import client_losses, token_losses
@@ -138,8 +138,8 @@ def test_losses_without_a_gradient_are_the_same_and_do_not_go_through_the_head_a
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    own = frozen._Product.backward
-    monkeypatch.setattr(frozen._Product, "backward", staticmethod(lambda *args: (calls.append(1), own(*args))[1]))
+    own = patches._Product.backward
+    monkeypatch.setattr(patches._Product, "backward", staticmethod(lambda *args: (calls.append(1), own(*args))[1]))
     model = loaded({**MODELS, **HEADS}[name]())
     with_gradient = token_losses(model, collate(GROUPS))
     assert calls == [1]

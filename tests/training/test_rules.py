@@ -18,8 +18,7 @@ from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, PRIVATE, A, B, Key
 from fedalt.training.loss import client_losses
-from fedalt.training.optimizer import StackedAdamW
-from fedalt.training.rules import Bilevel
+from fedalt.training.optimizer import Bilevel, StackedAdamW
 from support import SCALE, examples, llama, method_of, random_states, shape_of
 
 CLIENTS, BETA = 3, 0.05

@@ -14,7 +14,7 @@ from fedalt.federation.client import ClientResult
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState
 from fedalt.names import Key
-from fedalt.training.local import train
+from fedalt.training.loop import train
 from fedalt.training.loss import client_losses
 from oracle.reference import PlainClient
 from support import (

@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 
 from fedalt.config import RunConfig, load_config
-from fedalt.experiment.events import read_events
+from fedalt.runs.events import read_events
 
 _SERVER_UP = "fedalt site --server"
 
@@ -94,7 +94,7 @@ def _core_seconds(process: subprocess.Popen[bytes]) -> float:
 
 def _rank(megabytes: float) -> int:
     """The rank at which tiny-base's adapters have about this size in fp32."""
-    from fedalt.experiment.prepare import load_resident
+    from fedalt.runs.setup import load_resident
 
     sizes = load_resident(RunConfig()).model.layer_sizes.values()
     return max(1, round(megabytes * 1e6 / 4 / sum(d_in + d_out for d_in, d_out in sizes)))
@@ -140,12 +140,11 @@ def _serve(clients: int, megabytes: float) -> dict[str, Any]:
     import torch
 
     from fedalt.config import FederationConfig, RunConfig
-    from fedalt.experiment.machine import forget_peak_memory, peak_memory
-    from fedalt.federation.per_client import PerClient
-    from fedalt.federation.server import Server
+    from fedalt.federation.server import PerClient, Server
     from fedalt.flower.wire import pack, unpack
     from fedalt.methods.registry import build
     from fedalt.names import INDIVIDUAL, A, Key
+    from fedalt.runs.machine import forget_peak_memory, peak_memory
 
     torch.set_num_threads(1)
     count = int(megabytes * 1e6 / 4)

@@ -115,8 +115,8 @@ class What:
         unit: What one second is spent on.
         clients, rows, model: Defaults.
         many: Whether K may be a list, for a line each.
-        ours: Module of fedalt's side.
-        opponents: Other side → its module; the first one is the default.
+        ours: Job of fedalt's side, as ``side.job``.
+        opponents: Other side → its job; the first one is the default.
     """
 
     unit: str
@@ -127,23 +127,23 @@ class What:
     ours: str
     opponents: dict[str, str]
 
-    def module(self, side: str) -> str:
-        """The module below ``sides`` that does a side's work."""
+    def job(self, side: str) -> str:
+        """``side.job``: function ``prepare_job`` of the module ``side_side`` gets a side's work ready."""
         return self.ours if side == OURS else self.opponents[side]
 
 
-_ROUND = {"paper": "round_paper", "peft": "round_peft", "flower": "round_flower", "loop": "round_fedalt"}
+_ROUND = {"paper": "paper.round", "peft": "peft.round", "flower": "flower.round", "loop": "fedalt.round"}
 
 _RANDOM, _REAL = "llama-25m", "tiny"
 
 WHATS = {
-    "round": What("a round", 8, 32, _RANDOM, True, "round_fedalt", _ROUND),
-    "step": What("a step", 1, 64, _RANDOM, False, "round_fedalt", {"peft": "step_peft", "peft-forward": "step_peft"}),
-    "evaluation": What("all answers", 8, 64, _REAL, False, "evaluation_fedalt", {"paper": "evaluation_paper"}),
-    "aggregation": What("an aggregation", 100, 1, _RANDOM, True, "aggregation_fedalt", {"paper": "aggregation_paper"}),
-    "clients": What("a client and round", 1000, 16, _REAL, False, "clients_fedalt", {"eight": "clients_fedalt"}),
-    "memory": What("a round", 8, 32, _RANDOM, True, "round_fedalt", {"one": "round_fedalt"}),
-    "start": What("a start", 8, 16, _REAL, False, "start_fedalt", {"transformers": "start_transformers"}),
+    "round": What("a round", 8, 32, _RANDOM, True, "fedalt.round", _ROUND),
+    "step": What("a step", 1, 64, _RANDOM, False, "fedalt.round", {"peft": "peft.step", "peft-forward": "peft.step"}),
+    "evaluation": What("all answers", 8, 64, _REAL, False, "fedalt.evaluation", {"paper": "paper.evaluation"}),
+    "aggregation": What("an aggregation", 100, 1, _RANDOM, True, "fedalt.aggregation", {"paper": "paper.aggregation"}),
+    "clients": What("a client and round", 1000, 16, _REAL, False, "command.clients", {"eight": "command.clients"}),
+    "memory": What("a round", 8, 32, _RANDOM, True, "fedalt.round", {"one": "fedalt.round"}),
+    "start": What("a start", 8, 16, _REAL, False, "command.start", {"transformers": "command.transformers"}),
 }
 """Everything that can be measured. ``eight`` is fedalt itself with eight clients, ``one`` with the largest one."""
 

@@ -21,13 +21,16 @@ def measure(spec: Spec) -> dict[str, Any]:
     """
     import torch
 
-    from fedalt.experiment.machine import peak_memory
+    from fedalt.runs.machine import peak_memory
 
     choose("what", spec.what, WHATS)
-    name = WHATS[spec.what].module(choose("side", spec.side, ["fedalt", *WHATS[spec.what].opponents]))
+    side, _, work = (
+        WHATS[spec.what].job(choose("side", spec.side, ["fedalt", *WHATS[spec.what].opponents])).partition(".")
+    )
     if spec.threads:
         torch.set_num_threads(spec.threads)
-    job: Job = importlib.import_module(f"fedalt.benchmarks.sides.{name}").prepare(spec)
+    module = importlib.import_module(f"fedalt.benchmarks.side_{side}")
+    job: Job = getattr(module, f"prepare_{work}")(spec)
     torch.manual_seed(spec.seed)
     job.warm_up()
     _settle()

@@ -10,12 +10,11 @@ def main() -> None:
     """Entry point: 0 done, 2 the user's input is wrong, 1 anything else."""
     import click
 
-    from fedalt.allocator import keep_freed_memory
     from fedalt.cli.app import app
     from fedalt.cli.command import usage_line
     from fedalt.cli.show import complain
     from fedalt.errors import UserError, shortened
-    from fedalt.quiet import keep_libraries_quiet
+    from fedalt.runtime import keep_freed_memory, keep_libraries_quiet
 
     keep_libraries_quiet()
     keep_freed_memory()

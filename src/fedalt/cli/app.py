@@ -16,9 +16,9 @@ from fedalt.cli.command import INSIGHT_ROWS, OLD, Command
 from fedalt.cli.compare import compare
 from fedalt.cli.deploy import certs, server, site, status
 from fedalt.cli.env import env
+from fedalt.cli.flags import settings
 from fedalt.cli.known import methods, metrics
 from fedalt.cli.onboard import onboard
-from fedalt.cli.options import settings
 from fedalt.cli.partition import partition
 from fedalt.cli.prepare import prepare as prepare_group
 from fedalt.cli.recipes import recipes
@@ -26,7 +26,7 @@ from fedalt.cli.show import print_json, say
 from fedalt.cli.submit import submit
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
-from fedalt.experiment.folder import IfExists
+from fedalt.runs.folder import IfExists
 
 app = typer.Typer(
     name="fedalt",
@@ -85,8 +85,8 @@ def evaluate(
 ) -> None:
     """Score a run's saved adapters again."""
     from fedalt.evaluation.metrics import metrics_in
-    from fedalt.experiment.folder import final_scores
-    from fedalt.experiment.rescore import rescore
+    from fedalt.personal.rescore import rescore
+    from fedalt.runs.folder import final_scores
 
     scored = rescore(run, client, data, central)
     scores = {str(c): evaluation.scores for c, evaluation in scored.items()}
@@ -111,7 +111,7 @@ def generate(
     show_alpha: Annotated[bool, typer.Option("--show-alpha", help="shade each token by the mixer's weights")] = False,
 ) -> None:
     """Answer as one client's model."""
-    from fedalt.experiment.chat import Chat
+    from fedalt.personal.chat import Chat
 
     chat = Chat(run, client)
     if show_alpha and not chat.placement.mixed:
@@ -135,7 +135,7 @@ def export(
 ) -> None:
     """Take one client's model away: PEFT folders and mixer, or one static LoRA."""
     from fedalt.evaluation.metrics import metric_of
-    from fedalt.experiment.export import export_folders, export_static
+    from fedalt.personal.export import export_folders, export_static
 
     if not static:
         export_folders(run, client, out)
@@ -164,9 +164,9 @@ def report(
     ] = None,
 ) -> None:
     """Rebuild report.html from events.jsonl and results/insight.json."""
-    from fedalt.experiment.folder import finished_run
     from fedalt.report.html import write_report
     from fedalt.report.insights import look
+    from fedalt.runs.folder import finished_run
 
     if insight is not None:
         look(finished_run(run)[0], insight)
@@ -176,10 +176,10 @@ def report(
 @settings(starts=False)
 def validate(config: RunConfig, as_json: Json = False) -> None:
     """Check everything that can be checked before the first step, and estimate memory and time. Writes nothing."""
-    from fedalt.experiment.devices import check_devices
-    from fedalt.experiment.estimate import estimate, row_table
-    from fedalt.experiment.prepare import prepare
-    from fedalt.report.trackers import check_trackers
+    from fedalt.runs.devices import check_devices
+    from fedalt.runs.estimate import estimate, row_table
+    from fedalt.runs.setup import prepare
+    from fedalt.runs.trackers import check_trackers
 
     check_trackers(config.report.trackers)
     check_devices(config)
@@ -238,7 +238,7 @@ app.add_typer(prepare_group, name="prepare", rich_help_panel="Data")
 
 
 def _folder(path: Path) -> Any:
-    from fedalt.experiment.folder import open_run
+    from fedalt.runs.folder import open_run
 
     return open_run(path)[0]
 

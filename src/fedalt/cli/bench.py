@@ -68,8 +68,8 @@ def bench(
     WHAT is one of round, step, evaluation, aggregation, clients, memory, start.
     """
     from fedalt.benchmarks import bench as by_turns
-    from fedalt.benchmarks import shapes
-    from fedalt.benchmarks.machine import describe
+    from fedalt.benchmarks import workload
+    from fedalt.benchmarks.bench import describe
     from fedalt.files import write_json
 
     chosen = WHATS[choose("WHAT", what, WHATS)]
@@ -88,7 +88,7 @@ def bench(
         parameters=parameters,
         seed=seed,
     )
-    shapes.check(settings.model)
+    workload.check(settings.model)
     loop = choose("--executor", executor, ("stacked", "loop")) == "loop"
     pairs = [pair(replace(settings, clients=k), against, loop) for k in _clients(what, clients)]
     machine = describe()

@@ -9,11 +9,11 @@ from typing import Annotated, Any, get_args
 import typer
 
 from fedalt.cli import complete, show
-from fedalt.cli.options import settings
+from fedalt.cli.flags import settings
 from fedalt.cli.show import print_json, say
 from fedalt.config import RunConfig
 from fedalt.errors import UserError, did_you_mean
-from fedalt.experiment.folder import IfExists
+from fedalt.runs.folder import IfExists
 
 _METHODS = "local,fedit,fedalt"
 Reports = Callable[[Path, Mapping[str, Any]], Path]
@@ -66,13 +66,13 @@ def compare(
 
     Every method is tested against FedALT, or against the first one, over pairs of client and seed.
     """
+    from fedalt.comparisons.compare import compare as train
+    from fedalt.comparisons.sweep import parse_axis
+    from fedalt.comparisons.sweep import sweep as train_all
     from fedalt.data.load import Rows
-    from fedalt.experiment.compare import compare as train
-    from fedalt.experiment.members import Bases
-    from fedalt.experiment.sweep import parse_axis
-    from fedalt.experiment.sweep import sweep as train_all
     from fedalt.report.html import write_reports
-    from fedalt.report.trackers import check_trackers, tracked
+    from fedalt.runs.setup import Bases
+    from fedalt.runs.trackers import check_trackers, tracked
 
     check_trackers(config.report.trackers)
     if config.report.trackers and (sweep or heterogeneity):
@@ -116,7 +116,7 @@ def _show(out: Path, comparison: Mapping[str, Any], reports: Reports, as_json: b
 
 def _show_sweep(out: Path, result: Mapping[str, Any], reports: Reports, as_json: bool) -> None:
     from fedalt.cli.compare_tables import grid_table
-    from fedalt.experiment.sweep import grids
+    from fedalt.comparisons.sweep import grids
     from fedalt.files import read_json
     from fedalt.report.sweep import write_sweep_report
 
@@ -150,7 +150,7 @@ def _at_least_one(flag: str, text: str) -> list[int]:
 
 
 def _budget(text: str | None) -> str | None:
-    from fedalt.experiment.members import Budget
+    from fedalt.comparisons.jobs import Budget
 
     known = get_args(Budget)
     if text is not None and text not in known:

@@ -12,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedalt.cli.show import grouped
-from fedalt.evaluation.metrics import Metric, metric_of
-from fedalt.experiment.tables import (
+from fedalt.comparisons.tables import (
     Cell,
     Grid,
     average,
@@ -24,6 +23,7 @@ from fedalt.experiment.tables import (
     seeds,
     verdict_grid,
 )
+from fedalt.evaluation.metrics import Metric, metric_of
 
 _FEW = 4
 """Methods that fit beside each other."""

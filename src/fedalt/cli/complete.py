@@ -61,7 +61,7 @@ def settings(incomplete: str) -> Offers:
 def choices(key: str) -> Callable[[str], Offers]:
     """What a setting may be, where that is one of a few words."""
     from fedalt.config import RunConfig
-    from fedalt.hints import fields_at
+    from fedalt.config.hints import fields_at
 
     *path, last = key.split(".")
     return lambda incomplete: iter(_choices(fields_at(path, RunConfig).get(last)))
@@ -84,7 +84,7 @@ def listed(offer: Callable[[str], Offers]) -> Callable[[str], Offers]:
 def fields(path: Sequence[str] = ()) -> dict[str, FieldInfo]:
     """Dotted key → field of every setting."""
     from fedalt.config import RunConfig
-    from fedalt.hints import fields_at
+    from fedalt.config.hints import fields_at
     from fedalt.registry import sections
 
     found: dict[str, FieldInfo] = {}

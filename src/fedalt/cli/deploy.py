@@ -13,13 +13,12 @@ from fedalt.cli import complete, show
 from fedalt.cli.recipes import config_path
 from fedalt.cli.show import print_json, say
 from fedalt.config import load_config
-from fedalt.errors import UserError, did_you_mean
-from fedalt.extras import needs
+from fedalt.errors import UserError, did_you_mean, needs
 from fedalt.flower.waits import LONGEST
 from fedalt.registry import held_plugins, hold_plugins
 
 if TYPE_CHECKING:
-    from fedalt.flower.deploy.reach import Connection
+    from fedalt.flower.deploy.address import Connection
 
 NEEDS = "certs, server, site, submit and status"
 SERVER = "127.0.0.1:9092"
@@ -210,9 +209,8 @@ def status(
 
 def connection(server: str, ca: Path | None) -> Connection:
     """How to reach a server, from the command line's words."""
-    from fedalt.flower.deploy.address import parse_address
-    from fedalt.flower.deploy.reach import Connection
-    from fedalt.flower.tls import check_ca
+    from fedalt.flower.certs import check_ca
+    from fedalt.flower.deploy.address import Connection, parse_address
 
     if ca:
         check_ca(ca)

@@ -62,7 +62,7 @@ def describe() -> dict[str, Any]:
     """Versions, processor, memory in bytes, GPUs."""
     import torch
 
-    from fedalt.benchmarks.machine import describe as machine
+    from fedalt.benchmarks.bench import describe as machine
 
     here = machine()
     return {

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from fedalt.cli import complete, show
 from fedalt.cli.show import print_json
+from fedalt.config.hints import in_words
 from fedalt.errors import UserError, did_you_mean
-from fedalt.hints import in_words
 from fedalt.registry import METHODS, METRICS, section_of, settings_of
 
 _Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]

@@ -33,7 +33,7 @@ def onboard(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
 ) -> None:
     """Give new clients what a finished run has learnt, let them train a little, score them before and after."""
-    from fedalt.experiment.onboard import onboard as join
+    from fedalt.personal.onboard import onboard as join
 
     joined = join(run, data, epochs, out, "overwrite" if overwrite else "ask")
     if as_json:

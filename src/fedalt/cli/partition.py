@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fedalt.cli import show
-from fedalt.cli.options import settings
+from fedalt.cli.flags import settings
 from fedalt.cli.show import print_json, say
 from fedalt.config import RunConfig
 

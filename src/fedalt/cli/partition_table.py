@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from fedalt.data.federation import SPLITS
 from fedalt.data.record import in_order
-from fedalt.data.rows import SPLITS
 from fedalt.report.shown import MOST
 from fedalt.report.theme import COLOURS, short
 

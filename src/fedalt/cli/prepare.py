@@ -13,10 +13,10 @@ from rich.table import Table
 from fedalt.cli import show
 from fedalt.cli.command import Command
 from fedalt.cli.show import print_json, say
-from fedalt.data.flan.tasks import SIZES, TASKS
+from fedalt.datasets.flan.tasks import SIZES, TASKS
 
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
-    from fedalt.data.flan.build import Prepared
+    from fedalt.datasets.flan.build import Prepared
 
 prepare = typer.Typer(help="Make a federation of public data sets.", no_args_is_help=True)
 
@@ -48,7 +48,7 @@ def flan(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
 ) -> None:
     """The paper's eight tasks, a client each, from Hugging Face data sets; one that cannot be had is left out."""
-    from fedalt.data.flan.build import build
+    from fedalt.datasets.flan.build import build
 
     names = list(TASKS) if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     sizes = {"train": train, "test": test, "validation": validation}

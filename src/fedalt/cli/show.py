@@ -16,7 +16,7 @@ from fedalt.progress import on_terminal
 from fedalt.report.shown import MOST, groups
 
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
-    from fedalt.experiment.estimate import Estimate
+    from fedalt.runs.estimate import Estimate
 
 _LONGEST = 2000
 """Letters of an error line: enough for a list of names, and not for a file that somebody gave as a name."""

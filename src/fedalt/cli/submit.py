@@ -10,12 +10,11 @@ import typer
 
 from fedalt.cli import show
 from fedalt.cli.deploy import NEEDS, SERVER, Ca, Json, ServerAt, connection, teller
-from fedalt.cli.options import settings
+from fedalt.cli.flags import settings
 from fedalt.cli.show import complain, print_json, say
 from fedalt.config import RunConfig, with_settings
-from fedalt.errors import UserError
-from fedalt.experiment.folder import IfExists
-from fedalt.extras import needs
+from fedalt.errors import UserError, needs
+from fedalt.runs.folder import IfExists
 
 _SLACK = 5.0
 """Seconds that a file server's clock may be late."""
@@ -74,9 +73,9 @@ def _simulate(config: RunConfig, if_exists: IfExists) -> None:
 
 def _show(config: RunConfig, since: float, as_json: bool) -> None:
     """The table, where the run folder is one of this machine."""
-    from fedalt.experiment.folder import RunFolder, final_scores
-    from fedalt.experiment.history import read_history
     from fedalt.methods.registry import title_of
+    from fedalt.runs.folder import RunFolder, final_scores
+    from fedalt.runs.history import read_history
 
     folder = RunFolder(config.folder)
     if not folder.final_scores.is_file() or folder.final_scores.stat().st_mtime < since - _SLACK:

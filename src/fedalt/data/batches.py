@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedalt.config import TrainingConfig
 from fedalt.data.encode import Example, Prompt, laid_out
-from fedalt.model.rowmap import RowMap
+from fedalt.model.batch_layout import BatchLayout
 from fedalt.seeding import derive_seed, rng
 
 _WINDOW = 16
@@ -77,7 +77,7 @@ class Batch:
     """
 
     inputs: Int[Tensor, " t"] | Float[Tensor, "n c h w"]
-    rows: RowMap
+    rows: BatchLayout
     place: Int[Tensor, " s"]
     target: Int[Tensor, " s"]
     owner: Int[Tensor, " s"]
@@ -91,7 +91,7 @@ class Batch:
 def collate(groups: Sequence[Sequence[Example]], keys: Sequence[int] = ()) -> Batch:
     """Lay the rows of a cohort end to end; supervised are answer tokens only, or the rows' classes."""
     examples = [(owner, example) for owner, group in enumerate(groups) for example in group]
-    rows = RowMap(tuple(map(len, groups)), tuple(len(example) for _, example in examples), tuple(keys))
+    rows = BatchLayout(tuple(map(len, groups)), tuple(len(example) for _, example in examples), tuple(keys))
     supervised: list[tuple[int, int, int]] = []
     start = 0
     for row, (owner, example) in enumerate(examples):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
@@ -9,19 +10,74 @@ from typing import Any
 
 import torch
 
-from fedalt.data.clients import one_client, to_clients
+from fedalt.config.data import DataConfig, PartitionConfig
+from fedalt.data.clients import keep_tasks, mix_tasks, one_client, split_rows, to_clients
 from fedalt.data.encode import Encoder, Once
-from fedalt.data.options import DataConfig, PartitionConfig
+from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, Row, check_names, pooled
+from fedalt.data.formats.folder import is_client_folder, read_folder
+from fedalt.data.formats.images import is_image_folder, read_images
+from fedalt.data.formats.table import ENDINGS, is_table_folder, read_table
 from fedalt.data.partition import unused
-from fedalt.data.pool import Pool, check_names, pooled
 from fedalt.data.record import held_out_in, reproduce
-from fedalt.data.regroup import keep_tasks, mix_tasks, split_rows
-from fedalt.data.rows import SPLITS, ClientData, Federation, Row
-from fedalt.data.sources.given import Given
-from fedalt.data.sources.hub import TINYWORLD
-from fedalt.data.sources.recognise import read_source
-from fedalt.errors import UserError
+from fedalt.data.sources.digits import DIGITS, read_digits
+from fedalt.data.sources.given import PREFIX, Given, read_handed_on
+from fedalt.data.sources.hub import BUILT_IN, TINYWORLD, is_loadable, is_saved, read_hub
+from fedalt.errors import UserError, did_you_mean
 from fedalt.seeding import rng
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_FOLDERS: dict[str, Callable[[Path], bool]] = {
+    "client files": is_client_folder,
+    "a saved Hugging Face data set": is_saved,
+    "tables": is_table_folder,
+    "images by class": is_image_folder,
+}
+_POSSIBLE = (
+    "no training rows; expected train/local_training_0.json, …_1.json and so on, or train.csv (tsv, json, jsonl), "
+    "or a subfolder of images per class, or what datasets.save_to_disk wrote, or what datasets.load_dataset reads"
+)
+
+
+def read_source(config: DataConfig) -> Federation | Pool:
+    """Read rows from anywhere but tinyworld.
+
+    Raises:
+        UserError: No such source, a folder of no kind or of two, and what the source's reader refuses.
+    """
+    if config.source.startswith(PREFIX):
+        return read_handed_on(config.source).read(config)
+    path = Path(config.source).expanduser()
+    if path.is_file():
+        if path.suffix not in ENDINGS:
+            raise UserError(f"data.source: {path} is no folder, and no table ({', '.join(ENDINGS)})")
+        return read_table(path, config)
+    if path.is_dir():
+        return _folder(path, config)
+    if config.source == DIGITS:
+        return read_digits(config)
+    if _HUB_NAME.fullmatch(config.source):
+        return read_hub(config.source, config)
+    raise UserError(
+        f"data.source: {path} is no folder{did_you_mean(config.source, BUILT_IN)}; give a folder, a table "
+        f"({', '.join(ENDINGS)}), the name of a Hugging Face data set, {DIGITS} or {TINYWORLD}"
+    )
+
+
+def _folder(path: Path, config: DataConfig) -> Federation | Pool:
+    kinds = [kind for kind, there in _FOLDERS.items() if there(path)]
+    if len(kinds) > 1:
+        raise UserError(f"{path}: holds {' and '.join(kinds)}; give a folder with one of them")
+    match kinds:
+        case ["client files"]:
+            return read_folder(path)
+        case ["tables"]:
+            return read_table(path, config)
+        case ["images by class"]:
+            return read_images(path, config)
+    if kinds or is_loadable(path):
+        return read_hub(str(path), config)
+    raise UserError(f"{path}: {_POSSIBLE}")
+
 
 _AS_IT_IS = {"clients": None, "tasks": None, "held_out": 0, "split_rows": False, "tasks_per_client": 1}
 _OF_PROMPTS = {"template", "cutoff"}
@@ -188,7 +244,8 @@ def read(config: DataConfig) -> Federation | Pool:
 
 def _tinyworld(config: DataConfig) -> Federation:
     """Eight clients of the usual size; where more are made, only as many rows as are going to be used."""
-    from fedalt.data.tinyworld import CLIENTS, SIZES, generate
+    from fedalt.datasets.tinyworld import SIZES, generate
+    from fedalt.datasets.tinyworld.world import CLIENTS
 
     eight = config.split_rows or config.partition.by or config.tasks
     clients = CLIENTS if eight else max(config.clients or 0, CLIENTS)

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedalt.data.options import DataConfig
-from fedalt.data.pool import Pool
-from fedalt.data.rows import SPLITS, ClientData, Federation, Row
+from fedalt.config.data import DataConfig
+from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, Row
 from fedalt.errors import UserError
 from fedalt.files import read_json
 

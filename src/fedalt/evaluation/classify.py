@@ -12,9 +12,9 @@ from torch import Tensor
 from fedalt.config import EvaluationConfig
 from fedalt.data.encode import Example, Input, laid_out
 from fedalt.evaluation.generate import chunks
-from fedalt.evaluation.likeness import Weights
+from fedalt.evaluation.prompt_similarity import Weights
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.rowmap import RowMap
+from fedalt.model.batch_layout import BatchLayout
 
 
 class Judged(NamedTuple):
@@ -60,7 +60,7 @@ def probabilities(
         values = [inputs[k][i] for k, i in chunk]
         sizes = tuple(sum(owner == k for owner, _ in chunk) for k in range(len(inputs)))
         mine = None if weights is None else torch.stack([weights[k][i] for k, i in chunk]).to(model.device)
-        rows = RowMap(sizes, tuple(map(len, values)), weights=mine)
+        rows = BatchLayout(sizes, tuple(map(len, values)), weights=mine)
         scores = model.class_scores(laid_out(values).to(model.device), rows).float().softmax(-1).cpu()
         for (k, i), p in zip(chunk, scores, strict=True):
             found[k][i] = p

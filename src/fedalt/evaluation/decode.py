@@ -6,15 +6,230 @@ for every token.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from inspect import signature
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import EosTokenCriteria, MaxLengthCriteria
+from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria
+from transformers.cache_utils import DynamicLayer
 
-from fedalt.evaluation.batch import Batch, Branched, Owners
 from fedalt.evaluation.beams import Beams
-from fedalt.evaluation.cache import answer_cache
+from fedalt.model.fast.branching import additive
+
+
+class AnswerLayer(DynamicLayer):
+    """One layer's keys and values ``[rows, heads, tokens, width]``, written in place.
+
+    Hugging Face's own layer makes the whole cache anew for every token, and again for every choice of beams. Prompts
+    are read some rows at a time: ``rows`` says which, and their tokens end where all prompts end.
+
+    Args:
+        rows: Number of prompts.
+        prompt: Tokens of the longest prompt.
+        room: Tokens of the longest answer.
+    """
+
+    def __init__(self, rows: int, prompt: int, room: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shape, self.prompt = (rows, prompt + room), prompt
+        self.rows: list[int] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Add tokens; returns all keys and values of the rows that are being read."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            rows, tokens = self.shape
+            self._keys, self._values = (
+                states.new_zeros(rows, states.shape[1], tokens, states.shape[3])
+                for states in (key_states, value_states)
+            )
+        if self.rows is not None:
+            first = self.prompt - key_states.shape[2]
+            self._keys[self.rows, :, first : self.prompt] = key_states
+            self._values[self.rows, :, first : self.prompt] = value_states
+            return key_states, value_states
+        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
+        self._keys[:, :, start:end] = key_states
+        self._values[:, :, start:end] = value_states
+        self._look(end)
+        return self.keys, self.values
+
+    def close(self) -> None:
+        """All prompts have been read; answers follow."""
+        self.rows = None
+        self._look(self.prompt)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Go on from other beams of the same prompts, whose prompts' keys and values are equal."""
+        moved = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero()[:, 0]
+        for buffer in (self._keys, self._values):
+            answers = buffer[:, :, self.prompt : self.get_seq_length()]
+            answers[moved] = answers[beam_idx[moved]]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row so many times, for beams."""
+        rows = torch.arange(len(self._keys), device=self._keys.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows."""
+        length = self.get_seq_length()
+        self._keys, self._values = self._keys[indices], self._values[indices]
+        self._look(length)
+
+    def _look(self, length: int) -> None:
+        self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
+
+
+def answer_cache(cache: Any, rows: int, prompt: int, room: int) -> DynamicCache | None:
+    """An empty cache with room for answers, like the one a model asks for; nothing if that one is no ordinary one."""
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    mine = DynamicCache()
+    mine.layers = [AnswerLayer(rows, prompt, room) for _ in cache.layers]
+    return mine if cache.layers else None
+
+
+_TOKENS = 2_048
+"""Tokens of prompts that are read at a time."""
+
+Owners = Callable[[Sequence[int], Tensor | None], AbstractContextManager[None]]
+"""Tells the adapted layers which prompts, by index, the rows of the enclosed forward passes belong to, and at which
+positions, the same in each row, a state is wanted (nothing: at all)."""
+
+
+class Batch:
+    """Prompts and their answers so far; beams, if any, have a row each.
+
+    Args:
+        model: The causal LM.
+        owners: Tells the adapters whose rows they see.
+        ids: Prompts, padded on the left.
+        mask: 1 where a token stands.
+        cache: Empty cache.
+
+    Attributes:
+        prompts: Which prompts are still in it.
+        answers: Their tokens so far, all beams of a prompt one after another.
+    """
+
+    def __init__(
+        self, model: Any, owners: Owners, ids: Int[Tensor, "n t"], mask: Int[Tensor, "n t"], cache: DynamicCache
+    ) -> None:
+        self.model, self.owners, self.ids, self.mask, self.cache = model, owners, ids, mask, cache
+        self.prompts = list(range(len(ids)))
+        self.answers: Int[Tensor, "n t"] = ids[:, :0]
+        self._known = signature(model.forward).parameters
+
+    def read_prompts(self) -> Float[Tensor, "n vocab"]:
+        """Read the prompts, those of like length together, without shared padding; scores of the next token."""
+        layers: Any = self.cache.layers
+        lengths, parts = self.mask.sum(1).tolist(), []
+        for rows in _alike(lengths):
+            width = max(lengths[row] for row in rows)
+            for layer in layers:
+                layer.rows = rows
+            ids, mask = self.ids[rows, -width:], self.mask[rows, -width:]
+            last = torch.tensor([width - 1], device=ids.device)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            parts.append((rows, self._read(ids, mask, positions, [self.prompts[row] for row in rows], last)))
+        for layer in layers:
+            layer.close()
+        scores = parts[0][1].new_empty(len(self.ids), parts[0][1].shape[1])
+        for rows, some in parts:
+            scores[rows] = some
+        return scores
+
+    def _read(
+        self,
+        tokens: Int[Tensor, "n t"],
+        mask: Tensor,
+        positions: Int[Tensor, "n t"],
+        prompts: Sequence[int],
+        wanted: Tensor | None = None,
+        last: int = 1,
+    ) -> Float[Tensor, "s vocab"]:
+        """Scores after the last tokens of every row."""
+        optional = {"position_ids": positions, "logits_to_keep": last}
+        extra = {name: value for name, value in optional.items() if name in self._known}
+        with self.owners(prompts, wanted):
+            out = self.model(input_ids=tokens, attention_mask=mask, past_key_values=self.cache, use_cache=True, **extra)
+        scores: Tensor = out.logits[:, -last:].flatten(0, 1)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    def grow(self, beams: int) -> None:
+        """So many beams for every prompt from here on."""
+        self.answers = self.answers.repeat_interleave(beams, 0)
+        self._grow(beams)
+
+    def add(self, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n vocab"]:
+        """Add one token to every answer; scores of the next one."""
+        self.answers = torch.cat([self.answers, tokens[:, None]], 1)
+        return self._add(tokens)
+
+    def keep(self, prompts: Bool[Tensor, " p"]) -> None:
+        """Let go of all other prompts."""
+        rows = prompts.repeat_interleave(len(self.answers) // len(prompts))
+        self.answers = self.answers[rows]
+        self._keep(prompts, rows)
+        self.prompts = [prompt for prompt, stays in zip(self.prompts, prompts.tolist(), strict=True) if stays]
+
+    def reorder(self, source: Int[Tensor, " n"]) -> None:
+        """Go on from other beams of the same prompts."""
+        self.answers = self.answers[source]
+        self._reorder(source)
+
+    def _grow(self, beams: int) -> None:
+        self.cache.batch_repeat_interleave(beams)
+        self.mask = self.mask.repeat_interleave(beams, 0)
+
+    def _add(self, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n vocab"]:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        return self._read(tokens[:, None], self.mask, self.mask.sum(1, keepdim=True) - 1, self.prompts)
+
+    def _keep(self, prompts: Bool[Tensor, " p"], rows: Bool[Tensor, " n"]) -> None:
+        self.cache.batch_select_indices(rows.nonzero()[:, 0])
+        self.mask = self.mask[rows]
+
+    def _reorder(self, source: Int[Tensor, " n"]) -> None:
+        self.cache.reorder_cache(source)  # type: ignore[arg-type]
+
+
+class Branched(Batch):
+    """Beams of a prompt are branches of one row: nothing is kept twice, and nothing moves when beams change."""
+
+    def _grow(self, beams: int) -> None:
+        self._seen = self.mask.bool().repeat_interleave(beams, 0)
+
+    def _add(self, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n vocab"]:
+        rows = len(self.prompts)
+        beams = len(tokens) // rows
+        itself = torch.eye(beams, dtype=torch.bool, device=tokens.device).repeat(rows, 1)
+        self._seen = torch.cat([self._seen, itself], 1)
+        seen = self._seen.view(rows, beams, -1)
+        mask = additive(seen, self.model.dtype)
+        return self._read(tokens.view(rows, beams), mask, seen.sum(2) - 1, self.prompts, last=beams)
+
+    def _keep(self, prompts: Bool[Tensor, " p"], rows: Bool[Tensor, " n"]) -> None:
+        self.cache.batch_select_indices(prompts.nonzero()[:, 0])
+        self._seen = self._seen[rows]
+
+    def _reorder(self, source: Int[Tensor, " n"]) -> None:
+        self._seen = self._seen[source]
+
+
+def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows of like length, longest first, in parts of ``_TOKENS`` with their padding; a part keeps the rows' order."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    while order:
+        fit = max(1, _TOKENS // max(1, lengths[order[0]]))
+        yield sorted(order[:fit])
+        order = order[fit:]
+
 
 _LEAVE = 0.2
 """Finished rows leave together, when they are at least this share of the batch; leaving copies the cache."""

@@ -8,11 +8,11 @@ from typing import Any
 
 from fedalt.config import EvaluationConfig
 from fedalt.data.encode import Example
+from fedalt.evaluation.choices import choose
 from fedalt.evaluation.classify import classify
 from fedalt.evaluation.generate import answer_all
-from fedalt.evaluation.likeness import Weights, load_to_answer
 from fedalt.evaluation.metrics import measures, score
-from fedalt.evaluation.options import choose
+from fedalt.evaluation.prompt_similarity import Weights, load_to_answer
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState

@@ -15,10 +15,10 @@ from fedalt.config import EvaluationConfig
 from fedalt.data.batches import pad_prompts
 from fedalt.data.encode import Input, Prompt
 from fedalt.evaluation.decode import Search, Unsupported
-from fedalt.evaluation.likeness import Weights
+from fedalt.evaluation.prompt_similarity import Weights
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.memory import cache_bytes, free_memory
-from fedalt.model.rowmap import RowMap
+from fedalt.model.base import cache_bytes, free_memory
+from fedalt.model.batch_layout import BatchLayout
 
 _SHARE = 0.5
 """Most of the free memory that the keys and values of a batch may take."""
@@ -98,7 +98,7 @@ def answer(
     def rows(present: Sequence[int], wanted: Tensor | None = None) -> AbstractContextManager[None]:
         counts = Counter(owners[prompt] for prompt in present)
         mine = None if weights is None else weights[list(present)]
-        return model.rows(RowMap(tuple(counts[k] for k in range(model.clients)), wanted=wanted, weights=mine))
+        return model.rows(BatchLayout(tuple(counts[k] for k in range(model.clients)), wanted=wanted, weights=mine))
 
     options: dict[str, Any] = {
         "input_ids": ids.to(model.device),

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from fedalt.config import TrainingConfig
 from fedalt.data.batches import Plan
-from fedalt.federation.finite import finite
+from fedalt.federation.cohort import cohorts
 from fedalt.methods.base import Method, Phase
 from fedalt.methods.exchange import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
 from fedalt.names import Tensors, parted
-from fedalt.training.local import OnStep, TrainingStats, train
-from fedalt.training.rules import Penalty
+from fedalt.training.loop import OnStep, TrainingStats, train
+from fedalt.training.optimizer import Penalty
+
+
+def finite(value: Tensor) -> bool:
+    """Whether every number is; a sum that is finite says so in one pass, and one that is not may only be too large."""
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
 @dataclass(frozen=True)
@@ -165,3 +171,41 @@ def _not_finite(state: ClientState) -> str | None:
     """What is wrong with a state's numbers, if anything is."""
     bad = next((key for key, value in {**state.tensors, **state.heads}.items() if not finite(value)), None)
     return None if bad is None else f"{bad} is not finite after training"
+
+
+def run_clients(
+    model: AdaptedModel,
+    clients: Sequence[int],
+    states: Mapping[int, ClientState],
+    messages: Mapping[int, Message],
+    plans: Callable[[int], Sequence[Plan]],
+    settings: RoundSettings,
+    round_: int,
+    cohort: int,
+    on_step: OnStep = lambda done, total: None,
+) -> Iterator[ClientResult]:
+    """Run ``client_round`` cohort by cohort and yield the results in the order of the clients.
+
+    States and messages are looked up when their cohort's turn comes, and only its results are held, so memory does
+    not depend on the number of clients. An exception names the cohort it happened in.
+    """
+    count = -(-len(clients) // cohort)
+    for number, part in enumerate(cohorts(clients, cohort)):
+        try:
+            yield from client_round(
+                model,
+                [states[client] for client in part],
+                [messages.get(client) for client in part],
+                [plans(client) for client in part],
+                settings,
+                round_,
+                partial(_executor_step, on_step, number, count),
+            )
+        except Exception as error:
+            error.add_note(f"in round {round_}, clients {list(part)}")
+            raise
+
+
+def _executor_step(on_step: OnStep, cohort: int, cohorts: int, done: int, total: int) -> None:
+    """Progress over all cohorts of a round, as if each had as many steps as the present one."""
+    on_step(cohort * total + done, cohorts * total)

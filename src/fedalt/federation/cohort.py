@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import mean
 
-from fedalt.allocator import release_freed_memory
 from fedalt.config import FederationConfig
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.memory import free_memory
+from fedalt.model.base import free_memory
+from fedalt.runtime import release_freed_memory
 
 _TOKENS = {"cpu": 2_048, "cuda": 16_384}
 """Tokens in a step beyond which more clients at a time are no faster on two cores. A guess for GPUs: on an H100 with a

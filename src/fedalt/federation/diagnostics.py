@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedalt.methods.mean import WeightedSum
+from fedalt.methods.algebra import WeightedSum
 from fedalt.names import REST_OF_WORLD, A, B, G, Key, Tensors
 
 MEMORY = 2**28

@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fedalt.config import FederationConfig
 from fedalt.errors import UserError
-from fedalt.federation.finite import finite
-from fedalt.federation.per_client import PerClient
+from fedalt.federation.client import finite
+from fedalt.methods.algebra import mean_of
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Gathered, Message
-from fedalt.methods.mean import mean_of
 from fedalt.names import HEAD, RANK_AXIS, Key, Tensors, parted
+from fedalt.seeding import rng
+
+T = TypeVar("T")
+
+
+class PerClient(Mapping[int, T]):
+    """A mapping whose values are made each time they are asked for and never kept.
+
+    Args:
+        clients: Ids that have a value, in the order of iteration.
+        make: Reads or computes one client's value.
+    """
+
+    def __init__(self, clients: Iterable[int], make: Callable[[int], T]) -> None:
+        self._clients = dict.fromkeys(clients)
+        self._make = make
+
+    def __getitem__(self, client: int) -> T:
+        if client not in self._clients:
+            raise KeyError(client)
+        return self._make(client)
+
+    def __contains__(self, client: object) -> bool:
+        return client in self._clients
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._clients)
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+
+def sample_clients(clients: tuple[int, ...], fraction: float, seed: int, round_: int) -> tuple[int, ...]:
+    """max(⌊fraction·K⌋, 1) clients without replacement, ascending, from (seed, round) alone (Shepherd's rule)."""
+    count = max(int(fraction * len(clients) + 1e-9), 1)
+    order = torch.randperm(len(clients), generator=rng(seed, "participation", round_))
+    return tuple(sorted(clients[i] for i in order[:count].tolist()))
+
 
 DOMINANT = 0.5
 """Share of a mean beyond which a client gets its row from the server: subtraction multiplies rounding by 1/(1 − p)."""

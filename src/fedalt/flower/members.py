@@ -15,11 +15,11 @@ from typing import Any
 
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
-from fedalt.experiment.crew import Facts
-from fedalt.experiment.engine import frozen_settings
 from fedalt.flower.requests import Reply
 from fedalt.methods.base import Method
 from fedalt.names import Key
+from fedalt.runs.rounds import frozen_settings
+from fedalt.runs.setup import RunInfo
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,13 @@ def common_to(members: Mapping[int, Member]) -> Common:
     return counts[0][0]
 
 
-def facts_of(config: RunConfig, method: Method, members: Mapping[int, Member], common: Common) -> Facts:
+def facts_of(config: RunConfig, method: Method, members: Mapping[int, Member], common: Common) -> RunInfo:
     """What the rounds know of a run; of a site that has not come yet there are no rows and no task."""
     ids = range(method.clients)
     samples = {client: members[client].samples if client in members else 0 for client in ids}
     tasks = {str(client): members[client].task if client in members else "" for client in ids}
     notes = [f"client {client}: {note}" for client, member in members.items() for note in member.notes]
-    return Facts(
+    return RunInfo(
         config,
         method,
         common.base,

@@ -15,20 +15,20 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedalt.config import RunConfig, parse_received
 from fedalt.errors import UserError
-from fedalt.experiment.checkpoint import load_checkpoint, run_id
-from fedalt.experiment.engine import find_checkpoint, frozen_settings, go, start
-from fedalt.experiment.events import Event, EventLog, Sink
-from fedalt.experiment.folder import IfExists, RunFolder, claim_folder
 from fedalt.federation.server import Server
 from fedalt.files import read_json, write_json
 from fedalt.flower.consent import check_pooled, check_two
 from fedalt.flower.members import Common, Member, common_to, facts_of, rule_of
 from fedalt.flower.nodes import Nodes
 from fedalt.flower.requests import Reply
-from fedalt.flower.sites import Sites, joining
+from fedalt.flower.sites import RemoteClients, joining
 from fedalt.flower.waits import retry_soon
 from fedalt.methods.base import Method
 from fedalt.methods.registry import build, configured
+from fedalt.runs.checkpoint import load_checkpoint, run_id
+from fedalt.runs.events import Event, EventLog, Sink
+from fedalt.runs.folder import IfExists, RunFolder, claim_folder
+from fedalt.runs.rounds import find_checkpoint, frozen_settings, go, start
 
 app = ServerApp()
 RUN = "flower.json"
@@ -78,7 +78,7 @@ def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink)
     facts = facts_of(config, method, fitting, common)
     run_, checkpoint = find_checkpoint(facts, folder)
     server = Server(method, config.federation, facts.samples, facts.shapes)
-    sites = Sites(facts, name, nodes, folder, log, server, common)
+    sites = RemoteClients(facts, name, nodes, folder, log, server, common)
     loop = start(facts, sites, folder, log, run_, checkpoint, server=server)
     write_json(folder.path / RUN, {"run": name, "settings": of, "common": asdict(common)})
     for client, reply in replies.items():

@@ -16,16 +16,16 @@ from flwr.simulation import run_simulation
 
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
-from fedalt.experiment.events import Sink
-from fedalt.experiment.folder import IfExists, RunFolder
-from fedalt.experiment.members import Bases
-from fedalt.flower.actors import usual_priority
 from fedalt.flower.consent import PRIVATE, Consent
 from fedalt.flower.messages import request_in, to_server
 from fedalt.flower.requests import Reply
 from fedalt.flower.server_app import checked, serve
 from fedalt.flower.site import Site
 from fedalt.registry import hold_plugins
+from fedalt.runs.events import Sink
+from fedalt.runs.folder import IfExists, RunFolder
+from fedalt.runs.setup import Bases
+from fedalt.runtime import usual_priority
 
 SITES = "sites"
 """Folder of a simulated run with the state of every site; results and models are in the run's own folder."""

@@ -16,32 +16,72 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from fedalt.config import RunConfig, parse_received, used_code
+from fedalt.config import RunConfig, parse_received, used_code, with_settings
+from fedalt.data.federation import Federation
+from fedalt.data.load import elsewhere, load_as_it_is, load_federation
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of, metrics_in, over_clients
-from fedalt.experiment.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
-from fedalt.experiment.clients import write_client
-from fedalt.experiment.crew import Facts
-from fedalt.experiment.engine import frozen_settings
-from fedalt.experiment.events import EventLog
-from fedalt.experiment.folder import RunFolder
-from fedalt.experiment.machine import versions
-from fedalt.experiment.members import Bases
-from fedalt.experiment.prepare import Experiment, prepare
-from fedalt.experiment.residents import plans_of, states_in
-from fedalt.experiment.scoring import Scoring
 from fedalt.federation.client import client_round, installed
 from fedalt.federation.diagnostics import row_lora_drift
 from fedalt.files import read_json, write_bytes, write_json
 from fedalt.flower.consent import Consent
 from fedalt.flower.members import Common, Member, rule_of
 from fedalt.flower.requests import ApartError, Reply, Request
-from fedalt.flower.rows import SiteRows
 from fedalt.flower.wire import pack, unpack
 from fedalt.methods.exchange import Message
 from fedalt.model.state import ClientState
 from fedalt.names import REST_OF_WORLD, parted
+from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
+from fedalt.runs.client_folder import write_client
+from fedalt.runs.clients import plans_of, states_in
+from fedalt.runs.events import EventLog
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.machine import versions
+from fedalt.runs.rounds import frozen_settings
+from fedalt.runs.scoring import Scoring
+from fedalt.runs.setup import Bases, Experiment, RunInfo, prepare
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """What a site says for itself; whatever it leaves out is as in the run's settings.
+
+    Attributes:
+        data: Its rows, in any form that ``data.source`` takes.
+        model: Where its copy of the base model is.
+        device: Where it trains.
+    """
+
+    data: str | None = None
+    model: str | None = None
+    device: str | None = None
+
+    def load(self, settings: dict[str, Any], client: int) -> tuple[RunConfig, Federation]:
+        """The run's settings as they hold here, and this client's rows alone.
+
+        A source of the site's own with one client is that client, whatever its number; one with more must have this
+        client among them. Tables and other sources without clients are all this client's.
+
+        Raises:
+            UserError: As for a run on one machine; or this client is not in the source.
+        """
+        config = parse_received(settings, "the server's settings")
+        own = {"model.name": self.model, "model.device": self.device}
+        config = with_settings(config, {key: value for key, value in own.items() if value is not None})
+        if self.data is None:
+            federation = load_federation(config.data, config.seed)
+        else:
+            config = config.model_copy(update={"data": elsewhere(config.data, self.data)})
+            federation = load_as_it_is(config.data, config.seed)
+        mine = federation.clients.get(client)
+        if self.data is not None and len(federation.clients) == 1:
+            [mine] = federation.clients.values()
+        if mine is None:
+            raise UserError(f"{config.data.source}: client {client} is not among clients {list(federation.ids)}")
+        return config, Federation({client: mine}, federation.source, federation.notes)
+
 
 _REPLY, _BLOCK = "reply.json", "reply.safetensors"
 
@@ -125,7 +165,7 @@ class _Work:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     @cached_property
-    def facts(self) -> Facts:
+    def facts(self) -> RunInfo:
         """What there is to know of the run, by this site."""
         return self.experiment.facts
 

@@ -13,11 +13,6 @@ from typing import Any
 from fedalt.config import RunConfig
 from fedalt.errors import UserError, listed
 from fedalt.evaluation.metrics import metrics_in
-from fedalt.experiment.checkpoint import Checkpoint
-from fedalt.experiment.crew import Facts, Outcome
-from fedalt.experiment.events import EventLog
-from fedalt.experiment.folder import RunFolder
-from fedalt.experiment.scoring import Points, log_points
 from fedalt.federation.server import Server
 from fedalt.files import write_json
 from fedalt.flower.members import Common, Member
@@ -26,7 +21,13 @@ from fedalt.flower.requests import Do, Reply, Request
 from fedalt.flower.wire import pack, unpack
 from fedalt.methods.exchange import Message
 from fedalt.names import Tensors
-from fedalt.training.local import TrainingStats
+from fedalt.runs.checkpoint import Checkpoint
+from fedalt.runs.clients import ClientReport
+from fedalt.runs.events import EventLog
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.scoring import Points, log_points
+from fedalt.runs.setup import RunInfo
+from fedalt.training.loop import TrainingStats
 
 _WELCOME = 60.0
 """Seconds that sites which have just come have for joining."""
@@ -34,7 +35,7 @@ _NO_STATS = TrainingStats(0.0, 0, 0)
 
 
 @dataclass
-class Sites:
+class RemoteClients:
     """Clients at their sites. Only uploads, losses, scores and counts come back from them.
 
     Attributes:
@@ -49,7 +50,7 @@ class Sites:
         refused: Client → why it takes no part, and how often its site had come by then.
     """
 
-    facts: Facts
+    facts: RunInfo
     run: str
     nodes: Nodes
     folder: RunFolder
@@ -62,12 +63,12 @@ class Sites:
 
     def train(
         self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
-    ) -> list[Outcome]:
+    ) -> list[ClientReport]:
         """Ask for a round; late, failed and refused sites are left out of its mean and keep what they have."""
         least = min(self.facts.config.flower.min_sites, len(chosen))
         self._welcome([client for client in chosen if client not in self.members])
         requests = self._requests("train", chosen, messages, new.round)
-        found: dict[int, Outcome] = {}
+        found: dict[int, ClientReport] = {}
         norms: dict[int, float] = {}
         for client, reply in self._ask(requests, messages, least):
             found[client], norms[client] = self._take(client, reply, new, requests[client].size)
@@ -110,12 +111,12 @@ class Sites:
         if upload and upload.round != member.holds:
             self.server.apart.add(client)
 
-    def _absent(self, client: int, requests: Mapping[int, Request]) -> Outcome:
+    def _absent(self, client: int, requests: Mapping[int, Request]) -> ClientReport:
         refused = self.refused.get(client)
         why = refused[0] if refused else f"no answer within {self.facts.config.flower.round_deadline:g} s"
-        return Outcome(client, _NO_STATS, False, 0, requests[client].size if client in requests else 0, why)
+        return ClientReport(client, _NO_STATS, False, 0, requests[client].size if client in requests else 0, why)
 
-    def _check_enough(self, outcomes: Sequence[Outcome], least: int, round_: int) -> None:
+    def _check_enough(self, outcomes: Sequence[ClientReport], least: int, round_: int) -> None:
         failed = [outcome for outcome in outcomes if outcome.failure]
         if len(outcomes) - len(failed) >= least:
             return
@@ -159,16 +160,16 @@ class Sites:
         answered = dict(self._ask(self._requests(do, clients, messages, round_), messages, 1))
         return ((client, answered.get(client, Reply(error="its site is away"))) for client in clients)
 
-    def _take(self, client: int, reply: Reply, new: Checkpoint, down: int) -> tuple[Outcome, float]:
+    def _take(self, client: int, reply: Reply, new: Checkpoint, down: int) -> tuple[ClientReport, float]:
         """One answer to a round: an upload that fits goes into the checkpoint."""
         try:
             stats, failure, upload = self._read(client, reply, new.round)
         except UserError as error:
-            return Outcome(client, _NO_STATS, False, reply.size, down, str(error)), 0.0
+            return ClientReport(client, _NO_STATS, False, reply.size, down, str(error)), 0.0
         if failure is None:
             new.put_upload(client, upload)
         delivered = failure is None and bool(upload)
-        return Outcome(client, stats, delivered, reply.size, down, failure), _norm(upload)
+        return ClientReport(client, stats, delivered, reply.size, down, failure), _norm(upload)
 
     def _read(self, client: int, reply: Reply, round_: int) -> tuple[TrainingStats, str | None, Tensors]:
         if reply.error:
@@ -271,8 +272,8 @@ def _clients(clients: set[int]) -> str:
     return f"client{'s' * (len(clients) > 1)} {listed(sorted(clients))}"
 
 
-def _failed(outcome: Outcome, why: str) -> Outcome:
-    return Outcome(outcome.client, outcome.stats, False, outcome.bytes_up, outcome.bytes_down, why)
+def _failed(outcome: ClientReport, why: str) -> ClientReport:
+    return ClientReport(outcome.client, outcome.stats, False, outcome.bytes_up, outcome.bytes_down, why)
 
 
 def _norm(tensors: Tensors) -> float:

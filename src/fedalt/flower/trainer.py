@@ -54,8 +54,7 @@ def ask(state: Path, request: Request) -> Reply:
 
 def main() -> NoReturn:
     """Serve until the standard input closes; what is wrong from the beginning is one line and ``WRONG``."""
-    from fedalt.allocator import keep_freed_memory
-    from fedalt.quiet import keep_libraries_quiet
+    from fedalt.runtime import keep_freed_memory, keep_libraries_quiet
 
     keep_libraries_quiet()
     keep_freed_memory()
@@ -91,11 +90,10 @@ def _short_folder() -> str:
 
 
 def _site(state: Path) -> Any:
-    from fedalt.experiment.members import Bases
     from fedalt.flower.consent import Consent
-    from fedalt.flower.rows import SiteRows
-    from fedalt.flower.site import Site
+    from fedalt.flower.site import Site, SiteRows
     from fedalt.registry import hold_plugins
+    from fedalt.runs.setup import Bases
 
     said = read_json(state / SITE)
     hold_plugins(said.get("plugins", ()))

@@ -29,19 +29,18 @@ from torch import Tensor
 
 from fedalt.compat import slot_today
 from fedalt.config import RunConfig
+from fedalt.config.hints import explain
+from fedalt.config.section import Section
 from fedalt.data.encode import Example
 from fedalt.errors import UserError
-from fedalt.hints import explain
+from fedalt.methods.algebra import cut, padded
 from fedalt.methods.exchange import Gathered, Message
-from fedalt.methods.resize import cut, padded
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.layer import Placement
-from fedalt.model.mixing import SUM, Mixing
+from fedalt.model.layer import SUM, Mixing, Placement
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, A, B, Key, Tensors
-from fedalt.section import Section
 from fedalt.seeding import rng
-from fedalt.training.rules import PLAIN, Rule
+from fedalt.training.optimizer import PLAIN, Rule
 
 _MOST_ROUNDS = 1000
 
@@ -356,3 +355,15 @@ def squared_distance(trained: Tensors, start: Tensors) -> Float[Tensor, " k"]:
 def copied(state: ClientState, source: str, to: str) -> ClientState:
     """The state with one slot's factors in another's place, too."""
     return state.with_tensors({k._replace(slot=to): v.clone() for k, v in state.tensors.items() if k.slot == source})
+
+
+def trainable(method: Method, shape: AdapterShape | None = None) -> int:
+    """Most parameters that a client trains at once, in any phase of any round."""
+    shape = shape or method.shape
+    sizes = (shape.size([key for key in shape.shapes() if phase.trains(key)]) for phase in method.all_phases)
+    return max(sizes, default=0)
+
+
+def sent(method: Method, shape: AdapterShape) -> int:
+    """Parameters that a client of the largest rank uploads per round."""
+    return shape.size([key for key in shape.shapes() if method.shares(key)])

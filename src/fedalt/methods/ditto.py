@@ -6,13 +6,13 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from fedalt.config.section import Section
 from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot, copied, squared_distance
 from fedalt.methods.exchange import Message
-from fedalt.model.mixing import SUM, Mixing
+from fedalt.model.layer import SUM, Mixing
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, PERSONAL, Tensors
 from fedalt.registry import METHODS
-from fedalt.section import Section
 
 
 @METHODS.register("ditto")

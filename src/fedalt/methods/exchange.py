@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedalt.methods.products import Factors
+from fedalt.methods.algebra import Factors
 from fedalt.names import A, B, Key, Tensors
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot
 from fedalt.methods.exchange import Message
-from fedalt.model.mixing import SOFTMAX, SUM, Mixing
+from fedalt.model.layer import SOFTMAX, SUM, Mixing
 from fedalt.model.state import ClientState
 from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, Key, Tensors
 

@@ -8,14 +8,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from fedalt.errors import UserError
+from fedalt.methods.aggregators import FACTOR_MEAN, RestOfWorldSettings, cluster_rows
+from fedalt.methods.algebra import refuse_weighting
 from fedalt.methods.base import BOTH, NONE, Phase, Slot
-from fedalt.methods.clusters import cluster_rows
 from fedalt.methods.exchange import Gathered, Message
 from fedalt.methods.fedalt import FedALT, without_own
-from fedalt.methods.mean import refuse_weighting
 from fedalt.methods.registry import Variant
-from fedalt.methods.rows import FACTOR_MEAN, RestOfWorldSettings
-from fedalt.model.mixing import Mixing
+from fedalt.model.layer import Mixing
 from fedalt.model.state import ClientState
 from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, Key, Tensors
 from fedalt.registry import AGGREGATORS, METHODS
@@ -25,7 +24,7 @@ from fedalt.registry import AGGREGATORS, METHODS
 class FedALTVariants(FedALT):
     """FedALT, arXiv 2503.11880, with the paper's ablations and other RoW LoRAs as settings.
 
-    A RoW LoRA that is made in another way than the paper's (``methods/rows.py``, ``methods/clusters.py``) needs single
+    A RoW LoRA that is made in another way than the paper's (``methods/aggregators.py``) needs single
     uploads at the server, which then answers each client separately.
     """
 

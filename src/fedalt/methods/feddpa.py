@@ -8,17 +8,16 @@ from typing import Literal
 
 from pydantic import Field
 
+from fedalt.config.section import Section
 from fedalt.data.encode import Example
-from fedalt.evaluation.likeness import anchors
+from fedalt.evaluation.prompt_similarity import anchors
 from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot, copied, drawn
 from fedalt.methods.exchange import Message
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.layer import Placement
-from fedalt.model.mixing import Mixing
+from fedalt.model.layer import Mixing, Placement
 from fedalt.model.state import ClientState
 from fedalt.names import ANCHOR, GLOBAL, LOCAL, E, Key
 from fedalt.registry import METHODS
-from fedalt.section import Section
 
 
 class FedDPA(Method):

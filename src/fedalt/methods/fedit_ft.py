@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from pydantic import Field
 
+from fedalt.config.section import Section
 from fedalt.errors import UserError
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Message
 from fedalt.model.state import ClientState
 from fedalt.registry import METHODS
-from fedalt.section import Section
 
 
 @METHODS.register("fedit_ft")

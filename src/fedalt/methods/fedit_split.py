@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
+from fedalt.config.section import Section
 from fedalt.errors import UserError
 from fedalt.methods.base import BOTH, Method, Phase, Slot
-from fedalt.model.mixing import SOFTMAX, SUM, Mixing
+from fedalt.model.layer import SOFTMAX, SUM, Mixing
 from fedalt.names import MIXER, G, Key
 from fedalt.registry import METHODS
-from fedalt.section import Section
 
 
 @METHODS.register("fedit_split")

@@ -6,10 +6,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from fedalt.config.section import Section
 from fedalt.methods.base import Method, squared_distance
 from fedalt.names import Tensors
 from fedalt.registry import METHODS
-from fedalt.section import Section
 
 
 @METHODS.register("fedprox")

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from fedalt.config.section import Section
+from fedalt.methods.algebra import Factors
 from fedalt.methods.base import Method
-from fedalt.methods.products import Factors
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, A, B, Key
 from fedalt.registry import METHODS
-from fedalt.section import Section
 
 
 @METHODS.register("fedrot_lora")

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedalt.methods.algebra import stacked
 from fedalt.methods.exchange import Gathered, Message
-from fedalt.methods.products import stacked
 from fedalt.methods.unequal import Unequal
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, MERGED, A, B, Key, Tensors, W

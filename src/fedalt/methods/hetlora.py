@@ -8,15 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedalt.config.section import Section
+from fedalt.methods.algebra import cut, mean_of, norm, padded, refuse_weighting
 from fedalt.methods.exchange import Gathered, Message
-from fedalt.methods.mean import mean_of, refuse_weighting
-from fedalt.methods.products import norm
-from fedalt.methods.resize import cut, padded
 from fedalt.methods.unequal import Unequal
 from fedalt.model.state import ClientState
 from fedalt.names import RANK_AXIS, A, B, Tensors
 from fedalt.registry import METHODS
-from fedalt.section import Section
 
 
 @METHODS.register("hetlora")

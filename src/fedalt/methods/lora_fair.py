@@ -10,12 +10,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from fedalt.config.section import Section
+from fedalt.methods.algebra import Factors, Weighted, factor_means, fit_b, norm, onto, stacked
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Gathered, Message
-from fedalt.methods.products import Factors, Weighted, factor_means, fit_b, norm, onto, stacked
 from fedalt.names import GLOBAL, A, B, Key
 from fedalt.registry import METHODS
-from fedalt.section import Section
 
 
 @METHODS.register("lora_fair")

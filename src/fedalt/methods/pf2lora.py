@@ -7,12 +7,12 @@ from typing import Literal
 
 from pydantic import Field
 
+from fedalt.config.section import Section
 from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot
-from fedalt.model.mixing import SUM, Mixing
+from fedalt.model.layer import SUM, Mixing
 from fedalt.names import GLOBAL, PRIVATE
 from fedalt.registry import METHODS
-from fedalt.section import Section
-from fedalt.training.rules import Bilevel
+from fedalt.training.optimizer import Bilevel
 
 _SGD = 100
 """A step of SGD in steps of AdamW, whose size does not depend on the gradient's. Measured once, on tinyworld."""
@@ -24,7 +24,7 @@ class PF2LoRA(Method):
 
         min over x = {A, B} of 1/K Σ_k f_k(x, y_k*(x)),   y_k*(x) ∈ argmin over y of f_k(x, y)
 
-    Each step takes y by SGD and x by AdamW with the gradient at the new y (``training/rules.py``), both on the same
+    Each step takes y by SGD and x by AdamW with the gradient at the new y (``training/optimizer.py``), both on the same
     rows. Hao et al., arXiv 2503.03920. The paper's exact hypergradient and scales could not be checked: the default is
     first order, ``unrolled`` looks through y's step.
     """

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from fedalt.methods.algebra import padded, widened
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Gathered, Message
-from fedalt.methods.resize import padded, widened
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, A, Tensors
 

@@ -14,18 +14,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fedalt.model.branching import branches_exactly
-from fedalt.model.classify import Summary, class_logits, first_token, pooler_path, summary_of
-from fedalt.model.frozen import pack_weights
-from fedalt.model.fusing import fuse
-from fedalt.model.heads import take_heads
+from fedalt.model.batch_layout import BatchContext, BatchLayout, MixerProbe
+from fedalt.model.classifier import Summary, class_logits, first_token, pooler_path, summary_of, take_heads
+from fedalt.model.fast.branching import branches_exactly
+from fedalt.model.fast.packing import enable_packing
+from fedalt.model.fast.patches import enable_trimming, fuse, pack_weights
+from fedalt.model.fast.trial import agree, untouched
 from fedalt.model.layer import AdaptedLinear, Placement, features
-from fedalt.model.packing import enable_packing
-from fedalt.model.rowmap import MixerProbe, RowContext, RowMap
 from fedalt.model.state import ClientState
 from fedalt.model.targets import find_targets, is_linear
-from fedalt.model.trial import agree, untouched
-from fedalt.model.trimming import enable_trimming
 from fedalt.names import Key
 
 _KEPT, _KEPT_BY_KERNELS = 3, 2
@@ -70,7 +67,7 @@ class AdaptedModel:
     ) -> None:
         self.base = base
         self.base.requires_grad_(False)
-        self.context = RowContext()
+        self.context = BatchContext()
         self.sees = base.main_input_name == "pixel_values"
         self.summary: Summary | Literal["mean"] = "last"
         self.image_tokens = 0
@@ -122,7 +119,7 @@ class AdaptedModel:
         vocabulary = self.base.get_input_embeddings().num_embeddings
         ids, others = (torch.randint(vocabulary, (23,), generator=generator).to(self.device) for _ in range(2))
         others[:9], others[12:] = ids[:9], ids[12:]
-        rows = RowMap((1,), (9, 3, 11))
+        rows = BatchLayout((1,), (9, 3, 11))
         wanted = torch.tensor([0, 8, 10, 12, 22], device=self.device)
         middle = 2  # of the wanted ones
         try:
@@ -199,14 +196,14 @@ class AdaptedModel:
             if isinstance(module, AdaptedLinear) or getattr(module, "gradient_checkpointing", False):
                 module.training = mode
 
-    def rows(self, rows: RowMap, probe: MixerProbe | None = None) -> AbstractContextManager[None]:
+    def rows(self, rows: BatchLayout, probe: MixerProbe | None = None) -> AbstractContextManager[None]:
         """Say which client each row of the enclosed forward passes belongs to."""
         return self.context.rows(rows, probe)
 
     def hidden(
         self,
         inputs: Int[Tensor, " t"] | Float[Tensor, "n c h w"],
-        rows: RowMap,
+        rows: BatchLayout,
         wanted: Int[Tensor, " s"] | None = None,
         probe: MixerProbe | None = None,
         packed: bool | None = None,
@@ -235,7 +232,7 @@ class AdaptedModel:
     def class_scores(
         self,
         inputs: Int[Tensor, " t"] | Float[Tensor, "n c h w"],
-        rows: RowMap,
+        rows: BatchLayout,
         probe: MixerProbe | None = None,
     ) -> Float[Tensor, "n classes"]:
         """What each row's client makes of it, before the softmax.
@@ -247,13 +244,13 @@ class AdaptedModel:
         """
         out = self.summaries(inputs, rows, probe)
         pooler = first_token if self.summary == "mean" else self.pooler
-        with self.rows(RowMap(rows.sizes)):
+        with self.rows(BatchLayout(rows.sizes)):
             return class_logits(self.base, out, out.last_hidden_state, pooler)
 
     def summaries(
         self,
         inputs: Int[Tensor, " t"] | Float[Tensor, "n c h w"],
-        rows: RowMap,
+        rows: BatchLayout,
         probe: MixerProbe | None = None,
     ) -> Any:
         """As ``hidden``, with the one state ``[n, d]`` that stands for each row."""
@@ -273,13 +270,13 @@ class AdaptedModel:
         return layer
 
 
-def _packed(ids: Tensor, rows: RowMap) -> dict[str, Tensor]:
+def _packed(ids: Tensor, rows: BatchLayout) -> dict[str, Tensor]:
     """One long row; positions count anew in each of the rows."""
     positions = torch.cat([torch.arange(length) for length in rows.lengths]).to(ids.device)
     return {"input_ids": ids[None], "position_ids": positions[None]}
 
 
-def _padded(ids: Tensor, rows: RowMap) -> dict[str, Tensor]:
+def _padded(ids: Tensor, rows: BatchLayout) -> dict[str, Tensor]:
     """A row each, padded on the right under an attention mask."""
     parts = ids.split(list(rows.lengths))
     mask = [torch.ones_like(part) for part in parts]

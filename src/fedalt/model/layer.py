@@ -11,16 +11,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedalt.errors import UserError
-from fedalt.model.fused import Adapt, Adaptation
-from fedalt.model.mixing import Mixing
-from fedalt.model.rowmap import Dropout, RowContext
+from fedalt.model.batch_layout import BatchContext, Dropout
+from fedalt.model.fast.fused import Adapt, Adaptation
 from fedalt.names import MERGED, MIXER, A, B, G, Key, W
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Weights α_i of the slots in ``y = W0 x + s · Σ_i α_i B_i A_i x̃``.
+
+    Attributes:
+        kind: ``sum`` (α ≡ 1), ``fixed`` weights, ``softmax`` of the mixer's G x per token, or ``instance``: one pair of
+            weights per row of a batch, which come with the batch; without them the slots are added up.
+        weights: For ``fixed``, one per slot.
+        most: For ``instance``, the largest weight that similarity gives.
+        target: For ``instance``, the slot that gets it.
+        embed: For ``instance``, the slots under which rows are compared.
+    """
+
+    kind: Literal["sum", "fixed", "softmax", "instance"] = "sum"
+    weights: tuple[float, ...] = ()
+    most: float = 1.0
+    target: str = ""
+    embed: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Mixing:
+        """What JSON has made of a mixing."""
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **lists})
+
+
+SUM = Mixing()
+SOFTMAX = Mixing("softmax")
 
 
 @dataclass(frozen=True)
@@ -61,7 +91,7 @@ class AdaptedLinear(nn.Module):
     ``Conv1D``, and quantised linears, whose packed weight is never looked at.
     """
 
-    def __init__(self, base_layer: nn.Module, path: str, index: int, context: RowContext) -> None:
+    def __init__(self, base_layer: nn.Module, path: str, index: int, context: BatchContext) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.path = path

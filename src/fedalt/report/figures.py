@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 
 from fedalt.evaluation.metrics import metric_of
-from fedalt.experiment.events import Event
 from fedalt.report.theme import DASHES, DIVERGING, SYMBOLS, Drawing, again, cells, colour, decimals, labels, styled
+from fedalt.runs.events import Event
 
 
 def loss_curves(events: Sequence[Event], tasks: Mapping[str, str]) -> Drawing:

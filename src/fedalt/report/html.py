@@ -10,17 +10,17 @@ from typing import Any
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in
-from fedalt.experiment.events import Event, first_start, read_events
-from fedalt.experiment.folder import RunFolder, open_run
-from fedalt.experiment.insight import read_insight
-from fedalt.experiment.members import Bases
 from fedalt.files import write_text
 from fedalt.methods.registry import title_of
+from fedalt.personal.insight import read_insight
 from fedalt.report import comparison as compared
 from fedalt.report import figures, insights
 from fedalt.report.page import Section, page, paragraph, table
 from fedalt.report.shown import caption, shown
 from fedalt.report.theme import Drawing
+from fedalt.runs.events import Event, first_start, read_events
+from fedalt.runs.folder import RunFolder, open_run
+from fedalt.runs.setup import Bases
 
 
 def write_report(folder: RunFolder) -> Path:

@@ -12,22 +12,12 @@ from plotly.subplots import make_subplots
 from fedalt.config import load_config
 from fedalt.data.load import Rows
 from fedalt.evaluation.metrics import metric_of
-from fedalt.experiment.folder import RunFolder, final_scores
-from fedalt.experiment.insight import BINS, write_insight
-from fedalt.experiment.prepare import Resident
+from fedalt.personal.insight import BINS, write_insight
 from fedalt.report.page import paragraph
 from fedalt.report.shown import shown
-from fedalt.report.theme import (
-    PATTERNS,
-    SEQUENTIAL,
-    Drawing,
-    again,
-    cells,
-    colour,
-    decimals,
-    labels,
-    styled,
-)
+from fedalt.report.theme import PATTERNS, SEQUENTIAL, Drawing, again, cells, colour, decimals, labels, styled
+from fedalt.runs.folder import RunFolder, final_scores
+from fedalt.runs.setup import Resident
 
 Insight = Mapping[str, Any]
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedalt.data.options import PartitionConfig
+from fedalt.config.data import PartitionConfig
+from fedalt.data.federation import SPLITS
 from fedalt.data.record import in_order
-from fedalt.data.rows import SPLITS
 from fedalt.files import write_text
 from fedalt.report.insights import partition_bars
 from fedalt.report.page import Section, page, table

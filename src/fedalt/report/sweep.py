@@ -9,9 +9,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from fedalt.comparisons.sweep import grids, sent_up, values_of
+from fedalt.comparisons.tables import Grid, Score, average, seeds
 from fedalt.evaluation.metrics import metric_of
-from fedalt.experiment.sweep import grids, sent_up, values_of
-from fedalt.experiment.tables import Grid, Score, average, seeds
 from fedalt.files import write_text
 from fedalt.report.page import Section, linked, page, paragraph, table
 from fedalt.report.theme import DASHES, SYMBOLS, Drawing, again, colour, interval, score_range, styled

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedalt.data.batches import Batch
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.rowmap import MixerProbe
+from fedalt.model.batch_layout import MixerProbe
 
 _LOGITS = {"cpu": 1 << 22, "cuda": 1 << 24}
 """Logits at a time (16 MiB in fp32): on a CPU larger pieces cost fresh memory and gain nothing. A guess for GPUs."""

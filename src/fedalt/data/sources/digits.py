@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fedalt.data.options import DataConfig
-from fedalt.data.pictures import ArrayPicture
-from fedalt.data.pool import Pool
-from fedalt.data.sources.columns import Record, has_header, to_pool
-from fedalt.extras import needs
+from fedalt.config.data import DataConfig
+from fedalt.data.federation import Pool
+from fedalt.data.formats.columns import Record, has_header, to_pool
+from fedalt.data.formats.images import ArrayPicture
+from fedalt.errors import needs
 
 DIGITS = "digits"
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedalt.data.options import DataConfig
-from fedalt.data.pool import Pool, check_names
+from fedalt.config.data import DataConfig
+from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, check_names
+from fedalt.data.formats.columns import Record, has_header, to_pool
+from fedalt.data.formats.table import mappings
 from fedalt.data.record import row_digest
-from fedalt.data.rows import SPLITS, ClientData, Federation
-from fedalt.data.sources.columns import Record, has_header, to_pool
 from fedalt.data.sources.hub import from_datasets
-from fedalt.data.sources.table import mappings
 from fedalt.errors import UserError, listed
 
 PREFIX = "memory:"

@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedalt.data.options import DataConfig
-from fedalt.data.pictures import HubPicture
-from fedalt.data.pool import Pool
-from fedalt.data.sources.columns import Record, find_label, has_header, to_pool
+from fedalt.config.data import DataConfig
+from fedalt.data.federation import Pool
+from fedalt.data.formats.columns import Record, find_label, has_header, to_pool
+from fedalt.data.formats.images import HubPicture
+from fedalt.data.formats.table import NAMES
 from fedalt.data.sources.digits import DIGITS
-from fedalt.data.sources.table import NAMES
-from fedalt.errors import UserError, did_you_mean, listed
-from fedalt.extras import needs
+from fedalt.errors import UserError, did_you_mean, listed, needs
 
 _ENDINGS = {".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl"}
 TINYWORLD = "tinyworld"

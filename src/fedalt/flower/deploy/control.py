@@ -14,9 +14,8 @@ from typing import Any
 import tomli_w
 
 from fedalt.errors import UserError
-from fedalt.flower.deploy.lines import shortened
-from fedalt.flower.deploy.processes import flower_environment, program
-from fedalt.flower.deploy.reach import Connection, check_server
+from fedalt.flower.deploy.address import Connection, check_server
+from fedalt.flower.deploy.processes import flower_environment, program, shortened
 
 NAME = "fedalt"
 """What the connection is called in ``config.toml``."""

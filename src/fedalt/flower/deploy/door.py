@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedalt.flower.tls import CA, CERTIFICATE, KEY
+from fedalt.flower.certs import CA, CERTIFICATE, KEY
 
 OPEN = "/v1/fleet/"
 _OF_A_CONNECTION = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "content-length", "host"}

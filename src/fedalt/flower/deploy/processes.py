@@ -1,8 +1,9 @@
-"""Flower's programs as child processes that end with whoever started them, even when that is killed."""
+"""Flower's programs as child processes: they are watched, and end with whoever started them."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,10 +11,104 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from threading import Thread
+from types import FrameType
+from typing import Any, Literal
 
 from fedalt.errors import UserError
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_FRAME = re.compile(r"[╭╮╰╯│─]+( Error)?")
+_LEVEL = re.compile(r"^(?:\S+Z )?(INFO|WARNING|ERROR|DEBUG) ?:? *(?:\[uvicorn\.\w+\] )?")
+_LONG = re.compile(r" \(ID: [0-9a-f]+\)|^\[/v1[^]]*\]\[ApiError:\d+\] | with public key: b'[^']*'")
+_NOISE = re.compile(
+    r'^$|"(GET|POST) /|^(Started|Finished) server process|[Aa]pplication (startup|shutdown)|^FastAPI lifespan'
+    r"|^SuperLinkLifespan|^\[RUN \d+(, ROUND \S+)?\]|^Sending: "
+    r"|^Shutting down|^(Received|Sent) successfully|^ControlServicer|^\[Fleet\.(GetRun|GetFab|PushMessages|PushObject)"
+    r"|^Start(ing)? (`flwr-\w+` process|Flower SuperExec|logstream)|^Exiting logstream|^Uvicorn running"
+    r"|Starting the SuperLink (Runtime|Control)|^All logs for run|^Connection attempt failed, retrying"
+    r"|^(Exception in thread|Using SuperLink|Recommended property|Successfully (installed|started))"
+    r"|^Flower App configuration warnings|^- Recommended property|^For more information, visit|^SuperExec terminated"
+    r"|Listing all (runs|nodes)"
+)
+
+
+def plain(line: str) -> str:
+    """A line without colours, frames, level and time."""
+    return _LEVEL.sub("", _FRAME.sub("", _COLOURS.sub("", line)).rstrip()).strip()
+
+
+def shortened(line: str) -> str | None:
+    """What to show of a line of Flower's log, or nothing."""
+    text = plain(line)
+    return None if _NOISE.search(text) else _LONG.sub("", text)
+
+
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+_LAST_WORDS = 2.0
+"""Seconds to wait for a process's last lines when it has ended."""
+
+
+@dataclass(frozen=True)
+class ProcessEvent:
+    """One thing.
+
+    Attributes:
+        what: A ``line`` of a process, its ``end``, or a ``signal`` that asks this process to end.
+        name: Of which process.
+        text: The line.
+    """
+
+    what: Literal["line", "end", "signal"]
+    name: str = ""
+    text: str = ""
+
+
+class Watch:
+    """Within the ``with`` block signals do not interrupt; they come in turn."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[ProcessEvent] = SimpleQueue()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Watch:
+        self._before = {number: signal.signal(number, self._asked) for number in _ENDING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def follow(self, name: str, process: subprocess.Popen[str]) -> None:
+        """Report a process's lines and its end."""
+        reader = Thread(target=self._read, args=(name, process), daemon=True)
+        reader.start()
+        Thread(target=self._wait, args=(name, process, reader), daemon=True).start()
+
+    def next(self, seconds: float | None = None) -> ProcessEvent | None:
+        """The next thing, or nothing if nothing happens for so long."""
+        try:
+            return self._queue.get(timeout=seconds)
+        except Empty:
+            return None
+
+    def _read(self, name: str, process: subprocess.Popen[str]) -> None:
+        assert process.stdout
+        for line in process.stdout:
+            self._queue.put(ProcessEvent("line", name, line))
+
+    def _wait(self, name: str, process: subprocess.Popen[str], reader: Thread) -> None:
+        """A process's own children may hold its output open, and end only when it is no zombie any more."""
+        process.wait()
+        reader.join(_LAST_WORDS)
+        self._queue.put(ProcessEvent("end", name))
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        self._queue.put(ProcessEvent("signal"))
+
 
 _PATIENCE = 10.0
 

@@ -15,10 +15,10 @@ import tomli_w
 
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
-from fedalt.experiment.folder import IfExists
+from fedalt.flower.deploy.address import Connection
 from fedalt.flower.deploy.control import NAME, Control, control
-from fedalt.flower.deploy.lines import plain, shortened
-from fedalt.flower.deploy.reach import Connection
+from fedalt.flower.deploy.processes import plain, shortened
+from fedalt.runs.folder import IfExists
 
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _ERROR = "error: "

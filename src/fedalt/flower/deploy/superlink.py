@@ -12,14 +12,11 @@ from typing import Any
 
 from fedalt.errors import UserError, listed
 from fedalt.files import read_json, write_json
-from fedalt.flower.deploy.address import WILDCARDS, Address, check_free
+from fedalt.flower.certs import CA, CERTIFICATE, KEY, SITE_KEYS, check_server, server_names, site_keys
+from fedalt.flower.deploy.address import WILDCARDS, Address, Connection, check_free
 from fedalt.flower.deploy.control import control
 from fedalt.flower.deploy.folders import locked
-from fedalt.flower.deploy.lines import shortened
-from fedalt.flower.deploy.processes import end, flower_environment, program, start
-from fedalt.flower.deploy.reach import Connection
-from fedalt.flower.deploy.watch import Watch
-from fedalt.flower.tls import CA, CERTIFICATE, KEY, SITE_KEYS, check_server, server_names, site_keys
+from fedalt.flower.deploy.processes import Watch, end, flower_environment, program, shortened, start
 
 _UP = "Uvicorn running on"
 _NOTHING = "N/A"

@@ -13,12 +13,10 @@ from pathlib import Path
 
 from fedalt.errors import UserError
 from fedalt.files import disk_errors
+from fedalt.flower.certs import check_ca, check_site_key
+from fedalt.flower.deploy.address import Connection, UnreachableError, check_server
 from fedalt.flower.deploy.folders import claim_site, locked
-from fedalt.flower.deploy.lines import plain, shortened
-from fedalt.flower.deploy.processes import end, flower_environment, start
-from fedalt.flower.deploy.reach import Connection, UnreachableError, check_server
-from fedalt.flower.deploy.watch import Happened, Watch
-from fedalt.flower.tls import check_ca, check_site_key
+from fedalt.flower.deploy.processes import ProcessEvent, Watch, end, flower_environment, plain, shortened, start
 from fedalt.flower.trainer import WRONG
 
 _TRAINER, _NODE = "trainer", "flower-supernode"
@@ -167,7 +165,7 @@ class _Supervisor:
         self.processes[name] = process
         self.watch.follow(name, process)
 
-    def _read(self, happened: Happened) -> None:
+    def _read(self, happened: ProcessEvent) -> None:
         if _REFUSED in happened.text:
             self.refused = True
         if _JOINED in happened.text:

@@ -1,1 +1,0 @@
-"""One short file per side: ``prepare(spec)`` builds everything, the ``Job`` it returns is what the clock sees."""

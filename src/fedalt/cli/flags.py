@@ -1,0 +1,137 @@
+"""The options that name a run's settings, shared by the commands that take them; help texts come from the config."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_origin
+
+import typer
+from rich.markup import escape
+
+from fedalt.cli import complete
+from fedalt.cli.command import spelt
+from fedalt.cli.recipes import config_path
+from fedalt.cli.show import complain
+from fedalt.config import RunConfig, parse_override
+from fedalt.config.hints import fields_at, in_words
+from fedalt.errors import UserError, shortened
+from fedalt.runs.folder import IfExists, settings_of
+
+_OPTIONS: dict[str, tuple[str, str, str, Any]] = {
+    "model": ("model.name", "--model", "NAME", None),
+    "data": ("data.source", "--data", "DATA", None),
+    "method": ("method", "--method", "NAME", complete.methods),
+    "rounds": ("federation.rounds", "--rounds", "N", None),
+    "epochs": ("training.local_epochs", "--epochs", "N", None),
+    "batch_size": ("training.batch_size", "--batch-size", "N", None),
+    "clients": ("data.clients", "--clients", "N", None),
+    "lr": ("training.lr", "--lr", "X", None),
+    "rank": ("lora.r", "--rank", "N", None),
+    "targets": ("lora.targets", "--targets", "NAMES", None),
+    "dtype": ("model.dtype", "--dtype", "DTYPE", complete.choices("model.dtype")),
+    "seed": ("seed", "--seed", "N", None),
+    "devices": ("federation.devices", "--devices", "NAMES", None),
+    "out": ("out", "--out", "DIR", None),
+}
+"""Parameter → dotted key, flag, what stands for its value, what a shell offers. The configuration reads the values."""
+
+_CONFIG = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[CONFIG]",
+        help="YAML file, or name of a recipe; the defaults when not given",
+        autocompletion=complete.configs,
+    ),
+]
+_SET = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="any other setting, for example lora.dropout=0; repeatable",
+        autocompletion=complete.settings,
+    ),
+]
+_RESUME = Annotated[bool, typer.Option("--resume", help="continue at the last finished round, or start")]
+_OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="replace a run that is there")]
+
+
+def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of ``run``, except some; it is called with ``config`` and ``if_exists``.
+
+    Args:
+        without: Parameters that the command does not have.
+        starts: Whether it starts runs; one that does not has no ``--resume`` and ``--overwrite``, and no ``if_exists``.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        names = [name for name in _OPTIONS if name not in without]
+        parameters = inspect.signature(command, eval_str=True).parameters
+        own = [_parameter(n, p.annotation, p.default) for n, p in parameters.items() if n not in _GIVEN]
+
+        @functools.wraps(command)
+        def wrapper(**values: Any) -> None:
+            path, sets = values.pop("config_file"), values.pop("sets")
+            exists = _if_exists(values.pop("resume", False), values.pop("overwrite", False))
+            flags = {_OPTIONS[name][0]: (spelt(_OPTIONS[name][1]), values.pop(name)) for name in names}
+            flags = {key: (flag, value) for key, (flag, value) in flags.items() if value is not None}
+            overrides = [(key, value) for key, (_, value) in flags.items()]
+            typed = {key: f"{flag} {shortened(value)}" for key, (flag, value) in flags.items()}
+            for text in sets or ():
+                overrides.append(parse_override(text))
+                typed[overrides[-1][0]] = f"--set {shortened(text)}"
+            given = {"if_exists": exists} if starts else {}
+            try:
+                config = settings_of(path and config_path(path), overrides, exists, typed)
+                command(config=config, **given, **values)
+            except UserError as error:
+                raise UserError(_in_flags(str(error), {key: flag for key, (flag, _) in flags.items()})) from None
+            except KeyboardInterrupt:
+                complain("stopped; finished rounds are safe, --resume goes on from there")
+                raise typer.Exit(1) from None
+
+        shared = [_parameter("config_file", _CONFIG), *(_parameter(name, _option(name)) for name in names)]
+        if starts:
+            shared += [_parameter("resume", _RESUME, False), _parameter("overwrite", _OVERWRITE, False)]
+        shared += [_parameter("sets", _SET)]
+        wrapper.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
+        return wrapper
+
+    return decorate
+
+
+_GIVEN = ("config", "if_exists")
+
+
+def _in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """A message that names a key by the flag that was typed for it: ``lora.r: …`` becomes ``--rank: …``."""
+    named = (re.match(r"([\w.]+)(: | = )(.*)", line) for line in message.splitlines())
+    return "\n".join(
+        f"{flags[m[1]]}{': ' if m[2] == ': ' else ' '}{m[3]}" if m and m[1] in flags else line
+        for m, line in zip(named, message.splitlines(), strict=True)
+    )
+
+
+def _if_exists(resume: bool, overwrite: bool) -> IfExists:
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    return "resume" if resume else "overwrite" if overwrite else "ask"
+
+
+def _option(name: str) -> Any:
+    key, flag, metavar, offers = _OPTIONS[name]
+    *path, last = key.split(".")
+    field = fields_at(path, RunConfig)[last]
+    default = "" if field.default is None else f" (default: {field.default})"
+    words = f": {in_words(field)}" if get_origin(field.annotation) is Literal else ""
+    text = escape(f"{field.description}{words}{default}")
+    return Annotated[str | None, typer.Option(flag, metavar=metavar, help=text, autocompletion=offers)]
+
+
+def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -1,0 +1,101 @@
+"""The runs of a comparison: what each is; one after another on one base in memory, or in processes with a base each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedalt.config import RunConfig, parse_config
+from fedalt.data.load import Rows
+from fedalt.runs.events import Event, Sink
+from fedalt.runs.folder import IfExists, RunFolder, claim_folder
+from fedalt.runs.machine import forget_peak_memory
+from fedalt.runs.pool import Pool, Task
+from fedalt.runs.rounds import run
+from fedalt.runs.setup import Bases, Resident, load_rows, prepare
+
+Budget = Literal["parameters", "bytes"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a comparison.
+
+    Attributes:
+        name: Method or variant, as it was asked for.
+        config: Settings of this run.
+        folder: Where it goes.
+        budget: What its rank is chosen to keep equal, if anything.
+        title: What tables call the method.
+    """
+
+    name: str
+    config: RunConfig
+    folder: RunFolder
+    budget: Budget | None = None
+    title: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """For another process."""
+        return {"name": self.name, "config": self.config.model_dump(mode="json"), "budget": self.budget}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Member:
+        """In the other process."""
+        config = parse_config(value["config"], value["name"])
+        return Member(value["name"], config, RunFolder(config.folder), value["budget"])
+
+
+def train(members: Iterable[Member], if_exists: IfExists, sink: Sink, bases: Bases, rows: Rows | None = None) -> None:
+    """Train members one after another, on rows that are read and encoded once for those that ask for the same.
+
+    Raises:
+        UserError: As for a single run.
+    """
+    rows = rows or Rows()
+    for member in members:
+        forget_peak_memory()
+        config, federation = load_rows(member.config, rows)
+        resident = bases.of(config)
+        config = _matched(config, member, resident, len(federation.clients))
+        experiment = prepare(config, resident, federation, rows=rows)
+        claim_folder(member.folder.path, if_exists)
+        sink({"event": "member", "method": member.name, "seed": member.config.seed})
+        started = time.perf_counter()
+        scores = run(experiment, member.folder, sink)
+        sink({"event": "member_finished", "scores": scores, "seconds": time.perf_counter() - started})
+
+
+def train_in_jobs(members: Sequence[Member], jobs: int, if_exists: IfExists, sink: Sink) -> None:
+    """Train members in ``jobs`` processes; whoever has finished one gets the next.
+
+    Every process loads the base for itself and has its share of this process's threads. Events have ``job`` added. The
+    first error ends all processes; their finished rounds are safe.
+
+    Raises:
+        UserError: As for a single run; or a process was killed, for lack of memory for example.
+        RuntimeError: A process failed for another reason; its traceback is on stderr.
+    """
+    numbers = range(min(jobs, len(members)))
+    tasks = [Task(f"{member.name} seed {member.config.seed}", member.to_json()) for member in members]
+    with Pool(_job, [(job, if_exists) for job in numbers], [f"job {job}" for job in numbers], "--jobs") as pool:
+        pool.map(tasks, lambda task, event: sink(event), last=True)
+
+
+def _job(settings: tuple[int, IfExists], sink: Sink) -> Callable[[dict[str, Any]], None]:
+    (job, if_exists), bases, rows = settings, Bases(), Rows()
+
+    def numbered(event: Event) -> None:
+        sink({**event, "job": job})
+
+    return lambda value: train([Member.from_json(value)], if_exists, numbered, bases, rows)
+
+
+def _matched(config: RunConfig, member: Member, resident: Resident, clients: int) -> RunConfig:
+    if member.budget is None:
+        return config
+    from fedalt.comparisons.budget import matched
+
+    return matched(config, config.method, resident.model.layer_sizes, clients, member.budget)

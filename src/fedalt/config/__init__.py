@@ -1,0 +1,523 @@
+"""One YAML per run, strictly typed: an unknown key or a value outside its range stops the run before it starts."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from fedalt.compat import settings_today, today
+from fedalt.config.data import DataConfig
+from fedalt.config.hints import explain
+from fedalt.config.section import Named, S, Section, settings_in
+from fedalt.errors import UserError, listed, shortened
+from fedalt.registry import (
+    METHODS,
+    METRICS,
+    PARTITIONERS,
+    SOURCES,
+    TEMPLATES,
+    TRACKERS,
+    Entry,
+    Registry,
+    held_plugins,
+    import_plugin,
+    registered_name,
+    section_of,
+    sections,
+    settings_of,
+)
+
+
+class FlowerConfig(Section):
+    """What only a run on Flower has; on one machine none of it matters."""
+
+    wire: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32", description="numbers on the wire: exact, halved, or a byte each with a scale per row"
+    )
+    min_sites: int = Field(2, ge=1, description="fewest sites to start with, and fewest uploads that make a round")
+    round_deadline: float = Field(
+        3600, gt=0, description="seconds after which a round goes on without the sites that have not answered"
+    )
+    norm_limit: float = Field(
+        100, gt=1, description="an upload longer than this many times the median of its round is set aside"
+    )
+    allow_two: bool = Field(
+        False, description="let a client be told what is made of one other's upload alone, as always with two clients"
+    )
+    client_gpus: float = Field(
+        0, ge=0, description="GPUs that a site of a simulation has (Ray's num_gpus; .5: two share one); 0 for the CPU"
+    )
+
+
+Task = Literal["causal_lm", "sequence_classification", "image_classification"]
+
+NAMED: Mapping[str, Registry[Any]] = {
+    "method": METHODS,
+    "data.source": SOURCES,
+    "data.partition.by": PARTITIONERS,
+    "data.template": TEMPLATES,
+    "evaluation.metric": METRICS,
+    "evaluation.metrics": METRICS,
+    "report.trackers": TRACKERS,
+}
+"""Settings whose value is a registered name, or a list of such; each may be ``FILE.py:Name`` or ``module:Name``."""
+
+_LISTS = ("evaluation.metrics", "report.trackers")
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_device)]
+
+
+def _names(value: Any) -> Any:
+    """A command line has ``cuda:0,cuda:1``."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+"""A list, or one text with commas."""
+_MetricName: TypeAlias = registered_name(METRICS)  # type: ignore[valid-type]
+_TrackerName: TypeAlias = registered_name(TRACKERS)  # type: ignore[valid-type]
+_MetricNames = Annotated[tuple[_MetricName, ...], BeforeValidator(_names)]
+_TrackerNames = Annotated[tuple[_TrackerName, ...], BeforeValidator(_names)]
+
+
+class ModelConfig(Section):
+    """The frozen base model, and what is asked of it."""
+
+    name: str = Field(
+        "tiny-base",
+        description="Local folder or hub name; tiny-base ships with fedalt, minilm with the extra fedalt[minilm]",
+    )
+    task: Task = Field(
+        "causal_lm", description="generate answers, or classify texts or images: a row's output is its label"
+    )
+    labels: tuple[str, ...] | None = Field(
+        None, description="classes, in the order of the head's outputs; all outputs of training rows when not given"
+    )
+    pooling: Literal["own", "mean"] = Field(
+        "own", description="what a head sees of a row: what the model's own does, or the mean of all tokens' states"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen base")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
+    load_in: Literal["8bit", "4bit"] | None = Field(None, description="bitsandbytes quantisation (paper: 8bit)")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+
+class LoraConfig(Section):
+    """Adapters on the frozen base; the same rank for the individual and the RoW LoRA."""
+
+    r: int = Field(8, ge=1, description="rank (paper: 8; 4, 6 and 8 studied)")
+    ranks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="a rank per client, repeated in turn, for methods that allow it; the scale stays alpha/r"
+    )
+    alpha: float = Field(32, gt=0, description="LoRA numerator; scale is alpha/r on both LoRAs (paper code: 32)")
+    dropout: float = Field(0.05, ge=0, lt=1, description="one mask shared by both LoRAs (paper code: .05)")
+    targets: Names | None = Field(
+        None,
+        min_length=1,
+        description="linear layers with adapters, for example q_proj,v_proj, or all-linear; by architecture when not "
+        "given",
+    )
+    init: Literal["shared", "code_like", "per_client"] = Field(
+        "shared", description="who starts from the same A and mixer: all, all but client 0 (paper code), nobody"
+    )
+    mixer_init: Literal["kaiming", "zeros"] = Field("kaiming", description="kaiming (paper code) or exact 0.5/0.5")
+
+
+class TrainingConfig(Section):
+    """What a client does with its rows in one round."""
+
+    local_epochs: int = Field(5, ge=1, description="epochs per round (paper: 5; 5 and 10 studied)")
+    batch_size: int = Field(8, ge=1, description="rows per client and step (paper code: 8)")
+    lr: float = Field(3e-4, gt=0, description="peak learning rate (paper code: 3e-4)")
+    schedule: Literal["linear", "constant"] = Field("linear", description="linear to 0 in each round (paper code)")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW, on LoRA and mixer (paper code: .05)")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm limit of each client (paper code: 1.0)")
+    order: Literal["strict", "bucketed"] = Field(
+        "strict", description="seeded row order, or rows of like length together within 16 batches"
+    )
+    repeat_order: bool = Field(False, description="same row order in every round, as the paper's code does")
+
+
+class FederationConfig(Section):
+    """Rounds, participation, aggregation."""
+
+    rounds: int = Field(20, ge=1, description="communication rounds (paper: 20)")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled per round (paper: 1)")
+    weighting: Literal["method", "uniform", "samples"] = Field(
+        "method", description="weights of the mean: the method's own rule, 1, or rows per client"
+    )
+    rest_of_world_participation: Literal["last_known", "participants", "staleness_decay"] = Field(
+        "last_known", description="whose uploads form the row when not every client takes part"
+    )
+    staleness_decay: float = Field(0.9, gt=0, le=1, description="weight factor per round of age (staleness_decay)")
+    rest_of_world_delivery: Literal["broadcast", "unicast"] = Field(
+        "broadcast", description="one mean for all with subtraction at the client, or each client's own row"
+    )
+    heads: Literal["private", "shared"] = Field(
+        "private", description="classification heads: each client keeps its own, or they are averaged like a LoRA"
+    )
+    executor: Literal["stacked", "loop"] = Field(
+        "stacked", description="a cohort of clients in one forward and backward, or one after another"
+    )
+    cohort: int | None = Field(
+        None, ge=1, description="clients on the model at a time; by rows' length and free memory when not given"
+    )
+    devices: Annotated[tuple[Device, ...], BeforeValidator(_names)] | None = Field(
+        None,
+        min_length=1,
+        description="devices of this machine that share the cohorts of a round, for example cuda:0,cuda:1, each with a "
+        "base of its own; the one of model.device when not given",
+    )
+
+
+class EvaluationConfig(Named):
+    """When and how clients are scored on their own rows."""
+
+    every: int = Field(5, ge=1, description="evaluate every N rounds, and always at the end (paper code: 5)")
+    points: tuple[Literal["before", "after"], ...] = Field(
+        ("before", "after"), description="before and/or after the aggregate is installed (paper code: after)"
+    )
+    max_new_tokens: int = Field(80, ge=1, description="longest answer (paper code: 80)")
+    num_beams: int = Field(1, ge=1, description="1 is greedy (paper code: 4)")
+    batch_size: int = Field(32, ge=1, description="prompts per client and generation batch, at most")
+    stemmer: bool = Field(True, description="Porter stemmer in ROUGE (paper code: true); changes the scores")
+    options: Literal["sum", "mean"] | None = Field(
+        None,
+        description="also score rows whose instruction lists OPTIONS by each one's likelihood: sum or mean over tokens",
+    )
+    metric: _MetricName | None = Field(
+        None,
+        description="the score in tables, and the one that picks the best round on validation rows: the name of a "
+        "metric, or FILE.py:Name, or module:Name; rouge1 or accuracy by task when not given",
+    )
+    metrics: _MetricNames = Field((), description="more metrics to measure, besides those that fedalt has for the task")
+
+    @field_validator("points")
+    @classmethod
+    def _final_point(cls, points: tuple[str, ...]) -> tuple[str, ...]:
+        if "after" not in points:
+            raise ValueError('must contain "after": the final scores are those after aggregation')
+        return points
+
+
+class ReportConfig(Named):
+    """What is shown of a run; none of it changes the run."""
+
+    insight: int = Field(
+        0,
+        ge=0,
+        description="test rows per client for the client matrix and the mixer's weights in report.html; 0: none",
+    )
+    trackers: _TrackerNames = Field(
+        (),
+        description="where else losses, scores, bytes and seconds go: tensorboard, mlflow, wandb, trackio, or "
+        "FILE.py:Name",
+    )
+
+
+class RunConfig(Section):
+    """Everything that determines a run."""
+
+    method: str = Field("fedalt", description="name of a method, or FILE.py:Name, or module:Name")
+    plugins: tuple[str, ...] = Field(
+        (), description="Python files and modules that register methods, metrics and other things of your own"
+    )
+    seed: int = Field(42, ge=0, description="seed of everything random (paper code: 42)")
+    out: str | None = Field(None, description="run folder; runs/<method>-<source>-seed<seed> when not given")
+    sections: dict[str, SerializeAsAny[Section]] = Field(
+        {}, description="settings of single methods and of other registered things; in YAML at the top, by their names"
+    )
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    training: TrainingConfig = TrainingConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    report: ReportConfig = ReportConfig()
+    flower: FlowerConfig = FlowerConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_sections(cls, value: Any) -> Any:
+        """Sections that have been validated by their own class stand at the top, as in YAML."""
+        if not isinstance(value, dict):
+            return value
+        own = {name: part for name, part in value.items() if name not in cls.model_fields and isinstance(part, Section)}
+        rest = {name: part for name, part in value.items() if name not in own}
+        return {**rest, "sections": {**rest.get("sections", {}), **own}}
+
+    @field_validator("data", "evaluation", "report")
+    @classmethod
+    def _know_settings(cls, part: Named, info: ValidationInfo) -> Named:
+        """A section that names things knows their settings, which stand beside it."""
+        given = info.data.get("sections", {})
+        if not given:
+            return part
+        named = {section_of(entry) for _, entry in _named({str(info.field_name): part.model_dump()})}
+        return part.knowing({name: given[name] for name in sorted(named & given.keys())})
+
+    @model_serializer(mode="wrap")
+    def _spread_sections(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        values = handler(self)
+        own = values.pop("sections", {})
+        plugins = {"plugins": values.pop("plugins")} if values.get("plugins") else {}
+        values.pop("plugins", None)
+        return {**values, **plugins, **own}
+
+    def portable(self) -> dict[str, Any]:
+        """The settings as JSON for another machine, which has its own files of code."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key != "plugins"}
+
+    def section(self, name: str, kind: type[S]) -> S:
+        """The settings of a registered thing: those given, or its defaults."""
+        return settings_in(self.sections, name, kind)
+
+    @model_validator(mode="after")
+    def _metrics_of_task(self) -> RunConfig:
+        given = self.evaluation
+        for key, name in (("metric", given.metric), *(("metrics", name) for name in given.metrics)):
+            if name is None:
+                continue
+            task = getattr(METRICS.get(name), "task", None)
+            if task not in (None, "class" if self.classifies else "text"):
+                allowed = ", ".join(self._suitable())
+                raise ValueError(f"evaluation.{key}: {name} does not suit the task {self.model.task}; use {allowed}")
+            if getattr(METRICS.get(name), "reads", None) == "option" and given.options is None:
+                raise ValueError(f"evaluation.{key}: {name} needs evaluation.options=sum or mean")
+        return self
+
+    def _suitable(self) -> Iterator[str]:
+        kind = "class" if self.classifies else "text"
+        return (entry.name for entry in METRICS.entries() if getattr(entry.value, "task", None) in (None, kind))
+
+    @property
+    def classifies(self) -> bool:
+        """Whether rows have labels, and not answers to be written."""
+        return self.model.task != "causal_lm"
+
+    @property
+    def metric(self) -> str:
+        """The score in tables."""
+        return self.evaluation.metric or ("accuracy" if self.classifies else "rouge1")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out or f"runs/{self.method}-{Path(self.data.source).name}-seed{self.seed}")
+
+
+def load_config(
+    path: Path | None, overrides: Sequence[tuple[str, Any]] = (), typed: Mapping[str, str] | None = None
+) -> RunConfig:
+    """Read a YAML file, apply ``(dotted key, value)`` overrides on top, and validate.
+
+    Args:
+        path: The file; the defaults when not given.
+        overrides: Later ones win.
+        typed: Dotted key → what was typed to set it, for errors.
+
+    Raises:
+        UserError: The file is missing or no YAML mapping, a key is unknown, or a value is not allowed.
+    """
+    values = settings_today(_read_yaml(path)) if path else {}
+    for key, value in overrides:
+        _assign(values, *today(key, value))
+    return parse_config(values, str(path) if path else "settings", typed)
+
+
+def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str] | None = None) -> RunConfig:
+    """Validate a nested mapping; every problem becomes one line naming its key.
+
+    Plugins are imported, and ``FILE.py:Name`` becomes a registered name, before anything else is looked at.
+
+    Raises:
+        UserError: An unknown key, a value that is not allowed, a plugin that cannot be imported.
+    """
+    values = _with_plugins(settings_today(values))
+    known = sections() if values.keys() - RunConfig.model_fields.keys() else {}
+    for name in known.keys() & RunConfig.model_fields.keys():
+        raise UserError(f'{where}: something registered has settings in a section "{name}", which means something else')
+    problems, own = list[Any](), dict[str, Section]()
+    for name in (name for name in values if name in known):
+        try:
+            own[name] = known[name].model_validate({} if values[name] is None else values[name])
+        except ValidationError as error:
+            problems += [{**one, "loc": (name, *one["loc"])} for one in error.errors()]
+    try:
+        config = RunConfig.model_validate({key: value for key, value in values.items() if key not in known} | own)
+    except ValidationError as error:
+        problems += error.errors()
+    if problems:
+        code = f"; plugins: {listed(values['plugins'])}" if values.get("plugins") else ""
+        lines = (explain(problem, RunConfig, where, typed) + code for problem in problems)
+        raise UserError("\n".join(dict.fromkeys(lines)))
+    return config
+
+
+def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Validate settings that another machine has sent: they name things, and never bring or point at code.
+
+    What they name must be in this package, or in a file that this machine's administrator holds (``hold_plugins``).
+
+    Raises:
+        UserError: See ``parse_config``; or they point at code, or name a method that is not here.
+    """
+    if values.get("plugins"):
+        raise UserError(f"{where}: refused: plugins point at code")
+    for key, registry in NAMED.items():
+        if any(map(registry.points_at_code, _texts(_at(values, key)))):
+            raise UserError(f"{where}: refused: {key} points at code")
+    held = held_plugins()
+    method = values.get("method", "fedalt")
+    if method not in METHODS:
+        raise UserError(f'{where}: refused: method "{method}" is not held here; --plugin FILE.py names its file')
+    return parse_config({**values, "plugins": held} if held else values, where)
+
+
+def _at(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def _texts(value: Any) -> list[str]:
+    """The names in a setting that holds one, a list of them, or one text with commas."""
+    values = _names(value)
+    return [one for one in values if isinstance(one, str)] if isinstance(values, list | tuple) else []
+
+
+def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with names in place of references; ``plugins`` has every file and module that is needed."""
+    named: dict[str, Any] = copy.deepcopy(dict(values))
+    given, plugins = named.get("plugins"), list[str]()
+    given = [given] if isinstance(given, str) else given
+    if given is not None and not _are_texts(given):
+        return named  # the field's own validation says so
+    for place in given or ():
+        plugins.append(_absolute(place))
+        import_plugin(plugins[-1])
+    for key, registry in NAMED.items():
+        *parents, last = key.split(".")
+        section: Any = named
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        given = section.get(last) if isinstance(section, dict) else None
+        given = _names(given) if key in _LISTS else given
+        if isinstance(given, list | tuple):
+            section[last] = [_name(one, registry, plugins) for one in given]
+        elif given is not None:
+            section[last] = _name(given, registry, plugins)
+    return {**named, **({"plugins": tuple(dict.fromkeys(plugins))} if plugins else {})}
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+
+
+def _name(value: Any, registry: Registry[Any], plugins: list[str]) -> Any:
+    """The name in place of a reference, whose file or module joins the plugins."""
+    reference = registry.reference(value) if isinstance(value, str) else None
+    if reference is None:
+        registry.adopt(str(value), plugins)
+        return value
+    plugins.append(_absolute(reference[0]))
+    return registry.name_in(plugins[-1], reference[1])
+
+
+def _absolute(place: str) -> str:
+    return str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
+
+
+def used_entries(config: RunConfig) -> Iterator[tuple[str, Entry[Any]]]:
+    """Everything registered that the settings name and the numbers depend on, after its kind."""
+    return ((registry.kind, entry) for registry, entry in _named(config.model_dump()) if registry is not TRACKERS)
+
+
+def _named(values: Mapping[str, Any]) -> Iterator[tuple[Registry[Any], Entry[Any]]]:
+    """Everything registered that settings name."""
+    for key, registry in NAMED.items():
+        for name in _texts(_at(values, key)):
+            if not registry.open or name in registry:
+                yield registry, registry.entry(name)
+
+
+def outside_code(config: RunConfig) -> dict[str, Entry[Any]]:
+    """Kind and name of every outside thing that the settings name → what is known of it."""
+    return {f"{kind} {entry.name}": entry for kind, entry in used_entries(config) if entry.digest}
+
+
+def used_code(config: RunConfig) -> dict[str, str]:
+    """Kind and name of every outside thing that the numbers of a run depend on → digest of its source."""
+    return {thing: str(entry.digest) for thing, entry in outside_code(config).items()}
+
+
+def used_sections(config: RunConfig) -> set[str]:
+    """The sections of everything that the numbers of a run depend on."""
+    return {section_of(entry) for _, entry in used_entries(config) if settings_of(entry.value)}
+
+
+def with_settings(config: RunConfig, settings: Mapping[str, Any], where: str = "settings") -> RunConfig:
+    """The same configuration with some dotted keys set, validated; errors start with ``where``."""
+    values = config.model_dump()
+    for key, value in settings.items():
+        _assign(values, *today(key, value))
+    return parse_config(values, where)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Turn ``key.path=value`` into a key and a YAML value."""
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise UserError(f"--set {shortened(text)}: write key.path=value, for example --set lora.r=4")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):  # the latter from dates and numbers that cannot be
+        raise UserError(f"--set {shortened(text)}: the value is not valid YAML") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # the latter from bytes, dates and numbers that cannot be
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a configuration is a mapping of keys to values, found {type(values).__name__}")
+    return values
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f'"{dotted}": "{parent}" is a value, not a section')
+        values = child
+    values[last] = value

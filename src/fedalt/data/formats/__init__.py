@@ -1,0 +1,1 @@
+"""Files of rows: tables, image folders, a federation's own folder."""

@@ -1,0 +1,1 @@
+"""Federations that fedalt makes itself."""

@@ -1,0 +1,132 @@
+"""Multiple choice by likelihood: which of the options that an instruction lists a client's model finds likeliest.
+
+The score of an option o after a prompt p is
+
+    log P(o | p) = Σ_t log P(o_t | p, o_<t),
+
+over the option's tokens and the end-of-sequence token, as a row with that answer is trained. The end belongs to it:
+"no" and "not at all" are then two different answers and not one the beginning of the other, which would always be at
+least as likely. A sum prefers short options, as the model does; ``normalise`` divides it by the number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import takewhile
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedalt.config import EvaluationConfig
+from fedalt.data.batches import collate
+from fedalt.data.encode import Example
+from fedalt.evaluation.generate import chunks
+from fedalt.evaluation.prompt_similarity import Weights
+from fedalt.model.adapted import AdaptedModel
+from fedalt.model.base import positions
+from fedalt.training.loss import token_losses
+
+_HEAD, _ITEM = "OPTIONS:", "- "
+
+Answer = tuple[int, ...]
+"""Token ids of an option and the end-of-sequence token."""
+
+
+def options_of(instruction: str) -> tuple[str, ...]:
+    """What may be answered, by the last ``OPTIONS:`` line and the ``- option`` lines right after it; mostly nothing."""
+    lines = [line.strip() for line in instruction.split("\n")]
+    if _HEAD not in lines:
+        return ()
+    start = len(lines) - lines[::-1].index(_HEAD)
+    listed = takewhile(lambda line: line.startswith(_ITEM), lines[start:])
+    return tuple(dict.fromkeys(line.removeprefix(_ITEM).strip() for line in listed))
+
+
+def choose(
+    model: AdaptedModel,
+    tokenizer: Any,
+    rows: Sequence[Sequence[Example]],
+    config: EvaluationConfig,
+    weights: Weights = None,
+    normalise: bool = False,
+) -> list[list[str | None]]:
+    """The likeliest option of every client's rows, the first of equally likely ones; nothing where there are none."""
+    scores = option_scores(model, tokenizer, rows, config, weights, normalise)
+    return [[max(row, key=row.__getitem__) if row else None for row in mine] for mine in scores]
+
+
+def option_scores(
+    model: AdaptedModel,
+    tokenizer: Any,
+    rows: Sequence[Sequence[Example]],
+    config: EvaluationConfig,
+    weights: Weights = None,
+    normalise: bool = False,
+) -> list[list[dict[str, float]]]:
+    """Option → log-likelihood for every client's rows, by the client's own adapters, which are on the model.
+
+    A row without options, or with one that does not fit the model's positions, has no scores. Options with the same
+    tokens have the same score.
+
+    Args:
+        model: The model, with one set of adapters per entry of ``rows``.
+        tokenizer: Its tokenizer.
+        rows: Examples per client; their reference answers are not looked at.
+        config: Options per client that are read at a time (``batch_size``).
+        weights: Weights of the slots for every row, if its adapters are mixed by instance.
+        normalise: Divide by the number of tokens.
+    """
+    limit = positions(model.base)
+    answers = [[_answers(tokenizer, example, limit) for example in mine] for mine in rows]
+    asked = [
+        [(i, answer) for i, options in enumerate(mine) for answer in dict.fromkeys(options.values())]
+        for mine in answers
+    ]
+    whole = [[rows[k][i].prompt + answer for i, answer in mine] for k, mine in enumerate(asked)]
+    scores: dict[tuple[int, int, Answer], float] = {}
+    for chunk in chunks(whole, config.batch_size):
+        groups: list[list[Example]] = [[] for _ in rows]
+        for k, j in chunk:
+            i, answer = asked[k][j]
+            groups[k].append(replace(rows[k][i], answer=answer))
+        mine = None if weights is None else torch.stack([weights[k][asked[k][j][0]] for k, j in chunk])
+        found = log_likelihoods(model, groups, mine).tolist()
+        scores |= {(k, *asked[k][j]): value for (k, j), value in zip(chunk, found, strict=True)}
+    return [
+        [
+            {option: scores[k, i, ids] / (len(ids) if normalise else 1) for option, ids in options.items()}
+            for i, options in enumerate(mine)
+        ]
+        for k, mine in enumerate(answers)
+    ]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: AdaptedModel, groups: Sequence[Sequence[Example]], weights: Float[Tensor, "n m"] | None = None
+) -> Float[Tensor, " n"]:
+    """Sum of the log-probabilities of every row's answer tokens, client by client, in one forward pass.
+
+    Args:
+        model: The model, with one set of adapters per group.
+        groups: Rows per client, at least one in all.
+        weights: Weights of the slots for every row.
+    """
+    batch = collate(groups).to(model.device)
+    if weights is not None:
+        batch = replace(batch, rows=replace(batch.rows, weights=weights.to(model.device)))
+    tokens = token_losses(model, batch)
+    lengths = torch.tensor([len(example.answer) for group in groups for example in group], device=model.device)
+    row = torch.arange(len(lengths), device=model.device).repeat_interleave(lengths)  # [s]
+    return -tokens.new_zeros(len(lengths)).index_add(0, row, tokens)
+
+
+def _answers(tokenizer: Any, example: Example, limit: int | None) -> dict[str, Answer]:
+    options = options_of(example.row.instruction)
+    ids = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
+    found = {option: (*tokens, tokenizer.eos_token_id) for option, tokens in zip(options, ids, strict=True)}
+    longest = max(map(len, found.values()), default=0)
+    return found if limit is None or len(example.prompt) + longest <= limit else {}

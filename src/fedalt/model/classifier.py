@@ -1,0 +1,192 @@
+"""Classification: class scores by a classifier's own forward, and a head for every client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedalt.errors import UserError
+from fedalt.model.batch_layout import BatchContext
+from fedalt.names import HEAD, Key, Tensors
+
+Summary = Literal["first", "last"]
+"""Which token's state a head looks at: the first (encoders, ViT) or the last (decoders)."""
+
+
+def class_logits(
+    base: Any, out: Any, states: Float[Tensor, "n d"], pooler: Callable[[Tensor], Tensor] | None = None
+) -> Float[Tensor, "n c"]:
+    """What a classifier makes of the state of one token of every row: pooler, head and all, by its own forward.
+
+    Args:
+        base: The classifier.
+        out: An output of its backbone.
+        states: The states to put in its place.
+        pooler: Stands in for the backbone's own.
+    """
+    backbone = base.get_decoder()
+    one = states[:, None]
+    pooler = pooler or getattr(backbone, "pooler", None)
+    pools = pooler is not None and "pooler_output" in {field.name for field in fields(type(out))}
+    pooled = {"pooler_output": pooler(one)} if pools and pooler else {}
+    replaced = type(out)(last_hidden_state=one, **pooled)
+    token = 1 if getattr(base.config.get_text_config(), "pad_token_id", None) == 0 else 0  # any but padding
+    ids = torch.full((len(states), 1), token, dtype=torch.long, device=states.device)
+    inputs = {base.main_input_name: ids}
+    with patch.object(backbone, "forward", lambda *args, **kwargs: replaced):
+        scores: Tensor = base(**inputs).logits
+    return scores
+
+
+@torch.no_grad()
+def summary_of(base: Any) -> tuple[Summary, int]:
+    """Which token's state the model's own head looks at, found by trying; and how many tokens the tried rows had.
+
+    Args:
+        base: The classifier, untouched.
+
+    Raises:
+        UserError: Neither the first nor the last, or the model cannot be tried.
+    """
+    outs: list[Any] = []
+    inputs, last = _trial(base)
+    hook = base.get_decoder().register_forward_hook(lambda module, args, out: outs.append(out))
+    wanted = base(**inputs).logits.float()
+    hook.remove()
+    states = outs[0].last_hidden_state
+    last = torch.full_like(last, states.shape[1] - 1) if states.dim() == 3 and "pixel_values" in inputs else last
+    for name, index in (("last", last), ("first", torch.zeros_like(last))):
+        try:
+            found = class_logits(base, outs[0], states[torch.arange(len(last)), index]).float()
+        except (RuntimeError, ValueError, IndexError):  # a head that wants something else than one token's state
+            continue
+        if torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
+            return name, states.shape[1]  # type: ignore[return-value]
+    raise UserError(
+        f"model.task: {type(base).__name__} looks at neither the first nor the last token's state; "
+        "use a model of another family"
+    )
+
+
+def _trial(base: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Two rows that a classifier can read, and where the last token of each is."""
+    device, generator = next(base.parameters()).device, torch.Generator().manual_seed(0)
+    if base.main_input_name == "pixel_values":
+        size = getattr(base.config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.rand(2, getattr(base.config, "num_channels", 3), height, width, generator=generator)
+        return {"pixel_values": pixels.to(device, base.dtype)}, torch.zeros(2, dtype=torch.long, device=device)
+    pad = getattr(base.config.get_text_config(), "pad_token_id", None) or 0
+    ids = torch.randint(base.get_input_embeddings().num_embeddings - 1, (2, 7), generator=generator)
+    ids += ids >= pad  # any but padding
+    mask = torch.ones_like(ids)
+    ids[0, 4:], mask[0, 4:] = pad, 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, torch.tensor([3, 6], device=device)
+
+
+def first_token(states: Float[Tensor, "n t d"]) -> Float[Tensor, "n d"]:
+    """A pooler that changes nothing."""
+    return states[:, 0]
+
+
+def pooler_path(base: Any) -> str:
+    """Where an encoder's pooler is, if it has one."""
+    return f"{base.base_model_prefix}.pooler"
+
+
+def head_paths(base: Any, missing: Collection[str]) -> tuple[str, ...]:
+    """What every client trains for itself: all that stands beside the backbone, and a pooler that has no weights yet.
+
+    Args:
+        base: The classifier.
+        missing: Names of parameters that its checkpoint does not hold.
+    """
+    prefix, pooler = base.base_model_prefix, pooler_path(base)
+    beside = [
+        name for name, module in base.named_children() if name != prefix and any(True for _ in module.parameters())
+    ]
+    return (*([pooler] if any(name.startswith(f"{pooler}.") for name in missing) else []), *beside)
+
+
+class ClientHead(nn.Module):
+    """A head with K sets of parameters: each row goes through the head of the client it belongs to.
+
+    Any module can be a head; it is called as it is, in eval mode, with the client's parameters in its own's place.
+
+    Args:
+        head: The model's own head.
+        path: Its path in the model.
+        context: Says whose rows are whose.
+    """
+
+    def __init__(self, head: nn.Module, path: str, context: BatchContext) -> None:
+        super().__init__()
+        self._head = (head.eval(),)  # in a tuple, so that its parameters are not among the model's
+        self.context = context
+        names = dict(head.named_parameters())
+        self.start = {_key(path, name): value.detach().float().cpu() for name, value in names.items()}
+        self._names = dict(zip(self.start, names, strict=True))
+
+    def place(self, stacked: Mapping[Key, Tensor], trainable: Sequence[Key]) -> None:
+        """Take over the stacked parameters of a cohort."""
+        self.clear()
+        for key, value in stacked.items():
+            name = self._field(key)
+            if key in trainable:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value, persistent=False)
+
+    def clear(self) -> None:
+        """Drop all parameters; the head cannot be called until others are there."""
+        self._parameters.clear()
+        self._buffers.clear()
+
+    def parameter(self, key: Key) -> nn.Parameter:
+        """The stacked parameter behind a key."""
+        return self.get_parameter(self._field(key))
+
+    def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+        """Each client's rows through its own head."""
+        stacked = {name: getattr(self, self._field(key)) for key, name in self._names.items()}
+        dtype = next(iter(stacked.values())).dtype
+        parts = x.to(dtype).split(list(self.context.current.counts(len(x))))
+        outs = [
+            functional_call(self._head[0], {name: value[k] for name, value in stacked.items()}, (part,))
+            for k, part in enumerate(parts)
+        ]
+        return torch.cat(outs)
+
+    def _field(self, key: Key) -> str:
+        return self._names[key].replace(".", "_")
+
+
+def _key(path: str, name: str) -> Key:
+    *inner, factor = name.split(".")
+    return Key(".".join([path, *inner]), HEAD, factor)
+
+
+def take_heads(base: nn.Module, paths: Sequence[str], context: BatchContext) -> dict[str, ClientHead]:
+    """Put a ``ClientHead`` in the place of each of the modules."""
+    heads = {path: ClientHead(base.get_submodule(path), path, context) for path in paths}
+    for path, head in heads.items():
+        base.set_submodule(path, head)
+    return heads
+
+
+def drawn_heads(shapes: Tensors, std: float, generator: Callable[[Key], torch.Generator]) -> dict[Key, Tensor]:
+    """Start values of new heads, as Hugging Face draws them: N(0, std²), biases 0, and 1 for the weights of norms."""
+    drawn: dict[Key, Tensor] = {}
+    for key, like in shapes.items():
+        if like.dim() > 1:
+            drawn[key] = std * torch.randn(like.shape, generator=generator(key))
+        else:
+            drawn[key] = torch.full_like(like, float(key.factor == "weight"))
+    return drawn

@@ -1,0 +1,1 @@
+"""What is done with the personal models of a finished run."""

@@ -1,0 +1,113 @@
+"""A client's folder: its personal model, readable by PEFT and by twenty lines of plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedalt.compat import slot_today
+from fedalt.data.encode import template_text
+from fedalt.errors import UserError, listed
+from fedalt.files import new_folder, read_json, write_json
+from fedalt.model.base import Base
+from fedalt.model.layer import Mixing, Placement
+from fedalt.model.peft_files import LoraFolder, read_folder, write_extras, write_lora, write_mixer
+from fedalt.model.state import ClientState
+from fedalt.names import Key, parted
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.setup import Experiment
+
+CONFIG = "fedalt_config.json"
+
+
+def write_client(path: Path, state: ClientState, experiment: Experiment, round_: int) -> None:
+    """Write a client's LoRAs as PEFT folders, its mixer, and ``fedalt_config.json``, whole or not at all."""
+    placement = experiment.settings.answering
+    with new_folder(path) as folder:
+        for slot in placement.slots:
+            write_lora(folder / slot, {**state.tensors, **state.heads}, slot, lora_folder(experiment, slot))
+        if placement.mixed:
+            write_mixer(folder, state.tensors)
+        write_extras(folder, state.tensors)
+        write_json(folder / CONFIG, client_config(experiment, state, round_))
+
+
+def lora_folder(experiment: Experiment, slot: str) -> LoraFolder:
+    """What PEFT is told about one of this run's LoRAs; alpha is such that alpha over its rank is the run's scale."""
+    lora, resident = experiment.config.lora, experiment.resident
+    ranks = experiment.shape.ranks
+    rank = ranks.get(slot) or max(ranks.values())  # a fused slot has the rank of what it is made of
+    conv = any(type(layer.base_layer).__name__ == "Conv1D" for layer in resident.model.layers.values())
+    alpha = experiment.settings.answering.scale * rank
+    return LoraFolder(resident.base.source, rank, alpha, lora.dropout, conv, experiment.config.model.task)
+
+
+def client_config(experiment: Experiment, state: ClientState, round_: int) -> dict[str, Any]:
+    """What somebody without fedalt needs to know to use the folder."""
+    config, base, placement = experiment.config, experiment.resident.base, experiment.settings.answering
+    answers = {
+        "template": config.data.template,
+        "prompt": template_text(config.data.template),
+        "max_new_tokens": config.evaluation.max_new_tokens,
+        "num_beams": config.evaluation.num_beams,
+    }
+    return {
+        "method": config.method,
+        "task": config.model.task,
+        "client_id": state.client,
+        "round": round_,
+        "scale": placement.scale,
+        "slots": list(placement.slots),
+        "mixer_order": list(placement.slots) if placement.mixed else None,
+        "mixing": asdict(placement.mixing),
+        "r": config.lora.r,
+        "alpha": config.lora.alpha,
+        **(
+            {"labels": list(config.model.labels or ()), "pooling": config.model.pooling}
+            if config.classifies
+            else answers
+        ),
+        "base": {"name": config.model.name, "source": base.source, "sha256": base.sha256, "dtype": config.model.dtype},
+    }
+
+
+@dataclass(frozen=True)
+class PersonalModel:
+    """A client's adapters as read from its folder, and how they sit on the base."""
+
+    state: ClientState
+    placement: Placement
+
+
+def read_client(run: RunFolder, client: int, base: Base) -> PersonalModel:
+    """Load a client's folder.
+
+    Raises:
+        UserError: No such client, a damaged folder, or adapters made for another base.
+    """
+    path = client_folder(run, client)
+    about = read_json(path / CONFIG)
+    if about["base"]["sha256"] != base.sha256:
+        raise UserError(f"{path}: made for another base model ({about['base']['source']}); the weights differ")
+    placement = Placement(tuple(about["slots"]), Mixing.parse(about["mixing"]), about["scale"], 0.0)
+    tensors, heads = parted(read_folder(path, placement.slots, placement.mixed))
+    tensors = {Key(k.module, slot_today(k.slot), k.factor): value for k, value in tensors.items()}
+    placement = replace(placement, slots=tuple(map(slot_today, placement.slots)))
+    return PersonalModel(ClientState(about["client_id"], about["round"], tensors, heads=heads), placement)
+
+
+def client_folder(run: RunFolder, client: int) -> Path:
+    """A client's folder.
+
+    Raises:
+        UserError: No such client.
+    """
+    if not (run.client(client) / CONFIG).is_file():
+        raise UserError(f"{run.path}: no client {client} here; known: {listed(client_ids(run)) or 'none'}")
+    return run.client(client)
+
+
+def client_ids(run: RunFolder) -> list[int]:
+    """Clients that have a folder in a run."""
+    return sorted(int(path.parent.name) for path in run.path.glob(f"clients/*/{CONFIG}"))

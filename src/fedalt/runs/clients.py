@@ -1,0 +1,169 @@
+"""A run's clients as its rounds see them, and those of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedalt.config import RunConfig
+from fedalt.data.batches import Plan, plan_round
+from fedalt.data.encode import Example
+from fedalt.federation.client import ClientResult, installed, run_clients
+from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.diagnostics import row_lora_drift
+from fedalt.federation.server import PerClient
+from fedalt.methods.exchange import Message
+from fedalt.model.state import ClientState
+from fedalt.names import REST_OF_WORLD
+from fedalt.runs.checkpoint import Checkpoint
+from fedalt.runs.client_folder import write_client
+from fedalt.runs.events import EventLog
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.scoring import Points, Scoring, log_points
+from fedalt.runs.setup import Experiment
+from fedalt.training.loop import TrainingStats
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """What is remembered of a client's round once its tensors are in files.
+
+    Attributes:
+        client: Client id.
+        stats: Loss, steps, tokens.
+        delivered: Whether it uploaded anything.
+        bytes_up: Size of its upload.
+        bytes_down: Size of what the server told it.
+        failure: Why it is set aside for this round, or nothing.
+    """
+
+    client: int
+    stats: TrainingStats
+    delivered: bool
+    bytes_up: int
+    bytes_down: int
+    failure: str | None = None
+
+
+class ClientBackend(Protocol):
+    """What the rounds ask of the clients. ``messages`` are what the server tells each of them, if anything."""
+
+    def train(
+        self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
+    ) -> list[ClientReport]:
+        """Train some clients for the round of ``new`` and put their uploads into it."""
+
+    def row_lora_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> Mapping[int, float | None]:
+        """How far the messages move every client's row, where that is known."""
+
+    def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
+        """Score every client into the run's folder and log; the mean on validation rows, if there are any."""
+
+    def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
+        """Write every client's personal model."""
+
+
+@dataclass(frozen=True)
+class LocalClients:
+    """The crew of a run on one machine. One cohort's tensors are in memory at a time.
+
+    Attributes:
+        experiment: Rows, model, settings.
+        folder: Where everything goes.
+        log: Event log.
+    """
+
+    experiment: Experiment
+    folder: RunFolder
+    log: EventLog
+
+    def train(
+        self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
+    ) -> list[ClientReport]:
+        """Train cohort by cohort."""
+        outcomes = self.trained(chosen, messages, last, new)
+        new.keep(last, states=last.clients - new.clients)
+        return outcomes
+
+    def trained(
+        self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
+    ) -> list[ClientReport]:
+        """Train and put into ``new`` what comes of it, and nothing of who rests."""
+        experiment, number = self.experiment, new.round
+        results = run_clients(
+            experiment.resident.model,
+            chosen,
+            states_in(last, experiment),
+            messages,
+            lambda client: plans_of(experiment, client, number),
+            experiment.settings,
+            number,
+            cohort_size(experiment.config.federation, len(chosen)),
+            lambda done, total: self.log.sink({"event": "step", "round": number, "done": done, "total": total}),
+        )
+        return [self._take(new, result) for result in results]
+
+    def _take(self, new: Checkpoint, result: ClientResult) -> ClientReport:
+        client = result.state.client
+        if not result.failure:
+            new.put_state(result.state)
+            new.put_upload(client, result.upload)
+        up, down = Message(result.upload).bytes, result.bytes_down
+        if self.experiment.method.centralised:  # nothing crosses a network: the rows are in one place
+            up = down = 0
+        return ClientReport(client, result.stats, bool(result.upload), up, down, result.failure)
+
+    def row_lora_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
+        """How far the messages move every client's row."""
+        if REST_OF_WORLD not in self.experiment.shape.slots:
+            return {}
+        before = states_in(new, self.experiment)
+        return {c: row_lora_drift(state.tensors, self._install(state, messages).tensors) for c, state in before.items()}
+
+    def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
+        """Score everybody as they left training and as they would start the next round."""
+        points = self.scored(self.experiment.federation.ids, new, messages)
+        return log_points(self.log, new.round, points, self.experiment.config.metric)
+
+    def scored(self, clients: Sequence[int], new: Checkpoint, messages: Mapping[int, Message]) -> Points:
+        """Scores of some, which are in the run's folder then, but not in its log."""
+        before = states_in(new, self.experiment)
+        after = PerClient(clients, self._installed(before, messages).__getitem__)
+        scoring = Scoring(self.experiment, self.folder, self.log)
+        return scoring.points(new.round, before, after, changed=len(messages) > 0)
+
+    def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
+        """Write every client's folder."""
+        states = self._installed(states_in(last, self.experiment), messages)
+        clients = self.experiment.federation.ids
+        for part in cohorts(clients, cohort_size(self.experiment.config.federation, len(clients))):
+            for state in self.experiment.personalised([states[client] for client in part]):
+                write_client(self.folder.client(state.client), state, self.experiment, last.round)
+
+    def _installed(self, states: Mapping[int, ClientState], messages: Mapping[int, Message]) -> PerClient[ClientState]:
+        """Every client as it would start the next round: what is scored, saved and chatted with."""
+        return PerClient(states, lambda client: self._install(states[client], messages))
+
+    def _install(self, state: ClientState, messages: Mapping[int, Message]) -> ClientState:
+        return installed(self.experiment.method, state, messages.get(state.client))
+
+
+def states_in(checkpoint: Checkpoint, experiment: Experiment) -> PerClient[ClientState]:
+    """Every client's state: from its file, or as everybody starts."""
+
+    def state(client: int) -> ClientState:
+        return checkpoint.state(client) if client in checkpoint.clients else experiment.initial_state(client)
+
+    return PerClient(experiment.federation.ids, state)
+
+
+def plans_of(experiment: Experiment, client: int, number: int) -> list[Plan]:
+    """What a client does in every phase of a round."""
+    rows = experiment.training_rows(client)
+    return plan_phases(rows, client, experiment.config, number, len(experiment.method.phases(number)))
+
+
+def plan_phases(rows: Sequence[Example], client: int, config: RunConfig, number: int, phases: int) -> list[Plan]:
+    """A plan for each of so many phases of a round."""
+    return [plan_round(rows, client, config.training, config.seed, number, phase) for phase in range(phases)]

@@ -1,0 +1,146 @@
+"""What a run will cost, measured on its own largest and first steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean
+from typing import Any
+
+from fedalt.data.batches import Plan
+from fedalt.evaluation.evaluate import evaluate
+from fedalt.federation.client import run_clients
+from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.server import PerClient, sample_clients
+from fedalt.runs.clients import plans_of
+from fedalt.runs.machine import peak_memory
+from fedalt.runs.setup import Experiment
+
+_TIMED = 3
+"""Steps that are timed."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Cost of a run.
+
+    Attributes:
+        steps: Optimiser steps of the longest client in all rounds.
+        seconds_per_step: Of one step of all clients that take part.
+        seconds: Training in all.
+        scoring_seconds: Scoring in all, if answers are as long as allowed, as they are before training.
+        cohort: Clients on the model at a time.
+        peak_memory: Bytes, after the largest step of the run and the longest prompts.
+        bytes_up: Uploads of one round, all clients.
+    """
+
+    steps: int
+    seconds_per_step: float
+    seconds: float
+    scoring_seconds: float
+    cohort: int
+    peak_memory: dict[str, int]
+    bytes_up: int
+
+
+def estimate(experiment: Experiment) -> Estimate:
+    """Find the run's largest step, take it, time some ordinary steps, and answer the longest prompts.
+
+    Row order and participation follow from the seed, so every step of the run is known; tokens are the measure of
+    its time.
+    """
+    federation = experiment.config.federation
+    experiment = experiment.with_cohort(federation.cohort or experiment.fitting_cohort)
+    largest: Sequence[Plan] = ()
+    first: Sequence[Plan] = ()
+    steps = tokens = 0
+    for number in range(1, federation.rounds + 1):
+        longest = 0
+        for part in filter(None, _rounds_cohorts(experiment, number)):
+            longest = max(longest, *(len(plan.steps) for plan in part))
+            tokens += sum(map(_tokens, part))
+            first = first or [replace(plan, steps=plan.steps[:_TIMED]) for plan in part]
+            largest = max(largest, _largest_step(part), key=lambda taken: sum(map(_tokens, taken)))
+        steps += longest
+    seconds = _seconds_per_token(experiment, largest, first) * tokens if tokens else 0.0
+    scoring = _scoring_seconds(experiment)
+    size = 4 * experiment.sent * max(int(federation.fraction * len(experiment.examples)), 1)
+    cohort = cohort_size(experiment.config.federation, len(experiment.examples))
+    return Estimate(steps, seconds / max(steps, 1), seconds, scoring, cohort, peak_memory(), size)
+
+
+def _seconds_per_token(experiment: Experiment, largest: Sequence[Plan], first: Sequence[Plan]) -> float:
+    """Take the largest step, for the memory, and time the first ones."""
+    _train(experiment, largest)
+    started = time.perf_counter()
+    phases = _train(experiment, first)
+    return (time.perf_counter() - started) / (phases * sum(map(_tokens, first)))
+
+
+def _rounds_cohorts(experiment: Experiment, number: int) -> Iterator[list[Plan]]:
+    config = experiment.config
+    chosen = sample_clients(experiment.trainers, experiment.method.fraction(number), config.seed, number)
+    for part in cohorts(chosen, cohort_size(config.federation, len(chosen))):
+        plans = [plans_of(experiment, client, number) for client in part]
+        yield [replace(mine[0], steps=sum((plan.steps for plan in mine), ())) for mine in plans if mine]
+
+
+def _largest_step(plans: Sequence[Plan]) -> list[Plan]:
+    steps = range(max(len(plan.steps) for plan in plans))
+    taken = [[replace(plan, steps=plan.steps[s : s + 1]) for plan in plans if s < len(plan.steps)] for s in steps]
+    return max(taken, key=lambda plans: sum(map(_tokens, plans)))
+
+
+def _tokens(plan: Plan) -> int:
+    return sum(len(row) for rows in plan.steps for row in rows)
+
+
+def _train(experiment: Experiment, plans: Sequence[Plan]) -> int:
+    """Take the steps in every phase of a round; the number of phases."""
+    by_client = {plan.client: plan for plan in plans}
+    states = PerClient(by_client, experiment.initial_state)
+    model, settings, count = experiment.resident.model, experiment.settings, len(by_client)
+    number = min(2, experiment.config.federation.rounds)  # the first round may have fewer phases
+    phases = len(settings.method.phases(number))
+
+    def each(client: int) -> list[Plan]:
+        return [by_client[client]] * phases
+
+    for _ in run_clients(model, list(by_client), states, {}, each, settings, number, count):
+        pass
+    return phases
+
+
+def _scoring_seconds(experiment: Experiment) -> float:
+    """Answer the first batch of the first cohort, its longest rows, and take it for all."""
+    config, resident = experiment.config, experiment.resident
+    clients = experiment.federation.ids[: cohort_size(config.federation, len(experiment.examples))]
+    rows = {
+        c: sorted(experiment.examples[c].test, key=len, reverse=True)[: config.evaluation.batch_size] for c in clients
+    }
+    started = time.perf_counter()
+    states = experiment.personalised([experiment.initial_state(c) for c in clients])
+    placement = experiment.settings.answering
+    evaluate(resident.model, resident.base.tokenizer, states, rows, placement, config.evaluation)
+    each = (time.perf_counter() - started) / sum(map(len, rows.values()))
+    points = len(config.evaluation.points) if experiment.method.upload(experiment.initial_state(clients[0])) else 1
+    scored = sum(points * len(mine.test) + len(mine.validation) for mine in experiment.examples.values())
+    return each * scored * -(-config.federation.rounds // config.evaluation.every)
+
+
+def row_table(experiment: Experiment) -> list[dict[str, Any]]:
+    """Rows and tokens of every client."""
+    return [
+        {
+            "client": client,
+            "task": experiment.federation.clients[client].train[0].task,
+            "train": len(mine.train),
+            "validation": len(mine.validation),
+            "test": len(mine.test),
+            "skipped": sum(mine.skipped.values()),
+            "tokens_mean": mean(map(len, mine.train)),
+            "tokens_max": max(map(len, mine.train)),
+        }
+        for client, mine in experiment.examples.items()
+    ]

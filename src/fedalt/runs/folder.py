@@ -1,0 +1,193 @@
+"""A run's folder: what is where, and who may write into it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fedalt.config import RunConfig, load_config, outside_code
+from fedalt.errors import UserError, listed
+from fedalt.files import disk_errors, read_json, write_json, write_json_lines, write_text
+from fedalt.runs.events import first_start, read_events
+
+IfExists = Literal["ask", "resume", "overwrite"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run, with the file names of the official README.
+
+    Attributes:
+        path: The folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def partition(self) -> Path:
+        """Which row went to which client."""
+        return self.path / "partition.json"
+
+    @property
+    def events(self) -> Path:
+        """One line per event."""
+        return self.path / "events.jsonl"
+
+    @property
+    def final_scores(self) -> Path:
+        """Scores of the last round and of the best round on validation rows."""
+        return self.path / "results" / "final_scores.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where to resume."""
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """One HTML file."""
+        return self.path / "report.html"
+
+    def client(self, client: int) -> Path:
+        """A client's adapters as PEFT folders, and its mixer."""
+        return self.path / "clients" / str(client)
+
+    def answers(self, client: int, round_: int) -> Path:
+        """A client's answers to its test rows."""
+        return self.path / "results" / f"eval_client{client}_round{round_}.jsonl"
+
+    def scores(self, client: int, round_: int) -> Path:
+        """A client's scores."""
+        return self.path / "results" / f"scores_client{client}_round{round_}.json"
+
+    def write_scores(self, client: int, round_: int, lines: list[dict[str, Any]], scores: dict[str, Any]) -> None:
+        """Write a client's answers and scores of a round."""
+        write_json_lines(self.answers(client, round_), lines)
+        write_json(self.scores(client, round_), {"round": round_, **scores})
+
+    def write_config(self, config: RunConfig, header: list[str]) -> None:
+        """Write the resolved configuration, with versions and such as comments, so that it can be run again."""
+        body = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_text(self.config, "".join(f"# {line}\n" for line in header) + body)
+
+    def clean_results(self, last_round: int) -> None:
+        """Drop results of rounds that a killed run had not finished, and half-written ones."""
+        for path in (self.path / "results").glob("*_round*.json*"):
+            match = re.search(r"_round(\d+)\.jsonl?$", path.name)
+            if match is None or int(match[1]) > last_round:
+                path.unlink()
+
+
+def settings_of(
+    path: Path | None,
+    overrides: Sequence[tuple[str, Any]],
+    if_exists: IfExists,
+    typed: Mapping[str, str] | None = None,
+) -> RunConfig:
+    """The settings of a YAML file with some replaced; a run that is resumed without one takes those of its own folder.
+
+    Args:
+        path: The file; the defaults when not given.
+        overrides: Dotted key → value.
+        if_exists: What is to be done with a run that is there.
+        typed: Dotted key → how the user has given it, for errors.
+
+    Raises:
+        UserError: See ``load_config``.
+    """
+    out = dict(overrides).get("out")
+    if path is None and if_exists == "resume" and out and (Path(out) / "config.yaml").is_file():
+        path = Path(out) / "config.yaml"
+    return load_config(path, overrides, typed)
+
+
+def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
+    """An existing run and its configuration.
+
+    Raises:
+        UserError: No run there, or its code from outside the package has changed or is gone.
+    """
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        raise UserError(f"{path}: not a run folder (no config.yaml)")
+    config = load_config(folder.config)
+    check_code(folder, config)
+    return folder, config
+
+
+def check_code(folder: RunFolder, config: RunConfig) -> None:
+    """Refuse to go on with a run whose methods, metrics and so on from outside are not those that it was made with.
+
+    Raises:
+        UserError: The code behind a name has changed since.
+    """
+    known = (first_start(read_events(folder.events)) or {}).get("code") or {}
+    if not known:
+        return
+    try:
+        now = outside_code(config)
+    except UserError as error:
+        raise UserError(f"{folder.path}: {error}; this run has its code from {listed(config.plugins)}") from None
+    for thing in known.keys() & now.keys():
+        if known[thing] != now[thing].digest:
+            raise UserError(f"{folder.path}: {thing} of {now[thing].origin} has changed since; put the old code back")
+
+
+def finished_run(path: Path) -> tuple[RunFolder, RunConfig]:
+    """An existing run that has reached its end.
+
+    Raises:
+        UserError: No run there, or one that has not finished.
+    """
+    folder, config = open_run(path)
+    if not folder.final_scores.is_file():
+        raise UserError(f"{path}: this run has not finished; continue it with: fedalt run --out {path} --resume")
+    return folder, config
+
+
+def check_folder(path: Path, if_exists: IfExists) -> RunFolder:
+    """Say whether a run may go into a folder, and touch nothing.
+
+    Raises:
+        UserError: It holds something and neither ``--resume`` nor ``--overwrite`` was given; or it is no run.
+    """
+    folder = RunFolder(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file, not a folder")
+    filled = path.is_dir() and any(not p.name.endswith(".tmp") for p in path.iterdir())  # a kill may leave one
+    if filled and not folder.partition.is_file():  # the first file that a run writes
+        raise UserError(f"{path}: not empty and not a run folder; choose another --out")
+    if filled and if_exists == "ask":
+        raise UserError(f"{path}: holds a run already; add --resume to continue it or --overwrite to replace it")
+    return folder
+
+
+def claim_folder(path: Path, if_exists: IfExists) -> RunFolder:
+    """Make the folder ready for a new run, or leave it as it is to be resumed.
+
+    Raises:
+        UserError: As ``check_folder``; or nothing can be written there.
+    """
+    folder = check_folder(path, if_exists)
+    with disk_errors(path):
+        if if_exists == "overwrite":
+            shutil.rmtree(path, ignore_errors=not path.exists())
+        path.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def final_scores(folder: RunFolder) -> dict[str, Any]:
+    """The final scores of a finished run."""
+    scores: dict[str, Any] = read_json(folder.final_scores)
+    return scores

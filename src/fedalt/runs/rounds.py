@@ -1,0 +1,298 @@
+"""Runs: start anew or from a checkpoint, go through the rounds, finish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedalt.compat import settings_0_1
+from fedalt.config import RunConfig, used_code, used_sections
+from fedalt.errors import UserError
+from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in, over_clients
+from fedalt.federation.diagnostics import product_gap
+from fedalt.federation.server import Server, sample_clients
+from fedalt.files import read_json, write_json
+from fedalt.methods.base import Method
+from fedalt.methods.exchange import Message
+from fedalt.methods.registry import section_of, title_of
+from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune, run_id
+from fedalt.runs.clients import ClientBackend, ClientReport, LocalClients
+from fedalt.runs.devices import Devices, fitting_cohort, started
+from fedalt.runs.events import EventLog, Sink
+from fedalt.runs.folder import RunFolder, check_code
+from fedalt.runs.machine import commit, peak_memory, versions
+from fedalt.runs.setup import Experiment, RunInfo
+
+
+@dataclass
+class Loop:
+    """One run in progress. Uploads are in the checkpoint's files.
+
+    Attributes:
+        facts: What is run.
+        crew: Its clients.
+        folder: Where everything goes.
+        log: Event log.
+        server: Aggregation and its memory.
+        checkpoint: The last finished round.
+        run: Identifies the run in its checkpoints.
+    """
+
+    facts: RunInfo
+    crew: ClientBackend
+    folder: RunFolder
+    log: EventLog
+    server: Server
+    checkpoint: Checkpoint
+    run: str
+
+    def round(self) -> None:
+        """The next round, from sampling to checkpoint."""
+        started = time.perf_counter()
+        with next_checkpoint(self.checkpoint) as new:
+            outcomes = self._train(new)
+            self._aggregate(new, outcomes)
+            messages = self.server.messages(self.facts.clients)
+            drifts = self.crew.row_lora_drifts(new, messages)
+            self._log_round(new.round, outcomes, drifts, time.perf_counter() - started)
+            if self._evaluates(new.round):
+                self._evaluate(new, messages)
+            new.write_manifest(self.run)
+        self.checkpoint = new
+        prune(self.folder.checkpoints, new.best)
+
+    def finish(self) -> dict[str, Any]:
+        """Write every client's folder and the final scores."""
+        number, messages = self.checkpoint.round, self.server.messages(self.facts.clients)
+        if not all(self.folder.scores(client, number).is_file() for client in self.facts.clients):
+            self._evaluate(self.checkpoint, messages)  # resumed to fewer rounds, or a site was away
+        self.crew.save(self.checkpoint, messages)
+        last, best = self._final(number), self.checkpoint.best
+        scores = {
+            "method": self.facts.method.name,
+            "metric": self.facts.config.metric,
+            "last": last,
+            "best_validation": self._final(best["round"]) if best else None,
+        }
+        write_json(self.folder.final_scores, scores)
+        self.log.emit("run_finished", round=number, mean=last["mean"], worst=last["worst"])
+        return scores
+
+    def _train(self, new: Checkpoint) -> list[ClientReport]:
+        config, number = self.facts.config, new.round
+        chosen = sample_clients(self.facts.trainers, self.facts.method.fraction(number), config.seed, number)
+        self.log.emit("round_started", round=number, clients=list(chosen))
+        outcomes = self.crew.train(chosen, self.server.messages(chosen), self.checkpoint, new)
+        for outcome in outcomes:
+            if outcome.failure:
+                self.log.emit("client_failed", round=number, client=outcome.client, reason=outcome.failure)
+        check_some_left([outcome.failure for outcome in outcomes], number, config.training.lr)
+        return outcomes
+
+    def _aggregate(self, new: Checkpoint, outcomes: Sequence[ClientReport]) -> None:
+        arrived = {outcome.client for outcome in outcomes if outcome.delivered}
+        self.server.receive(arrived, new.upload, new.round)
+        new.uploads, new.seen, new.memory = self.server.uploads, self.server.seen, self.server.memory
+        new.keep(self.checkpoint, uploads=new.uploads.keys() - arrived)
+
+    def _log_round(
+        self, number: int, outcomes: Sequence[ClientReport], drifts: Mapping[int, float | None], seconds: float
+    ) -> None:
+        trained = [outcome for outcome in outcomes if not outcome.failure]
+        for outcome in trained:
+            self.log.emit(
+                "client",
+                round=number,
+                client=outcome.client,
+                loss=outcome.stats.loss,
+                steps=outcome.stats.steps,
+                tokens=outcome.stats.tokens,
+                bytes_up=outcome.bytes_up,
+                bytes_down=outcome.bytes_down,
+                alpha=list(outcome.stats.alpha),
+                row_lora_drift=drifts.get(outcome.client),
+            )
+        self.log.emit(
+            "round",
+            round=number,
+            seconds=seconds,
+            loss=group_mean(outcome.stats.loss for outcome in trained),
+            product_gap=product_gap(self.server.adapters.values()),
+            row_lora_drift=group_mean(drift for drift in drifts.values() if drift is not None),
+            bytes_up=sum(outcome.bytes_up for outcome in outcomes),
+            bytes_down=sum(outcome.bytes_down for outcome in outcomes),
+            peak_memory=peak_memory(),
+        )
+
+    def _evaluates(self, number: int) -> bool:
+        config = self.facts.config
+        return number % config.evaluation.every == 0 or number == config.federation.rounds
+
+    def _evaluate(self, checkpoint: Checkpoint, messages: Mapping[int, Message]) -> None:
+        started = time.perf_counter()
+        validation = self.crew.score(checkpoint, messages)
+        seconds = time.perf_counter() - started
+        self.log.emit("evaluated", round=checkpoint.round, seconds=seconds, peak_memory=peak_memory())
+        best = checkpoint.best
+        metric = metric_of(self.facts.config.metric)
+        if validation is not None and (best is None or metric.better(validation, best["score"])):
+            checkpoint.best = {"round": checkpoint.round, "score": validation}
+
+    def _final(self, number: int) -> dict[str, Any]:
+        metric = self.facts.config.metric
+        files = {client: self.folder.scores(client, number) for client in self.facts.clients}
+        clients = {str(client): metrics_in(read_json(path)) for client, path in files.items() if path.is_file()}
+        if not clients:
+            raise UserError(f"round {number}: no site could be scored; add --resume when they are back")
+        means = over_clients([scores[metric] for scores in clients.values()], metric)
+        return {"round": number, **means, "clients": clients}
+
+
+def check_some_left(failures: Sequence[str | None], number: int, lr: float) -> None:
+    """Refuse to go on after a round in which every client failed.
+
+    Raises:
+        UserError: Every client failed.
+    """
+    if all(failures):
+        raise UserError(
+            f"round {number}: every client failed ({failures[0]}); a lower training.lr than {lr:g} may help; "
+            "finished rounds are safe"
+        )
+
+
+_FREE: dict[str, Any] = {
+    "out": True,
+    "report": True,
+    "plugins": True,
+    "federation": {"cohort", "devices"},
+    "flower": {"min_sites", "round_deadline", "allow_two", "client_gpus"},
+}
+"""Settings that may differ when a run is resumed; rounds may be raised, too, unless the method plans by them."""
+
+_MEMORY = "peak memory is that of the process that aggregates; the worker on each device holds a base besides"
+
+
+def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: None) -> dict[str, Any]:
+    """Run, or go on with, an experiment in its claimed folder, to the end.
+
+    Returns:
+        The content of ``final_scores.json``.
+
+    Raises:
+        UserError: The folder holds another run, or one that has gone further; the disk is full; every client failed.
+    """
+    facts, config = experiment.facts, experiment.config
+    run_, checkpoint = find_checkpoint(facts, folder)
+    log = EventLog(folder.events, sink)
+    with started(experiment, folder) as pool:
+        size = config.federation.cohort or (checkpoint.cohort if checkpoint else fitting_cohort(experiment, pool))
+        experiment = experiment.with_cohort(size)
+        here = LocalClients(experiment, folder, log)
+        crew = Devices(here, pool) if pool else here
+        loop = start(replace(facts, config=experiment.config), crew, folder, log, run_, checkpoint, size)
+        if pool:
+            log.emit("note", round=loop.checkpoint.round, text=_MEMORY)
+        return go(loop)
+
+
+def go(loop: Loop) -> dict[str, Any]:
+    """All rounds that are left, and the end."""
+    while loop.checkpoint.round < loop.facts.config.federation.rounds:
+        loop.round()
+    return loop.finish()
+
+
+def find_checkpoint(facts: RunInfo, folder: RunFolder) -> tuple[str, Checkpoint | None]:
+    """What identifies the run, and its newest checkpoint in a folder, if a round has finished.
+
+    Raises:
+        UserError: The folder holds another run, one that has gone further, or one of other code.
+    """
+    config = facts.config
+    check_code(folder, config)
+    known_by = frozen_settings(config, facts.method), settings_0_1(_frozen(config, facts.method))
+    run_, *older = (run_id(settings, facts.base, facts.rows) for settings in known_by if settings is not None)
+    checkpoint = load_checkpoint(folder.checkpoints, run_, *older)
+    if checkpoint and checkpoint.round > config.federation.rounds:
+        raise UserError(
+            f"federation.rounds: {config.federation.rounds} asked for, but {folder.path} has finished "
+            f"{checkpoint.round} rounds"
+        )
+    return run_, checkpoint
+
+
+def frozen_settings(config: RunConfig, method: Method) -> dict[str, Any]:
+    """The settings that a run's numbers depend on, as JSON: of code its text, wherever it lies."""
+    values = _frozen(config, method)
+    for name in config.sections.keys() - {section_of(type(method)), *used_sections(config)}:
+        del values[name]
+    if code := used_code(config):
+        values["code"] = code
+    return values
+
+
+def _frozen(config: RunConfig, method: Method) -> dict[str, Any]:
+    """The settings without those that are free, with the sections of all methods."""
+    values = config.model_dump(mode="json", exclude=_FREE)
+    if not method.depends_on_rounds:
+        del values["federation"]["rounds"]
+    if not config.evaluation.metrics:
+        del values["evaluation"]["metrics"]  # as before there was such a setting
+    return values
+
+
+def start(
+    facts: RunInfo,
+    crew: ClientBackend,
+    folder: RunFolder,
+    log: EventLog,
+    run_: str,
+    checkpoint: Checkpoint | None,
+    cohort: int = 1,
+    server: Server | None = None,
+) -> Loop:
+    """A run that is ready for its next round, with the beginning of its folder written or what a kill left tidied."""
+    server = server or Server(facts.method, facts.config.federation, facts.samples, facts.shapes)
+    if checkpoint:
+        checkpoint.restore(server)
+    last = replace(checkpoint or Checkpoint(folder.checkpoints / "round_0000", 0), cohort=cohort)
+    loop = Loop(facts, crew, folder, log, server, last, run_)
+    _write_start(loop, resumed=checkpoint is not None)
+    return loop
+
+
+def _write_start(loop: Loop, resumed: bool) -> None:
+    facts, folder, done = loop.facts, loop.folder, loop.checkpoint.round
+    about = {**versions(), "commit": commit()}
+    if resumed:
+        loop.log.truncate(done)
+        folder.clean_results(done)
+        prune(folder.checkpoints, loop.checkpoint.best)
+        if done < facts.config.federation.rounds:
+            folder.final_scores.unlink(missing_ok=True)  # until it has finished again
+    else:
+        folder.events.unlink(missing_ok=True)
+        write_json(folder.partition, facts.partition)
+    folder.write_config(facts.config, [f"{name}: {value}" for name, value in about.items() if value])
+    loop.log.emit(
+        "run_resumed" if resumed else "run_started",
+        round=done,
+        method=facts.config.method,
+        title=title_of(facts.config.method),
+        code=used_code(facts.config),
+        clients=list(facts.clients),
+        tasks=dict(facts.tasks),
+        rounds=facts.config.federation.rounds,
+        source=facts.source,
+        metric=facts.config.metric,
+        base=facts.base,
+        run=loop.run,
+        shared_parameters=facts.shared,
+        trainable_parameters=facts.trainable,
+        versions=about,
+    )
+    for note in () if resumed else facts.notes:
+        loop.log.emit("note", round=done, text=note)

@@ -1,0 +1,359 @@
+"""From a configuration to everything a run needs, with every check that can be made before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from statistics import mean
+from typing import Any
+
+from torch import Tensor
+
+from fedalt.config import RunConfig
+from fedalt.data.encode import (
+    AnswerEncoder,
+    ClientExamples,
+    Encoder,
+    Example,
+    ImageEncoder,
+    TextEncoder,
+    encode_federation,
+    template_text,
+)
+from fedalt.data.federation import Federation, check_labels, labels_of
+from fedalt.data.load import Rows
+from fedalt.data.record import digests, record
+from fedalt.errors import UserError
+from fedalt.evaluation.choices import options_of
+from fedalt.evaluation.metrics import metric_of
+from fedalt.federation.client import RoundSettings
+from fedalt.federation.cohort import fitting_cohort
+from fedalt.methods.base import Method, trainable
+from fedalt.methods.registry import build, configured
+from fedalt.model.adapted import AdaptedModel
+from fedalt.model.base import Base, load_base, positions
+from fedalt.model.classifier import drawn_heads
+from fedalt.model.state import AdapterShape, ClientState, initial_state, start_group
+from fedalt.names import Key
+from fedalt.seeding import rng
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What identifies a run, what its server must know, and what its log starts with.
+
+    Attributes:
+        config: The settings.
+        method: The method, for this number of clients.
+        base: Fingerprint of the frozen base's weights.
+        rows: Fingerprint of all rows, where they are known.
+        samples: Training rows per client, for every client of the run.
+        trainers: Clients that may train.
+        tasks: Client → its task.
+        shapes: Shape of every tensor that a client may upload.
+        source: Where the rows came from.
+        shared: Parameters that a client sends per round.
+        trainable: Parameters that a client trains.
+        partition: The content of partition.json.
+        notes: What the user should know.
+    """
+
+    config: RunConfig
+    method: Method
+    base: str
+    rows: str
+    samples: Mapping[int, int]
+    trainers: tuple[int, ...]
+    tasks: Mapping[str, str]
+    shapes: Mapping[Key, tuple[int, ...]]
+    source: str
+    shared: int
+    trainable: int
+    partition: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def clients(self) -> tuple[int, ...]:
+        """Ids of all clients."""
+        return tuple(self.samples)
+
+
+_MOST_NOTES = 20
+"""Clients whose skipped rows get a note of their own."""
+
+
+@dataclass(frozen=True)
+class Resident:
+    """The one base model in memory, wrapped for adapters; runs of several methods share it."""
+
+    base: Base
+    model: AdaptedModel
+
+    def encoder(self, config: RunConfig) -> Encoder:
+        """What makes examples of rows, by the task."""
+        read, data, labels = self.base.tokenizer, config.data, config.model.labels or ()
+        if config.model.task == "image_classification":
+            channels = getattr(self.base.model.config, "num_channels", 3)
+            return ImageEncoder(read, labels, channels, self.model.image_tokens)
+        return TextEncoder(read, labels, data.cutoff) if labels else AnswerEncoder(read, data.template, data.cutoff)
+
+    def heads(self, seed: int, client: int) -> dict[Key, Tensor]:
+        """What a client's heads start from: the checkpoint's, or drawn where it has none."""
+        std = float(getattr(self.base.model.config, "initializer_range", 0.02))
+        start = self.model.head_start
+        stems = tuple(f"{path}." for path in self.base.new)
+        new = {key: value for key, value in start.items() if f"{key.module}.".startswith(stems)}
+        return start | drawn_heads(new, std, lambda key: rng(seed, "head", client, str(key)))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run that can start.
+
+    Attributes:
+        config: Its configuration.
+        federation: Rows of every client.
+        examples: The same in tokens.
+        resident: The base model.
+        method: The method, for this number of clients.
+        settings: What ``client_round`` needs besides states.
+        notes: What the user should know: skipped rows, a federation of two.
+        rows: Where the rows came from; other runs may share it.
+    """
+
+    config: RunConfig
+    federation: Federation
+    examples: dict[int, ClientExamples]
+    resident: Resident
+    method: Method
+    settings: RoundSettings
+    notes: tuple[str, ...]
+    rows: Rows
+
+    @property
+    def shape(self) -> AdapterShape:
+        """Shapes of one client's adapters."""
+        return self.method.shape
+
+    @property
+    def rows_digest(self) -> str:
+        """Fingerprint of all rows and of who has them."""
+        return hashlib.sha256(json.dumps(digests(self.federation)).encode()).hexdigest()
+
+    @property
+    def facts(self) -> RunInfo:
+        """What the rounds know of this run."""
+        config, rows = self.config, self.federation.clients
+        some = config.data.held_out or config.data.partition.file
+        held_out = self.rows.both(config.data, config.seed)[1] if some else None
+        return RunInfo(
+            config,
+            self.method,
+            self.resident.base.sha256,
+            self.rows_digest,
+            {client: len(mine.train) for client, mine in self.examples.items()},
+            self.trainers,
+            {str(client): data.train[0].task for client, data in rows.items()},
+            self.upload_shapes,
+            self.federation.source,
+            self.sent,
+            self.trained,
+            record(config.data, config.seed, self.federation, held_out),
+            self.notes,
+        )
+
+    @property
+    def fitting_cohort(self) -> int:
+        """Clients on the model at a time, by the length of their rows and the memory that is free now."""
+        lengths = [mean(map(len, mine.train)) for mine in self.examples.values()]
+        whole = self.shape.size() + self.head_size
+        return fitting_cohort(self.resident.model, lengths, self.config.training.batch_size, whole, self.trained)
+
+    @property
+    def trained(self) -> int:
+        """Parameters that a client trains."""
+        return trainable(self.method) + self.head_size
+
+    def with_cohort(self, size: int) -> Experiment:
+        """The same with so many clients on the model at a time."""
+        federation = self.config.federation.model_copy(update={"cohort": size})
+        return replace(self, config=self.config.model_copy(update={"federation": federation}))
+
+    def initial_state(self, client: int) -> ClientState:
+        """What a client starts from, made from the seed."""
+        lora, seed = self.config.lora, self.config.seed
+        rank = self.method.rank_of(client)
+        state = initial_state(self.shape, client, seed, lora.init, lora.mixer_init, self.method.frozen, rank)
+        return replace(state, heads=self.resident.heads(seed, start_group(lora.init, client)))
+
+    @property
+    def upload_shapes(self) -> dict[Key, tuple[int, ...]]:
+        """Shape of every tensor that a client may send; the largest where ranks are unequal."""
+        shapes: dict[Key, tuple[int, ...]] = {k: v for k, v in self.shape.shapes().items() if self.method.shares(k)}
+        if shapes and self.settings.shares_heads:
+            shapes |= {key: tuple(value.shape) for key, value in self.resident.model.head_start.items()}
+        return shapes
+
+    @property
+    def sent(self) -> int:
+        """Parameters that a client sends per round."""
+        return sum(map(prod, self.upload_shapes.values()))
+
+    @property
+    def head_size(self) -> int:
+        """Parameters of a client's heads."""
+        return sum(value.numel() for value in self.resident.model.head_start.values())
+
+    def personalised(self, states: Sequence[ClientState]) -> list[ClientState]:
+        """A cohort's models that answer, made from what clients keep."""
+        rows = {state.client: self.examples[state.client].train for state in states}
+        return self.method.personalise(self.resident.model, states, rows, self.settings.answering)
+
+    @property
+    def trainers(self) -> tuple[int, ...]:
+        """Clients that may train: everybody, or the first in the name of all."""
+        return self.federation.ids[:1] if self.method.centralised else self.federation.ids
+
+    def training_rows(self, client: int) -> Sequence[Example]:
+        """What a client trains on: its own rows, or everybody's."""
+        if self.method.centralised:
+            return [row for mine in self.examples.values() for row in mine.train]
+        return self.examples[client].train
+
+
+def load_resident(config: RunConfig) -> Resident:
+    """Load the base model and wrap its targets.
+
+    Raises:
+        UserError: See ``load_base`` and ``find_targets``.
+    """
+    base = load_base(config.model)
+    checkpointing = config.model.gradient_checkpointing
+    pooling = config.model.pooling
+    model = AdaptedModel(base.model, config.lora.targets, checkpointing, heads=base.heads, pooling=pooling)
+    return Resident(base, model)
+
+
+def load_rows(config: RunConfig, rows: Rows) -> tuple[RunConfig, Federation]:
+    """The rows; and the settings with the classes that training rows have, where rows are classified and none are set.
+
+    Raises:
+        UserError: See ``load_both``, ``labels_of`` and ``check_labels``.
+    """
+    federation, held_out = rows.both(config.data, config.seed)
+    if not config.classifies:
+        return config, federation
+    if config.model.labels is not None:
+        check_labels(config.model.labels, federation, held_out)
+        return config, federation
+    labels = labels_of(federation, held_out)
+    return config.model_copy(update={"model": config.model.model_copy(update={"labels": labels})}), federation
+
+
+def prepare(
+    config: RunConfig,
+    resident: Resident | None = None,
+    federation: Federation | None = None,
+    clients: int | None = None,
+    rows: Rows | None = None,
+) -> Experiment:
+    """Check the method, read the rows, load the base, tokenise.
+
+    Args:
+        config: The settings.
+        resident: The base, where it is in memory.
+        federation: The rows, where they are in memory.
+        clients: Clients that the method counts, if not those with rows.
+        rows: Where rows are had from, if other runs share them.
+
+    Raises:
+        UserError: Anything that is wrong with the settings, the rows or the model.
+    """
+    config = configured(config, config.method)
+    rows = rows or Rows()
+    if federation is None:
+        config, federation = load_rows(config, rows)
+    resident = resident or load_resident(config)
+    config, shortened = _fit_positions(config, resident)
+    examples = encode_federation(federation, _encoder(rows, resident, config), config.data)
+    if metric_of(config.metric).reads == "option":
+        _check_options(config.metric, examples)
+    method = build(config, clients or len(federation.clients), resident.model.layer_sizes)
+    method.rank_of(0)  # refuses ranks where there is no rule for them
+    settings = RoundSettings(method, config.training, method.centralised or config.federation.heads == "shared")
+    notes = (*shortened, *_padding(config, resident.model), *_notes(config, federation, examples, method))
+    return Experiment(config, federation, examples, resident, method, settings, notes, rows)
+
+
+def _encoder(rows: Rows, resident: Resident, config: RunConfig) -> Encoder:
+    """What makes examples of rows; runs that read them alike share it."""
+    template = None if config.classifies else template_text(config.data.template)
+    settings = (config.model.task, config.model.labels, template, config.data.cutoff)
+    return rows.encoder(resident.base.tokenizer, settings, lambda: resident.encoder(config))
+
+
+def _check_options(metric: str, examples: Mapping[int, ClientExamples]) -> None:
+    for client, mine in examples.items():
+        if not any(options_of(example.row.instruction) for example in mine.test):
+            raise UserError(f"evaluation.metric: {metric} asked for, but no test row of client {client} lists OPTIONS")
+
+
+def _fit_positions(config: RunConfig, resident: Resident) -> tuple[RunConfig, tuple[str, ...]]:
+    """Lower the cut-off so that a prompt of that length and its answer fit the model's positions."""
+    if config.model.task == "image_classification":
+        return config, ()
+    limit = positions(resident.base.model, resident.base.tokenizer if config.classifies else None)
+    longest = 0 if config.classifies else config.evaluation.max_new_tokens
+    if limit is None or config.data.cutoff + longest <= limit:
+        return config, ()
+    cutoff = limit - longest
+    if cutoff < 1:
+        raise UserError(f"evaluation.max_new_tokens: {longest} fills the model's {limit} positions, no prompt fits")
+    note = f"data.cutoff lowered from {config.data.cutoff} to {cutoff}: the model has {limit} positions"
+    return config.model_copy(update={"data": config.data.model_copy(update={"cutoff": cutoff})}), (note,)
+
+
+def _padding(config: RunConfig, model: AdaptedModel) -> tuple[str, ...]:
+    if not model.unpacked:
+        return ()
+    advice = "" if config.training.order == "bucketed" else "; training.order=bucketed wastes less"
+    return (f"rows are padded, not packed, on this model: {model.unpacked}{advice}",)
+
+
+def _notes(
+    config: RunConfig, federation: Federation, examples: dict[int, ClientExamples], method: Method
+) -> tuple[str, ...]:
+    notes, short = list(federation.notes), list[str]()
+    for client, mine in examples.items():
+        skipped = ", ".join(f"{count} {split}" for split, count in mine.skipped.items() if count)
+        if skipped:
+            short.append(
+                f"client {client}: {skipped} rows skipped, their prompt fills data.cutoff={config.data.cutoff}"
+            )
+    notes += short[:_MOST_NOTES]
+    if len(short) > _MOST_NOTES:
+        notes.append(f"rows of {len(short) - _MOST_NOTES} more clients skipped, too")
+    if method.leave_one_out and method.clients == 2:
+        notes.append("two clients: each one's RoW LoRA is the other client's individual LoRA, nothing is hidden")
+    if method.leave_one_out and method.clients == 1:
+        notes.append("one client: there is no rest of the world, so the mixer is bypassed and this equals local")
+    return tuple(notes)
+
+
+class Bases:
+    """The base model in memory, loaded anew only for settings that ask for another."""
+
+    def __init__(self) -> None:
+        self._wanted: Any = None
+        self._resident: Resident | None = None
+
+    def of(self, config: RunConfig) -> Resident:
+        """The base of a run, wrapped for its targets."""
+        wanted = (config.model, config.lora.targets)
+        if self._resident is None or wanted != self._wanted:
+            self._resident = None  # two bases at a time may not fit
+            self._resident, self._wanted = load_resident(config), wanted
+        return self._resident

@@ -1,0 +1,464 @@
+"""Comparisons: what is tested against what, jobs, resumption, sweeps and the files they leave."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedalt.cli.compare_tables import compare_table
+from fedalt.comparisons import budget
+from fedalt.comparisons import compare as comparing
+from fedalt.comparisons import jobs as members
+from fedalt.comparisons.compare import collect, compare, plan
+from fedalt.comparisons.statistics import half_width, paired
+from fedalt.comparisons.sweep import Point, parse_axis, points, sweep
+from fedalt.comparisons.tables import EQUAL, Grid, Score, columns, gain_grid, markdown, score_grid, verdict_grid
+from fedalt.config import RunConfig, parse_config
+from fedalt.errors import UserError
+from fedalt.methods.registry import title_of
+from fedalt.runs import setup
+from fedalt.runs.setup import load_resident
+from micro import CLIENTS, data_folder, labelled_table, left_behind, settings, shared_classifier
+from pooled import dying, leaving
+from support import METHODS
+
+QUICK = {"federation__rounds": 1, "training__local_epochs": 1}
+METHOD_NAMES = ("local", "fedit", "fedalt")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def config(**changes: Any) -> RunConfig:
+    return parse_config(settings(Path("unused"), **(QUICK | changes)), "settings")
+
+
+def quiet(event: Any) -> None:
+    """Nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Three methods, two seeds, two rounds."""
+    out = tmp_path_factory.mktemp("comparison")
+    values = config(federation__rounds=2, training__local_epochs=3)
+    return out, compare(values, METHOD_NAMES, (0, 1), out, "ask", quiet)
+
+
+# --------------------------------------------------------------------------------------------------------- what is said
+
+
+def test_gains_and_harm_are_by_client(done: Any) -> None:
+    methods = done[1]["methods"]
+    local = methods["local"]["per_client"]
+    for name, block in methods.items():
+        assert block["title"] == title_of(name)
+        assert block["ci95"] == pytest.approx(
+            half_width([sum(v.values()) / CLIENTS for v in block["per_seed"].values()])
+        )
+        gains = {client: score - local[client] for client, score in block["per_client"].items()}
+        assert block["gain_per_client"] == pytest.approx(gains)
+        assert block["harmed_clients"] == [client for client, gain in gains.items() if gain < 0]
+        assert block["harmed"] == len(block["harmed_clients"])
+        assert block["per_client"][block["worst_client"]] == min(block["per_client"].values())
+        assert block["scoring_seconds"] > 0
+        assert block["peak_memory"] > 1e6
+    assert methods["local"]["harmed"] == 0
+
+
+def test_every_method_is_tested_against_fedalt(done: Any) -> None:
+    comparison = done[1]
+    assert comparison["reference"] == "fedalt"
+    assert comparison["methods"]["fedalt"]["against"] is None
+    reference = comparison["methods"]["fedalt"]["per_seed"]
+    for name in ("local", "fedit"):
+        mine = comparison["methods"][name]
+        apart = [mine["per_seed"][s][c] - reference[s][c] for s in reference for c in reference[s]]
+        test, expected = mine["against"], paired(apart)
+        assert (test["difference"], test["p"], test["pairs"]) == (
+            pytest.approx(expected.difference),
+            pytest.approx(expected.p),
+            2 * CLIENTS,
+        )
+        assert test["p"] <= test["p_adjusted"] <= min(1, 2 * test["p"])
+
+
+def test_without_fedalt_the_first_is_the_reference_and_without_local_there_is_no_gain(done: Any) -> None:
+    members = [m for m in plan(config(), METHOD_NAMES, (0, 1), done[0], "resume") if m.name == "fedit"]
+    alone = collect(members, config())
+    assert alone["reference"] == "fedit"
+    block = alone["methods"]["fedit"]
+    assert (block["gain_over_local"], block["harmed"], block["against"]) == (None, None, None)
+    assert "–" in markdown(verdict_grid(alone))
+    assert gain_grid(alone) is None
+
+
+def test_a_row_for_reference_is_not_what_others_are_tested_against(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "REFERENCE_ROWS", ("local",))
+    members = [m for m in plan(config(), METHOD_NAMES, (0, 1), done[0], "resume") if m.name != "fedalt"]
+    assert collect(members, config())["reference"] == "fedit"
+
+
+def test_one_seed_has_no_interval(done: Any) -> None:
+    members = [m for m in plan(config(), METHOD_NAMES, (0, 1), done[0], "resume") if m.config.seed == 0]
+    one = collect(members, config())
+    assert one["methods"]["fedalt"]["ci95"] is None
+    assert one["methods"]["local"]["against"]["pairs"] == CLIENTS
+    assert "±" not in markdown(score_grid(one))
+
+
+def test_reference_rows_come_last_and_harm_nobody(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "REFERENCE_ROWS", ("fedit",))
+    members = plan(config(), METHOD_NAMES, (0, 1), done[0], "resume")
+    comparison = collect(members, config())
+    assert comparison["below"] == ["fedit"]
+    assert comparison["methods"]["fedit"]["harmed"] is None
+    grid = score_grid(comparison)
+    assert [row[0] for row in grid.rows] == ["Local", "FedALT"]
+    assert [row[0] for row in grid.below] == ["FedIT"]
+    text = markdown(grid)
+    assert text.index("| FedALT") < text.index("*for reference*") < text.index("| FedIT")
+    shown = printed(compare_table(comparison))
+    assert shown.index("FedALT") < shown.index("FedIT")
+
+
+def test_a_method_without_rounds_costs_nothing() -> None:
+    assert comparing._cost([[{"event": "run_started"}]]) == {
+        "bytes_up": 0,
+        "bytes_down": 0,
+        "seconds": 0,
+        "scoring_seconds": 0,
+        "peak_memory": 0,
+        "peak_memory_gpu": None,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_csv_has_a_line_per_method_seed_and_client(done: Any) -> None:
+    out, comparison = done
+    with (out / "comparison.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 3 * 2 * CLIENTS
+    for line in lines:
+        seeds = comparison["methods"][line["method"]]["per_seed"]
+        assert float(line["score"]) == seeds[line["seed"]][line["client"]]
+        local = comparison["methods"]["local"]["per_seed"][line["seed"]][line["client"]]
+        assert float(line["gain_over_local"]) == pytest.approx(float(line["score"]) - local)
+        assert line["task"] == f"task{line['client']}"
+
+
+def test_markdown_is_methods_by_tasks_and_then_the_tests(done: Any) -> None:
+    out, comparison = done
+    text = (out / "comparison.md").read_text()
+    first, second, third = text.split("## ")[1:]
+    assert "| method | task0 | task1 | task2 | average |" in first
+    block = comparison["methods"]["fedalt"]
+    average = f"{block['mean']:.1f} ± {block['ci95']:.1f}"
+    (row,) = [line for line in first.splitlines() if line.startswith("| FedALT |")]
+    assert row.endswith((f"| {average} |", f"| **{average}** |"))
+    assert EQUAL in first, "FFA-LoRA, say, trains half as much"
+    gains = [*block["gain_per_client"].values(), block["gain_over_local"]]
+    (row,) = [line for line in third.splitlines() if line.startswith("| FedALT |")]
+    assert row.replace("**", "") == " | ".join(["| FedALT", *(f"{gain:+.1f}" for gain in gains)]) + " |"
+    assert "| Local |" not in third
+    assert "vs FedALT" in second
+    assert "| reference |" in second
+    assert len({line.count("|") for line in second.splitlines() if line.startswith("|")}) == 1
+    assert json.loads((out / "comparison.json").read_text()) == comparison
+
+
+def test_the_best_of_a_column_is_bold_and_text_stays_in_its_cell() -> None:
+    grid = Grid(
+        "t", ["m", "a|b"], [["x", Score(2.0, "2.0 ± 1")], ["y", Score(1.0, "1.0")]], [["z", Score(9, "9.0")]], ["n"]
+    )
+    assert grid.best == [None, 2.0]
+    assert markdown(grid).splitlines()[2:] == [
+        "| m | a\\|b |",
+        "| --- | ---: |",
+        "| x | **2.0 ± 1** |",
+        "| y | 1.0 |",
+        "| *for reference* |  |",
+        "| z | 9.0 |",
+        "",
+        "n",
+    ]
+
+
+def test_clients_of_a_task_share_a_column() -> None:
+    tasks = {str(i): ("a", "b")[i % 2] for i in range(6)}
+    assert columns({"tasks": tasks}) == {"a (3 clients)": ["0", "2", "4"], "b (3 clients)": ["1", "3", "5"]}
+    assert columns({"tasks": {"0": "a", "1": ""}}) == {"a": ["0"], "1": ["1"]}
+    assert columns({"tasks": {"0": "a", "1": "a"}}) == {"0": ["0"], "1": ["1"]}
+    assert columns({"tasks": {str(i): f"t{i}" for i in range(21)}}) == {}
+
+
+def printed(table: Any, width: int = 100) -> str:
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    console.print(table)
+    return console.export_text()
+
+
+def many(comparison: dict[str, Any], count: int, clients: int) -> dict[str, Any]:
+    """The same with copies of methods and clients: as wide as the paper's tables."""
+    block = next(b for b in comparison["methods"].values() if b["against"])
+    ids = [str(i) for i in range(clients)]
+    block |= {"per_client": {c: 50.0 + i for i, c in enumerate(ids)}, "title": "FedALT, no mixer"}
+    methods = {f"m{i}": dict(block) for i in range(count)} | {"fedalt": dict(block, against=None, title="FedALT")}
+    tasks = {c: f"tiny_{name}" for c, name in zip(ids, LONG, strict=False)}
+    return {**comparison, "tasks": tasks, "methods": methods}
+
+
+LONG = ("commonsense", "coreference", "inference", "paraphrase", "reading", "sentiment", "verbalise", "topic")
+
+
+def test_ten_methods_on_eight_tasks_fit_100_columns(done: Any) -> None:
+    text = printed(compare_table(many(json.loads(json.dumps(done[1])), 9, 8)))
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 100
+    rows = [line for line in text.splitlines() if line.startswith(" FedALT")]
+    assert len(rows) == 20, "a line per method in both tables: nothing is folded"
+    for word in ("commo.", "topic", "average", "verdict", "harmed", "Local"):
+        assert word in text
+
+
+def test_a_few_methods_stand_beside_each_other(done: Any) -> None:
+    text = printed(compare_table(done[1]))
+    assert "┃ client " in text
+    assert EQUAL in text
+    for word in ("mean of 2 seeds", "clients harmed", "gain over Local", "vs FedALT", "verdict", "reference", "±"):
+        assert word in text
+
+
+# ----------------------------------------------------------------------------------------------------- jobs, resumption
+
+
+def test_an_error_in_a_job_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no-such-model") as caught:
+        compare(config(model__name="./no-such-model"), ["local"], (0,), tmp_path / "out", "ask", quiet, jobs=2)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("work", "error", "line"),
+    [
+        (dying, UserError, r"--jobs: job 0 \(local seed 0\) was killed \(signal 9\).*--resume"),
+        (leaving, RuntimeError, r"job 0 \(local seed 0\) ended with status 3"),
+    ],
+)
+def test_a_job_that_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Any, error: type[Exception], line: str
+) -> None:
+    monkeypatch.setattr(members, "_job", work)
+    with pytest.raises(error, match=line):
+        compare(config(), ["local"], (0,), tmp_path / "out", "ask", quiet, jobs=2)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_comparison_that_was_killed_goes_on(done: Any, tmp_path: Path, jobs: int) -> None:
+    """One run has finished, one stands in its first round, one has not started; the end is that of one job."""
+    values = config(federation__rounds=2, training__local_epochs=3)
+    killed, seen = tmp_path / "killed", list[dict[str, Any]]()
+
+    def kill(event: Any) -> None:
+        seen.append(event)
+        if event["event"] == "evaluated" and sum(one["event"] == "member" for one in seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(values, METHOD_NAMES, (0,), killed, "ask", kill)
+    assert not (killed / "comparison.json").exists()
+    assert not (killed / "fedalt-seed0").exists()
+    with pytest.raises(UserError, match="holds a run already"):
+        compare(values, METHOD_NAMES, (0,), killed, "ask", quiet)
+    seen.clear()
+    made = compare(values, METHOD_NAMES, (0,), killed, "resume", seen.append, jobs=jobs)
+    for name in METHOD_NAMES:
+        mine, whole = left_behind(killed / f"{name}-seed0"), left_behind(done[0] / f"{name}-seed0")
+        mine[0].pop("config.yaml"), whole[0].pop("config.yaml")  # they name their folders
+        assert mine == whole
+        assert made["methods"][name]["per_seed"]["0"] == done[1]["methods"][name]["per_seed"]["0"]
+    assert {event.get("job") for event in seen} == ({None} if jobs == 1 else {0, 1})
+    assert sorted(event["method"] for event in seen if event["event"] == "member") == sorted(METHOD_NAMES)
+
+
+# ----------------------------------------------------------------------------------------------------- names and budget
+
+
+def test_members_are_checked_before_the_first_starts(tmp_path: Path) -> None:
+    for methods, seeds, line in (
+        ((), (0,), "--methods: name at least one of"),
+        (("local", "fedallt"), (0,), 'did you mean "fedalt"'),
+        (("local",), (0, -1), "--seeds -1"),
+    ):
+        with pytest.raises(UserError, match=line):
+            compare(config(), methods, seeds, tmp_path / "out", "ask", quiet)
+    for changes, line in (
+        ({"federation__weighting": "uniform"}, "federation.weighting: uniform has no effect on hetlora"),
+        ({"lora__init": "per_client"}, "lora.init: per_client .* ffa_lora"),
+        ({"lora__ranks": [1, 4, 2]}, "lora.ranks: ffa_lora has no rule"),
+    ):
+        with pytest.raises(UserError, match=line):
+            compare(config(**changes), ("local", "hetlora", "ffa_lora"), (0,), tmp_path / "out", "ask", quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_member_has_the_name_it_was_asked_for(tmp_path: Path) -> None:
+    members = plan(config(), ["fedit", "fedit", "local"], [1, 1], tmp_path, "ask")
+    assert [(m.name, m.config.seed, m.folder.path.name) for m in members] == [
+        ("fedit", 1, "fedit-seed1"),
+        ("local", 1, "local-seed1"),
+    ]
+    assert all(member.from_json(json.loads(json.dumps(member.to_json()))) == member for member in members)
+
+
+def test_a_budget_is_matched_for_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def matched(config: RunConfig, name: str, layer_sizes: Any, clients: int, by: str) -> RunConfig:
+        asked.append((name, clients, by, len(layer_sizes) > 0))
+        return config.model_copy(update={"lora": config.lora.model_copy(update={"r": 2})})
+
+    monkeypatch.setattr(budget, "matched", matched)
+    made = compare(config(), ["local", "fedalt"], (0,), tmp_path, "ask", quiet, budget="bytes")
+    assert asked == [("local", CLIENTS, "bytes", True), ("fedalt", CLIENTS, "bytes", True)]
+    assert made["budget"] == "bytes"
+    assert "r: 2\n" in (tmp_path / "local-seed0" / "config.yaml").read_text()
+    text = (tmp_path / "comparison.md").read_text()
+    assert "equal bytes" in text and EQUAL not in text
+
+
+def test_methods_of_a_seed_have_the_same_rows_on_one_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are dealt by the seed; the base is loaded once for all."""
+    loaded = []
+
+    def load(config: RunConfig) -> Any:
+        loaded.append(config.model.name)
+        return load_resident(config)
+
+    monkeypatch.setattr(setup, "load_resident", load)
+    source = {"data": labelled_table(header=True), "model": shared_classifier()}
+    changes = {"model__task": "sequence_classification", "data__clients": CLIENTS, "data__train_limit": 6}
+    values = parse_config(settings(Path("unused"), **source, **QUICK, **changes), "settings")
+    compare(values, METHOD_NAMES, (0, 1), tmp_path, "ask", quiet)
+    assert len(loaded) == 1
+    dealt = [[(tmp_path / f"{n}-seed{seed}" / "partition.json").read_text() for n in METHOD_NAMES] for seed in (0, 1)]
+    assert [len(set(mine)) for mine in dealt] == [1, 1]
+    assert dealt[0][0] != dealt[1][0]
+
+
+# --------------------------------------------------------------------------------------------------------------- sweeps
+
+
+@pytest.mark.parametrize(
+    ("text", "axis"),
+    [
+        ("lora.r=4,6,8", ("lora.r", [4, 6, 8])),
+        (" lora.init = shared,per_client", ("lora.init", ["shared", "per_client"])),
+        ("lora.targets=[q_proj],[q_proj, v_proj]", ("lora.targets", [["q_proj"], ["q_proj", "v_proj"]])),
+        ("training.lr=1.0e-3", ("training.lr", [0.001])),
+        ("federation.clients=8,16", ("data.clients", [8, 16])),
+    ],
+)
+def test_axes_are_yaml(text: str, axis: Any) -> None:
+    assert parse_axis(text) == axis
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("lora.r", "write key.path=value,value"),
+        ("=4", "write key.path=value,value"),
+        ("lora.r=", "at least one value"),
+        ("lora.r=[4", "not valid YAML"),
+        ("seed=1,2", "use --seeds"),
+        ("method=local", "use --methods"),
+    ],
+)
+def test_axes_that_are_none(text: str, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        parse_axis(text)
+
+
+@pytest.mark.parametrize(
+    ("axes", "line"),
+    [
+        ([("lora.rr", [4])], r'^--sweep lora.rr=4: unknown key "lora.rr" \(did you mean "r"\?\)$'),
+        ([("lora.r", [4, 0])], r'^--sweep lora.r=0: "lora.r" = 0: '),
+        ([("lora.r", [4, 4])], "lora.r=4 is there twice"),
+        ([("lora.r", [4]), ("lora.r", [6])], "--sweep lora.r: given twice"),
+        ([("data.clients", [3, 4])], "data.clients: 4 clients asked for.*multiple of 3"),
+        ([("data.tasks_per_client", [1, 4])], "data.tasks_per_client: 4 asked for"),
+    ],
+)
+def test_points_are_checked_before_the_first_starts(tmp_path: Path, axes: Any, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        sweep(config(), axes, ["local"], (0,), tmp_path / "out", "ask", quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_points_are_every_combination() -> None:
+    made = points(config(), [("lora.r", [2, 4]), ("training.local_epochs", [1, 2])])
+    assert [point.name for point in made] == [
+        f"lora.r={r},training.local_epochs={epochs}" for r in (2, 4) for epochs in (1, 2)
+    ]
+    assert [(p.config.lora.r, p.config.training.local_epochs) for p in made] == [(2, 1), (2, 2), (4, 1), (4, 2)]
+    assert {p.config.lora.alpha for p in made} == {16}, "stays as configured"
+
+
+def test_a_value_is_a_safe_folder_name() -> None:
+    assert Point({"model.name": "../a b/c"}, config()).name == "model.name=.._a_b_c"
+
+
+def test_a_sweep(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def watch(event: Any) -> None:
+        seen.append(event["name"] if event["event"] == "point" else "")
+
+    made = sweep(config(), [("lora.r", [2, 4])], ["local", "fedalt"], (0, 1), tmp_path, "ask", watch)
+    assert [name for name in seen if name] == ["lora.r=2", "lora.r=4"]
+    assert json.loads((tmp_path / "sweep.json").read_text()) == made
+    for point, r in zip(made["points"], (2, 4), strict=True):
+        folder = tmp_path / f"lora.r={r}"
+        comparison = json.loads((folder / "comparison.json").read_text())
+        assert f"r: {r}\n" in (folder / "local-seed0" / "config.yaml").read_text()
+        for name in ("local", "fedalt"):
+            assert point["methods"][name]["mean"] == comparison["methods"][name]["mean"]
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["lora.r"], line["method"]) for line in lines] == [
+        (r, name) for r in ("2", "4") for name in ("local", "fedalt")
+    ]
+    text = (tmp_path / "sweep.md").read_text()
+    assert "| method \\\\ lora.r | 2 | 4 |" in text
+    block = made["points"][1]["methods"]["fedalt"]
+    assert f"{block['mean']:.1f} ± {block['ci95']:.1f}" in text
+
+
+def test_clients_of_a_sweep_split_the_same_rows(tmp_path: Path) -> None:
+    folder = data_folder(tmp_path / "rows", clients=2, train=8, test=4)
+    values = config(data__source=str(folder))
+    made = sweep(values, [("data.clients", [2, 4])], ["local"], (0,), tmp_path / "out", "ask", quiet)
+    assert [point["clients"] for point in made["points"]] == [2, 4]
+    rows = [partition_rows(tmp_path / "out" / f"data.clients={n}" / "local-seed0") for n in (2, 4)]
+    assert rows[0] == rows[1]
+
+
+def partition_rows(run: Path) -> dict[str, list[str]]:
+    clients = json.loads((run / "partition.json").read_text())["clients"].values()
+    return {split: sorted(d for client in clients for d in client[split]) for split in ("train", "test")}
+
+
+def test_every_shipped_method_has_a_title() -> None:
+    assert all(title_of(name) for name in METHODS)

@@ -1,0 +1,43 @@
+"""What ``fedalt validate`` foretells is what ``fedalt run`` then takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedalt.config import parse_config
+from fedalt.runs.clients import plans_of
+from fedalt.runs.estimate import estimate
+from fedalt.runs.setup import prepare
+from micro import fedalt, of_kind, settings, write_yaml
+
+
+def test_steps_are_those_of_the_clients_that_take_part(tmp_path: Path) -> None:
+    values = settings(tmp_path / "run", federation__rounds=3, federation__fraction=0.34, federation__cohort=1)
+    experiment = prepare(parse_config(values, "x"))
+    cost = estimate(experiment)
+    epochs = values["training"]["local_epochs"]
+    assert cost.cohort == 1
+    assert cost.steps == 3 * epochs * len(plans_of(experiment, 0, 1)[0].steps) // epochs
+    assert cost.seconds == pytest.approx(cost.steps * cost.seconds_per_step)
+    assert cost.scoring_seconds > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [8, 64])
+def test_peak_memory_is_foretold_within_a_fifth(tmp_path: Path, rows: int) -> None:
+    """In processes of their own: with steps that take more than everything else, and with many small ones."""
+    values = {
+        "out": str(tmp_path / "run"),
+        "data": {"train_limit": 128, "test_limit": 32},
+        "training": {"local_epochs": 1, "batch_size": rows},
+        "federation": {"rounds": 2, "cohort": 8},
+        "evaluation": {"max_new_tokens": 16},
+    }
+    write_yaml(tmp_path / "x.yaml", values)
+    told = fedalt("validate", "x.yaml", "--json", cwd=tmp_path)
+    assert told.code == 0, told.err
+    assert fedalt("run", "x.yaml", cwd=tmp_path).code == 0
+    taken = of_kind(tmp_path / "run", "evaluated")[-1]["peak_memory"]["process"]
+    assert told.json["estimate"]["peak_memory"]["process"] == pytest.approx(taken, rel=0.2)

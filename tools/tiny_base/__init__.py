@@ -1,0 +1,1 @@
+"""How tiny-base is made: its text, its tokenizer, its pretraining."""
