@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,8 +12,10 @@ import yaml
 
 from fedalt.comparisons.compare import plan
 from fedalt.comparisons.sweep import parse_axis, points
-from fedalt.config import RunConfig, hints, load_config, parse_config, parse_override
+from fedalt.config import RunConfig, hints, load_config, parse_config, parse_override, parse_received
+from fedalt.config.hints import fields_at
 from fedalt.errors import UserError
+from fedalt.registry import OURS, PARTITIONERS, SOURCES, TEMPLATES, TRACKERS
 from micro import labelled_table, refused
 from support import METHODS
 
@@ -363,3 +366,40 @@ def test_settings_cannot_be_changed_in_passing() -> None:
     with pytest.raises(Exception, match="frozen"):
         RunConfig().seed = 1  # type: ignore[misc]
     assert get_args(RunConfig.model_fields["out"].annotation), "out may be left out"
+
+
+def test_help_names_what_is_registered() -> None:
+    """Descriptions are plain texts, so that help need not import what they name."""
+    told = {
+        "data.source": SOURCES,
+        "data.partition.by": PARTITIONERS,
+        "data.template": TEMPLATES,
+        "report.trackers": TRACKERS,
+    }
+    for key, registry in told.items():
+        *path, last = key.split(".")
+        description = fields_at(path, RunConfig)[last].description or ""
+        ours = [entry.name for entry in registry.entries() if entry.origin == OURS]
+        assert ours and all(name in description for name in ours), key
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.source", "mine.py:rows"),
+        ("data.template", "antigravity:geohash"),
+        ("data.partition.by", "antigravity:geohash"),
+        ("evaluation.metric", "mine.py:chrf"),
+        ("evaluation.metrics", ["rouge1", "mine.py:chrf"]),
+        ("report.trackers", "tensorboard,mine.py:Lines"),
+    ],
+)
+def test_received_settings_name_no_code(key: str, value: Any) -> None:
+    """Whatever the registry; a module that they name is not imported to find out."""
+    with pytest.raises(UserError, match=rf"^server: refused: {key} points at code$"):
+        parse_received(nested(key, value), "server")
+    assert "antigravity" not in sys.modules
+
+
+def test_rows_in_memory_of_another_machine_are_no_code() -> None:
+    assert parse_received({"data": {"source": "memory:abcdef012345"}}, "server").data.source == "memory:abcdef012345"

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
-from importlib.metadata import distribution
+from collections.abc import Iterable, Iterator
+from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
 
 import pytest
@@ -39,13 +39,14 @@ def shipped() -> set[str]:
     return {path.relative_to(SOURCE.parent).as_posix() for path in paths}
 
 
-def needed(name: str, extras: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Installed distributions that one asks for, and that those ask for, again and again."""
-    for text in distribution(name).requires or ():
+def needed(about: Distribution, extras: Iterable[str] = ()) -> Iterator[Distribution]:
+    """What one asks for, and what that asks for, again and again."""
+    for text in about.requires or ():
         wanted = Requirement(text)
         if not wanted.marker or any(wanted.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
-            yield wanted.name
-            yield from needed(wanted.name, frozenset(wanted.extras))
+            found = distribution(wanted.name)
+            yield found
+            yield from needed(found, wanted.extras)
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +76,11 @@ def bare(wheel: Path) -> Path:
     python = home / "bin" / "python"
     call(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", "--no-deps", wheel, cwd=home)
     site = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home).strip())
-    for name in set(needed("fedalt")):
-        for file in distribution(name).files or ():
-            link = site / file.parts[0]
-            if file.parts[0] != ".." and not link.exists():
-                link.symlink_to(Path(str(distribution(name).locate_file(file.parts[0]))))
+    (ours,) = distributions(name="fedalt", path=[str(site)])
+    for found in needed(ours):
+        for name in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            if not (site / name).exists():
+                (site / name).symlink_to(str(found.locate_file(name)))
     return python.parent
 
 

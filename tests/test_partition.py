@@ -96,7 +96,9 @@ def test_clients_with_tasks_are_shown_as_they_are() -> None:
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
     assert "data.clients: say how many" in refused("partition", "--data", "digits")
-    assert '"data.partition.by"' in refused("partition", "--set", "data.partition.by=dirichlt")
+    assert "data.partition.by=dirichlt: must be iid, dirichlet" in refused(
+        "partition", "--set", "data.partition.by=dirichlt"
+    )
     assert "1797 training rows" in refused("partition", "--data", "digits", "--clients", 9999)
     (tmp_path / "full").write_text("a file")
     assert "full" in refused(*DIGITS, "--out", "full")

@@ -55,56 +55,68 @@ def aggregator(name: str) -> Callable[[T], T]:
 
 
 def metric(name: str, **facts: Any) -> Callable[[T], T]:
-    """Give a metric a name, for ``evaluation.metric``: a function, or a class that is called like one.
+    """Give a metric a name, for ``evaluation.metric``: a function of one answer and its reference, or of all of them.
 
     >>> import fedalt as fa
-    >>> @fa.metric("short", title="short answers", digits=2)
-    ... def short(answer, reference):
-    ...     return 100.0 * (len(answer) <= len(reference))
+    >>> @fa.metric("length_apart", higher_is_better=False)
+    ... def length_apart(answer: str, reference: str) -> float:
+    ...     return abs(len(answer) - len(reference))
+    >>> @fa.metric("word_variety", corpus=True, digits=3)
+    ... def word_variety(answers: list[str], references: list[str]) -> float:
+    ...     words = " ".join(answers).split()
+    ...     return len(set(words)) / max(1, len(words))
     >>> data = fa.load_data("tinyworld", clients=2, train_limit=4, test_limit=2)
-    >>> sim = fa.Simulation(data, "tiny-base", "local", epochs=1, settings={"evaluation.metric": "short"})
-    >>> sim.score().metric
-    'short'
+    >>> sim = fa.Simulation(data, "tiny-base", epochs=1, seed=0, settings={"evaluation.metrics": ["word_variety"]})
+    >>> "word_variety" in sim.score().details[0]
+    True
 
     Args:
         name: Letters, digits and underscores.
-        facts: ``title``, ``corpus=True`` for a function of all answers of a client, ``higher_is_better``, ``digits``,
-            ``unit``, ``task``; see ``fedalt.evaluation.metrics.Metric``.
+        facts: ``title`` in tables; ``corpus`` for a function of all rows of a client; ``task`` (``text`` or ``class``)
+            where it suits one alone; ``higher_is_better``, ``points`` for 0 to 100, ``unit``, ``digits``; ``reads`` for
+            what is compared with the reference, if not the answer.
 
     Raises:
         UserError: The name is taken, or is none, or a fact is unknown.
     """
-    return _named(METRICS, name, **facts)
+    return METRICS.register(name, **facts)
 
 
 def partitioner(name: str, **facts: Any) -> Callable[[T], T]:
-    """Give a way to deal rows to clients a name, for ``data.partition.by``.
+    """Give a way to deal rows to clients a name, for ``data.partition.by``: a function of rows, clients, generator.
 
-    >>> import fedalt as fa, numpy as np
-    >>> @fa.partitioner("halves")
-    ... def halves(rows, clients, rng):
+    >>> import fedalt as fa
+    >>> import numpy as np
+    >>> @fa.partitioner("evenly")
+    ... def evenly(rows, clients, rng):
     ...     return np.array_split(rng.permutation(len(rows)), clients)
-    >>> data = fa.load_data("tinyworld", clients=2, partition="halves", seed=0)
+    >>> data = fa.load_data("tinyworld", clients=4, partition="evenly", seed=0)
     >>> [len(rows.train) for rows in data.clients.values()]
-    [1200, 1200]
+    [600, 600, 600, 600]
+
+    ``rows.labels`` and ``rows.categories`` say what there is; the places of every client's rows are returned.
 
     Args:
         name: Letters, digits and underscores.
-        facts: ``uses``, the settings of ``data.partition`` that it looks at; see ``fedalt.data.partition``.
+        facts: ``uses``, the settings of ``data.partition`` that matter to it; ``fixed`` if the generator does not
+            decide how many rows a client gets.
 
     Raises:
         UserError: The name is taken, or is none, or a fact is unknown.
     """
-    return _named(PARTITIONERS, name, **facts)
+    return PARTITIONERS.register(name, **facts)
 
 
 def source(name: str) -> Callable[[T], T]:
-    """Give a reader of rows a name, for ``data.source``.
+    """Give a reader of rows a name, for ``data.source``: a function that returns what ``fedalt.load_data`` takes.
 
     >>> import fedalt as fa
-    >>> fa.source("my rows")
-    Traceback (most recent call last):
-    fedalt.errors.UserError: source "my rows": a name has letters, digits and underscores, and starts with a letter
+    >>> @fa.source("additions")
+    ... def additions():
+    ...     rows = [{"instruction": f"{i} + 1 =", "output": str(i + 1)} for i in range(20)]
+    ...     return {"anna": (rows[:8], rows[8:10]), "ben": (rows[10:18], rows[18:])}
+    >>> [len(rows.train) for rows in fa.load_data("additions").clients.values()]
+    [8, 8]
 
     Args:
         name: Letters, digits and underscores.
@@ -116,12 +128,14 @@ def source(name: str) -> Callable[[T], T]:
 
 
 def template(name: str) -> Callable[[T], T]:
-    """Give a prompt template a name, for ``data.template``.
+    """Give a prompt template a name, for ``data.template``: a function from an instruction to a prompt.
 
     >>> import fedalt as fa
-    >>> fa.template("my text")
-    Traceback (most recent call last):
-    fedalt.errors.UserError: template "my text": a name has letters, digits and underscores, and starts with a letter
+    >>> @fa.template("asked")
+    ... def asked(instruction: str) -> str:
+    ...     return f"Q: {instruction}" + chr(10) + "A: "
+    >>> asked("Why?").splitlines()
+    ['Q: Why?', 'A: ']
 
     Args:
         name: Letters, digits and underscores.
@@ -133,12 +147,18 @@ def template(name: str) -> Callable[[T], T]:
 
 
 def tracker(name: str) -> Callable[[T], T]:
-    """Give a place where a run's numbers go a name, for ``report.trackers``.
+    """Give a place where a run's numbers go a name, for ``report.trackers``: a class with start, log and finish.
 
     >>> import fedalt as fa
-    >>> fa.tracker("my board")
-    Traceback (most recent call last):
-    fedalt.errors.UserError: tracker "my board": a name has letters, digits and underscores, and starts with a letter
+    >>> @fa.tracker("plain_lines")
+    ... class PlainLines:
+    ...     def start(self, run, about, folder):
+    ...         folder.mkdir(parents=True)
+    ...         self.file = (folder / "numbers.txt").open("w")
+    ...     def log(self, values, step):
+    ...         print(step, values, file=self.file)
+    ...     def finish(self):
+    ...         self.file.close()
 
     Args:
         name: Letters, digits and underscores.
@@ -149,5 +169,5 @@ def tracker(name: str) -> Callable[[T], T]:
     return _named(TRACKERS, name)
 
 
-def _named(registry: Registry[Any], name: str, **facts: Any) -> Callable[[T], T]:
-    return registry.register(name, **facts)
+def _named(registry: Registry[T], name: str) -> Callable[[T], T]:
+    return registry.register(name)

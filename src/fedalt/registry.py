@@ -463,7 +463,7 @@ PARTITIONERS: Registry[Any] = Registry(
     "partitioner", "fedalt.partitioners", "fedalt.data.partition", facts=("uses", "alpha", "fixed")
 )
 AGGREGATORS: Registry[Any] = Registry("aggregator", "fedalt.aggregators", "fedalt.methods.aggregators")
-SOURCES: Registry[Any] = Registry("source", "fedalt.sources", "fedalt.data.load", open=True)
+SOURCES: Registry[Any] = Registry("source", "fedalt.sources", "fedalt.data.sources", open=True)
 TEMPLATES: Registry[Any] = Registry(
     "template",
     "fedalt.templates",
@@ -473,7 +473,12 @@ TEMPLATES: Registry[Any] = Registry(
     open=True,
 )
 TRACKERS: Registry[Any] = Registry(
-    "tracker", "fedalt.trackers", "fedalt.runs.trackers", accepts=inspect.isclass, wanted="a class"
+    "tracker",
+    "fedalt.trackers",
+    "fedalt.runs.trackers",
+    accepts=lambda value: all(callable(getattr(value, act, None)) for act in ("start", "log", "finish")),
+    wanted="a class with start, log and finish",
+    reserved=("clients", "results", "checkpoints", "newcomers"),  # folders of a run
 )
 ALL: Sequence[Registry[Any]] = (METHODS, METRICS, PARTITIONERS, AGGREGATORS, SOURCES, TEMPLATES, TRACKERS)
 

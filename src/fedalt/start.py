@@ -49,7 +49,7 @@ def run_one(
     config, federation = load_rows(configured(config, config.method), rows)
     experiment = prepare(config, bases.of(config), federation, rows=rows)
     folder = claim_folder(config.folder, if_exists)
-    with bar as show, tracked(config.report.trackers, folder.path, show) as sink:
+    with bar as show, tracked(config.report.trackers, folder.path, show, config.report) as sink:
         scores = run(experiment, folder, sink)
     look(folder, config.report.insight, experiment.resident, rows)
     write_report(folder)

@@ -15,7 +15,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -292,14 +292,14 @@ class _Case:
         else:
             self.name = (self.method if isinstance(self.method, type) else type(self.method)).__name__
 
-    def bound(self) -> Method:
+    def bound(self, clients: int = len(ROWS)) -> Method:
         """A new instance, which knows nothing of the others."""
         if isinstance(self.method, str):
             found = get_method(self.method)
             made = found(self.config.section(section_of(found), found.Settings))
         else:
             made = self.method() if isinstance(self.method, type) else deepcopy(self.method)
-        return made.bind(len(ROWS), self.config, self.model.layer_sizes)
+        return made.bind(clients, self.config, self.model.layer_sizes)
 
     def federation(self, executor: str = "all clients at once", **options: Any) -> TinyFederation:
         rows = options.pop("rows", ROWS)
@@ -441,22 +441,29 @@ def _check_isolation(case: _Case, expected: tuple[History, TinyFederation]) -> N
 
 @torch.no_grad()
 def _check_answers(case: _Case, federation: TinyFederation) -> None:
-    method, model, clients = federation.method, case.model, (*ROWS, len(ROWS))
-    told = federation.server.messages(clients)
-    states = {**federation.states, len(ROWS): start_states(method, method.shape, [len(ROWS)])[0]}
-    states = {c: method.receive(state, told[c]) if c in told else state for c, state in states.items()}
-    members, answering = [states[client] for client in ROWS], Placement(*method.inference, method.scale, 0.0)
-    case_of = [
-        ("answer", method.personalise(model, members, ROWS, answering), answering),
-        ("answer for a newcomer", [states[len(ROWS)]], Placement(*method.newcomer, method.scale, 0.0)),
-    ]
-    for what, found, placement in case_of:
-        for state in found:
-            missing = set(placement.slots) - {key.slot for key in state.tensors}
-            otherwise = f"client {state.client} has no {', '.join(sorted(missing))}"
-            case.hold(not missing, f"the LoRAs that {what} are there", otherwise)
-        model.load(found, placement)
-        prompts = [ROWS[0][0].prompt for _ in found]
-        rows = BatchLayout(tuple(1 for _ in found), tuple(map(len, prompts)))
-        out = model.hidden(torch.tensor([token for prompt in prompts for token in prompt]), rows).last_hidden_state
-        case.hold(bool(out.isfinite().all()), f"the LoRAs that {what} give numbers", "hidden states are not finite")
+    """Members with the next message, and somebody new, for whom the federation has one more client."""
+    method, new, joined = federation.method, len(ROWS), case.bound(len(ROWS) + 1)
+    starts = {new: start_states(joined, joined.shape, [new])[0]}
+    members = _received(federation.server, method, federation.states)
+    newcomers = _received(replace(federation.server, method=joined), joined, starts)
+    answering = Placement(*method.inference, method.scale, 0.0)
+    members = method.personalise(case.model, members, ROWS, answering)
+    _check_placed(case, "answer", members, answering)
+    _check_placed(case, "answer for a newcomer", newcomers, Placement(*joined.newcomer, joined.scale, 0.0))
+
+
+def _received(server: Server, method: Method, states: Mapping[int, ClientState]) -> list[ClientState]:
+    told = server.messages(tuple(states))
+    return [method.receive(state, told[c]) if c in told else state for c, state in states.items()]
+
+
+def _check_placed(case: _Case, what: str, states: Sequence[ClientState], placement: Placement) -> None:
+    for state in states:
+        missing = sorted(set(placement.slots) - {key.slot for key in state.tensors})
+        otherwise = f"client {state.client} has no {', '.join(missing)}"
+        case.hold(not missing, f"the LoRAs that {what} are there", otherwise)
+    case.model.load(states, placement)
+    prompt = ROWS[0][0].prompt
+    rows = BatchLayout(tuple(1 for _ in states), tuple(len(prompt) for _ in states))
+    out = case.model.hidden(torch.tensor(prompt * len(states)), rows).last_hidden_state
+    case.hold(bool(out.isfinite().all()), f"the LoRAs that {what} give numbers", "hidden states are not finite")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedalt import registry
 from fedalt.cli.compare_tables import compare_table
 from fedalt.comparisons import budget
 from fedalt.comparisons import compare as comparing
@@ -18,11 +21,12 @@ from fedalt.comparisons.compare import collect, compare, plan
 from fedalt.comparisons.statistics import half_width, paired
 from fedalt.comparisons.sweep import Point, parse_axis, points, sweep
 from fedalt.comparisons.tables import EQUAL, Grid, Score, columns, gain_grid, markdown, score_grid, verdict_grid
-from fedalt.config import RunConfig, parse_config
+from fedalt.config import RunConfig, parse_config, with_settings
 from fedalt.errors import UserError
 from fedalt.methods.registry import title_of
 from fedalt.runs import setup
 from fedalt.runs.setup import load_resident
+from fedalt.start import run_one
 from micro import CLIENTS, data_folder, labelled_table, left_behind, settings, shared_classifier
 from pooled import dying, leaving
 from support import METHODS
@@ -290,6 +294,58 @@ def test_a_comparison_that_was_killed_goes_on(done: Any, tmp_path: Path, jobs: i
         assert made["methods"][name]["per_seed"]["0"] == done[1]["methods"][name]["per_seed"]["0"]
     assert {event.get("job") for event in seen} == ({None} if jobs == 1 else {0, 1})
     assert sorted(event["method"] for event in seen if event["event"] == "member") == sorted(METHOD_NAMES)
+
+
+CODE = '''
+import fedalt as fa
+
+
+@fa.method("pulled_{name}")
+class Pulled(fa.Method):
+    """FedIT, pulled to where the round began."""
+
+    class Settings(fa.Settings):
+        weight: float = 0.5
+
+    def penalty(self, trained, start):
+        return self.settings.weight * fa.squared_distance(trained, start)
+'''
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """What a test gives a name is gone afterwards."""
+    before = dict(registry.METHODS._entries)
+    yield
+    registry.METHODS._entries = before
+
+
+@pytest.mark.parametrize(("devices", "jobs"), [(None, 2), ("cpu,cpu", 1)], ids=["jobs", "devices"])
+def test_a_method_in_a_file_is_known_to_other_processes(
+    tmp_path: Path, registered: None, devices: str | None, jobs: int
+) -> None:
+    """With settings of its own, and with the numbers of one process."""
+    (tmp_path / "mine.py").write_text(CODE.format(name=f"by_{jobs}"))
+    mine = with_settings(config(federation__cohort=2), {"method": "mine.py:Pulled", f"pulled_by_{jobs}.weight": 2.0})
+    others = with_settings(mine, {"federation.devices": devices})
+    seeds = range(jobs)
+    compare(mine, ["mine.py:Pulled"], seeds, tmp_path / "one", "ask", quiet)
+    compare(others, ["mine.py:Pulled"], seeds, tmp_path / "spread", "ask", quiet, jobs=jobs)
+    for seed in seeds:
+        one, spread = (left_behind(tmp_path / out / f"pulled_by_{jobs}-seed{seed}")[0] for out in ("one", "spread"))
+        assert {file for file in one | spread if one.get(file) != spread.get(file)} == {"config.yaml"}
+
+
+def test_a_method_of_this_session_is_refused_where_others_cannot_see_it(tmp_path: Path, registered: None) -> None:
+    exec(CODE.format(name="here"), {"__name__": "__main__"})
+    assert registry.METHODS.entry("pulled_here").origin == registry.SESSION
+    line = "the method pulled_here was defined in this session, .* give FILE.py:Name"
+    with pytest.raises(UserError, match=f"^jobs: {line}"):
+        compare(config(), ["local", "pulled_here"], (0,), tmp_path / "out", "ask", quiet, jobs=2)
+    spread = config(method="pulled_here", federation__devices="cpu,cpu")
+    with pytest.raises(UserError, match=f"^federation.devices: {line}"):
+        run_one(spread, "ask", nullcontext(quiet))
+    assert not list(tmp_path.iterdir()), "nothing has begun"
 
 
 # ----------------------------------------------------------------------------------------------------- names and budget

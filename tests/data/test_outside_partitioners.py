@@ -113,7 +113,7 @@ def test_a_run_and_its_continuation_in_jobs(file: Path, tmp_path: Path) -> None:
     ("by", "line"),
     [
         ("{file}:halfes", 'partitioner: {file} has no "halfes" (did you mean "halves"?); it has'),
-        ("halfes", 'partitioner: "halfes" is unknown'),
+        ("dirichlett", '(did you mean "dirichlet"?)'),
         ("{file}:forgetful", 'partitioner "forgetful" dealt row 0 2 times; each of rows 0 to 35 goes to one client'),
         ("{file}:few", 'partitioner "few" made parts for 1 clients; there are 2'),
         ("{file}:broken", "partitioner \"broken\" of file {file}:37: AttributeError: 'TrainingRows' object has no"),

@@ -419,11 +419,11 @@ def test_what_cannot_be_dealt(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "pieces"),
     [
-        ({"by": "dirichlt"}, ['"data.partition.by"', '(did you mean "dirichlet"?)']),
-        ({"by": "dirichlet", "alpha": 0}, ['"data.partition.alpha" = 0', "greater than 0"]),
+        ({"by": "dirichlt"}, ["data.partition.by", '(did you mean "dirichlet"?)']),
+        ({"by": "dirichlet", "alpha": 0}, ["data.partition.alpha = 0", "greater than 0"]),
         ({"alpha": -1.0}, ["greater than 0"]),
         ({"bye": "iid"}, ['unknown key "data.partition.bye" (did you mean "by"?)']),
-        ({"min_rows": 0}, ['"data.partition.min_rows"']),
+        ({"min_rows": 0}, ["data.partition.min_rows"]),
     ],
 )
 def test_settings_that_are_not_allowed(options: dict[str, Any], pieces: list[str]) -> None:

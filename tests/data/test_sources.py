@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from fedalt.config.data import DataConfig, PartitionConfig
+from fedalt.data import load
 from fedalt.data.federation import Pool, Row
 from fedalt.data.formats.images import ArrayPicture, FilePicture
-from fedalt.data.load import load_federation, read_source
+from fedalt.data.load import load_federation
 from fedalt.errors import UserError
 
 CSV = "sentence,label\nfine,1\nbad,0\n"
@@ -30,7 +31,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def read(source: Any, **settings: Any) -> Pool:
-    pool = read_source(DataConfig(source=str(source), **settings))
+    pool = load.read(DataConfig(source=str(source), **settings))
     assert isinstance(pool, Pool)
     return pool
 

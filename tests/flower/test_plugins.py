@@ -82,12 +82,27 @@ def test_settings_on_the_way_hold_neither_code_nor_its_place(
         ({"plugins": ["os"]}, "refused: plugins point at code"),
         ({"method": "x.py:Name"}, "refused: method points at code"),
         ({"method": "os:system"}, "refused: method points at code"),
+        ({"evaluation": {"metrics": ["rouge1", "x.py:Name"]}}, r"refused: evaluation\.metrics points at code"),
+        *(
+            ({"fedalt": {key: "x.py:Name"}}, r"refused: fedalt\.rest_of_world_aggregator points at code")
+            for key in ("rest_of_world_aggregator", "row_aggregator")
+        ),
         ({"method": "nobodys"}, 'refused: method "nobodys" is not held here'),
     ],
 )
 def test_settings_from_elsewhere_never_point_at_code(values: dict[str, object], line: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=line):
         parse_received(values, "the server's settings")
+
+
+def test_a_site_finds_what_its_file_does_not_register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server has named it by FILE.py:Name; settings on the way have the name alone."""
+    path = tmp_path / "plain.py"
+    path.write_text("from fedalt.methods.base import Method\n\n\nclass PlainMean(Method):\n    pass\n")
+    monkeypatch.setenv(HELD, "")
+    hold_plugins([str(path)])
+    received = parse_received({"method": "plain_mean"}, "the server's settings")
+    assert received.method == "plain_mean" and METHODS.entry("plain_mean").origin == f"file {path}"
 
 
 def test_a_site_whose_file_is_another_is_refused_in_a_line(

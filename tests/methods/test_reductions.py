@@ -163,6 +163,13 @@ def test_zero_padding_of_equal_ranks_is_fedit(ranks: tuple[int, ...] | None, fed
     same_states(history, expected, limit=1e-6)
 
 
+def test_fedprox_without_its_penalty_is_fedit() -> None:
+    """Bit for bit: zero times a distance adds zeros to every gradient."""
+    (history, server), (expected, other) = rounds(method_of("fedprox", fedprox__mu=0.0)), fedit()
+    same_states(history, expected, limit=1e-30)
+    assert bitwise(server.mean(), other.mean())
+
+
 @pytest.mark.parametrize("solver", ["sgd", "ridge"])
 def test_lora_fair_that_may_not_correct_anything_is_fedit(solver: str) -> None:
     method = method_of("lora_fair", lora_fair__solver=solver, lora_fair__weight=1e12, lora_fair__steps=3)

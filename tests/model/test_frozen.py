@@ -14,6 +14,7 @@ from fedalt.model.fast.patches import pack_weights
 from support import MODELS, relative
 
 D_IN, D_OUT = 24, 40
+AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def layers() -> dict[str, nn.Module]:
@@ -41,12 +42,15 @@ def test_packed_equals_plain(name: str, rows: tuple[int, ...]) -> None:
     x = torch.randn(*rows, D_IN, generator=torch.Generator().manual_seed(1)).to(layer.weight.dtype)  # type: ignore[arg-type]
     plain = value_and_gradient(layer, x)
     before = {key: value.clone() for key, value in layer.state_dict().items()}
-    assert pack_weights(nn.Sequential(layer)) == 1
+    packed = pack_weights(nn.Sequential(layer))
+    if name == "bf16" and not packed and not AVX512:
+        pytest.skip("oneDNN has no bf16 products on this CPU")
+    assert packed == 1
     tolerance = 1e-2 if name == "bf16" else 1e-6
-    for packed, expected in zip(value_and_gradient(layer, x), plain, strict=True):
-        assert packed.shape == expected.shape
-        assert packed.dtype == expected.dtype
-        assert relative(packed.float(), expected.float()) < tolerance
+    for actual, expected in zip(value_and_gradient(layer, x), plain, strict=True):
+        assert actual.shape == expected.shape
+        assert actual.dtype == expected.dtype
+        assert relative(actual.float(), expected.float()) < tolerance
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 

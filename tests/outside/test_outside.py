@@ -1,7 +1,11 @@
-"""Methods and an aggregator of one's own, each a file beside this one, wherever ours work; wrong files in one line."""
+"""Two methods, an aggregator, a partitioner and a metric of one's own, each a file beside this one, wherever ours work.
+
+And wrong files, each in one line.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +15,7 @@ import pytest
 import torch
 
 from fedalt import registry
-from fedalt.config import parse_config
+from fedalt.config import parse_config, used_code, with_settings
 from fedalt.errors import UserError
 from fedalt.methods.aggregators import RestOfWorldSettings
 from fedalt.methods.algebra import norm
@@ -37,7 +41,9 @@ from micro import (
 from micro import rows as made_rows
 
 HERE = Path(__file__).parent
-PROX, LOWER, LOUDEST = (HERE / f"{name}.py" for name in ("prox", "lower_layers", "loudest"))
+PROX, LOWER, LOUDEST, HALVES, DISTINCT = (
+    HERE / f"{name}.py" for name in ("prox", "lower_layers", "loudest", "halves", "distinct")
+)
 QUICK: dict[str, Any] = {
     "federation__rounds": 2,
     "training__local_epochs": 1,
@@ -50,6 +56,10 @@ QUICK: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def new_process() -> None:
+    forget()
+
+
+def forget() -> None:
     """Nothing from outside has been imported yet."""
     for name in [name for name in sys.modules if name.startswith(registry._FILES)]:
         del sys.modules[name]
@@ -128,17 +138,35 @@ def test_some_layers_are_shared_and_the_others_are_each_clients_own(tmp_path: Pa
     assert of_kind(folder.path, "client")[0]["bytes_up"] == 4 * started["shared_parameters"]
 
 
-def test_side_by_side_in_two_processes(tmp_path: Path) -> None:
-    """Each process reads the files for itself."""
-    given = values(
-        tmp_path / "both", plugins=[str(LOWER), str(LOUDEST)], fedalt={"rest_of_world_aggregator": "loudest"}
-    )
-    config = write_yaml(tmp_path / "c.yaml", {k: v for k, v in given.items() if k != "method"})
-    done = call("compare", config, "--methods", "fedit,lower_layers,fedalt", "--seeds", "0", "--jobs", "2")
+OWN = {
+    "fedalt.rest_of_world_aggregator": f"{LOUDEST}:loudest",
+    "data.partition.by": f"{HALVES}:halves",
+    "data.partition.min_rows": 1,
+    "data.clients": 3,
+    "evaluation.metric": f"{DISTINCT}:distinct",
+}
+
+
+def test_all_five_side_by_side_in_two_processes_and_from_python(tmp_path: Path) -> None:
+    """Each process reads the files for itself, and gives the run of this one."""
+    given = values(tmp_path / "both", training__local_epochs=1)
+    config = write_yaml(tmp_path / "c.yaml", {k: v for k, v in given.items() if k not in ("method", "seed")})
+    sets = [part for key, value in OWN.items() for part in ("--set", f"{key}={value}")]
+    methods = f"{LOWER}:LowerLayers,{PROX}:Prox,fedalt"
+    done = call("compare", config, "--methods", methods, "--seeds", "0", "--jobs", "2", "--json", *sets)
     assert done.code == 0, done.err
-    assert "Lower layers" in (tmp_path / "both/comparison.md").read_text()
-    alone, _ = run_here(given | {"method": "lower_layers", "seed": 0, "out": str(tmp_path / "alone")})
-    assert farthest(alone.path, tmp_path / "both/lower_layers-seed0") == 0
+    assert done.json["metric"] == "distinct" and list(done.json["methods"]) == ["lower_layers", "prox", "fedalt"]
+    code = {name: of_kind(tmp_path / f"both/{name}-seed0", "run_started")[0]["code"] for name in ("prox", "fedalt")}
+    shared = {"partitioner halves", "metric distinct"}
+    assert code["prox"].keys() == {"method prox", *shared}
+    assert code["fedalt"].keys() == {"aggregator loudest", *shared}
+    assert "distinct words" in (tmp_path / "both/report.html").read_text()
+    forget()
+    python = with_settings(parse_config(given | {"seed": 0, "out": str(tmp_path / "alone")}, "x"), OWN)
+    alone, _ = run_here(python.model_dump(mode="json"))
+    assert farthest(alone.path, tmp_path / "both/fedalt-seed0") == 0
+    dealt = json.loads((alone.path / "partition.json").read_text())
+    assert dealt == json.loads((tmp_path / "both/fedalt-seed0/partition.json").read_text())
 
 
 # --------------------------------------------------------------------------------------------------------- aggregators
@@ -146,7 +174,7 @@ def test_side_by_side_in_two_processes(tmp_path: Path) -> None:
 
 def test_an_aggregator_makes_the_rows(tmp_path: Path) -> None:
     """The RoW LoRA of a client is the largest individual LoRA of the others, as they were sent."""
-    given = {"plugins": [str(LOUDEST)], "fedalt": {"rest_of_world_aggregator": "loudest"}}
+    given = {"fedalt": {"rest_of_world_aggregator": f"{LOUDEST}:loudest"}}
     folder, _ = run_here(values(tmp_path / "run", **given))
     found = adapters(folder.path)
 
@@ -227,6 +255,20 @@ def test_a_run_does_not_go_on_with_other_code(run: tuple[Path, Path], tmp_path: 
     for again in (["run", "--out", folder, "--resume", "--rounds", 3], resume(folder, file), resume(folder, other)):
         assert refused(*again) == f"{folder}: method prox of file {file} has changed since; put the old code back"
     assert tree(folder) == before
+
+
+def test_an_aggregator_is_part_of_what_a_run_is(tmp_path: Path) -> None:
+    """Of FedALT's, under whatever name it runs; not of a run that does not use it."""
+    file = Path(shutil.copy(LOUDEST, tmp_path / "mine.py"))
+    given = {"fedalt": {"rest_of_world_aggregator": f"{file}:loudest"}}
+    used = {
+        name: used_code(parse_config(given | {"method": name}, "x")) for name in ("fedalt", "fedalt_clusters", "fedit")
+    }
+    assert [list(code) for code in used.values()] == [["aggregator loudest"], ["aggregator loudest"], []]
+    folder, _ = run_here(values(tmp_path / "run", **given))
+    file.write_text(file.read_text().replace("max(", "min("))
+    error = refused("run", "--out", folder.path, "--resume", "--rounds", 3)
+    assert error == f"{folder.path}: aggregator loudest of file {file} has changed since; put the old code back"
 
 
 def test_two_files_with_one_name_are_refused(run: tuple[Path, Path], tmp_path: Path) -> None:
@@ -311,7 +353,7 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     ("key", "value", "expected"),
     [
         ("prox.strenght", "1", 'unknown key "prox.strenght" (did you mean "strength"?)'),
-        ("prox.strength", "-1", '"prox.strength" = -1'),
+        ("prox.strength", "-1", "--set prox.strength=-1: must be at least 0"),
         ("porx.strength", "1", 'unknown key "porx"'),
     ],
 )

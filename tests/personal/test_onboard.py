@@ -118,7 +118,7 @@ RULES = {
     "fedalt": ("individual.A individual.B mixer.G", "row.A row.B"),
     "lora_fair": (BOTH, BOTH),
     "fedprox": (BOTH, BOTH),
-    "ditto": ("personal.A personal.B", BOTH),
+    "ditto": ("personal.A personal.B", ""),  # what answers is the personal LoRA alone
     "fedit_ft": (BOTH, ""),  # members have gone on alone
     "fedrot_lora": (BOTH, BOTH),
     "zero_pad": (BOTH, BOTH),

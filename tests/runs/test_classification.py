@@ -144,7 +144,7 @@ def test_a_resumed_run_ends_bitwise_the_same(tmp_path: Path) -> None:
     assert same and all(files[0][name] == files[1][name] for name in same)
 
 
-@pytest.mark.parametrize("name", ["fedalt", "fedalt_median", "hetlora"])
+@pytest.mark.parametrize("name", ["fedalt", "fedalt_median", "hetlora", "fedprox", "ditto"])
 def test_shared_heads_are_averaged_and_counted(name: str, tmp_path: Path) -> None:
     private, _ = run_here(values(tmp_path / "private", method=name))
     shared, _ = run_here(values(tmp_path / "shared", method=name, federation__heads="shared"))

@@ -179,11 +179,11 @@ def test_a_worker_that_cannot_start_says_why_in_one_line(tmp_path: Path, rows: P
 @pytest.mark.parametrize(
     ("devices", "line"),
     [
-        ("cpu,gpu", "\"federation.devices.1\" = 'gpu'"),
-        ("", "\"federation.devices.0\" = ''"),
+        ("cpu,gpu", '--devices cpu,gpu: "gpu" must be auto, cpu, cuda or cuda:N'),
+        ("", '--devices : "" must be auto, cpu, cuda or cuda:N'),
         pytest.param(
             "cpu,cuda:1",
-            "federation.devices: cuda:1 is not available on this machine; use cpu or auto",
+            "--devices: cuda:1 is not available on this machine; use cpu or auto",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it may be available"),
         ),
     ],

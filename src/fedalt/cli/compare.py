@@ -85,7 +85,8 @@ def compare(
     chosen, wanted = _methods(methods, ablations), _numbers("--seeds", seeds) or [config.seed]
     rest = (chosen, wanted, out, if_exists)
     budget: Any = _budget(match_budget)
-    with show.live(config.federation.rounds) as progress, tracked(config.report.trackers, out, progress) as sink:
+    report = config.report
+    with show.live(config.federation.rounds) as progress, tracked(report.trackers, out, progress, report) as sink:
         if axes:
             result = train_all(config, axes, *rest, sink, jobs, budget, bases, rows)
         else:

@@ -163,7 +163,7 @@ def metric_facts() -> dict[str, dict[str, Any]]:
 
     facts: dict[str, dict[str, Any]] = {}
     for entry in METRICS.entries():
-        metric, text = metric_of(entry.name), inspect.getdoc(entry.value) or ""
+        metric, text = metric_of(entry.name), (inspect.getdoc(entry.value) or "").replace("``", "")
         order = "" if metric.higher_is_better else "lower is better"
         scale = ", ".join(filter(None, ["0 to 100" if metric.points else metric.unit, order]))
         facts[entry.name] = {

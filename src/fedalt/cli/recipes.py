@@ -18,12 +18,8 @@ from fedalt.files import write_text
 
 
 def folder() -> Path:
-    """The recipes of the package, or those of the clone it is run from."""
-    package = Path(fedalt.__file__).parent
-    return next(
-        (place for place in (package / "recipes", package.parents[1] / "recipes") if place.is_dir()),
-        package / "recipes",
-    )
+    """The recipes of the package."""
+    return Path(fedalt.__file__).parent / "recipes"
 
 
 def packaged() -> dict[str, Path]:

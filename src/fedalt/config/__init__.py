@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -276,7 +277,7 @@ class RunConfig(Section):
         given = info.data.get("sections", {})
         if not given:
             return part
-        named = {section_of(entry) for _, entry in _named({str(info.field_name): part.model_dump()})}
+        named = {section_of(entry) for _, entry in _named({str(info.field_name): part.model_dump()}, NAMED.items())}
         return part.knowing({name: given[name] for name in sorted(named & given.keys())})
 
     @model_serializer(mode="wrap")
@@ -371,8 +372,12 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
     except ValidationError as error:
         problems += error.errors()
     if problems:
-        code = f"; plugins: {listed(values['plugins'])}" if values.get("plugins") else ""
-        lines = (explain(problem, RunConfig, where, typed) + code for problem in problems)
+        plugins = values.get("plugins")
+        code = f"; plugins: {listed(plugins)}" if plugins and _are_texts(plugins) else ""
+        lines = (
+            explain(problem, RunConfig, where, typed) + (code if problem["type"] == "extra_forbidden" else "")
+            for problem in problems
+        )
         raise UserError("\n".join(dict.fromkeys(lines)))
     return config
 
@@ -387,10 +392,10 @@ def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
     """
     if values.get("plugins"):
         raise UserError(f"{where}: refused: plugins point at code")
-    for key, registry in NAMED.items():
+    values, held = settings_today(values), held_plugins()
+    for key, registry in _naming(values):
         if any(map(registry.points_at_code, _texts(_at(values, key)))):
             raise UserError(f"{where}: refused: {key} points at code")
-    held = held_plugins()
     method = values.get("method", "fedalt")
     if method not in METHODS:
         raise UserError(f'{where}: refused: method "{method}" is not held here; --plugin FILE.py names its file')
@@ -419,7 +424,7 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
     for place in given or ():
         plugins.append(_absolute(place))
         import_plugin(plugins[-1])
-    for key, registry in NAMED.items():
+    for key, registry in _naming(named):
         *parents, last = key.split(".")
         section: Any = named
         for parent in parents:
@@ -433,15 +438,31 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**named, **({"plugins": tuple(dict.fromkeys(plugins))} if plugins else {})}
 
 
+def _naming(values: Mapping[str, Any]) -> Iterator[tuple[str, Registry[Any]]]:
+    """Keys whose value is a registered name, or a list of such: the package's, and those in sections that are given."""
+    yield from NAMED.items()
+    yield from _naming_in(values.keys() - RunConfig.model_fields.keys())
+
+
+def _naming_in(names: Collection[str]) -> Iterator[tuple[str, Registry[Any]]]:
+    """Keys of some sections of registered things whose value is itself a registered name."""
+    found = sections() if names else {}
+    for name in sorted(names & found.keys()):
+        for key, field in found[name].model_fields.items():
+            yield from ((f"{name}.{key}", one) for one in field.metadata if isinstance(one, Registry))
+
+
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
 
 
 def _name(value: Any, registry: Registry[Any], plugins: list[str]) -> Any:
     """The name in place of a reference, whose file or module joins the plugins."""
-    reference = registry.reference(value) if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return value  # the field's own validation says so
+    reference = registry.reference(value)
     if reference is None:
-        registry.adopt(str(value), plugins)
+        registry.adopt(value, plugins)
         return value
     plugins.append(_absolute(reference[0]))
     return registry.name_in(plugins[-1], reference[1])
@@ -453,12 +474,17 @@ def _absolute(place: str) -> str:
 
 def used_entries(config: RunConfig) -> Iterator[tuple[str, Entry[Any]]]:
     """Everything registered that the settings name and the numbers depend on, after its kind."""
-    return ((registry.kind, entry) for registry, entry in _named(config.model_dump()) if registry is not TRACKERS)
+    values = config.model_dump()
+    found = [(registry, entry) for registry, entry in _named(values, NAMED.items()) if registry is not TRACKERS]
+    inside = _named(values, _naming_in({section_of(entry) for _, entry in found}))
+    return ((registry.kind, entry) for registry, entry in chain(found, inside))
 
 
-def _named(values: Mapping[str, Any]) -> Iterator[tuple[Registry[Any], Entry[Any]]]:
-    """Everything registered that settings name."""
-    for key, registry in NAMED.items():
+def _named(
+    values: Mapping[str, Any], keys: Iterable[tuple[str, Registry[Any]]]
+) -> Iterator[tuple[Registry[Any], Entry[Any]]]:
+    """Everything registered that some settings name."""
+    for key, registry in keys:
         for name in _texts(_at(values, key)):
             if not registry.open or name in registry:
                 yield registry, registry.entry(name)

@@ -111,3 +111,8 @@ class DataConfig(Named):
         None, ge=1, description="use only the first N test rows, and validation rows, of each client"
     )
     tinyworld: TinyworldConfig = TinyworldConfig()
+
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """Split → how many of a client's rows are used, at most."""
+        return {"train": self.train_limit, "validation": self.test_limit, "test": self.test_limit}

@@ -1,6 +1,15 @@
 """From rows to what a model reads: tokens or pixels, and an answer or a label.
 
 Prompt and answer are tokenised apart, so training sees exactly the prompt of generation.
+
+A template is a text with ``{instruction}`` in it, or a function from an instruction to a prompt:
+
+    @TEMPLATES.register("shout")
+    def shout(instruction: str) -> str:
+        return f"{instruction.upper()}!"
+
+A class is made once, and called in the same way; its settings are ``self.settings``: those of its nested ``Settings``,
+or the section ``data``.
 """
 
 from __future__ import annotations
@@ -16,8 +25,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedalt.config.data import DataConfig
+from fedalt.config.section import Named
 from fedalt.data.federation import SPLITS, ClientData, Federation, Row
 from fedalt.errors import UserError, did_you_mean, listed
+from fedalt.registry import TEMPLATES
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -31,16 +42,17 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return parts
 
 
-TEMPLATES = {
-    "alpaca_short": "### Instruction:\n{instruction}\n\n### Response:\n",
-    "alpaca": (
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Response:\n"
-    ),
-}
 CHAT = "chat"
 _PLACE = "{instruction}"
+
+TEMPLATES.add("alpaca_short", "### Instruction:\n{instruction}\n\n### Response:\n", __name__)
+TEMPLATES.add(
+    "alpaca",
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n",
+    __name__,
+)
 
 
 class Template(Protocol):
@@ -51,47 +63,77 @@ class Template(Protocol):
         ...
 
 
-def get_template(name: str, tokenizer: Any) -> Template:
-    """A template by name, the tokenizer's chat template, or the text of a file that holds ``{instruction}``.
+@TEMPLATES.register(CHAT)
+class Chat:
+    """The tokenizer's own template, which writes special tokens itself."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError("data.template: chat, but this tokenizer has no chat template; use alpaca_short or a file")
+        self.tokenizer = tokenizer
+
+    def __call__(self, instruction: str) -> str:
+        """The prompt."""
+        turn = [{"role": "user", "content": instruction}]
+        return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
+def get_template(name: str, tokenizer: Any, config: Named | None = None) -> Template:
+    """A template by name, or the text of a file that holds ``{instruction}``.
+
+    Args:
+        name: Name or file.
+        tokenizer: A Hugging Face tokenizer.
+        config: The section ``data``, which knows a template's own settings.
 
     Raises:
-        UserError: Unknown name and no such file, a file without the place holder, a tokenizer without a chat template.
+        UserError: Unknown name and no such file, a text without the place holder, a tokenizer without a chat template.
     """
+    if name == CHAT:
+        return Chat(tokenizer)
     text = template_text(name)
-    return _chat(tokenizer) if text is None else lambda instruction: text.replace(_PLACE, instruction)
+    if text is not None:
+        return lambda instruction: text.replace(_PLACE, instruction)
+    config = config or Named()
+    render = TEMPLATES.make(name, config.section, config)
+
+    def prompt(instruction: str) -> str:
+        with TEMPLATES.blamed(name):
+            made = render(instruction)
+        if not isinstance(made, str):
+            raise UserError(f'template "{name}" returned {type(made).__name__}; a prompt is text')
+        return made
+
+    return prompt
 
 
 def template_text(name: str) -> str | None:
-    """The text of a template with ``{instruction}`` in it; nothing for the tokenizer's chat template.
+    """The text of a template with ``{instruction}`` in it; None for a function and for the tokenizer's chat template.
 
     Raises:
-        UserError: Unknown name and no such file, or a file without the place holder.
+        UserError: Unknown name and no such file, or a text without the place holder.
     """
-    return None if name == CHAT else TEMPLATES.get(name) or _read(name)
-
-
-def _chat(tokenizer: Any) -> Template:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("data.template: chat, but this tokenizer has no chat template; use alpaca_short or a file")
-
-    def render(instruction: str) -> str:
-        turn = [{"role": "user", "content": instruction}]
-        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-
-    return render
+    if name not in TEMPLATES:
+        return _with_place(_read(name), name)
+    value = TEMPLATES.get(name)
+    return _with_place(value, name) if isinstance(value, str) else None
 
 
 def _read(name: str) -> str:
     path = Path(name)
     if not path.is_file():
-        known = [*TEMPLATES, CHAT]
+        known = TEMPLATES.names()
         raise UserError(
-            f'data.template: "{name}" is no template{did_you_mean(name, known)} and no file; known: {known}'
+            f'data.template: "{name}" is no template{did_you_mean(name, known)} and no file; known: {", ".join(known)}'
+            ", or FILE.py:Name"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"data.template: {name} is not UTF-8 text (byte {error.start})") from None
+
+
+def _with_place(text: str, name: str) -> str:
     if _PLACE not in text:
         raise UserError(f"data.template: {name} does not hold {_PLACE}, the place where the instruction goes")
     return text
@@ -186,11 +228,12 @@ class AnswerEncoder:
         tokenizer: A Hugging Face tokenizer.
         template: Name or file, see ``get_template``.
         cutoff: Longest row in tokens; the answer is cut there, a row whose prompt fills it is skipped.
+        config: The section ``data``, which knows a template's own settings.
     """
 
-    def __init__(self, tokenizer: Any, template: str, cutoff: int) -> None:
+    def __init__(self, tokenizer: Any, template: str, cutoff: int, config: DataConfig | None = None) -> None:
         self.tokenizer = tokenizer
-        self.template: Template = get_template(template, tokenizer)
+        self.template: Template = get_template(template, tokenizer, config)
         self.cutoff = cutoff
         self._special = template != CHAT  # a chat template writes its own special tokens
 

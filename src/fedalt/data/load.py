@@ -1,4 +1,15 @@
-"""The one entrance for rows: a configuration in, a federation out."""
+"""The one entrance for rows: a configuration in, a federation out.
+
+A source is a function that returns rows, mappings such as ``{"instruction": …, "output": …}``: a list of them or a
+Hugging Face ``Dataset``, split → such a thing, or client's name → (train, test) or (train, validation, test):
+
+    @SOURCES.register("reviews")
+    def reviews():
+        return {"shop A": (train_rows, test_rows), "shop B": (train_rows, test_rows)}
+
+A class is made once, and called in the same way; its settings are ``self.settings``: those of its nested ``Settings``,
+or the section ``data``.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +30,10 @@ from fedalt.data.formats.images import is_image_folder, read_images
 from fedalt.data.formats.table import ENDINGS, is_table_folder, read_table
 from fedalt.data.partition import unused
 from fedalt.data.record import held_out_in, reproduce
-from fedalt.data.sources.digits import DIGITS, read_digits
 from fedalt.data.sources.given import PREFIX, Given, read_handed_on
-from fedalt.data.sources.hub import BUILT_IN, TINYWORLD, is_loadable, is_saved, read_hub
-from fedalt.errors import UserError, did_you_mean
+from fedalt.data.sources.hub import is_loadable, is_saved, read_hub
+from fedalt.errors import UserError, alternatives, did_you_mean
+from fedalt.registry import OURS, SOURCES
 from fedalt.seeding import rng
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -39,7 +50,7 @@ _POSSIBLE = (
 
 
 def read_source(config: DataConfig) -> Federation | Pool:
-    """Read rows from anywhere but tinyworld.
+    """Read rows from a path, or from the hub.
 
     Raises:
         UserError: No such source, a folder of no kind or of two, and what the source's reader refuses.
@@ -53,13 +64,11 @@ def read_source(config: DataConfig) -> Federation | Pool:
         return read_table(path, config)
     if path.is_dir():
         return _folder(path, config)
-    if config.source == DIGITS:
-        return read_digits(config)
     if _HUB_NAME.fullmatch(config.source):
         return read_hub(config.source, config)
     raise UserError(
-        f"data.source: {path} is no folder{did_you_mean(config.source, BUILT_IN)}; give a folder, a table "
-        f"({', '.join(ENDINGS)}), the name of a Hugging Face data set, {DIGITS} or {TINYWORLD}"
+        f"data.source: {path} is no folder{did_you_mean(config.source, SOURCES)}; give a folder, a table "
+        f"({', '.join(ENDINGS)}), the name of a Hugging Face data set, FILE.py:Name, {alternatives(SOURCES.names())}"
     )
 
 
@@ -105,8 +114,14 @@ def load_held_out(config: DataConfig, seed: int) -> Federation:
 
 
 def elsewhere(config: DataConfig, source: str) -> DataConfig:
-    """Settings for other rows than a run's own: how that run chose, dealt and mixed its rows does not hold there."""
-    return config.model_copy(update={"source": source, "partition": PartitionConfig(), **_AS_IT_IS})
+    """Settings for other rows than a run's own: how that run chose, dealt and mixed its rows does not hold there.
+
+    Raises:
+        UserError: ``source`` is ``FILE.py:Name``, and cannot be had.
+    """
+    reference = SOURCES.reference(source)
+    name = SOURCES.name_in(*reference) if reference else source
+    return config.model_copy(update={"source": name, "partition": PartitionConfig(), **_AS_IT_IS})
 
 
 def load_as_it_is(config: DataConfig, seed: int) -> Federation:
@@ -236,23 +251,31 @@ def _seed(config: DataConfig, seed: int) -> int:
 
 
 def read(config: DataConfig) -> Federation | Pool:
-    """The rows of a source, with clients or without, as it has them."""
-    if config.source == TINYWORLD and not Path(TINYWORLD).is_dir():
-        return _tinyworld(config)
-    return read_source(config)
+    """The rows of a source, with clients or without, as it has them; a path that is there comes before a name of ours.
+
+    Raises:
+        UserError: There is no such source, or it cannot be read.
+    """
+    name = config.source
+    if name not in SOURCES:
+        return read_source(config)
+    entry, there = SOURCES.entry(name), Path(name).exists()
+    if entry.origin == OURS and there:
+        return read_source(config)
+    source = SOURCES.make(name, config.section, config)
+    with SOURCES.blamed(name):
+        rows = source()
+    found = rows if isinstance(rows, Federation | Pool) else _given(rows, config, entry.origin)
+    note = f"data.source: {name} is the source of {entry.origin}; for the path of this name write ./{name}"
+    return replace(found, notes=(*found.notes, note)) if there else found
 
 
-def _tinyworld(config: DataConfig) -> Federation:
-    """Eight clients of the usual size; where more are made, only as many rows as are going to be used."""
-    from fedalt.datasets.tinyworld import SIZES, generate
-    from fedalt.datasets.tinyworld.world import CLIENTS
-
-    eight = config.split_rows or config.partition.by or config.tasks
-    clients = CLIENTS if eight else max(config.clients or 0, CLIENTS)
-    limits, sizes = _limits(config), SIZES
-    if clients > CLIENTS:
-        sizes = {split: min(size, limits[split] or size) for split, size in SIZES.items()}
-    return generate(config.tinyworld.seed, config.tinyworld.clash, **sizes, clients=clients)
+def _given(rows: Any, config: DataConfig, origin: str) -> Federation | Pool:
+    try:
+        return Given(rows).read(config)
+    except UserError as error:
+        told = str(error).removeprefix("load_data: ")
+        raise UserError(f'source "{config.source}" of {origin}: {told}') from None
 
 
 def _hold_out(client: int, data: ClientData, config: DataConfig, seed: int) -> ClientData:
@@ -281,8 +304,4 @@ def _shuffled(client: int, data: ClientData, seed: int) -> ClientData:
 
 
 def _limit(data: ClientData, config: DataConfig) -> ClientData:
-    return replace(data, **{split: getattr(data, split)[:limit] for split, limit in _limits(config).items()})
-
-
-def _limits(config: DataConfig) -> dict[str, int | None]:
-    return {"train": config.train_limit, "validation": config.test_limit, "test": config.test_limit}
+    return replace(data, **{split: getattr(data, split)[:limit] for split, limit in config.limits.items()})

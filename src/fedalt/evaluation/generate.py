@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from fedalt.model.adapted import AdaptedModel
 from fedalt.model.base import cache_bytes, free_memory
 from fedalt.model.batch_layout import BatchLayout
 
+_IGNORES_PADDING = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+"""Before that, a penalty of repetitions in a model's own settings counts padding as words of the prompt."""
 _SHARE = 0.5
 """Most of the free memory that the keys and values of a batch may take."""
 
@@ -111,8 +114,24 @@ def answer(
     try:
         search = Search(rows, config.num_beams, config.max_new_tokens, config.num_beams > 1 and model.branches)
         answers = model.base.generate(**options, num_beams=1, custom_generate=search)
+        return _texts(tokenizer, answers)
     except Unsupported:
-        with rows(range(len(prompts))):
-            answers = model.base.generate(**options, num_beams=config.num_beams)[:, ids.shape[1] :]
-    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+        texts = [""] * len(prompts)
+        for some in _together([len(prompt) for prompt in prompts]):
+            longest = max(len(prompts[row]) for row in some)
+            part = {name: options[name][some, -longest:] for name in ("input_ids", "attention_mask")}
+            with rows(some):
+                answers = model.base.generate(**options | part, num_beams=config.num_beams)[:, longest:]
+            for row, text in zip(some, _texts(tokenizer, answers), strict=True):
+                texts[row] = text
+        return texts
+
+
+def _texts(tokenizer: Any, answers: Tensor) -> list[str]:
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def _together(lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts that ``generate`` may be given together: all, or those of one length where it takes padding for text."""
+    kinds = [0] * len(lengths) if _IGNORES_PADDING else lengths
+    return [[row for row, kind in enumerate(kinds) if kind == one] for one in dict.fromkeys(kinds)]

@@ -28,6 +28,11 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
     given: str = ""
 
+    @property
+    def section(self) -> str:
+        """The method's section of the YAML."""
+        return section_of(get_method(self.method))
+
 
 def get_method(name: str) -> type[Method]:
     """The class behind the name of a method or a variant.

@@ -92,7 +92,8 @@ class AdaptedModel:
             enable_trimming(self.backbone, self.context, self.layers.values())
         if gradient_checkpointing:
             options = {"use_reentrant": False, "context_fn": self.context.checkpoint_contexts}
-            self.base.activation_checkpointing_enable(options)
+            name = "activation_checkpointing_enable"  # since transformers 5.23
+            getattr(self.base, name, self.base.gradient_checkpointing_enable)(options)
             for module in self.base.modules():
                 if getattr(module, "gradient_checkpointing", False):
                     _silence(module)

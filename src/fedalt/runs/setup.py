@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedalt.config import RunConfig
+from fedalt.config import RunConfig, used_code
 from fedalt.data.encode import (
     AnswerEncoder,
     ClientExamples,
@@ -98,7 +98,9 @@ class Resident:
         if config.model.task == "image_classification":
             channels = getattr(self.base.model.config, "num_channels", 3)
             return ImageEncoder(read, labels, channels, self.model.image_tokens)
-        return TextEncoder(read, labels, data.cutoff) if labels else AnswerEncoder(read, data.template, data.cutoff)
+        if labels:
+            return TextEncoder(read, labels, data.cutoff)
+        return AnswerEncoder(read, data.template, data.cutoff, data)
 
     def heads(self, seed: int, client: int) -> dict[Key, Tensor]:
         """What a client's heads start from: the checkpoint's, or drawn where it has none."""
@@ -290,8 +292,9 @@ def prepare(
 
 def _encoder(rows: Rows, resident: Resident, config: RunConfig) -> Encoder:
     """What makes examples of rows; runs that read them alike share it."""
-    template = None if config.classifies else template_text(config.data.template)
-    settings = (config.model.task, config.model.labels, template, config.data.cutoff)
+    name = config.data.template
+    template = None if config.classifies else (name, template_text(name), used_code(config).get(f"template {name}"))
+    settings = (config.model.task, config.model.labels, template, config.data.own, config.data.cutoff)
     return rows.encoder(resident.base.tokenizer, settings, lambda: resident.encoder(config))
 
 

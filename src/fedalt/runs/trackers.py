@@ -1,4 +1,17 @@
-"""Other places where a run's numbers go, through accelerate: TensorBoard, MLflow, Weights & Biases, trackio."""
+"""Other places where a run's numbers go: TensorBoard, MLflow, Weights & Biases, trackio, and anybody's.
+
+A tracker is a class; an instance of it follows one run:
+
+    @TRACKERS.register("lines")
+    class Lines:
+        def start(self, run: str, about: dict[str, Any], folder: Path) -> None: ...
+        def log(self, values: dict[str, float], step: int) -> None: ...
+        def finish(self) -> None: ...
+
+``run`` is the run's name, ``about`` says what it is, ``folder`` is the tracker's own, which it makes if it needs one;
+there is none when a run starts anew. ``step`` is the round. Its settings are ``self.settings``: those of its nested
+``Settings``, or the section ``report``. A tracker that fails is left out, and the run goes on.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +23,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fedalt.config.section import Named
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import group_mean, metrics_in
+from fedalt.registry import TRACKERS
 from fedalt.runs.events import Event, Sink
 
 PROJECT = "fedalt"
@@ -25,23 +40,24 @@ def check_trackers(names: Sequence[str]) -> None:
         UserError: A tracker's package is not installed.
     """
     for name in names:
-        if find_spec(name) is None:
+        if issubclass(TRACKERS.get(name), _Accelerated) and find_spec(name) is None:
             raise UserError(f'report.trackers: "{name}" is not installed; pip install {name}')
 
 
 @contextmanager
-def tracked(names: Sequence[str], out: Path, sink: Sink) -> Iterator[Sink]:
+def tracked(names: Sequence[str], out: Path, sink: Sink, config: Named | None = None) -> Iterator[Sink]:
     """A sink that passes events on and tells the trackers; they are closed however the block ends.
 
     Args:
         names: Trackers.
         out: Folder of the run, or of the runs of a comparison; TensorBoard's files go to ``tensorboard/`` there.
         sink: Where events go, too.
+        config: The section ``report``, which knows a tracker's own settings.
     """
     if not names:
         yield sink
         return
-    jobs = defaultdict[int, Trackers](lambda: Trackers(names, out, sink))
+    jobs = defaultdict[int, Trackers](lambda: Trackers(names, out, sink, config or Named()))
 
     def both(event: Event) -> None:
         sink(event)
@@ -61,12 +77,12 @@ class Trackers:
     and their mean (``loss/3``, ``loss/mean``), and after scoring every metric in the same way (``rouge1/3``, …).
     """
 
-    def __init__(self, names: Sequence[str], out: Path, complain: Sink) -> None:
-        self.names = names
+    def __init__(self, names: Sequence[str], out: Path, complain: Sink, config: Named) -> None:
+        self.names, self.config = names, config
         self.out = out
         self.complain = complain
         self.member = ""
-        self.running: list[Any] = []
+        self.running: list[tuple[str, Any]] = []
         self.scores: dict[str, dict[str, float]] = {}
         self.losses: dict[str, float] = {}
 
@@ -87,9 +103,10 @@ class Trackers:
     def _on_run_started(self, event: Event) -> None:
         self.close()
         if event["event"] == "run_started":
-            shutil.rmtree(self._logs, ignore_errors=True)
+            for name in self.names:
+                shutil.rmtree(self.out / name / self.member, ignore_errors=True)
         about = {k: event[k] for k in ("method", "source", "rounds", "metric", "base", "run")}
-        self.running = [_start(name, self.member or self.out.name, about, self._logs) for name in self.names]
+        self.running = [(name, self._start(name, about)) for name in self.names]
 
     _on_run_resumed = _on_run_started
 
@@ -118,40 +135,87 @@ class Trackers:
     def _on_run_finished(self, event: Event) -> None:
         self.close()
 
-    @property
-    def _logs(self) -> Path:
-        return self.out / "tensorboard" / self.member
+    def _start(self, name: str, about: dict[str, Any]) -> Any:
+        tracker = TRACKERS.make(name, self.config.section, self.config)
+        try:
+            tracker.start(self.member or self.out.name, dict(about), self.out / name / self.member)
+        except Exception as error:  # not logged in, no server, a broken package
+            raise UserError(f"report.trackers: {name} does not start ({error})") from None
+        return tracker
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
         self._each(lambda tracker: tracker.log(dict(values), step=step))
 
     def _each(self, act: Callable[[Any], None]) -> None:
-        for tracker in list(self.running):
+        for name, tracker in list(self.running):
             try:
                 act(tracker)
             except Exception as error:
-                self.running.remove(tracker)
-                text = f"{tracker.name} failed ({error}); the run goes on without it"
+                self.running.remove((name, tracker))
+                text = f"{name} failed ({error}); the run goes on without it"
                 self.complain({"event": "note", "text": text})
 
 
-def _start(name: str, run: str, about: dict[str, Any], logs: Path) -> Any:
-    from accelerate.state import PartialState
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+class _Accelerated:
+    """A tracker that accelerate knows; its package has the tracker's name."""
 
-    PartialState(cpu=True)  # the trackers ask it whether this is the main process
-    kind = LOGGER_TYPE_TO_CLASS[name]
-    how = {
-        "tensorboard": lambda: kind(run_name=logs.name, logging_dir=logs.parent),
-        "mlflow": lambda: kind(experiment_name=PROJECT, run_name=run),
-        "wandb": lambda: kind(run_name=PROJECT, name=run, config=about, reinit="create_new"),
-        "trackio": lambda: kind(run_name=PROJECT, name=run, config=about),
-    }
-    try:
-        tracker = how[name]()
-        tracker.start()
-        if name == "mlflow":  # TensorBoard would put them into a run of their own
-            tracker.store_init_configuration(about)
-    except Exception as error:  # not logged in, no server, a broken package
-        raise UserError(f"report.trackers: {name} does not start ({error})") from None
-    return tracker
+    name = ""
+
+    def start(self, run: str, about: dict[str, Any], folder: Path) -> None:
+        """Begin a run there."""
+        from accelerate.state import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        PartialState(cpu=True)  # the trackers ask it whether this is the main process
+        kind: Any = LOGGER_TYPE_TO_CLASS[self.name]
+        self.tracker = kind(**self.place(run, about, folder))
+        self.tracker.start()
+
+    def place(self, run: str, about: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """What accelerate is told of a run."""
+        return {"run_name": PROJECT, "name": run, "config": about}
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Pass numbers on."""
+        self.tracker.log(values, step=step)
+
+    def finish(self) -> None:
+        """The run has ended."""
+        self.tracker.finish()
+
+
+@TRACKERS.register("tensorboard")
+class TensorBoard(_Accelerated):
+    """Files in ``tensorboard/`` of the run's folder, or of the comparison's."""
+
+    def place(self, run: str, about: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """A folder; what a run is would be put into a run of its own."""
+        return {"run_name": folder.name, "logging_dir": folder.parent}
+
+
+@TRACKERS.register("mlflow")
+class MLflow(_Accelerated):
+    """An experiment of the server that ``MLFLOW_TRACKING_URI`` names."""
+
+    def start(self, run: str, about: dict[str, Any], folder: Path) -> None:
+        """Begin a run there."""
+        super().start(run, about, folder)
+        self.tracker.store_init_configuration(about)
+
+    def place(self, run: str, about: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """An experiment, and the run's name in it."""
+        return {"experiment_name": PROJECT, "run_name": run}
+
+
+@TRACKERS.register("wandb")
+class WeightsAndBiases(_Accelerated):
+    """A run at wandb.ai."""
+
+    def place(self, run: str, about: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """A project, and a run beside those that are under way."""
+        return {**super().place(run, about, folder), "reinit": "create_new"}
+
+
+@TRACKERS.register("trackio")
+class Trackio(_Accelerated):
+    """A run of trackio's dashboard."""

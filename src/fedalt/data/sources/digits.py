@@ -7,19 +7,26 @@ from fedalt.data.federation import Pool
 from fedalt.data.formats.columns import Record, has_header, to_pool
 from fedalt.data.formats.images import ArrayPicture
 from fedalt.errors import needs
+from fedalt.registry import SOURCES
 
 DIGITS = "digits"
 
 
-def read_digits(config: DataConfig) -> Pool:
+@SOURCES.register(DIGITS)
+class Digits:
     """All digits as training rows, in scikit-learn's order; their 17 shades of grey become 0 to 255."""
-    has_header(config, DIGITS)
-    with needs("vision", "the digits"):
-        from sklearn.datasets import load_digits
-    found = load_digits()
-    shades = (found.images * 255 / 16).round().astype("uint8")
-    records = [
-        Record({"label": str(label)}, f"digits: row {i}", f"digit {i}", ArrayPicture(image.tobytes(), (8, 8)))
-        for i, (image, label) in enumerate(zip(shades, found.target, strict=True))
-    ]
-    return to_pool(config, {"train": records}, DIGITS, "scikit-learn's 8 × 8 pictures of digits")
+
+    settings: DataConfig
+
+    def __call__(self) -> Pool:
+        """The rows."""
+        has_header(self.settings, DIGITS)
+        with needs("vision", "the digits"):
+            from sklearn.datasets import load_digits
+        found = load_digits()
+        shades = (found.images * 255 / 16).round().astype("uint8")
+        records = [
+            Record({"label": str(label)}, f"digits: row {i}", f"digit {i}", ArrayPicture(image.tobytes(), (8, 8)))
+            for i, (image, label) in enumerate(zip(shades, found.target, strict=True))
+        ]
+        return to_pool(self.settings, {"train": records}, DIGITS, "scikit-learn's 8 × 8 pictures of digits")

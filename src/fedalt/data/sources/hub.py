@@ -12,13 +12,10 @@ from fedalt.data.federation import Pool
 from fedalt.data.formats.columns import Record, find_label, has_header, to_pool
 from fedalt.data.formats.images import HubPicture
 from fedalt.data.formats.table import NAMES
-from fedalt.data.sources.digits import DIGITS
 from fedalt.errors import UserError, did_you_mean, listed, needs
+from fedalt.registry import SOURCES
 
 _ENDINGS = {".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl"}
-TINYWORLD = "tinyworld"
-BUILT_IN = (TINYWORLD, DIGITS)
-"""Sources that have a name and no file."""
 _UNLABELLED = -1
 
 
@@ -91,7 +88,7 @@ def _load(name: str, config: str | None) -> Any:
     except Exception as error:  # whatever builders, readers and the network raise: the data set cannot be had
         reason = " ".join(str(error).split()) or type(error).__name__
         missing = (
-            f"{name} is no folder{did_you_mean(name, BUILT_IN)} and no file, nor a data set of the hub that can be had"
+            f"{name} is no folder{did_you_mean(name, SOURCES)} and no file, nor a data set of the hub that can be had"
         )
         what = f"{name} cannot be loaded" if folder.is_dir() else missing
         raise UserError(f"data.source: {what}: {reason[:300]}") from None
