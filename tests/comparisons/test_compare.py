@@ -450,7 +450,7 @@ def test_axes_that_are_none(text: str, line: str) -> None:
     ("axes", "line"),
     [
         ([("lora.rr", [4])], r'^--sweep lora.rr=4: unknown key "lora.rr" \(did you mean "r"\?\)$'),
-        ([("lora.r", [4, 0])], r'^--sweep lora.r=0: "lora.r" = 0: '),
+        ([("lora.r", [4, 0])], r"^--sweep lora.r=0: lora.r = 0: "),
         ([("lora.r", [4, 4])], "lora.r=4 is there twice"),
         ([("lora.r", [4]), ("lora.r", [6])], "--sweep lora.r: given twice"),
         ([("data.clients", [3, 4])], "data.clients: 4 clients asked for.*multiple of 3"),

@@ -151,7 +151,7 @@ def test_peft_loads_both_loras_bit_for_bit_and_without_a_warning(kind: str) -> N
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(base_of(kind), folder / "individual", adapter_name="individual")
-        model.load_adapter(folder / "rest_of_world", "row")
+        model.load_adapter(folder / "rest_of_world", "rest_of_world")
     assert [str(w.message) for w in said if "gradient_checkpointing" not in str(w.message)] == []
     seen = 0
     for slot in ("individual", "rest_of_world"):
@@ -288,7 +288,7 @@ def damaged(tmp_path: Path, name: str, data: bytes | None) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["individual/adapter_model.safetensors", "row/adapter_model.safetensors", "mixer.safetensors"]
+    "name", ["individual/adapter_model.safetensors", "rest_of_world/adapter_model.safetensors", "mixer.safetensors"]
 )
 @pytest.mark.parametrize(("data", "says"), [(None, "missing"), (b"", "damaged"), (b"x" * 40, "damaged")])
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path, name: str, data: bytes | None, says: str) -> None:

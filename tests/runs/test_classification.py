@@ -219,7 +219,7 @@ def test_compare_and_validate(tmp_path: Path) -> None:
         ),
         ({"model__labels": [*LABELS, "Small"]}, r'has the label "Small" \(did you mean "small"\?\)'),
         ({"model__task": "image_classification"}, r"is not an image classifier that can be loaded"),
-        ({"model__task": "regression"}, r'"model.task" = \'regression\''),
+        ({"model__task": "regression"}, r'model.task = "regression"'),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], line: str, tmp_path: Path) -> None:

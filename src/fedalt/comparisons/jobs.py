@@ -39,13 +39,14 @@ class Member:
 
     def to_json(self) -> dict[str, Any]:
         """For another process."""
-        return {"name": self.name, "config": self.config.model_dump(mode="json"), "budget": self.budget}
+        config = self.config.model_dump(mode="json")
+        return {"name": self.name, "config": config, "budget": self.budget, "title": self.title}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Member:
         """In the other process."""
         config = parse_config(value["config"], value["name"])
-        return Member(value["name"], config, RunFolder(config.folder), value["budget"])
+        return Member(value["name"], config, RunFolder(config.folder), value["budget"], value["title"])
 
 
 def train(members: Iterable[Member], if_exists: IfExists, sink: Sink, bases: Bases, rows: Rows | None = None) -> None:
