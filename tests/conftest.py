@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fedalt.registry import ALL
+from fedalt.registry import _PLUGINS, ALL
 
 for name in ("COLUMNS", "LINES"):  # the width of tables: readline notes the terminal's, and workers inherit it
     os.environ.pop(name, None)
@@ -19,8 +19,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def forgotten() -> Iterator[None]:
     """What a test registers is gone when it ends, and so are the modules of its files."""
     before, modules = [dict(registry._entries) for registry in ALL], set(sys.modules)
-    complete = [registry._complete for registry in ALL]
+    complete, plugins = [registry._complete for registry in ALL], dict(_PLUGINS)
     yield
+    _PLUGINS.clear()
+    _PLUGINS.update(plugins)
     for registry, entries, whole in zip(ALL, before, complete, strict=True):
         ours = {name: entry for name, entry in registry._entries.items() if entry.origin == "fedalt"}
         registry._entries, registry._complete = {**ours, **entries}, registry._complete or whole

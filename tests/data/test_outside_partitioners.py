@@ -106,7 +106,7 @@ def test_a_run_and_its_continuation_in_jobs(file: Path, tmp_path: Path) -> None:
     assert "by: halves" in (run / "config.yaml").read_text()
     assert call("run", "--out", run, "--resume", "--rounds", 2).code == 0
     file.write_text(FILE + "# changed\n")
-    assert "another run" in refused("run", "--out", run, "--resume", "--rounds", 3)
+    assert "mine.py has changed since; put the old code back" in refused("run", "--out", run, "--resume", "--rounds", 3)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,9 @@ def test_a_function_of_a_row_by_reference(file: Path, tmp_path: Path) -> None:
     assert call("report", tmp_path / "run").code == 0
     assert "length_gap" in (tmp_path / "run" / "report.html").read_text()
     file.write_text(FILE + "# another digest\n")
-    assert "another run" in refused("run", "--out", tmp_path / "run", "--resume", "--rounds", 3)
+    assert "mine.py has changed since; put the old code back" in refused(
+        "run", "--out", tmp_path / "run", "--resume", "--rounds", 3
+    )
 
 
 def test_lower_is_better_picks_the_best_round(file: Path, tmp_path: Path) -> None:
