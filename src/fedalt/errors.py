@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """What was wrong, where, and what is allowed; the command line prints it as one line, without a traceback."""
 
 

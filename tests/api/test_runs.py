@@ -126,7 +126,7 @@ def test_a_folder_that_is_taken(tmp_path: Path, data: Any, base: Any) -> None:
     ],
 )
 def test_what_is_refused(data: Any, base: Any, given: dict[str, Any], line: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         fa.run(data, base, quiet=True, **given)
     assert isinstance(error.value, UserError)
     assert line in str(error.value) and "\n" not in str(error.value)

@@ -42,8 +42,9 @@ def made_days_ago(folder: Path, days: int, monkeypatch: pytest.MonkeyPatch) -> P
         def now(cls, tz=None):
             return now
 
-    monkeypatch.setattr(certs, "datetime", Clock)
-    make_certs(folder, 1, days=1)
+    with monkeypatch.context() as then:
+        then.setattr(certs, "datetime", Clock)
+        make_certs(folder, 1, days=1)
     return folder
 
 

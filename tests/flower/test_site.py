@@ -83,11 +83,11 @@ def test_a_request_of_an_earlier_round_changes_nothing(tmp_path: Path, bases: Ba
 
 
 def test_the_base_is_loaded_once_for_all_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedalt.comparisons import jobs
+    from fedalt.runs import setup
 
-    load, loaded = jobs.load_resident, list[jobs.Resident]()
+    load, loaded = setup.load_resident, list[setup.Resident]()
 
-    def counted(config: RunConfig) -> jobs.Resident:
+    def counted(config: RunConfig) -> setup.Resident:
         loaded.append(load(config))
         return loaded[-1]
 
@@ -143,7 +143,7 @@ def test_what_a_site_saved_answers_there(tmp_path: Path, bases: Bases) -> None:
         ({}, 2, "lets each one have the LoRA that the other shares"),
         ({"method": "fedit"}, 2, "lets each one have the LoRA that the other shares"),
         ({"flower__allow_two": True}, 3, "a site that agrees is started with --allow-two"),
-        ({"method": "no_such"}, 3, '"no_such" is unknown'),
+        ({"method": "no_such"}, 3, 'method "no_such" is not held here'),
         ({"data__clients": 1}, 3, "client 1 is not among clients [0]"),
     ],
 )
