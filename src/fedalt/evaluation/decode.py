@@ -124,6 +124,7 @@ class Batch:
         self.prompts = list(range(len(ids)))
         self.answers: Int[Tensor, "n t"] = ids[:, :0]
         self._known = signature(model.forward).parameters
+        self._cached = "cache" if "cache" in self._known else "past_key_values"  # before transformers 5.24
 
     def read_prompts(self) -> Float[Tensor, "n vocab"]:
         """Read the prompts, those of like length together, without shared padding; scores of the next token."""
@@ -155,9 +156,9 @@ class Batch:
     ) -> Float[Tensor, "s vocab"]:
         """Scores after the last tokens of every row."""
         optional = {"position_ids": positions, "logits_to_keep": last}
-        extra = {name: value for name, value in optional.items() if name in self._known}
+        extra = {name: value for name, value in optional.items() if name in self._known} | {self._cached: self.cache}
         with self.owners(prompts, wanted):
-            out = self.model(input_ids=tokens, attention_mask=mask, past_key_values=self.cache, use_cache=True, **extra)
+            out = self.model(input_ids=tokens, attention_mask=mask, use_cache=True, **extra)
         scores: Tensor = out.logits[:, -last:].flatten(0, 1)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
@@ -268,7 +269,8 @@ class Search:
         """
         rows, prompt = input_ids.shape
         room = self.longest * self.beams if self.branched else self.longest
-        cache = answer_cache(kwargs.get("past_key_values"), rows, prompt, room)
+        given = kwargs.get("cache", kwargs.get("past_key_values"))  # the second before transformers 5.24
+        cache = answer_cache(given, rows, prompt, room)
         usual = all(isinstance(rule, MaxLengthCriteria | EosTokenCriteria) for rule in stopping_criteria)
         if cache is None or not usual or len(logits_processor) or generation_config.early_stopping is not False:
             raise Unsupported
