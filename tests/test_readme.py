@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import fedalt
 from micro import call
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +52,6 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("method" not in dir(fedalt), reason="fedalt.method is not public yet")
 def test_the_method_of_the_readme_runs_from_its_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my_prox.py").write_text(blocks("python")[1], encoding="utf-8")

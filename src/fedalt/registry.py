@@ -362,13 +362,18 @@ def _run(place: str, path: Path, text: bytes) -> ModuleType:
     return module
 
 
+def absolute(place: str) -> str:
+    """A file of code by its whole path; a module by its name."""
+    return str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
+
+
 def hold_plugins(places: Sequence[str]) -> None:
     """Import the files and modules that this machine holds for runs of others, here and in processes started from here.
 
     Raises:
         UserError: See ``import_plugin``.
     """
-    places = [str(Path(place).expanduser().resolve()) if place.endswith(".py") else place for place in places]
+    places = [absolute(place) for place in places]
     for place in places:
         import_plugin(place)
     os.environ[HELD] = os.pathsep.join(places)

@@ -16,10 +16,10 @@ from fedalt.cli import complete
 from fedalt.cli.command import spelt
 from fedalt.cli.recipes import config_path
 from fedalt.cli.show import complain
-from fedalt.config import RunConfig, absolute, parse_override
+from fedalt.config import RunConfig, parse_override
 from fedalt.config.hints import fields_at, in_words
 from fedalt.errors import UserError, shortened
-from fedalt.registry import METHODS
+from fedalt.registry import METHODS, absolute
 from fedalt.runs.folder import IfExists, settings_of
 
 _OPTIONS: dict[str, tuple[str, str, str, Any]] = {

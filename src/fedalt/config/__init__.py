@@ -36,6 +36,7 @@ from fedalt.registry import (
     TRACKERS,
     Entry,
     Registry,
+    absolute,
     held_plugins,
     import_plugin,
     registered_name,
@@ -466,11 +467,6 @@ def _name(value: Any, registry: Registry[Any], plugins: list[str]) -> Any:
         return value
     plugins.append(absolute(reference[0]))
     return registry.name_in(plugins[-1], reference[1])
-
-
-def absolute(place: str) -> str:
-    """A file of code by its whole path; a module by its name."""
-    return str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
 
 
 def used_entries(config: RunConfig) -> Iterator[tuple[str, Entry[Any]]]:
