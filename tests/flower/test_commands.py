@@ -250,7 +250,7 @@ def test_the_server_says_what_it_does_and_what_a_site_has_to_do(federation) -> N
     assert f"$ flower-superlink --ssl-ca-certfile {tls}/ca.crt" in server.text
     assert "--enable-supernode-auth" in server.text
     assert "flwr supernode register: 2 new keys; may join: client_0, client_1" in server.text
-    line = f"fedalt site --server 127.0.0.1:{port} --client-id N --data DIR --state DIR --ca {tls}/ca.crt"
+    line = f"fedalt site --server 127.0.0.1:{port} --client N --data DIR --state DIR --ca {tls}/ca.crt"
     assert f"{line} --key {tls}/keys/client_N" in server.text
 
 

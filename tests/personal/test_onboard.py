@@ -115,7 +115,7 @@ RULES = {
     "feddpa_t": ("anchor.E local.A local.B", BOTH),
     "pf2lora": (f"{BOTH} private.A private.B", BOTH),
     "fdlora": ("fused.A fused.B", ""),
-    "fedalt": ("individual.A individual.B mixer.G", "row.A row.B"),
+    "fedalt": ("individual.A individual.B mixer.G", "rest_of_world.A rest_of_world.B"),
     "lora_fair": (BOTH, BOTH),
     "fedprox": (BOTH, BOTH),
     "ditto": ("personal.A personal.B", ""),  # what answers is the personal LoRA alone
