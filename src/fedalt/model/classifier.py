@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from fedalt.errors import UserError
 from fedalt.model.batch_layout import BatchContext
+from fedalt.model.targets import backbone_of
 from fedalt.names import HEAD, Key, Tensors
 
 Summary = Literal["first", "last"]
@@ -31,7 +32,7 @@ def class_logits(
         states: The states to put in its place.
         pooler: Stands in for the backbone's own.
     """
-    backbone = base.get_decoder()
+    backbone = backbone_of(base)
     one = states[:, None]
     pooler = pooler or getattr(backbone, "pooler", None)
     pools = pooler is not None and "pooler_output" in {field.name for field in fields(type(out))}
@@ -57,7 +58,7 @@ def summary_of(base: Any) -> tuple[Summary, int]:
     """
     outs: list[Any] = []
     inputs, last = _trial(base)
-    hook = base.get_decoder().register_forward_hook(lambda module, args, out: outs.append(out))
+    hook = backbone_of(base).register_forward_hook(lambda module, args, out: outs.append(out))
     wanted = base(**inputs).logits.float()
     hook.remove()
     states = outs[0].last_hidden_state
