@@ -65,7 +65,9 @@ def test_a_module_that_is_no_linear_layer_is_no_target() -> None:
 
 
 def test_unknown_architecture_names_candidates() -> None:
-    model = RwkvForCausalLM(RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=LAYERS, attention_hidden_size=32))
+    model = RwkvForCausalLM(
+        RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=LAYERS, attention_hidden_size=32)
+    )
     with pytest.raises(UserError) as error:
         find_targets(model)
     assert "RwkvForCausalLM is not in the alias list; give all-linear" in str(error.value)

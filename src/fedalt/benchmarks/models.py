@@ -21,7 +21,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from fedalt.api import Run, load_base, load_data, run
-from fedalt.data.federation import Row
 from fedalt.errors import UserError
 from fedalt.files import write_text
 from fedalt.model.batch_layout import BatchLayout
@@ -41,11 +40,12 @@ _SMALL: dict[str, Any] = {
     "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "embedding_size": 32, "word_embed_proj_dim": 32,
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "intermediate_size": 64, "ffn_hidden_size": 64, "n_inner": 64, "ffn_dim": 64, "hidden_dim": 64, "expert_ffn_hidden_size": 32,
+    "intermediate_size": 64, "ffn_hidden_size": 64, "n_inner": 64, "ffn_dim": 64, "hidden_dim": 64,
     "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4,
     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     "max_position_embeddings": 256, "n_positions": 256, "max_seq_len": 256, "q_lora_rank": 16, "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "state_size": 8, "initializer_range": 0.2, "init_std": 0.2,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "state_size": 8,
+    "initializer_range": 0.2, "init_std": 0.2,
     "sliding_window": 12, "window_size": 12, "attention_chunk_size": 12, "rotary_dim": 4, "pad_token_id": 0,
     "image_size": 16, "patch_size": 4, "num_channels": 3,
 }  # fmt: skip
@@ -54,37 +54,39 @@ _SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model type of Transformers, and what its configuration needs besides small sizes."""
+    """A model type of Transformers and a task."""
 
     title: str
     kind: str
-    more: Mapping[str, Any] = field(default_factory=dict)
     task: str = "causal_lm"
 
 
-DECODERS = (
-    Case("Llama", "llama"), Case("Mistral", "mistral"), Case("Mixtral", "mixtral"), Case("Qwen 2", "qwen2"),
-    Case("Qwen 2 MoE", "qwen2_moe"), Case("Qwen 3", "qwen3"), Case("Qwen 3 MoE", "qwen3_moe"), Case("Gemma", "gemma"),
-    Case("Gemma 2", "gemma2"), Case("Gemma 3 (text)", "gemma3_text"), Case("Phi", "phi"), Case("Phi-3", "phi3"),
-    Case("Phi-MoE", "phimoe"), Case("GPT-2", "gpt2"),
-    Case("GPT-Neo", "gpt_neo", {"attention_types": [[["global", "local"], 1]]}), Case("GPT-NeoX", "gpt_neox"),
-    Case("GPT-J", "gptj"), Case("OPT", "opt"), Case("Bloom", "bloom"),
-    Case("Falcon", "falcon", {"new_decoder_architecture": False}), Case("MPT", "mpt"), Case("StableLM", "stablelm"),
-    Case("StarCoder 2", "starcoder2"), Case("OLMo", "olmo"), Case("OLMo 2", "olmo2"), Case("Granite", "granite"),
-    Case("Cohere", "cohere"), Case("SmolLM 3", "smollm3"), Case("GLM-4", "glm4"), Case("DeepSeek-V3", "deepseek_v3", {"num_key_value_heads": 4}),
-    Case("Llama 4 (text)", "llama4_text"), Case("GPT-OSS", "gpt_oss"), Case("MiniMax", "minimax"), Case("Doge", "doge"),
-    Case("Mamba", "mamba"), Case("Mamba 2", "mamba2", {"expand": 2, "num_heads": 8, "n_groups": 2}), Case("RWKV", "rwkv"),
-    Case("ModernBERT decoder", "modernbert-decoder", {"bos_token_id": 1, "eos_token_id": 2}), Case("BERT as a causal LM", "bert", {"is_decoder": False}),
-)  # fmt: skip
-
-
+_NAMES = {
+    "Llama": "llama", "Mistral": "mistral", "Mixtral": "mixtral", "Qwen 2": "qwen2", "Qwen 2 MoE": "qwen2_moe",
+    "Qwen 3": "qwen3", "Qwen 3 MoE": "qwen3_moe", "Gemma": "gemma", "Gemma 2": "gemma2", "Gemma 3": "gemma3_text",
+    "Phi": "phi", "Phi-3": "phi3", "Phi-MoE": "phimoe", "GPT-2": "gpt2", "GPT-Neo": "gpt_neo", "GPT-NeoX": "gpt_neox",
+    "GPT-J": "gptj", "OPT": "opt", "Bloom": "bloom", "Falcon": "falcon", "MPT": "mpt", "StableLM": "stablelm",
+    "StarCoder 2": "starcoder2", "OLMo": "olmo", "OLMo 2": "olmo2", "Granite": "granite", "Cohere": "cohere",
+    "SmolLM 3": "smollm3", "GLM-4": "glm4", "DeepSeek-V3": "deepseek_v3", "Llama 4": "llama4_text",
+    "GPT-OSS": "gpt_oss", "MiniMax": "minimax", "Doge": "doge", "Mamba": "mamba", "Mamba 2": "mamba2", "RWKV": "rwkv",
+    "ModernBERT decoder": "modernbert-decoder", "BERT as a causal LM": "bert",
+}  # fmt: skip
+_MORE: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "falcon": {"new_decoder_architecture": False},
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "mamba2": {"expand": 2, "num_heads": 8, "n_groups": 2},
+    "swin": {"num_attention_heads": (2, 2), "depths": (1, 1), "embed_dim": 16, "window_size": 2, "patch_size": 2},
+    "convnext": {"hidden_sizes": (8, 16), "depths": (1, 1)},
+    "resnet": {"embedding_size": 8, "hidden_sizes": (8, 16), "depths": (1, 1)},
+}
 _TEXT = ("bert", "roberta", "distilbert", "deberta-v2", "electra", "albert", "modernbert", "mpnet", "xlm-roberta")
 _DECODING = ("llama", "gpt2", "qwen2", "mistral", "bloom", "opt")
-_IMAGES = ("vit", "deit", "swin", "beit", "dinov2", "convnext", "resnet")
+_IMAGES = ("vit", "ijepa", "swin", "beit", "dinov2", "convnext", "resnet")
 CASES = (
-    *DECODERS,
-    *(Case(f"{kind} (text classifier)", kind, {}, "sequence_classification") for kind in (*_TEXT, *_DECODING)),
-    *(Case(f"{kind} (image classifier)", kind, {}, "image_classification") for kind in _IMAGES),
+    *(Case(title, kind) for title, kind in _NAMES.items()),
+    *(Case(f"{kind}, text classifier", kind, "sequence_classification") for kind in (*_TEXT, *_DECODING)),
+    *(Case(f"{kind}, image classifier", kind, "image_classification") for kind in _IMAGES),
 )
 _CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
@@ -105,7 +107,7 @@ def _configuration(case: Case, vocabulary: int) -> Any:
     if known.get("layer_types"):
         small["layer_types"] = (list(dict.fromkeys(known["layer_types"])) * 2)[:2]
     ends = {"vocab_size": vocabulary, "eos_token_id": 1, "bos_token_id": 1} if "vocab_size" in known else {}
-    return kind(**{**small, **ends, **case.more})
+    return kind(**{**small, **ends, **_MORE.get(case.kind, {})})
 
 
 def _rows(folder: Path, labelled: bool) -> Path:
@@ -132,7 +134,7 @@ def try_one(case: Case, scratch: Path) -> dict[str, str]:
     read: Any
     if images:
         read = transformers.ViTImageProcessorPil(size={"height": 16, "width": 16})
-        data: dict[str, Any] = {"source": "digits", "clients": 2, "train_limit": 6, "test_limit": 4}
+        data: dict[str, Any] = {"source": "digits", "clients": 2, "train_limit": 60, "test_limit": 4}
     else:
         read = transformers.AutoTokenizer.from_pretrained(resolve_source(TINY_BASE))
         data = {"source": _rows(scratch / "rows", case.task != "causal_lm")}
@@ -154,7 +156,11 @@ def try_one(case: Case, scratch: Path) -> dict[str, str]:
                 load_data(**data),
                 load_base(folder, **base),
                 "local",
-                **{"rounds": 1, "epochs": 2, "lr": 1e-2, "batch_size": 3, "seed": 0},
+                rounds=1,
+                epochs=2,
+                lr=1e-2,
+                batch_size=3,
+                seed=0,
                 settings={**settings, "federation.executor": executor},
                 quiet=True,
                 out=scratch / executor,
@@ -212,20 +218,23 @@ def _answers(done: Run, auto: Any, folder: Path) -> tuple[int, int]:
     same = asked = 0
     scored = rescore(done.folder, None, None, False)
     for client in done.clients:
-        chat, found = done.client(client)._chat, done.folder / "clients" / str(client) / "individual"
+        chat, lora = done.client(client)._chat, done.folder / "clients" / str(client) / "individual"
+        encoder: Any = chat.encoder
         labels = chat.config.model.labels
         options = {"num_labels": len(labels), "ignore_mismatched_sizes": True} if labels else {}
-        plain = PeftModel.from_pretrained(auto.from_pretrained(folder, **options), str(found)).eval()
+        plain: Any = PeftModel.from_pretrained(auto.from_pretrained(folder, **options), str(lora)).eval()
         for row, line in zip(done.data.clients[client].test, scored[client].lines, strict=True):
             asked += 1
             if labels:
-                scores = plain(_input(chat.encoder, row, "pixel_values" if chat.resident.model.sees else "")).logits
+                model = chat.resident.model
+                found = encoder.pixels(row)[None] if model.sees else torch.tensor([encoder.prompt(row.instruction)])
+                scores = plain(found).logits
                 chances = chat.ask(row).chances
                 same += torch.allclose(
                     scores[0].softmax(0), torch.tensor([chances[label] for label in labels]), atol=1e-4
                 )
                 continue
-            ids = _input(chat.encoder, row, "")
+            ids = torch.tensor([encoder.prompt(row.instruction)])
             tokenizer = chat.resident.base.tokenizer
             ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
             out = plain.generate(
@@ -234,10 +243,6 @@ def _answers(done: Run, auto: Any, folder: Path) -> tuple[int, int]:
             text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
             same += text == line["answer"] == chat.ask(row).text
     return same, asked
-
-
-def _input(encoder: Any, row: Row, image: str) -> Tensor:
-    return encoder.image(row)[None] if image else torch.tensor([encoder.prompt(row.instruction)])
 
 
 def table(seen: Iterable[tuple[Case, Mapping[str, str]]]) -> str:
@@ -264,7 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Exception as error:  # whatever a model makes the libraries raise
                 row = {"works": f"no: {type(error).__name__}: {error}".split("\n")[0]}
         seen.append((case, row))
-        print(f"{case.title:30} {'  '.join(f'{k}: {v}' for k, v in row.items())}", flush=True)
+        sys.stdout.write(f"{case.title:30} {'  '.join(f'{name}: {value}' for name, value in row.items())}\n")
+        sys.stdout.flush()
     if asked.out:
         write_text(asked.out, table(seen))
     return int(any(row["works"].startswith("no") for _, row in seen))

@@ -100,8 +100,8 @@ def answer(
         apart = [""] * len(prompts)
         for some in _alike(lengths):
             mine = None if weights is None else weights[some]
-            asked = [[each[row] for row in some] for each in (prompts, owners)]
-            for row, text in zip(some, answer(model, tokenizer, *asked, config, mine), strict=True):  # type: ignore[arg-type]
+            asked, mine_of = [prompts[row] for row in some], [owners[row] for row in some]
+            for row, text in zip(some, answer(model, tokenizer, asked, mine_of, config, mine), strict=True):
                 apart[row] = text
         return apart
     weights = None if weights is None else weights.to(model.device)
@@ -127,6 +127,7 @@ def answer(
         return _texts(tokenizer, answers)
     except Unsupported:
         texts = [""] * len(prompts)
+        options["use_cache"] = model.caches
         for some in [list(range(len(prompts)))] if _IGNORES_PADDING else _alike(lengths):
             longest = max(len(prompts[row]) for row in some)
             part = {name: options[name][some, -longest:] for name in ("input_ids", "attention_mask")}

