@@ -76,7 +76,14 @@ _MORE: dict[str, dict[str, Any]] = {
     "falcon": {"new_decoder_architecture": False},
     "deepseek_v3": {"num_key_value_heads": 4},
     "mamba2": {"expand": 2, "num_heads": 8, "n_groups": 2},
-    "swin": {"num_attention_heads": (2, 2), "depths": (1, 1), "embed_dim": 16, "window_size": 2, "patch_size": 2},
+    "swin": {
+        "num_heads": [2, 2],
+        "num_attention_heads": [2, 2],
+        "depths": [1, 1],
+        "embed_dim": 16,
+        "window_size": 2,
+        "patch_size": 2,
+    },
     "convnext": {"hidden_sizes": (8, 16), "depths": (1, 1)},
     "resnet": {"embedding_size": 8, "hidden_sizes": (8, 16), "depths": (1, 1)},
 }
