@@ -15,7 +15,7 @@ from pathlib import Path
 from fedalt.benchmarks import workload
 from fedalt.benchmarks.task import Job, Outcome, Spec
 from fedalt.errors import UserError
-from fedalt.model.base import resolve_source
+from fedalt.model.source import resolve_source
 from fedalt.runs.events import read_events
 
 ROUNDS = 2

@@ -33,8 +33,9 @@ from fedalt.federation.server import Server
 from fedalt.methods.base import Method
 from fedalt.methods.exchange import Message
 from fedalt.methods.registry import build
-from fedalt.model.base import TINY_BASE, load_base, positions, resolve_device, resolve_source
+from fedalt.model.base import load_base, positions, resolve_device
 from fedalt.model.layer import features
+from fedalt.model.source import TINY_BASE, resolve_source
 from fedalt.model.state import AdapterShape, ClientState, initial_state
 from fedalt.model.targets import find_targets
 from fedalt.names import INDIVIDUAL, B, Tensors

@@ -272,7 +272,14 @@ class Search:
         given = kwargs.get("cache", kwargs.get("past_key_values"))  # the second before transformers 5.24
         cache = answer_cache(given, rows, prompt, room)
         usual = all(isinstance(rule, MaxLengthCriteria | EosTokenCriteria) for rule in stopping_criteria)
-        if cache is None or not usual or len(logits_processor) or generation_config.early_stopping is not False:
+        taken = {"cache", "past_key_values"} & signature(model.forward).parameters.keys()  # else it is swallowed unread
+        if (
+            cache is None
+            or not taken
+            or not usual
+            or len(logits_processor)
+            or generation_config.early_stopping is not False
+        ):
             raise Unsupported
         self.ends = generation_config._eos_token_tensor
         self.penalty = generation_config.length_penalty

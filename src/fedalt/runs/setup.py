@@ -236,6 +236,9 @@ def load_resident(config: RunConfig) -> Resident:
     checkpointing = config.model.gradient_checkpointing
     pooling = config.model.pooling
     model = AdaptedModel(base.model, config.lora.targets, checkpointing, heads=base.heads, pooling=pooling)
+    if config.model.task == "causal_lm" and not model.causal:
+        kind = type(base.model).__name__
+        raise UserError(f"model.name: in {kind} a token sees those after it, so it cannot learn to write answers")
     return Resident(base, model)
 
 
@@ -320,6 +323,8 @@ def _fit_positions(config: RunConfig, resident: Resident) -> tuple[RunConfig, tu
 
 
 def _padding(config: RunConfig, model: AdaptedModel) -> tuple[str, ...]:
+    if not model.pads:
+        return ("rows of unlike length are read apart: padding changes what this model makes of them",)
     if not model.unpacked:
         return ()
     advice = "" if config.training.order == "bucketed" else "; training.order=bucketed wastes less"

@@ -178,11 +178,20 @@ def _interface(
     """Attention as Hugging Face's attention interface calls it."""
     rows = context.current
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if sliding_window is not None:
+        context.windows.add(sliding_window)
     windowed = sliding_window is not None and sliding_window < max(rows.lengths)
     if (windowed and not causal) or any(options.get(name) is not None for name in _MISSING):
         raise NotPackable(f"a bidirectional window, or one of {', '.join(_MISSING)}")
     bias = partial(_window, sliding_window, query.device) if windowed and sliding_window else None
     return attend(query, key, value, rows.layout(query.device), scaling, causal, bias), None
+
+
+def smallest_window(config: Any) -> int | None:
+    """The fewest tokens that some layer looks back, by the configuration; None where all look back to the start."""
+    names = ("sliding_window", "attention_chunk_size", "window_size", "local_attention", "keep_window_size")
+    found = [getattr(config, name, None) for name in names[not getattr(config, "use_sliding_window", True) :]]
+    return min((size for size in found if isinstance(size, int) and size > 0), default=None)
 
 
 def _window(size: int, device: torch.device, group: Group) -> Tensor:
