@@ -167,7 +167,7 @@ def run_all(
     phases = [[plan] if isinstance(plan, Plan) else plan for plan in plans]
     plan = dict(zip(clients, phases, strict=True))
     cohort = cohort_size(FederationConfig(**federation), len(clients))
-    return list(run_clients(model, clients, mine, told, plan.__getitem__, settings, round_, cohort))
+    return list(run_clients(model, clients, mine, told, plan.__getitem__, settings=settings, round_=round_, cohort=cohort))
 
 
 def run_rounds(

@@ -171,9 +171,8 @@ class TinyFederation:
         plans = [plans_of(here, self.settings.training, round_, phase=phase) for phase in phases]
         mine = dict(zip(here, zip(*plans, strict=True), strict=True)) if plans else dict.fromkeys(here, ())
         size = cohort_size(self._executor, len(here))
-        return list(
-            run_clients(self.model, tuple(here), self.states, told, mine.__getitem__, self.settings, round_, size)
-        )
+        same = {"settings": self.settings, "round_": round_, "cohort": size}
+        return list(run_clients(self.model, tuple(here), self.states, told, mine.__getitem__, **same))
 
     def deliver(self, round_: int, results: Sequence[ClientResult]) -> None:
         """The server's part of a round."""

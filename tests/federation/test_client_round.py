@@ -147,7 +147,7 @@ def test_identical_clients_have_a_row_like_their_individual(model: AdaptedModel)
     twin = plan_round(ROWS[1], 0, training(), 5, 1)
     plans = [replace(twin, client=client) for client in range(8)]
     states = start_states(method, shape, range(8))
-    results = client_round(model, states, [None] * 8, [[plan] for plan in plans], round_settings(method, HARD, 0.2), 1)
+    results = client_round(model, states, [None] * 8, [[plan] for plan in plans], round_settings(method, HARD, 0.2), round_=1)
     uploads = [result.upload for result in results]
     mean = {key: torch.stack([u[key] for u in uploads]).mean(0) for key in uploads[0]}
     for result in results:

@@ -191,9 +191,9 @@ def test_clients_are_pulled_cohort_by_cohort() -> None:
         PerClient(rows, lambda client: pulled.append(client) or states[client]),
         {},
         lambda client: plans_of({client: rows[client]}, config),
-        round_settings(METHOD, config),
-        1,
-        2,
+        settings=round_settings(METHOD, config),
+        round_=1,
+        cohort=2,
     )
     assert pulled == []
     for expected in ([0, 1], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4]):

@@ -58,9 +58,9 @@ class Round:
                 states,
                 world.messages,
                 lambda client: [by_client[client]],
-                self.settings,
-                ROUND,
-                cohort,
+                settings=self.settings,
+                round_=ROUND,
+                cohort=cohort,
             )
         )
 

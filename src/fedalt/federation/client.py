@@ -72,7 +72,9 @@ def client_round(
     messages: Sequence[Message | None],
     plans: Sequence[Sequence[Plan]],
     settings: RoundSettings,
+    *,
     round_: int,
+    starts: Sequence[ClientState] | None = None,
     on_step: OnStep = lambda done, total: None,
 ) -> list[ClientResult]:
     """Install the server's message, train phase by phase, and prepare the upload, for a cohort of clients on one model.
@@ -87,16 +89,16 @@ def client_round(
         plans: A plan per client and phase.
         settings: Method, adapters, training.
         round_: Number of the round.
+        starts: The states with the messages in them, if they have been made.
         on_step: Told of every step.
     """
     method = settings.method
-    now = [
-        method.before_training(installed(method, state, message), round_)
-        for state, message in zip(states, messages, strict=True)
-    ]
-    trained, stats = train_phases(model, now, method.phases(round_), plans, settings, on_step)
+    starts = starts or [installed(method, *client) for client in zip(states, messages, strict=True)]
+    now = [method.before_training(state, round_) for state in starts]
+    trained, stats = train_phases(model, now, method.phases(round_), plans, settings, on_step=on_step)
     down = [message.bytes if message else 0 for message in messages]
-    return [_result(settings, round_, *client) for client in zip(states, now, trained, stats, down, strict=True)]
+    clients = zip(states, now, trained, zip(stats, down, strict=True), strict=True)
+    return [_result(settings, *client, round_=round_) for client in clients]
 
 
 def train_phases(
@@ -105,6 +107,7 @@ def train_phases(
     phases: Sequence[Phase],
     plans: Sequence[Sequence[Plan]],
     settings: RoundSettings,
+    *,
     on_step: OnStep = lambda done, total: None,
 ) -> tuple[list[ClientState], list[TrainingStats]]:
     """Train a cohort on its own rows, phase by phase; arguments as in ``client_round``."""
@@ -146,14 +149,14 @@ def _step(on_step: OnStep, phase: int, phases: int, done: int, total: int) -> No
 
 def _result(
     settings: RoundSettings,
-    round_: int,
     old: ClientState,
     began: ClientState,
     trained: ClientState,
-    stats: TrainingStats,
-    bytes_down: int,
+    known: tuple[TrainingStats, int],
+    *,
+    round_: int,
 ) -> ClientResult:
-    method = settings.method
+    method, (stats, bytes_down) = settings.method, known
     failure = f"loss is {stats.loss}" if not math.isfinite(stats.loss) else _not_finite(trained)
     if failure is None:
         new = replace(method.after_training(trained, began, round_), round=round_)
@@ -179,9 +182,11 @@ def run_clients(
     states: Mapping[int, ClientState],
     messages: Mapping[int, Message],
     plans: Callable[[int], Sequence[Plan]],
+    *,
     settings: RoundSettings,
     round_: int,
     cohort: int,
+    starts: Mapping[int, ClientState] | None = None,
     on_step: OnStep = lambda done, total: None,
 ) -> Iterator[ClientResult]:
     """Run ``client_round`` cohort by cohort and yield the results in the order of the clients.
@@ -198,8 +203,9 @@ def run_clients(
                 [messages.get(client) for client in part],
                 [plans(client) for client in part],
                 settings,
-                round_,
-                partial(_executor_step, on_step, number, count),
+                round_=round_,
+                starts=starts and [starts[client] for client in part],
+                on_step=partial(_executor_step, on_step, number, count),
             )
         except Exception as error:
             error.add_note(f"in round {round_}, clients {list(part)}")

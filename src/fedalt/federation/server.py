@@ -130,7 +130,7 @@ class Server:
         kept = self.uploads if self.remembers or not arrived else {}
         self.uploads = {**kept, **{client: Upload(self._weight(client), round_) for client in sorted(arrived)}}
         self.read, self.round = read, round_
-        for found in ("_answer", "_heads"):
+        for found in ("_answer", "_heads", "_mean"):
             self.__dict__.pop(found, None)
         if arrived:
             self.seen = {**self.seen, **dict.fromkeys(arrived, round_)}
@@ -163,7 +163,7 @@ class Server:
             return {}
         if self.method.needs_uploads or self.method.has_server_state:
             return PerClient(told, self._answered)
-        mean, total = self.mean(), sum(weights.values())
+        mean, total = self._mean, sum(weights.values())
 
         def message(client: int) -> Message:
             share = weights.get(client, 0.0) / total
@@ -180,6 +180,11 @@ class Server:
         """The method's answer, with the mean of the heads, where they are shared."""
         message = self._answer(client, self.seen.get(client, 0))
         return replace(message, tensors={**message.tensors, **self._heads}) if self._heads else message
+
+    @cached_property
+    def _mean(self) -> Tensors:
+        """The mean that this round's broadcast is; found once a round."""
+        return self.mean()
 
     @cached_property
     def _heads(self) -> Tensors:

@@ -212,7 +212,7 @@ class _Work:
             [self._told(request, last)],
             [plans],
             experiment.settings,
-            request.round,
+            round_=request.round,
         )
         if result.failure:
             self.log.emit("client_failed", round=request.round, client=self.client, reason=result.failure)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedalt.config import RunConfig
+from fedalt.config import RunConfig, used_code
 from fedalt.data.federation import Federation
 from fedalt.data.load import elsewhere, load_as_it_is, load_held_out
 from fedalt.data.record import record
@@ -86,7 +86,7 @@ def onboard(
         for point in ("before", "after")
     }
     scores = {"run": str(path), **about, "epochs": epochs, "clients": clients, **points}
-    write_json(target.path / "results" / "onboarding.json", scores)
+    write_json(target.onboarding, scores | {"code": used_code(config)})
     last = {"round": checkpoint.round, **points["after"], "clients": {c: v["after"] for c, v in clients.items()}}
     write_json(target.final_scores, {**about, "last": last, "best_validation": None})
     return {**scores, "folder": str(target.path)}

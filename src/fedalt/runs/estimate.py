@@ -107,7 +107,7 @@ def _train(experiment: Experiment, plans: Sequence[Plan]) -> int:
     def each(client: int) -> list[Plan]:
         return [by_client[client]] * phases
 
-    for _ in run_clients(model, list(by_client), states, {}, each, settings, number, count):
+    for _ in run_clients(model, list(by_client), states, {}, each, settings=settings, round_=number, cohort=count):
         pass
     return phases
 

@@ -50,6 +50,11 @@ class RunFolder:
         return self.path / "results" / "final_scores.json"
 
     @property
+    def onboarding(self) -> Path:
+        """Where these are newcomers to a run: what came of it."""
+        return self.path / "results" / "onboarding.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Where to resume."""
         return self.path / "checkpoints"
@@ -132,7 +137,8 @@ def check_code(folder: RunFolder, config: RunConfig) -> None:
     Raises:
         UserError: The code behind a name has changed since.
     """
-    known = (first_start(read_events(folder.events)) or {}).get("code") or {}
+    start = first_start(read_events(folder.events)) or (folder.onboarding.is_file() and read_json(folder.onboarding))
+    known = (start or {}).get("code")
     if not known:
         return
     try:

@@ -127,9 +127,9 @@ class Rounds:
             self.states,
             self.server.messages(chosen),
             lambda client: plans_of(experiment, client, number),
-            experiment.settings,
-            number,
-            cohort_size(config.federation, len(chosen)),
+            settings=experiment.settings,
+            round_=number,
+            cohort=cohort_size(config.federation, len(chosen)),
         )
         results = {result.state.client: result for result in trained}
         failures = {client: result.failure for client, result in results.items() if result.failure}
@@ -137,7 +137,8 @@ class Rounds:
         self.states = self.states | {client: result.state for client, result in results.items()}
         uploads = {client: result.upload for client, result in results.items() if result.upload}
         self._uploads = {**self._uploads, **uploads}
+        self.server = copy.copy(self.server)  # a round keeps the one that it had
         self.server.receive(uploads, self._uploads.__getitem__, number)
         self.number = number
         losses = {client: result.stats.loss for client, result in results.items() if not result.failure}
-        return Round(number, losses, dict(uploads), dict(self.states), failures, copy.copy(self.server))
+        return Round(number, losses, dict(uploads), dict(self.states), failures, self.server)
