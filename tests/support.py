@@ -167,7 +167,9 @@ def run_all(
     phases = [[plan] if isinstance(plan, Plan) else plan for plan in plans]
     plan = dict(zip(clients, phases, strict=True))
     cohort = cohort_size(FederationConfig(**federation), len(clients))
-    return list(run_clients(model, clients, mine, told, plan.__getitem__, settings=settings, round_=round_, cohort=cohort))
+    return list(
+        run_clients(model, clients, mine, told, plan.__getitem__, settings=settings, round_=round_, cohort=cohort)
+    )
 
 
 def run_rounds(
@@ -186,7 +188,9 @@ def run_rounds(
 
     Clients start from ``states``, or as in a run; ``chosen`` are those of each round, or all take part in all.
     """
-    tiny = TinyFederation(model, method, rows, config, federation, dropout, states, **executor)
+    tiny = TinyFederation(
+        model, method, rows, config, federation=federation, dropout=dropout, states=states, **executor
+    )
     history = [tiny.round(n, chosen[n - 1] if chosen else None) for n in range(1, rounds + 1)]
     return history, tiny.server
 

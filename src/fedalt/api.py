@@ -468,10 +468,12 @@ def compare(
     full = _config(data, base, {**_short("compare", short), **_dotted(settings)}, config, "ask")
     entrants = [as_variant(method) for method in ([methods] if isinstance(methods, str) else methods)]
     place = _Place(out)
-    given = (full, entrants, [full.seed] if seeds is None else seeds, place.path, if_exists)
+    given = (full, entrants, [full.seed] if seeds is None else seeds, place.path)
     processes = jobs > 1 or full.federation.devices is not None
     with _handed_on(data, processes), _bar(full.federation.rounds, quiet) as sink:
-        content = train_all(*given, sink, jobs, match_budget, base.bases, data.rows)
+        content = train_all(
+            *given, if_exists=if_exists, sink=sink, jobs=jobs, budget=match_budget, bases=base.bases, rows=data.rows
+        )
     write_reports(place.path, content, full.report.insight, base.bases, data.rows)
     return Comparison(content, base, data.rows, place)
 

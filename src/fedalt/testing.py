@@ -110,7 +110,8 @@ def start_states(
 ) -> list[ClientState]:
     """What clients have before the first round."""
     return [
-        initial_state(shape, client, 7, init, "kaiming", method.frozen, method.rank_of(client)) for client in clients
+        initial_state(shape, client, 7, init, "kaiming", frozen=method.frozen, rank=method.rank_of(client))
+        for client in clients
     ]
 
 
@@ -125,7 +126,7 @@ def plans_of(
     rows: Mapping[int, Sequence[Example]], config: TrainingConfig, round_: int = 1, seed: int = 5, phase: int = 0
 ) -> list[Plan]:
     """Each client's steps in one phase of a round."""
-    return [plan_round(mine, client, config, seed, round_, phase) for client, mine in rows.items()]
+    return [plan_round(mine, client, config, seed, round_, phase=phase) for client, mine in rows.items()]
 
 
 class TinyFederation:
@@ -148,6 +149,7 @@ class TinyFederation:
         method: Method,
         rows: Mapping[int, Sequence[Example]],
         config: TrainingConfig,
+        *,
         federation: FederationConfig | None = None,
         dropout: float = 0.0,
         states: Sequence[ClientState] = (),
@@ -171,8 +173,8 @@ class TinyFederation:
         plans = [plans_of(here, self.settings.training, round_, phase=phase) for phase in phases]
         mine = dict(zip(here, zip(*plans, strict=True), strict=True)) if plans else dict.fromkeys(here, ())
         size = cohort_size(self._executor, len(here))
-        same = {"settings": self.settings, "round_": round_, "cohort": size}
-        return list(run_clients(self.model, tuple(here), self.states, told, mine.__getitem__, **same))
+        known = (self.model, tuple(here), self.states, told, mine.__getitem__)
+        return list(run_clients(*known, settings=self.settings, round_=round_, cohort=size))
 
     def deliver(self, round_: int, results: Sequence[ClientResult]) -> None:
         """The server's part of a round."""

@@ -67,7 +67,7 @@ def test_attention_and_its_gradients_equal_those_of_each_row_alone(causal: bool,
         for h in (4, heads, heads)
     ]
     weight = torch.randn(1, tokens, 4, 8, generator=generator, dtype=torch.float64)
-    packed = attend(*leaves, layout(LENGTHS, CPU), None, causal)
+    packed = attend(*leaves, layout(LENGTHS, CPU), None, causal=causal)
     grads = torch.autograd.grad((packed * weight).sum(), leaves)
     alone = literal(*leaves, LENGTHS, causal)
     torch.testing.assert_close(packed, alone, rtol=1e-12, atol=1e-12)
@@ -112,7 +112,7 @@ def test_the_kernel_and_its_gradients_equal_the_groups(dtype: torch.dtype, causa
     found = []
     for kind in (dtype, torch.float32):  # in fp32 it is the groups that attend
         leaves = [x.to(device, kind).requires_grad_() for x in drawn]
-        y = attend(*leaves, layout(LENGTHS, device), None, causal)
+        y = attend(*leaves, layout(LENGTHS, device), None, causal=causal)
         found.append((y, *torch.autograd.grad((y.float() ** 2).sum(), leaves)))
     for half, full in zip(*found, strict=True):
         assert relative(half.float(), full) < 3e-2
@@ -159,7 +159,7 @@ def gemma() -> Gemma2ForCausalLM:
 )
 def test_a_model_whose_rows_would_touch_is_padded_and_says_why(make: object, targets: list[str], why: str) -> None:
     torch.manual_seed(0)
-    model = AdaptedModel(make(), targets)  # type: ignore[operator]
+    model = AdaptedModel(make(), targets=targets)  # type: ignore[operator]
     assert not model.packs
     assert model.unpacked.startswith(why)
 

@@ -202,7 +202,7 @@ def test_scores_before_and_after_aggregation_are_those_of_the_states_before_and_
         states,
         {client: mine.test for client, mine in experiment.examples.items()},
         experiment.settings.answering,
-        experiment.config.evaluation,
+        config=experiment.config.evaluation,
     )
     by_point = {
         point: {e["client"]: e for e in of_kind(run, "scores") if e["round"] == 3 and e["point"] == point}

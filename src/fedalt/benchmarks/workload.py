@@ -306,7 +306,7 @@ def federation(spec: Spec, layers: Mapping[str, tuple[int, int]]) -> Federation:
 
 
 def _initial(shape: AdapterShape, client: int, seed: int, method: Method) -> ClientState:
-    return initial_state(shape, client, seed, LORA.init, LORA.mixer_init, method.frozen)
+    return initial_state(shape, client, seed, LORA.init, LORA.mixer_init, frozen=method.frozen)
 
 
 def _moved(state: ClientState, seed: int) -> ClientState:

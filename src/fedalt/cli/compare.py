@@ -24,6 +24,7 @@ Reports = Callable[[Path, Mapping[str, Any]], Path]
 def compare(
     config: RunConfig,
     if_exists: IfExists,
+    *,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -83,14 +84,13 @@ def compare(
         axes.append(("data.tasks_per_client", _at_least_one("--heterogeneity", heterogeneity)))
     bases, rows = Bases(), Rows()
     chosen, wanted = _methods(methods, ablations), _numbers("--seeds", seeds) or [config.seed]
-    rest = (chosen, wanted, out, if_exists)
-    budget: Any = _budget(match_budget)
+    rest: Any = {"if_exists": if_exists, "jobs": jobs, "budget": _budget(match_budget), "bases": bases, "rows": rows}
     report = config.report
     with show.live(config.federation.rounds) as progress, tracked(report.trackers, out, progress, report) as sink:
         if axes:
-            result = train_all(config, axes, *rest, sink, jobs, budget, bases, rows)
+            result = train_all(config, axes, chosen, wanted, out, **rest, sink=sink)
         else:
-            result = train(config, *rest, sink, jobs, budget, bases, rows)
+            result = train(config, chosen, wanted, out, **rest, sink=sink)
 
     def reports(out: Path, comparison: Mapping[str, Any]) -> Path:
         return write_reports(out, comparison, config.report.insight, bases, rows)

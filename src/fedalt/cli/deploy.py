@@ -66,6 +66,7 @@ Plugins = Annotated[
 
 
 def server(
+    *,
     config_file: Annotated[
         Path | None,
         typer.Argument(
@@ -131,6 +132,7 @@ def site(
             "--state", metavar="DIR", help="private folder of this client: its adapters and mixer; back it up"
         ),
     ],
+    *,
     server: ServerAt = SERVER,
     data: Annotated[
         str | None,

@@ -38,6 +38,7 @@ def compare(
     methods: Sequence[str | Variant],
     seeds: Sequence[int],
     out: Path,
+    *,
     if_exists: IfExists,
     sink: Sink,
     jobs: int = 1,
@@ -62,8 +63,8 @@ def compare(
     Raises:
         UserError: As for a single run; checked for all methods before the first one starts.
     """
-    members = plan(config, methods, seeds, out, if_exists, budget)
-    return finish(members, config, out, if_exists, sink, jobs, bases or Bases(), rows or Rows())
+    members = plan(config, methods, seeds, out, if_exists, budget=budget)
+    return finish(members, config, out, if_exists, sink, jobs=jobs, bases=bases or Bases(), rows=rows or Rows())
 
 
 def plan(
@@ -72,6 +73,7 @@ def plan(
     seeds: Sequence[int],
     out: Path,
     if_exists: IfExists,
+    *,
     budget: Budget | None = None,
 ) -> list[Member]:
     """The runs of a comparison, with every check that needs neither rows nor base.
@@ -113,6 +115,7 @@ def finish(
     out: Path,
     if_exists: IfExists,
     sink: Sink,
+    *,
     jobs: int,
     bases: Bases,
     rows: Rows,

@@ -101,6 +101,7 @@ def sweep(
     methods: Sequence[str | Variant],
     seeds: Sequence[int],
     out: Path,
+    *,
     if_exists: IfExists,
     sink: Sink,
     jobs: int = 1,
@@ -131,11 +132,11 @@ def sweep(
     """
     bases, rows = bases or Bases(), rows or Rows()
     todo = points(config, axes, rows)
-    plans = [plan(point.config, methods, seeds, out / point.name, if_exists, budget) for point in todo]
+    plans = [plan(point.config, methods, seeds, out / point.name, if_exists, budget=budget) for point in todo]
     done = []
     for point, members in zip(todo, plans, strict=True):
         sink({"event": "point", "name": point.name})
-        done.append(finish(members, point.config, out / point.name, if_exists, sink, jobs, bases, rows))
+        done.append(finish(members, point.config, out / point.name, if_exists, sink, jobs=jobs, bases=bases, rows=rows))
     result = _collect(todo, done)
     write_json(out / "sweep.json", result)
     write_csv(out / "sweep.csv", _lines(result))

@@ -204,7 +204,7 @@ def run_clients(
                 [plans(client) for client in part],
                 settings,
                 round_=round_,
-                starts=starts and [starts[client] for client in part],
+                starts=[starts[client] for client in part] if starts else None,
                 on_step=partial(_executor_step, on_step, number, count),
             )
         except Exception as error:

@@ -79,7 +79,7 @@ def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink)
     run_, checkpoint = find_checkpoint(facts, folder)
     server = Server(method, config.federation, facts.samples, facts.shapes)
     sites = RemoteClients(facts, name, nodes, folder, log, server, common)
-    loop = start(facts, sites, folder, log, run_, checkpoint, server=server)
+    loop = start(facts, sites, folder, log, run_, checkpoint=checkpoint, server=server)
     write_json(folder.path / RUN, {"run": name, "settings": of, "common": asdict(common)})
     for client, reply in replies.items():
         sites.admit(client, reply)

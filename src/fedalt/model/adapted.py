@@ -59,6 +59,7 @@ class AdaptedModel:
     def __init__(
         self,
         base: Any,
+        *,
         targets: Sequence[str] | None = None,
         gradient_checkpointing: bool = False,
         packing: bool = True,

@@ -91,6 +91,7 @@ def initial_state(
     seed: int,
     init: Literal["shared", "code_like", "per_client"],
     mixer_init: Literal["kaiming", "zeros"],
+    *,
     frozen: Sequence[str] = (),
     rank: int | None = None,
 ) -> ClientState:

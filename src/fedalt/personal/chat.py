@@ -74,7 +74,7 @@ class Chat:
             return Answer(next(iter(ordered)), self._alpha(read, ""), self.placement.slots, ordered)
         assert isinstance(read, tuple)
         mine = None if weights is None else weights[0]
-        (text,) = answer(model, self.resident.base.tokenizer, [read], [0], self.config.evaluation, mine)
+        (text,) = answer(model, self.resident.base.tokenizer, [read], [0], self.config.evaluation, weights=mine)
         return Answer(text, self._alpha(read, text), self.placement.slots, {})
 
     def _read(self, asked: str | Row) -> Input:

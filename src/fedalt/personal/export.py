@@ -136,7 +136,7 @@ def _score(config: RunConfig, resident: Resident, examples: ClientExamples, pers
         [personal.state],
         {personal.state.client: examples.test},
         personal.placement,
-        config.evaluation,
+        config=config.evaluation,
     )
     return float(scored.scores[config.metric])
 

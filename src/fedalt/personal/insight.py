@@ -95,6 +95,7 @@ def write_insight(
     config: RunConfig,
     clients: Sequence[int],
     count: int,
+    *,
     resident: Resident | None = None,
     rows: Rows | None = None,
 ) -> None:
@@ -127,7 +128,7 @@ def write_insight(
         "similarity": {"slot": alike[0], "values": alike[1]} if alike else None,
     }
     if count:
-        insight |= _with_model(folder, config, federation, clients, count, resident or load_resident(config))
+        insight |= _with_model(folder, config, federation, clients, count, resident=resident or load_resident(config))
     write_json(insight_file(folder), insight)
 
 
@@ -147,6 +148,7 @@ def _with_model(
     federation: Federation,
     clients: Sequence[int],
     rows: int,
+    *,
     resident: Resident,
 ) -> dict[str, Any]:
     encoder = resident.encoder(config)
@@ -184,7 +186,7 @@ def _answers(
         [personal.state for personal in models],
         {personal.state.client: rows for personal in models},
         models[0].placement,
-        config.evaluation,
+        config=config.evaluation,
     )
 
 

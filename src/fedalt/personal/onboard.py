@@ -154,5 +154,7 @@ def _installed(experiment: Experiment, client: int, messages: Mapping[int, Messa
 def _scored(experiment: Experiment, states: list[ClientState], placement: Placement) -> dict[int, Evaluation]:
     resident = experiment.resident
     rows = {state.client: experiment.examples[state.client].test for state in states}
-    found = evaluate(resident.model, resident.base.tokenizer, states, rows, placement, experiment.config.evaluation)
+    found = evaluate(
+        resident.model, resident.base.tokenizer, states, rows, placement, config=experiment.config.evaluation
+    )
     return {evaluation.client: evaluation for evaluation in found}

@@ -53,7 +53,7 @@ def rescore(
             [p.state for p in personal],
             {c: everything if central else examples[c].test for c in cohort},
             personal[0].placement,
-            config.evaluation,
+            config=config.evaluation,
         )
         scored |= {evaluation.client: evaluation for evaluation in evaluations}
     return scored

@@ -31,7 +31,7 @@ def look(folder: RunFolder, count: int, resident: Resident | None = None, rows: 
     scores = final_scores(folder)
     name, found = scores["metric"], scores["last"]["clients"]
     clients = [int(c) for c in shown({c: v[name] for c, v in found.items()}, metric_of(name).higher_is_better)]
-    write_insight(folder, load_config(folder.config), clients, count, resident, rows)
+    write_insight(folder, load_config(folder.config), clients, count, resident=resident, rows=rows)
 
 
 def look_at_each(

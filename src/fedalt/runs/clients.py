@@ -179,4 +179,4 @@ def plans_of(experiment: Experiment, client: int, number: int) -> list[Plan]:
 
 def plan_phases(rows: Sequence[Example], client: int, config: RunConfig, number: int, phases: int) -> list[Plan]:
     """A plan for each of so many phases of a round."""
-    return [plan_round(rows, client, config.training, config.seed, number, phase) for phase in range(phases)]
+    return [plan_round(rows, client, config.training, config.seed, number, phase=phase) for phase in range(phases)]

@@ -122,7 +122,7 @@ def _scoring_seconds(experiment: Experiment) -> float:
     started = time.perf_counter()
     states = experiment.personalised([experiment.initial_state(c) for c in clients])
     placement = experiment.settings.answering
-    evaluate(resident.model, resident.base.tokenizer, states, rows, placement, config.evaluation)
+    evaluate(resident.model, resident.base.tokenizer, states, rows, placement, config=config.evaluation)
     each = (time.perf_counter() - started) / sum(map(len, rows.values()))
     points = len(config.evaluation.points) if experiment.method.upload(experiment.initial_state(clients[0])) else 1
     scored = sum(points * len(mine.test) + len(mine.validation) for mine in experiment.examples.values())

@@ -192,7 +192,9 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
         experiment = experiment.with_cohort(size)
         here = LocalClients(experiment, folder, log)
         crew = Devices(here, pool) if pool else here
-        loop = start(replace(facts, config=experiment.config), crew, folder, log, run_, checkpoint, size)
+        loop = start(
+            replace(facts, config=experiment.config), crew, folder, log, run_, checkpoint=checkpoint, cohort=size
+        )
         if pool:
             log.emit("note", round=loop.checkpoint.round, text=_MEMORY)
         return go(loop)
@@ -250,6 +252,7 @@ def start(
     folder: RunFolder,
     log: EventLog,
     run_: str,
+    *,
     checkpoint: Checkpoint | None,
     cohort: int = 1,
     server: Server | None = None,

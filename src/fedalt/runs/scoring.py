@@ -127,7 +127,7 @@ def scored_on(experiment: Experiment, states: Sequence[ClientState], split: str)
         [state for state in states if rows[state.client]],
         rows,
         experiment.settings.answering,
-        experiment.config.evaluation,
+        config=experiment.config.evaluation,
     )
 
 

@@ -188,7 +188,9 @@ class Experiment:
         """What a client starts from, made from the seed."""
         lora, seed = self.config.lora, self.config.seed
         rank = self.method.rank_of(client)
-        state = initial_state(self.shape, client, seed, lora.init, lora.mixer_init, self.method.frozen, rank)
+        state = initial_state(
+            self.shape, client, seed, lora.init, lora.mixer_init, frozen=self.method.frozen, rank=rank
+        )
         return replace(state, heads=self.resident.heads(seed, start_group(lora.init, client)))
 
     @property
@@ -235,7 +237,9 @@ def load_resident(config: RunConfig) -> Resident:
     base = load_base(config.model)
     checkpointing = config.model.gradient_checkpointing
     pooling = config.model.pooling
-    model = AdaptedModel(base.model, config.lora.targets, checkpointing, heads=base.heads, pooling=pooling)
+    model = AdaptedModel(
+        base.model, targets=config.lora.targets, gradient_checkpointing=checkpointing, heads=base.heads, pooling=pooling
+    )
     return Resident(base, model)
 
 

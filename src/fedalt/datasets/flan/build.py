@@ -174,6 +174,7 @@ def build(
     out: Path,
     sizes: Mapping[str, int],
     seed: int,
+    *,
     local: Path | None = None,
     tell: Callable[[Prepared], None] = lambda done: None,
 ) -> list[Prepared]:

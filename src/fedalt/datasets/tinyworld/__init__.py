@@ -50,6 +50,7 @@ def generate(
     train: int = SIZES["train"],
     validation: int = SIZES["validation"],
     test: int = SIZES["test"],
+    *,
     clients: int = CLIENTS,
 ) -> Federation:
     """Clients with one task each; the same arguments give the same rows on every machine.
