@@ -228,7 +228,7 @@ def methods_page() -> str:
 
 def api_page() -> str:
     """The public names of the package and what their functions return, documented by mkdocstrings."""
-    public = {name: getattr(fedalt, name) for name in fedalt._WHERE}
+    public = {name: getattr(fedalt, name) for name in fedalt.__all__}
     head = "# Python API\n\nThese names, and no others, are public: `import fedalt as fa`.\n"
     parts = [_documented(f"fedalt.{name}", _place(name, value)) for name, value in public.items()]
     returned = {kind.__name__: kind for value in public.values() for kind in _returned(value)}

@@ -23,6 +23,7 @@ from fedalt.data.federation import ClientData, Federation, Row
 from fedalt.data.load import Rows
 from fedalt.data.sources.given import Given, given_source, handed_on
 from fedalt.errors import UserError, did_you_mean, listed, needs
+from fedalt.evaluation.metrics import metric_of
 from fedalt.files import write_text
 from fedalt.methods.registry import as_variant
 from fedalt.personal.chat import Answer, Chat
@@ -366,8 +367,8 @@ class Run:
         about = f"{self.config.method}, seed {self.config.seed}"
         if not RunFolder(self.folder).final_scores.is_file():
             return f"<Run {about}: not finished; {self.folder}>"
-        scores = self.scores
-        return f"<Run {about}: {scores.metric} mean {scores.mean:.1f}, worst {scores.worst:.1f}; {self.folder}>"
+        scores, text = self.scores, metric_of(self.config.metric).text
+        return f"<Run {about}: {scores.metric} mean {text(scores.mean)}, worst {text(scores.worst)}; {self.folder}>"
 
 
 class Client:

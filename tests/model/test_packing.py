@@ -98,7 +98,7 @@ def test_the_kernel_is_told_what_the_groups_compute(
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, h, sum(LENGTHS), 8, generator=generator) for h in (4, heads, heads))
     how = layout(LENGTHS, CPU)
-    grouped, told = (one(q, k, v, how, scaling, causal) for one in (attend, attend_by_kernel))
+    grouped, told = (one(q, k, v, how, scaling, causal=causal) for one in (attend, attend_by_kernel))
     torch.testing.assert_close(told, grouped, rtol=1e-5, atol=1e-6)
 
 
@@ -167,7 +167,7 @@ def test_a_model_whose_rows_would_touch_is_padded_and_says_why(make: object, tar
 def test_lack_of_memory_is_no_reason_to_pad(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure that has nothing to do with the model must not slow it down in silence."""
 
-    def short(*arguments: object) -> Tensor:
+    def short(*arguments: object, **options: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(packing, "attend", short)

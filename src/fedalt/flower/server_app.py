@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedalt.config import RunConfig, parse_received
 from fedalt.errors import UserError
+from fedalt.evaluation.metrics import metric_of
 from fedalt.federation.server import Server
 from fedalt.files import read_json, write_json
 from fedalt.flower.consent import check_pooled, check_two
@@ -173,6 +174,11 @@ def _started(event: Event) -> str:
     return f"{event['event'].replace('_', ' ')}: {event['method']}, {len(event['clients'])} clients"
 
 
+def _finished(event: Event) -> str:
+    metric = metric_of(event["metric"])
+    return f"finished: {metric.title}, mean {metric.text(event['mean'])}, worst client {metric.text(event['worst'])}"
+
+
 _LINES: dict[str, Callable[[Event], str]] = {
     "run_started": _started,
     "run_resumed": _started,
@@ -181,5 +187,5 @@ _LINES: dict[str, Callable[[Event], str]] = {
     "client_failed": lambda event: f"round {event['round']}: client {event['client']} left out: {event['reason']}",
     "round": _round,
     "evaluated": lambda event: f"round {event['round']}: scored in {event['seconds']:.1f} s",
-    "run_finished": lambda event: f"finished: mean {event['mean']:.2f}, worst client {event['worst']:.2f}",
+    "run_finished": _finished,
 }

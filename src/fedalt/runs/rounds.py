@@ -77,7 +77,8 @@ class Loop:
             "best_validation": self._final(best["round"]) if best else None,
         }
         write_json(self.folder.final_scores, scores)
-        self.log.emit("run_finished", round=number, mean=last["mean"], worst=last["worst"])
+        means = {"metric": scores["metric"], "mean": last["mean"], "worst": last["worst"]}
+        self.log.emit("run_finished", round=number, **means)
         return scores
 
     def _train(self, new: Checkpoint) -> list[ClientReport]:
