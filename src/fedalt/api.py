@@ -18,7 +18,7 @@ from fedalt.comparisons.compare import compare as train_all
 from fedalt.comparisons.jobs import Budget
 from fedalt.comparisons.tables import client_lines, latex, markdown, score_grid
 from fedalt.config import RunConfig, with_settings
-from fedalt.data.deals import Deal
+from fedalt.data.partition_settings import Partition
 from fedalt.data.federation import ClientData, Federation, Row
 from fedalt.data.load import Rows
 from fedalt.data.sources.given import Given, given_source, handed_on
@@ -136,7 +136,7 @@ def load_data(
     source: str | Path | Mapping[Any, Any] | Sequence[Any] = "tinyworld",
     *,
     clients: int | None = None,
-    partition: Deal | str | Path | None = None,
+    partition: Partition | str | Path | None = None,
     seed: int | None = None,
     **settings: Any,
 ) -> Data:
@@ -620,8 +620,8 @@ def _method(method: Any) -> dict[str, Any]:
     return {"method": choice.method, **choice.settings}
 
 
-def _partition(partition: Deal | str | Path | None) -> dict[str, Any]:
-    if partition is None or isinstance(partition, Deal):
+def _partition(partition: Partition | str | Path | None) -> dict[str, Any]:
+    if partition is None or isinstance(partition, Partition):
         return partition.settings() if partition else {}
     key = "file" if str(partition).endswith(".json") else "by"
     return {f"data.partition.{key}": str(partition)}

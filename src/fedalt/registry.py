@@ -91,12 +91,7 @@ class Registry(Generic[T]):
         self._complete = False
 
     def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
-        """A decorator that gives its class or function a name here, and attributes.
-
-        Raises:
-            UserError: The name is taken, or is none: letters, digits and underscores, first a letter; or a fact is
-                unknown.
-        """
+        """A decorator that gives its class or function a name here, and attributes."""
         for fact in facts:
             if fact not in self._facts:
                 raise UserError(
@@ -132,19 +127,11 @@ class Registry(Generic[T]):
             value.name = name
 
     def get(self, name: str) -> T:
-        """The thing behind a name.
-
-        Raises:
-            UserError: No such name; the closest one is suggested.
-        """
+        """The thing behind a name."""
         return self.entry(name).value
 
     def entry(self, name: str) -> Entry[T]:
-        """The thing behind a name, and where it comes from.
-
-        Raises:
-            UserError: See ``get``.
-        """
+        """The thing behind a name, and where it comes from."""
         if name not in self:
             known = self.names()
             short = name if len(name) <= 80 else name[:77] + "…"
@@ -161,9 +148,6 @@ class Registry(Generic[T]):
             settings: From a section and its class to the settings there.
             shared: What ``self.settings`` is where the class has no ``Settings`` of its own: the section of the YAML
                 where things of this kind are named.
-
-        Raises:
-            UserError: See ``get``; or the class cannot be made an instance of.
         """
         value = self.get(name)
         if not inspect.isclass(value):
@@ -211,19 +195,11 @@ class Registry(Generic[T]):
         return not Path(text).exists() and _importable(parts[0].partition(".")[0])
 
     def resolve(self, text: str) -> str:
-        """The name behind a name, ``FILE.py:Name`` or ``module:Name``; a file or module is imported.
-
-        Raises:
-            UserError: There is no such file, module or name in it, or it is of another kind.
-        """
+        """The name behind a name, ``FILE.py:Name`` or ``module:Name``; a file or module is imported."""
         return self.name_in(*outside) if (outside := self.reference(text)) else self.entry(text).name
 
     def name_in(self, place: str, name: str) -> str:
-        """The registered name of something in a file or module; it is registered now if it has not been.
-
-        Raises:
-            UserError: See ``resolve``.
-        """
+        """The registered name of something in a file or module; it is registered now if it has not been."""
         module = import_plugin(place)
         found, known = vars(module), list(self._own(module))
         by_name = next((e for e in self._entries.values() if e.name == name and _is_of(e.value, module)), None)
@@ -262,9 +238,6 @@ class Registry(Generic[T]):
         """Register what some plugins define under a name and do not register themselves.
 
         A run names it by ``FILE.py:Name`` once; from then on its settings have the name, and the file among plugins.
-
-        Raises:
-            UserError: Something else has this name.
         """
         for place in places:
             module = import_plugin(place)
@@ -318,11 +291,7 @@ def _importable(place: str) -> bool:
 
 
 def import_plugin(place: str) -> ModuleType:
-    """The module of a file or of an installed package. A file is run once, whatever it is called, and stands alone.
-
-    Raises:
-        UserError: There is no such file or module, or it fails when it runs.
-    """
+    """The module of a file or of an installed package. A file is run once, whatever it is called, and stands alone."""
     if not place.endswith(".py"):
         try:
             _PLUGINS[place] = importlib.import_module(place)
@@ -368,11 +337,7 @@ def absolute(place: str) -> str:
 
 
 def hold_plugins(places: Sequence[str]) -> None:
-    """Import the files and modules that this machine holds for runs of others, here and in processes started from here.
-
-    Raises:
-        UserError: See ``import_plugin``.
-    """
+    """Import what this machine holds for runs of others: files and modules; in processes started from here, too."""
     places = [absolute(place) for place in places]
     for place in places:
         import_plugin(place)
@@ -380,11 +345,7 @@ def hold_plugins(places: Sequence[str]) -> None:
 
 
 def held_plugins() -> tuple[str, ...]:
-    """What ``hold_plugins`` has named, imported.
-
-    Raises:
-        UserError: See ``import_plugin``.
-    """
+    """What ``hold_plugins`` has named, imported."""
     places = tuple(place for place in os.environ.get(HELD, "").split(os.pathsep) if place)
     for place in places:
         import_plugin(place)
@@ -511,11 +472,7 @@ def section_of(entry: Entry[Any]) -> str:
 
 
 def sections() -> Mapping[str, type[Any]]:
-    """Section of the YAML → settings class, of everything that has settings of its own.
-
-    Raises:
-        UserError: Things of two kinds have sections of one name.
-    """
+    """Section of the YAML → settings class, of everything that has settings of its own."""
     found: dict[str, type[Any]] = {}
     owners: dict[str, tuple[Registry[Any], Entry[Any]]] = {}
     for registry in ALL:

@@ -37,9 +37,6 @@ def run_one(
 
     Returns:
         The experiment, its folder, and the content of ``final_scores.json``.
-
-    Raises:
-        UserError: Anything that is wrong with the settings, the rows, the model or the folder.
     """
     check_trackers(config.report.trackers)
     check_devices(config)

@@ -62,9 +62,6 @@ def compare(
         repeats: Runs of each.
         runner: Runs one side once.
         on_run: Told after every run.
-
-    Raises:
-        UserError: A side cannot run.
     """
     runs: dict[str, list[Run]] = {"a": [], "b": []}
     for repeat, name in turns(repeats):

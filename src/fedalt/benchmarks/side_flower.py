@@ -27,11 +27,7 @@ _MEASURED = 2
 
 
 def prepare_round(spec: Spec) -> Job:
-    """Everything before the clock: Flower builds its clients in actors of its own.
-
-    Raises:
-        UserError: Flower's simulation is not installed.
-    """
+    """Everything before the clock: Flower builds its clients in actors of its own."""
     require(spec.side)
     return Job(lambda: None, lambda: _simulate(spec))
 

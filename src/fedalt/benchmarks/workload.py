@@ -75,9 +75,6 @@ def client_examples(
     """Training and test rows of every client.
 
     With more clients than the federation has, client k gets the rows of client k mod n, each time the next ones.
-
-    Raises:
-        UserError: Something is wrong with the data.
     """
     data = DataConfig(source=spec.data)
     encoder = AnswerEncoder(tokenizer, data.template, cutoff)
@@ -138,11 +135,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
 
 
 def load_model(spec: Spec) -> tuple[Any, Any]:
-    """The frozen base in eval mode, and its tokenizer.
-
-    Raises:
-        UserError: Neither a shape nor a model folder.
-    """
+    """The frozen base in eval mode, and its tokenizer."""
     if spec.model in SHAPES:
         base = build_model(spec.model, spec.dtype, spec.seed, resolve_device("auto"))
         return base, HashTokenizer(base.config.vocab_size)
@@ -171,21 +164,13 @@ def build_model(shape: str, dtype: str, seed: int, device: str) -> Any:
 
 
 def check(model: str) -> None:
-    """Complain before anything is started.
-
-    Raises:
-        UserError: Neither a shape nor a model folder.
-    """
+    """Complain before anything is started."""
     if model not in SHAPES:
         source(model)
 
 
 def source(model: str) -> str:
-    """What ``model.name`` is called for a model that is no shape.
-
-    Raises:
-        UserError: Neither a shape nor a model folder; hub names are not taken, so that nothing is fetched.
-    """
+    """What ``model.name`` is called for a model that is no shape."""
     if model == TINY or Path(model).expanduser().is_dir():
         return TINY_BASE if model == TINY else model
     return choose("--model", model, [TINY, *SHAPES, "a model folder"])
@@ -328,9 +313,6 @@ def shape(spec: Spec) -> AdapterShape:
     """Shapes of a client's adapters; the model itself is never built.
 
     The rank is the usual one, or the lowest that makes an upload of ``spec.parameters`` or more.
-
-    Raises:
-        UserError: Fewer than two clients.
     """
     if spec.clients < 2:
         raise UserError(f"--clients {spec.clients}: an aggregation needs two clients or more")

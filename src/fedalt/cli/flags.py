@@ -112,11 +112,7 @@ _GIVEN = ("config", "if_exists")
 
 
 def import_methods(listed: str) -> list[str]:
-    """Files and modules of the methods that a list names; imported, so that settings may have sections of these.
-
-    Raises:
-        UserError: A file or module is not there, or has no such method.
-    """
+    """Files and modules of the methods that a list names; imported, so that settings may have sections of these."""
     places = []
     for name in (name.strip() for name in listed.split(",")):
         if reference := METHODS.reference(name):

@@ -23,9 +23,6 @@ def matched(
 
     alpha changes with the rank, so that the scale alpha/r stays. A method that sends nothing keeps its rank under
     ``bytes``. Ties go to the lower rank. Mixers come on top and do not count: their size does not depend on the rank.
-
-    Raises:
-        UserError: No rank up to four times the configured one is possible.
     """
     measure = trainable if by == "parameters" else sent
     target = sum(config.lora.r * (d_in + d_out) for d_in, d_out in layers.values())

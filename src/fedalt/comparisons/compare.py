@@ -59,9 +59,6 @@ def compare(
         budget: Choose every method's rank so that it has the parameters, or sends the bytes, of the configured rank.
         bases: Where a base may be in memory already.
         rows: Where rows may be in memory already.
-
-    Raises:
-        UserError: As for a single run; checked for all methods before the first one starts.
     """
     members = plan(config, methods, seeds, out, if_exists, budget=budget)
     return finish(members, config, out, if_exists, sink, jobs=jobs, bases=bases or Bases(), rows=rows or Rows())
@@ -76,11 +73,7 @@ def plan(
     *,
     budget: Budget | None = None,
 ) -> list[Member]:
-    """The runs of a comparison, with every check that needs neither rows nor base.
-
-    Raises:
-        UserError: No such method, a negative seed, settings that a variant does not allow, a folder that is taken.
-    """
+    """The runs of a comparison, with every check that needs neither rows nor base."""
     seeds = list(dict.fromkeys(seeds))
     _check_lists(methods, seeds)
     entrants = dict(_entrant(config, method) for method in methods)

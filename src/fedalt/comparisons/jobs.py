@@ -50,11 +50,7 @@ class Member:
 
 
 def train(members: Iterable[Member], if_exists: IfExists, sink: Sink, bases: Bases, rows: Rows | None = None) -> None:
-    """Train members one after another, on rows that are read and encoded once for those that ask for the same.
-
-    Raises:
-        UserError: As for a single run.
-    """
+    """Train members one after another, on rows that are read and encoded once for those that ask for the same."""
     rows = rows or Rows()
     for member in members:
         forget_peak_memory()

@@ -71,11 +71,7 @@ def parse_axis(text: str) -> Axis:
 
 
 def points(config: RunConfig, axes: Sequence[Axis], rows: Rows | None = None) -> list[Point]:
-    """Every combination of values, as configurations.
-
-    Raises:
-        UserError: A key is unknown or there twice, a value is not allowed or there twice, or rows cannot be had so.
-    """
+    """Every combination of values, as configurations."""
     keys = [key for key, _ in axes]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice:
@@ -126,9 +122,6 @@ def sweep(
         budget: What is kept equal at each point.
         bases: Where a base may be in memory already.
         rows: Where rows may be in memory already.
-
-    Raises:
-        UserError: As for a comparison; settings, rows, methods and folders of all points are checked before the first.
     """
     bases, rows = bases or Bases(), rows or Rows()
     todo = points(config, axes, rows)

@@ -340,9 +340,6 @@ def load_config(
         path: The file; the defaults when not given.
         overrides: Later ones win.
         typed: Dotted key → what was typed to set it, for errors.
-
-    Raises:
-        UserError: The file is missing or no YAML mapping, a key is unknown, or a value is not allowed.
     """
     values = settings_today(_read_yaml(path)) if path else {}
     for key, value in overrides:
@@ -354,9 +351,6 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
     """Validate a nested mapping; every problem becomes one line naming its key.
 
     Plugins are imported, and ``FILE.py:Name`` becomes a registered name, before anything else is looked at.
-
-    Raises:
-        UserError: An unknown key, a value that is not allowed, a plugin that cannot be imported.
     """
     values = _with_plugins(settings_today(values))
     known = sections() if values.keys() - RunConfig.model_fields.keys() else {}
@@ -387,9 +381,6 @@ def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
     """Validate settings that another machine has sent: they name things, and never bring or point at code.
 
     What they name must be in this package, or in a file that this machine's administrator holds (``hold_plugins``).
-
-    Raises:
-        UserError: See ``parse_config``; or they point at code, or name a method that is not here.
     """
     if values.get("plugins"):
         raise UserError(f"{where}: refused: plugins point at code")

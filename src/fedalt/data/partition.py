@@ -47,9 +47,6 @@ def split_like_train(pool: Pool, split: str, column: str, train: Sequence[Sequen
 
     Returns:
         Places of every client's rows in the split.
-
-    Raises:
-        UserError: A client cannot be given any row.
     """
     kinds, known = pool.kinds(split, column), pool.kinds("train", column)
     mine = [Counter(known[i] for i in places) for places in train]
@@ -195,10 +192,6 @@ def deal(rows: TrainingRows, clients: int, config: DataConfig) -> Parts:
         rows: The rows; their seed is that of the deal.
         clients: How many share them.
         config: How.
-
-    Raises:
-        UserError: More clients than rows, settings that the labels of rows do not allow, a partitioner that forgets
-            rows, or no draw that leaves every client enough.
     """
     if clients > len(rows):
         raise UserError(f"data.clients: {clients} clients asked for, but {rows.source} has {len(rows)} training rows")

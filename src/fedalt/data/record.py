@@ -84,11 +84,7 @@ def _counted(labels: Iterable[str]) -> dict[str, int]:
 
 
 def reproduce(file: Path, pool: Pool) -> Federation:
-    """Give the clients of a partition.json the rows that they had, in the same order.
-
-    Raises:
-        UserError: The file is no partition, or the source lacks rows of it.
-    """
+    """Give the clients of a partition.json the rows that they had, in the same order."""
     written = read_json(file)
     known: dict[str, list[Row]] = defaultdict(list)
     for split in SPLITS:

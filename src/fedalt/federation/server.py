@@ -121,9 +121,6 @@ class Server:
             arrived: Clients that delivered.
             read: Gives the upload of each of them, and from now on of everybody else in ``uploads``, too.
             round_: The round.
-
-        Raises:
-            UserError: An upload with other keys or shapes than the run's, or with a value that is not finite.
         """
         for client in arrived:
             self.check(client, read(client))

@@ -164,9 +164,6 @@ class Method:
             clients: Number of clients in the federation.
             config: All settings; the method's own section is not looked at.
             layers: Path of every adapted layer → (d_in, d_out).
-
-        Raises:
-            UserError: Settings that do not suit the method.
         """
         bound = copy(self)
         bound.clients, bound.config, bound.layers = clients, config, layers or {}
@@ -200,11 +197,7 @@ class Method:
         return self.config.lora.alpha / self.config.lora.r
 
     def rank_of(self, client: int) -> int | None:
-        """The client's own rank, or None where all have the slots'.
-
-        Raises:
-            UserError: Ranks are set and this method has no rule for unequal ones.
-        """
+        """The client's own rank, or None where all have the slots'."""
         if self.client_ranks is None:
             return None
         if not self.heterogeneous:

@@ -105,11 +105,7 @@ class FedALTVariants(FedALT):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The RoW LoRA's rank is r, or that of its aggregator: all others' ranks for a stack.
-
-        Raises:
-            UserError: An odd rank is to be halved.
-        """
+        """The RoW LoRA's rank is r, or that of its aggregator: all others' ranks for a stack."""
         r, widest = self.config.lora.r, self.widest
         if self.settings.halved:
             if r % 2:

@@ -35,11 +35,7 @@ class Variant:
 
 
 def get_method(name: str) -> type[Method]:
-    """The class behind the name of a method or a variant.
-
-    Raises:
-        UserError: No such method; the closest name is suggested.
-    """
+    """The class behind the name of a method or a variant."""
     found = METHODS.get(name)
     method: type[Method] = METHODS.get(found.method) if isinstance(found, Variant) else found
     return method
@@ -50,9 +46,6 @@ def as_variant(method: str | type[Method] | Method) -> Variant:
 
     Args:
         method: A name, ``FILE.py:Name`` or ``module:Name``, a class, or a method with settings of its own.
-
-    Raises:
-        UserError: It is none of these, or a class without a name.
     """
     if isinstance(method, str):
         return Variant(method, "")
@@ -77,9 +70,6 @@ def refuse_session(config: RunConfig, flag: str) -> None:
     Args:
         config: The settings.
         flag: What asks for other processes.
-
-    Raises:
-        UserError: The method, or something else with a name, was defined at a prompt or in a notebook.
     """
     for kind, entry in used_entries(config):
         if entry.origin == SESSION:
@@ -110,11 +100,7 @@ def section_of(method: type[Method]) -> str:
 
 
 def configured(config: RunConfig, name: str) -> RunConfig:
-    """The settings with a method's name and section in place, and with what makes a variant of it.
-
-    Raises:
-        UserError: No such method.
-    """
+    """The settings with a method's name and section in place, and with what makes a variant of it."""
     method, found = get_method(name), METHODS.get(name)
     own = found.settings if isinstance(found, Variant) else {}
     config = with_settings(config, {"method": name, **own})
@@ -132,9 +118,6 @@ def build(config: RunConfig, clients: int, layers: Mapping[str, tuple[int, int]]
         config: The settings.
         clients: Number of clients.
         layers: Path of every adapted layer → (d_in, d_out); none where only settings are checked.
-
-    Raises:
-        UserError: No such method, or settings that do not suit it.
     """
     method = get_method(config.method)
     return method(config.section(section_of(method), method.Settings)).bind(clients, config, layers)

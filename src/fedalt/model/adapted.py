@@ -51,9 +51,6 @@ class AdaptedModel:
         image_tokens: Tokens that an image becomes.
         clients: How many clients are on it.
         trainable: What trains, stacked over clients.
-
-    Raises:
-        UserError: No target, or a target that is no linear layer.
     """
 
     def __init__(

@@ -74,12 +74,7 @@ class Base:
 
 
 def load_base(config: ModelConfig) -> Base:
-    """Load a causal LM, or a classifier of ``config.labels``, from safetensors.
-
-    Raises:
-        UserError: Not a model folder, not on the hub, no model of that kind, no tokenizer or image processor, or
-            bitsandbytes is missing.
-    """
+    """Load a causal LM, or a classifier of ``config.labels``, from safetensors."""
     import transformers
 
     source = resolve_source(config.name)
@@ -184,11 +179,7 @@ def _minilm() -> str:
 
 
 def resolve_device(name: str, setting: str = "model.device") -> str:
-    """``auto`` is a GPU where there is one.
-
-    Raises:
-        UserError: There is no such GPU; the line names the setting that asked for it.
-    """
+    """``auto`` is a GPU where there is one."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name.startswith("cuda"):
         if not count:

@@ -51,9 +51,6 @@ def summary_of(base: Any) -> tuple[Summary, int]:
 
     Args:
         base: The classifier, untouched.
-
-    Raises:
-        UserError: Neither the first nor the last, or the model cannot be tried.
     """
     outs: list[Any] = []
     inputs, last = _trial(base)

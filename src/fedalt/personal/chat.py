@@ -45,9 +45,6 @@ class Chat:
         run: Run folder.
         client: Client id.
         resident: The base, where it is in memory.
-
-    Raises:
-        UserError: No finished run, no such client, base missing or changed.
     """
 
     def __init__(self, run: Path, client: int, resident: Resident | None = None) -> None:
@@ -59,11 +56,7 @@ class Chat:
         self.state = personal.state
 
     def ask(self, asked: str | Row) -> Answer:
-        """Answer one instruction, or classify one text, or the image in one file; or the same of a row.
-
-        Raises:
-            UserError: Prompt and answer do not fit the model's positions; no such image.
-        """
+        """Answer one instruction, or classify one text, or the image in one file; or the same of a row."""
         read = self._read(asked)
         model = self.resident.model
         weights = load_to_answer(model, [self.state], [[read]], self.placement)

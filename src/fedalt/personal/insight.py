@@ -36,9 +36,6 @@ def similarity(folder: RunFolder, clients: Sequence[int]) -> tuple[str, list[lis
 
     The slot is the individual LoRA where there is one, else the first that is not the row; nothing where there is
     none. A LoRA that is zero is like nothing (0).
-
-    Raises:
-        UserError: No such client, or a damaged folder.
     """
     slots = read_json(client_folder(folder, clients[0]) / CONFIG)["slots"]
     slot = INDIVIDUAL if INDIVIDUAL in slots else next((name for name in slots if name != REST_OF_WORLD), None)
@@ -108,9 +105,6 @@ def write_insight(
         count: Test rows per client; 0 for what needs no model.
         resident: The base, where it is in memory.
         rows: Where the run's rows may be in memory.
-
-    Raises:
-        UserError: Rows or base are not where they were, or a client's folder is damaged.
     """
     known = read_insight(folder)
     if known and known["rows"] >= count and known["clients"] == [str(client) for client in clients]:

@@ -53,9 +53,6 @@ def onboard(
 
     Returns:
         ``clients``: id → task, rows, scores before and after; ``before`` and ``after``: mean, worst, 10th percentile.
-
-    Raises:
-        UserError: No finished run, no newcomers, rows or base missing, labels that the run does not know.
     """
     folder, config = finished_run(path)
     members = client_ids(folder)

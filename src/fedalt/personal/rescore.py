@@ -27,9 +27,6 @@ def rescore(
         data: Other rows in place of the run's own, all test rows of their clients; rows that are nobody's are scored by
             every model, those of a source without test rows all.
         central: Score every model on the test rows of all clients together.
-
-    Raises:
-        UserError: No finished run, no such client, rows or base missing.
     """
     folder, config = finished_run(path)
     clients = client_ids(folder) if client is None else [client]

@@ -26,11 +26,7 @@ if TYPE_CHECKING:
 
 
 def write_report(folder: RunFolder) -> Path:
-    """Rebuild a run's report from its events, and from what ``write_insight`` found.
-
-    Raises:
-        UserError: The run has no events.
-    """
+    """Rebuild a run's report from its events, and from what ``write_insight`` found."""
     events = list(read_events(folder.events))
     start = first_start(events)
     if start is None:
@@ -94,9 +90,6 @@ def write_reports(
         insight: Test rows per client, see ``look``.
         bases: Where the base may be in memory already.
         rows: Where the rows may be in memory already.
-
-    Raises:
-        UserError: Rows or base are not where they were.
     """
     folders = [open_run(Path(path))[0] for block in comparison["methods"].values() for path in block["runs"]]
     insights.look_at_each(folders, insight, bases, rows)

@@ -127,9 +127,6 @@ def load_checkpoint(folder: Path, *runs: str) -> Checkpoint | None:
     Args:
         folder: Where checkpoints are.
         runs: What the run that it is of may be known by; any if none is given.
-
-    Raises:
-        UserError: The checkpoint is of another run, or damaged.
     """
     rounds = _rounds(folder)
     if not rounds:

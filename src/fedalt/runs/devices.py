@@ -33,11 +33,7 @@ Filed = dict[int, tuple[Path, float]]
 
 
 def check_devices(config: RunConfig) -> list[str]:
-    """A run's devices by their full names; none where it names none.
-
-    Raises:
-        UserError: This machine has no such device, or its process could not see what was defined in this session.
-    """
+    """A run's devices by their full names; none where it names none."""
     if config.federation.devices:
         refuse_session(config, "federation.devices")
     return [resolve_device(name, "federation.devices") for name in config.federation.devices or ()]

@@ -107,9 +107,6 @@ def settings_of(
         overrides: Dotted key → value.
         if_exists: What is to be done with a run that is there.
         typed: Dotted key → how the user has given it, for errors.
-
-    Raises:
-        UserError: See ``load_config``.
     """
     out = dict(overrides).get("out")
     if path is None and if_exists == "resume" and out and (Path(out) / "config.yaml").is_file():
@@ -118,11 +115,7 @@ def settings_of(
 
 
 def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
-    """An existing run and its configuration.
-
-    Raises:
-        UserError: No run there, or its code from outside the package has changed or is gone.
-    """
+    """An existing run and its configuration."""
     folder = RunFolder(path)
     if not folder.config.is_file():
         raise UserError(f"{path}: not a run folder (no config.yaml)")
@@ -132,11 +125,7 @@ def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
 
 
 def check_code(folder: RunFolder, config: RunConfig) -> None:
-    """Refuse to go on with a run whose methods, metrics and so on from outside are not those that it was made with.
-
-    Raises:
-        UserError: The code behind a name has changed since.
-    """
+    """Refuse to go on with a run whose methods, metrics and so on from outside are not those that it was made with."""
     start = first_start(read_events(folder.events)) or (folder.onboarding.is_file() and read_json(folder.onboarding))
     known = (start or {}).get("code")
     if not known:
@@ -151,11 +140,7 @@ def check_code(folder: RunFolder, config: RunConfig) -> None:
 
 
 def finished_run(path: Path) -> tuple[RunFolder, RunConfig]:
-    """An existing run that has reached its end.
-
-    Raises:
-        UserError: No run there, or one that has not finished.
-    """
+    """An existing run that has reached its end."""
     folder, config = open_run(path)
     if not folder.final_scores.is_file():
         raise UserError(f"{path}: this run has not finished; continue it with: fedalt run --out {path} --resume")
@@ -163,11 +148,7 @@ def finished_run(path: Path) -> tuple[RunFolder, RunConfig]:
 
 
 def check_folder(path: Path, if_exists: IfExists) -> RunFolder:
-    """Say whether a run may go into a folder, and touch nothing.
-
-    Raises:
-        UserError: It holds something and neither ``--resume`` nor ``--overwrite`` was given; or it is no run.
-    """
+    """Say whether a run may go into a folder, and touch nothing."""
     folder = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, not a folder")
@@ -180,11 +161,7 @@ def check_folder(path: Path, if_exists: IfExists) -> RunFolder:
 
 
 def claim_folder(path: Path, if_exists: IfExists) -> RunFolder:
-    """Make the folder ready for a new run, or leave it as it is to be resumed.
-
-    Raises:
-        UserError: As ``check_folder``; or nothing can be written there.
-    """
+    """Make the folder ready for a new run, or leave it as it is to be resumed."""
     folder = check_folder(path, if_exists)
     with disk_errors(path):
         if if_exists == "overwrite":

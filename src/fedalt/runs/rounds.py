@@ -152,11 +152,7 @@ class Loop:
 
 
 def check_some_left(failures: Sequence[str | None], number: int, lr: float) -> None:
-    """Refuse to go on after a round in which every client failed.
-
-    Raises:
-        UserError: Every client failed.
-    """
+    """Refuse to go on after a round in which every client failed."""
     if all(failures):
         raise UserError(
             f"round {number}: every client failed ({failures[0]}); a lower training.lr than {lr:g} may help; "
@@ -181,9 +177,6 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
 
     Returns:
         The content of ``final_scores.json``.
-
-    Raises:
-        UserError: The folder holds another run, or one that has gone further; the disk is full; every client failed.
     """
     facts, config = experiment.facts, experiment.config
     run_, checkpoint = find_checkpoint(facts, folder)
@@ -209,11 +202,7 @@ def go(loop: Loop) -> dict[str, Any]:
 
 
 def find_checkpoint(facts: RunInfo, folder: RunFolder) -> tuple[str, Checkpoint | None]:
-    """What identifies the run, and its newest checkpoint in a folder, if a round has finished.
-
-    Raises:
-        UserError: The folder holds another run, one that has gone further, or one of other code.
-    """
+    """What identifies the run, and its newest checkpoint in a folder, if a round has finished."""
     config = facts.config
     check_code(folder, config)
     known_by = frozen_settings(config, facts.method), settings_0_1(_frozen(config, facts.method))

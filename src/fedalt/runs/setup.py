@@ -229,11 +229,7 @@ class Experiment:
 
 
 def load_resident(config: RunConfig) -> Resident:
-    """Load the base model and wrap its targets.
-
-    Raises:
-        UserError: See ``load_base`` and ``find_targets``.
-    """
+    """Load the base model and wrap its targets."""
     base = load_base(config.model)
     checkpointing = config.model.gradient_checkpointing
     pooling = config.model.pooling
@@ -244,11 +240,7 @@ def load_resident(config: RunConfig) -> Resident:
 
 
 def load_rows(config: RunConfig, rows: Rows) -> tuple[RunConfig, Federation]:
-    """The rows; and the settings with the classes that training rows have, where rows are classified and none are set.
-
-    Raises:
-        UserError: See ``load_both``, ``labels_of`` and ``check_labels``.
-    """
+    """The rows; and the settings, with the classes of training rows where rows are classified and none are set."""
     federation, held_out = rows.both(config.data, config.seed)
     if not config.classifies:
         return config, federation
@@ -274,9 +266,6 @@ def prepare(
         federation: The rows, where they are in memory.
         clients: Clients that the method counts, if not those with rows.
         rows: Where rows are had from, if other runs share them.
-
-    Raises:
-        UserError: Anything that is wrong with the settings, the rows or the model.
     """
     config = configured(config, config.method)
     rows = rows or Rows()

@@ -61,9 +61,6 @@ class Rounds:
     Attributes:
         number: Rounds that have finished.
         states: Client → its state.
-
-    Raises:
-        UserError: As for a run.
     """
 
     def __init__(self, config: RunConfig, bases: Bases, rows: Rows) -> None:
@@ -83,10 +80,6 @@ class Rounds:
 
         Args:
             count: How many; those that the settings ask for and that are left when not given.
-
-        Raises:
-            UserError: The method plans by the number of rounds, and some have been taken already; or every client
-                failed.
         """
         asked = self.experiment.config.federation.rounds
         total = asked if count is None else self.number + count

@@ -34,11 +34,7 @@ PROJECT = "fedalt"
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Say what to install.
-
-    Raises:
-        UserError: A tracker's package is not installed.
-    """
+    """Say what to install."""
     for name in names:
         if issubclass(TRACKERS.get(name), _Accelerated) and find_spec(name) is None:
             raise UserError(f'report.trackers: "{name}" is not installed; pip install {name}')

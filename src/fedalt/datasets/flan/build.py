@@ -40,9 +40,6 @@ def open_splits(task: Task, local: Path | None) -> Splits:
     Args:
         task: The task.
         local: Folder with a copy of every data set under its task's name; the hub and its cache when not given.
-
-    Raises:
-        UserError: The data set is not there or cannot be read, or has other columns.
     """
     place = task.hub if local is None else local / task.name
     if isinstance(place, Path) and not place.is_dir():
@@ -187,10 +184,6 @@ def build(
         seed: Decides which rows, their order and their wording.
         local: Folder with copies of the data sets; the hub when not given.
         tell: Called after every task.
-
-    Raises:
-        UserError: An unknown task or one given twice, a folder that holds something, ``datasets`` is not installed, or
-            no task could be prepared.
     """
     check_installed()
     tasks = _known(names)
@@ -220,9 +213,6 @@ def draw(
     """Rows of one task by split, and notes on what is less than was asked for.
 
     Nothing is asked twice, in one split or in two. Labels are equally frequent as far as there are records.
-
-    Raises:
-        UserError: A record is not as it should be, or no row is left for training or testing.
     """
     seen: set[tuple[str, ...]] = set()
     found: dict[str, list[Row]] = {}
