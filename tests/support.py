@@ -22,11 +22,9 @@ from transformers import (
 from fedalt.config import FederationConfig, RunConfig, TrainingConfig, with_settings
 from fedalt.data.batches import Plan
 from fedalt.data.encode import Example
-from fedalt.federation.client import ClientResult, RoundSettings, run_clients
-from fedalt.federation.cohort import cohort_size
+from fedalt.federation.client import ClientResult, RoundSettings, cohort_size, run_clients
 from fedalt.federation.server import Server
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message, Method
 from fedalt.methods.registry import build, configured, method_names, variant_names
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import SOFTMAX, SUM, Placement

@@ -18,9 +18,9 @@ from fedalt.comparisons.compare import compare as train_all
 from fedalt.comparisons.jobs import Budget
 from fedalt.comparisons.tables import client_lines, latex, markdown, score_grid
 from fedalt.config import RunConfig, with_settings
-from fedalt.data.partition_settings import Partition
 from fedalt.data.federation import ClientData, Federation, Row
 from fedalt.data.load import Rows
+from fedalt.data.partition_settings import Partition
 from fedalt.data.sources.given import Given, given_source, handed_on
 from fedalt.errors import UserError, did_you_mean, listed, needs
 from fedalt.evaluation.metrics import metric_of

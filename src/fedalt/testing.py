@@ -27,11 +27,9 @@ from fedalt.config import FederationConfig, LoraConfig, RunConfig, TrainingConfi
 from fedalt.data.batches import Plan, plan_round
 from fedalt.data.encode import Example
 from fedalt.data.federation import Row
-from fedalt.federation.client import ClientResult, RoundSettings, run_clients
-from fedalt.federation.cohort import cohort_size
+from fedalt.federation.client import ClientResult, RoundSettings, cohort_size, run_clients
 from fedalt.federation.server import Server
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message, Method
 from fedalt.methods.registry import configured, get_method, section_of
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.batch_layout import BatchLayout

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fedalt import registry
-from fedalt.cli.compare_tables import compare_table
-from fedalt.comparisons import budget
+from fedalt.cli.compare import compare_table
 from fedalt.comparisons import compare as comparing
+from fedalt.comparisons import jobs
 from fedalt.comparisons import jobs as members
 from fedalt.comparisons.compare import collect, compare, plan
 from fedalt.comparisons.statistics import half_width, paired
@@ -395,7 +395,7 @@ def test_a_budget_is_matched_for_every_run(tmp_path: Path, monkeypatch: pytest.M
         asked.append((name, clients, by, len(layer_sizes) > 0))
         return config.model_copy(update={"lora": config.lora.model_copy(update={"r": 2})})
 
-    monkeypatch.setattr(budget, "matched", matched)
+    monkeypatch.setattr(jobs, "matched", matched)
     made = compare(config(), ["local", "fedalt"], (0,), tmp_path, if_exists="ask", sink=quiet, budget="bytes")
     assert asked == [("local", CLIENTS, "bytes", True), ("fedalt", CLIENTS, "bytes", True)]
     assert made["budget"] == "bytes"

@@ -13,7 +13,7 @@ from fedalt.data.batches import plan_round
 from fedalt.data.encode import Example
 from fedalt.data.federation import Row
 from fedalt.federation.client import ClientResult, client_round
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState, initial_state
 from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, A, B, G, Key, Tensors

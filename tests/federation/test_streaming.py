@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from fedalt.config import FederationConfig
 from fedalt.federation import diagnostics
-from fedalt.federation.client import run_clients
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts, run_clients
 from fedalt.federation.diagnostics import ProductSum, product_gap
 from fedalt.federation.server import PerClient, Server
 from fedalt.model.adapted import AdaptedModel

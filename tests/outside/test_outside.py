@@ -19,7 +19,7 @@ from fedalt.config import parse_config, used_code, with_settings
 from fedalt.errors import UserError
 from fedalt.methods.aggregators import RestOfWorldSettings
 from fedalt.methods.algebra import norm
-from fedalt.methods.exchange import Gathered
+from fedalt.methods.base import Gathered
 from fedalt.methods.registry import get_method
 from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Key
 from fedalt.registry import AGGREGATORS, METHODS, import_plugin

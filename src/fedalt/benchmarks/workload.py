@@ -30,8 +30,7 @@ from fedalt.data.encode import AnswerEncoder, Example, Prompt, encode_client
 from fedalt.data.load import load_federation
 from fedalt.errors import UserError
 from fedalt.federation.server import Server
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message, Method
 from fedalt.methods.registry import build
 from fedalt.model.base import TINY_BASE, load_base, positions, resolve_device, resolve_source
 from fedalt.model.layer import features

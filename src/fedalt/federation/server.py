@@ -14,8 +14,7 @@ from fedalt.config import FederationConfig
 from fedalt.errors import UserError
 from fedalt.federation.client import finite
 from fedalt.methods.algebra import mean_of
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import Gathered, Message, Method
 from fedalt.names import HEAD, RANK_AXIS, Key, Tensors, parted
 from fedalt.seeding import rng
 

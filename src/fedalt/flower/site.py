@@ -30,7 +30,7 @@ from fedalt.flower.consent import Consent
 from fedalt.flower.members import Common, Member, rule_of
 from fedalt.flower.requests import ApartError, Reply, Request
 from fedalt.flower.wire import pack, unpack
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.model.state import ClientState
 from fedalt.names import REST_OF_WORLD, parted
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune

@@ -7,8 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedalt.config.section import Section
-from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot, copied, squared_distance
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot, copied, squared_distance
 from fedalt.model.layer import SUM, Mixing
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, PERSONAL, Tensors

@@ -13,8 +13,7 @@ from fedalt.config.section import Section
 from fedalt.data.batches import collate
 from fedalt.data.encode import Example
 from fedalt.methods.algebra import mean_of
-from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot, copied, drawn
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import BOTH, NONE, Gathered, Message, Method, Phase, Slot, copied, drawn
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import SUM, Mixing, Placement
 from fedalt.model.state import ClientState

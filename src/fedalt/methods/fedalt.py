@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot
 from fedalt.model.layer import SOFTMAX, SUM, Mixing
 from fedalt.model.state import ClientState
 from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, Key, Tensors

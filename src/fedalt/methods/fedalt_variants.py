@@ -10,8 +10,7 @@ from pydantic import Field
 from fedalt.errors import UserError
 from fedalt.methods.aggregators import FACTOR_MEAN, RestOfWorldSettings, cluster_rows
 from fedalt.methods.algebra import refuse_weighting
-from fedalt.methods.base import BOTH, NONE, Phase, Slot
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import BOTH, NONE, Gathered, Message, Phase, Slot
 from fedalt.methods.fedalt import FedALT, without_own
 from fedalt.methods.registry import Variant
 from fedalt.model.layer import Mixing

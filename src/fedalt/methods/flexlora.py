@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedalt.methods.algebra import truncated
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import Gathered, Message
 from fedalt.methods.unequal import Unequal
 from fedalt.names import GLOBAL, A, B, Key
 from fedalt.registry import METHODS

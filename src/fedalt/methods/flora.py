@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedalt.methods.algebra import stacked
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import Gathered, Message
 from fedalt.methods.unequal import Unequal
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, MERGED, A, B, Key, Tensors, W

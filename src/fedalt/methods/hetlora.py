@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedalt.config.section import Section
 from fedalt.methods.algebra import cut, mean_of, norm, padded, refuse_weighting
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import Gathered, Message
 from fedalt.methods.unequal import Unequal
 from fedalt.model.state import ClientState
 from fedalt.names import RANK_AXIS, A, B, Tensors

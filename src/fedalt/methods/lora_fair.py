@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fedalt.config.section import Section
 from fedalt.methods.algebra import Factors, Weighted, factor_means, fit_b, norm, onto, stacked
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import Gathered, Message, Method
 from fedalt.names import GLOBAL, A, B, Key
 from fedalt.registry import METHODS
 

@@ -16,10 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedalt.model.batch_layout import BatchContext, BatchLayout, MixerProbe
 from fedalt.model.classifier import Summary, class_logits, first_token, pooler_path, summary_of, take_heads
-from fedalt.model.fast.branching import branches_exactly
+from fedalt.model.fast.branching import agree, branches_exactly, untouched
 from fedalt.model.fast.packing import enable_packing
 from fedalt.model.fast.patches import enable_trimming, fuse, pack_weights
-from fedalt.model.fast.trial import agree, untouched
 from fedalt.model.layer import AdaptedLinear, Placement, features
 from fedalt.model.state import ClientState
 from fedalt.model.targets import find_targets, is_linear

@@ -21,7 +21,7 @@ from fedalt.data.federation import SPLITS, ClientData, Federation, Row
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.evaluate import Evaluation, evaluate
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts
 from fedalt.files import read_json, write_json
 from fedalt.model.peft_files import read_folder
 from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Tensors

@@ -14,11 +14,10 @@ from fedalt.data.record import record
 from fedalt.errors import UserError
 from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.evaluation.metrics import metrics_in, over_clients
-from fedalt.federation.client import installed, train_phases
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts, installed, train_phases
 from fedalt.federation.server import Server
 from fedalt.files import write_json
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint

@@ -10,7 +10,7 @@ from fedalt.data.federation import ClientData, Federation
 from fedalt.data.load import elsewhere, load_federation, read
 from fedalt.errors import UserError, listed
 from fedalt.evaluation.evaluate import Evaluation, evaluate
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts
 from fedalt.runs.client_folder import client_ids, read_client
 from fedalt.runs.folder import finished_run
 from fedalt.runs.setup import load_resident

@@ -16,8 +16,7 @@ from fedalt.personal.insight import read_insight
 from fedalt.report import comparison as compared
 from fedalt.report import figures, insights
 from fedalt.report.page import Section, page, paragraph, table
-from fedalt.report.shown import caption, shown
-from fedalt.report.theme import Drawing
+from fedalt.report.theme import Drawing, caption, shown
 from fedalt.runs.events import Event, first_start, read_events
 from fedalt.runs.folder import RunFolder, open_run
 

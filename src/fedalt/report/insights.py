@@ -14,8 +14,7 @@ from fedalt.data.load import Rows
 from fedalt.evaluation.metrics import metric_of
 from fedalt.personal.insight import BINS, write_insight
 from fedalt.report.page import paragraph
-from fedalt.report.shown import shown
-from fedalt.report.theme import PATTERNS, SEQUENTIAL, Drawing, again, cells, colour, decimals, labels, styled
+from fedalt.report.theme import PATTERNS, SEQUENTIAL, Drawing, again, cells, colour, decimals, labels, shown, styled
 from fedalt.runs.folder import RunFolder, final_scores
 from fedalt.runs.setup import Bases, Resident
 

@@ -1,12 +1,16 @@
-"""How figures look: one colour per client or method throughout a page, safe for the colour-blind, on dark and light."""
+"""How figures look: one colour per client or method throughout a page, safe for the colour-blind, on dark and light.
+
+And which clients are shown where there are too many for all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import plotly.graph_objects as go
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 COLOURS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#33bbee", "#ee3377", "#a08000", "#999999")
 """Paul Tol's vibrant scheme (and a dark yellow), of a lightness that shows on white and on black."""
@@ -111,6 +115,8 @@ def cells(values: list[list[Any]], across: list[str], down: list[str], **options
         down: Labels of the rows.
         options: Of ``go.Heatmap``; ``text`` is what stands in the cells.
     """
+    import plotly.graph_objects as go  # here, as the command line has colours from this file, too
+
     told = len(across) <= _CELLS and "text" in options
     figure = go.Figure(
         go.Heatmap(
@@ -129,3 +135,37 @@ def cells(values: list[list[Any]], across: list[str], down: list[str], **options
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False, autorange="reversed")
     return figure
+
+
+MOST = 20
+"""Clients that fit."""
+_FIRST, _ENDS = 8, 6
+
+
+def groups(scores: Mapping[str, float], highest: bool = True) -> dict[str, list[str]]:
+    """Title → clients: all under no title while they fit, else the first ones, the worst and the best.
+
+    Args:
+        scores: Client → score, in the order of clients.
+        highest: Whether the highest scores are the best.
+    """
+    if len(scores) <= MOST:
+        return {"": list(scores)}
+    ranked = sorted(scores, key=lambda client: scores[client] if highest else -scores[client])
+    return {
+        f"first {_FIRST}": list(scores)[:_FIRST],
+        f"worst {_ENDS}": ranked[:_ENDS],
+        f"best {_ENDS}": ranked[: -_ENDS - 1 : -1],
+    }
+
+
+def shown(scores: Mapping[str, float], highest: bool = True) -> list[str]:
+    """The clients of all groups, each once, in the order of clients."""
+    chosen = {client for group in groups(scores, highest).values() for client in group}
+    return [client for client in scores if client in chosen]
+
+
+def caption(scores: Mapping[str, float]) -> str:
+    """What a reader must know when not all are shown; otherwise nothing."""
+    titles = groups(scores)
+    return "" if "" in titles else f"{', '.join(titles)} of {len(scores)} clients; means are over all"

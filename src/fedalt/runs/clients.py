@@ -9,11 +9,10 @@ from typing import Protocol
 from fedalt.config import RunConfig
 from fedalt.data.batches import Plan, plan_round
 from fedalt.data.encode import Example
-from fedalt.federation.client import ClientResult, installed, run_clients
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import ClientResult, cohort_size, cohorts, installed, run_clients
 from fedalt.federation.diagnostics import row_lora_drift
 from fedalt.federation.server import PerClient
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.model.state import ClientState
 from fedalt.names import REST_OF_WORLD
 from fedalt.runs.checkpoint import Checkpoint

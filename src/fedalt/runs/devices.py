@@ -12,10 +12,10 @@ import torch
 
 from fedalt.config import RunConfig, parse_config
 from fedalt.errors import listed
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts
 from fedalt.federation.server import sample_clients
 from fedalt.files import filling, scratch_folder
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.methods.registry import refuse_session
 from fedalt.model.base import resolve_device
 from fedalt.model.state import load_tensors, save_tensors

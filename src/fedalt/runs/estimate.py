@@ -10,8 +10,7 @@ from typing import Any
 
 from fedalt.data.batches import Plan
 from fedalt.evaluation.evaluate import evaluate
-from fedalt.federation.client import run_clients
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts, run_clients
 from fedalt.federation.server import PerClient, sample_clients
 from fedalt.runs.clients import plans_of
 from fedalt.runs.machine import peak_memory

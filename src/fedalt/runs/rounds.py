@@ -14,8 +14,7 @@ from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in, over_cl
 from fedalt.federation.diagnostics import product_gap
 from fedalt.federation.server import Server, sample_clients
 from fedalt.files import read_json, write_json
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message, Method
 from fedalt.methods.registry import section_of, title_of
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune, run_id
 from fedalt.runs.clients import ClientBackend, ClientReport, LocalClients

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.evaluation.metrics import group_mean, metrics_in, over_clients
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts
 from fedalt.model.state import ClientState
 from fedalt.runs.events import EventLog
 from fedalt.runs.folder import RunFolder

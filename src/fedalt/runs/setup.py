@@ -29,8 +29,7 @@ from fedalt.data.record import digests, record
 from fedalt.errors import UserError
 from fedalt.evaluation.choices import options_of
 from fedalt.evaluation.metrics import metric_of
-from fedalt.federation.client import RoundSettings
-from fedalt.federation.cohort import fitting_cohort
+from fedalt.federation.client import RoundSettings, fitting_cohort
 from fedalt.methods.base import Method, trainable
 from fedalt.methods.registry import build, configured
 from fedalt.model.adapted import AdaptedModel

@@ -11,10 +11,9 @@ from fedalt.config import RunConfig
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metrics_in
-from fedalt.federation.client import installed, run_clients
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts, installed, run_clients
 from fedalt.federation.server import Server, sample_clients
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.methods.registry import configured
 from fedalt.model.state import ClientState
 from fedalt.names import Tensors
