@@ -1,6 +1,6 @@
 """Names for things of one's own: ``@fedalt.method("name")`` and its kin; what has a name can be asked for by it.
 
-A name has letters, digits and underscores. One that is taken, and a fact that is unknown, is a ``UserError``.
+A name has letters, digits and underscores. One that is taken, and an attribute that is unknown, is a ``UserError``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def aggregator(name: str) -> Callable[[T], T]:
     return AGGREGATORS.register(name)
 
 
-def metric(name: str, **facts: Any) -> Callable[[T], T]:
+def metric(name: str, **attributes: Any) -> Callable[[T], T]:
     """Give a metric a name, for ``evaluation.metric``: a function of one answer and its reference, or of all of them.
 
     >>> import fedalt as fa
@@ -65,14 +65,14 @@ def metric(name: str, **facts: Any) -> Callable[[T], T]:
 
     Args:
         name: Its name.
-        facts: ``title`` in tables; ``corpus`` for a function of all rows of a client; ``task`` (``text`` or ``class``)
-            where it suits one alone; ``higher_is_better``, ``points`` for 0 to 100, ``unit``, ``digits``; ``reads`` for
-            what is compared with the reference, if not the answer.
+        attributes: ``title`` in tables; ``corpus`` for a function of all rows of a client; ``task`` (``text`` or
+            ``class``) where it suits one alone; ``higher_is_better``, ``points`` for 0 to 100, ``unit``, ``digits``;
+            ``reads`` for what is compared with the reference, if not the answer.
     """
-    return METRICS.register(name, **facts)
+    return METRICS.register(name, **attributes)
 
 
-def partitioner(name: str, **facts: Any) -> Callable[[T], T]:
+def partitioner(name: str, **attributes: Any) -> Callable[[T], T]:
     """Give a way to deal rows to clients a name, for ``data.partition.by``: a function of rows, clients, generator.
 
     >>> import fedalt as fa
@@ -88,10 +88,10 @@ def partitioner(name: str, **facts: Any) -> Callable[[T], T]:
 
     Args:
         name: Its name.
-        facts: ``uses``, the settings of ``data.partition`` that matter to it; ``fixed`` if the generator does not
+        attributes: ``uses``, the settings of ``data.partition`` that matter to it; ``fixed`` if the generator does not
             decide how many rows a client gets.
     """
-    return PARTITIONERS.register(name, **facts)
+    return PARTITIONERS.register(name, **attributes)
 
 
 def source(name: str) -> Callable[[T], T]:

@@ -4,7 +4,8 @@ A table is filled by its decorator, by entry points of installed packages (``fed
 and by ``FILE.py:Name`` or ``module:Name`` wherever a name is expected. Code is never sent anywhere: every machine of
 a run holds the file, and the digest of its text is part of the run's identity.
 
-Facts about a thing are attributes of its function or class; the decorator sets them: ``register(name, corpus=True)``.
+What is known of a thing is in attributes of its function or class, which the decorator sets: ``register(name,
+corpus=True)``.
 A class may have settings: a nested ``Settings``, which is a section of the YAML named after it. An instance is made
 without arguments, and has them as ``self.settings`` before its ``__init__`` runs.
 """
@@ -68,7 +69,7 @@ class Registry(Generic[T]):
         home: Our own package or module whose import registers ours; all modules of a package are imported.
         accepts: Whether something can be registered; for what ``FILE.py:Name`` finds.
         wanted: What ``accepts`` asks for, in words.
-        facts: What ``register`` can say about a thing of this kind.
+        attributes: What ``register`` can say about a thing of this kind.
         reserved: Names that mean something else where things of this kind are named.
         open: Whether a path or another name may stand where a name of this kind is expected.
     """
@@ -81,22 +82,22 @@ class Registry(Generic[T]):
         *,
         accepts: Callable[[Any], bool] = callable,
         wanted: str = "a function or a class",
-        facts: Sequence[str] = (),
+        attributes: Sequence[str] = (),
         reserved: Sequence[str] = (),
         open: bool = False,
     ) -> None:
         self.kind, self.group, self.home, self.open = kind, group, home, open
-        self._accepts, self._wanted, self._facts, self._reserved = accepts, wanted, facts, reserved
+        self._accepts, self._wanted, self._attributes, self._reserved = accepts, wanted, attributes, reserved
         self._entries: dict[str, Entry[T]] = {}
         self._complete = False
 
-    def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
+    def register(self, name: str, **attributes: Any) -> Callable[[Any], Any]:
         """A decorator that gives its class or function a name here, and attributes."""
-        for fact in facts:
-            if fact not in self._facts:
+        for key in attributes:
+            if key not in self._attributes:
                 raise UserError(
-                    f'{self.kind} "{name}": nothing is known of "{fact}"{did_you_mean(fact, self._facts)}; '
-                    f"known: {listed(self._facts) or 'nothing'}"
+                    f'{self.kind} "{name}": nothing is known of "{key}"{did_you_mean(key, self._attributes)}; '
+                    f"known: {listed(self._attributes) or 'nothing'}"
                 )
         if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise UserError(
@@ -104,8 +105,8 @@ class Registry(Generic[T]):
             )
 
         def decorate(value: Any) -> Any:
-            for fact, known in facts.items():
-                setattr(value, fact, known)
+            for key, known in attributes.items():
+                setattr(value, key, known)
             self.add(name, value)
             return value
 
@@ -422,11 +423,11 @@ METRICS: Registry[Any] = Registry(
     "metric",
     "fedalt.metrics",
     "fedalt.evaluation.metrics",
-    facts=("title", "task", "corpus", "reads", "higher_is_better", "points", "unit", "digits"),
+    attributes=("title", "task", "corpus", "reads", "higher_is_better", "points", "unit", "digits"),
     reserved=("rows", "categories", "client_id", "client", "stemmer", "round", "point", "event", "time", "job"),
 )
 PARTITIONERS: Registry[Any] = Registry(
-    "partitioner", "fedalt.partitioners", "fedalt.data.partition", facts=("uses", "alpha", "fixed")
+    "partitioner", "fedalt.partitioners", "fedalt.data.partition", attributes=("uses", "alpha", "fixed")
 )
 AGGREGATORS: Registry[Any] = Registry("aggregator", "fedalt.aggregators", "fedalt.methods.aggregators")
 SOURCES: Registry[Any] = Registry("source", "fedalt.sources", "fedalt.data.sources", open=True)
@@ -466,9 +467,10 @@ def settings_of(value: Any) -> type[Any] | None:
     return settings if settings is not None and settings.model_fields else None
 
 
-def section_of(entry: Entry[Any]) -> str:
-    """The section of the YAML with the settings of something that has some."""
-    return getattr(entry.value, "section", None) or entry.name
+def section_of(thing: Any) -> str:
+    """The section of the YAML with the settings of something: of an entry, or of a class that has a name."""
+    value = thing.value if isinstance(thing, Entry) else thing
+    return str(getattr(value, "section", None) or thing.name)
 
 
 def sections() -> Mapping[str, type[Any]]:

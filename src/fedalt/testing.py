@@ -30,12 +30,13 @@ from fedalt.data.federation import Row
 from fedalt.federation.client import ClientResult, RoundSettings, cohort_size, run_clients
 from fedalt.federation.server import Server
 from fedalt.methods.base import Message, Method
-from fedalt.methods.registry import configured, get_method, section_of
+from fedalt.methods.registry import configured, get_method
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.batch_layout import BatchLayout
 from fedalt.model.layer import Placement
 from fedalt.model.state import AdapterShape, ClientState, initial_state
 from fedalt.names import Tensors
+from fedalt.registry import section_of
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint
 
 VOCAB, HIDDEN, LAYERS = 64, 32, 2
@@ -265,16 +266,7 @@ def check_method(
 
 @dataclass
 class _Case:
-    """A method on a model.
-
-    Attributes:
-        method: As it was given.
-        settings: Dotted key → value.
-        model: The model.
-        tolerance: See ``check_method``.
-        config: All settings.
-        name: What it is called in messages.
-    """
+    """A method on a model."""
 
     method: type[Method] | Method | str
     settings: Mapping[str, Any]

@@ -147,13 +147,7 @@ _FEWER = {"eight": 8, "one": 1}
 
 
 def pair(spec: Spec, against: str | None = None, loop: bool = False) -> tuple[Spec, Spec]:
-    """The two sides of one comparison.
-
-    Args:
-        spec: What to measure and with what settings; its side is not looked at.
-        against: The opponent; the default one when not given.
-        loop: Whether fedalt, too, takes one client after another.
-    """
+    """The two sides of one comparison."""
     choose("WHAT", spec.what, WHATS)
     what = WHATS[spec.what]
     side = against or next(iter(what.opponents))

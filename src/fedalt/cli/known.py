@@ -32,7 +32,7 @@ def methods(
 ) -> None:
     """List methods, and variants that are a method with other settings: what they send, where they come from."""
     chosen = METHODS.resolve(name) if name else None
-    _show("methods", method_facts(), chosen, as_json)
+    _show("methods", method_table(), chosen, as_json)
 
 
 def metrics(
@@ -46,26 +46,26 @@ def metrics(
 ) -> None:
     """List what can be measured, and in which task."""
     chosen = METRICS.resolve(name) if name else None
-    _show("metrics", metric_facts(), chosen, as_json)
+    _show("metrics", metric_table(), chosen, as_json)
 
 
-def _show(kind: str, facts: Mapping[str, dict[str, Any]], name: str | None, as_json: bool) -> None:
-    if name is not None and name not in facts:
+def _show(kind: str, known: Mapping[str, dict[str, Any]], name: str | None, as_json: bool) -> None:
+    if name is not None and name not in known:
         raise UserError(
-            f'{kind.removesuffix("s")}: "{name}" is unknown{did_you_mean(name, facts)}; known: {", ".join(facts)}'
+            f'{kind.removesuffix("s")}: "{name}" is unknown{did_you_mean(name, known)}; known: {", ".join(known)}'
         )
     if as_json:
-        print_json(list(facts.values()) if name is None else facts[name])
+        print_json(list(known.values()) if name is None else known[name])
     elif name is None:
-        show.out.print(_table(kind, facts))
+        show.out.print(_table(kind, known))
     else:
-        _page(facts[name])
+        _page(known[name])
 
 
-def _table(kind: str, facts: Mapping[str, dict[str, Any]]) -> Table:
+def _table(kind: str, known: Mapping[str, dict[str, Any]]) -> Table:
     """All but the long text and the settings, in two columns, so that nothing is cut in a narrow terminal."""
     table = Table(title=f"{kind}; fedalt {kind} NAME says more", title_justify="left", show_header=False, box=None)
-    for name, one in facts.items():
+    for name, one in known.items():
         short = "; ".join(_labelled(head, value) for head, value in one.items() if head not in _LONG)
         table.add_row(f"[bold]{name}[/]", f"{escape(short)}\n[dim]{escape(one['what it is'])}[/]")
     return table
@@ -98,28 +98,27 @@ def method_titles() -> dict[str, str]:
     return {entry.name: entry.value.title or entry.name for entry in METHODS.entries()}
 
 
-def method_facts() -> dict[str, dict[str, Any]]:
+def method_table() -> dict[str, dict[str, Any]]:
     """Name → everything that is shown of a method or a variant."""
     from fedalt.methods.registry import Variant, get_method
-    from fedalt.methods.registry import section_of as section_of_method
 
-    facts: dict[str, dict[str, Any]] = {}
+    known: dict[str, dict[str, Any]] = {}
     for entry in METHODS.entries():
         kind = get_method(entry.name)
         text = inspect.cleandoc(kind.__doc__ or "")
         if isinstance(entry.value, Variant):
             changed = ", ".join(f"{key}={_yaml(value)}" for key, value in entry.value.settings.items())
             text = f"{method_titles()[entry.value.method]} with {changed}\n\n{text}"
-        facts[entry.name] = {
+        known[entry.name] = {
             "name": entry.name,
             "title": method_titles()[entry.name],
             "sends": _sent(entry.name),
             "source": kind.source or entry.origin,
             "what it is": _first_sentence(text),
             "text": text,
-            "settings": _settings(section_of_method(kind), kind.Settings),
+            "settings": _settings(section_of(kind), kind.Settings),
         }
-    return facts
+    return known
 
 
 def _sent(name: str) -> str:
@@ -157,16 +156,16 @@ def metric_titles() -> dict[str, str]:
     return {name: metric_of(name).title for name in METRICS.names()}
 
 
-def metric_facts() -> dict[str, dict[str, Any]]:
+def metric_table() -> dict[str, dict[str, Any]]:
     """Name → everything that is shown of a metric."""
     from fedalt.evaluation.metrics import metric_of
 
-    facts: dict[str, dict[str, Any]] = {}
+    known: dict[str, dict[str, Any]] = {}
     for entry in METRICS.entries():
         metric, text = metric_of(entry.name), (inspect.getdoc(entry.value) or "").replace("``", "")
         order = "" if metric.higher_is_better else "lower is better"
         scale = ", ".join(filter(None, ["0 to 100" if metric.points else metric.unit, order]))
-        facts[entry.name] = {
+        known[entry.name] = {
             "name": entry.name,
             "title": metric.title,
             "task": {"text": "answers", "class": "classes"}.get(metric.task or "", "answers or classes"),
@@ -176,7 +175,7 @@ def metric_facts() -> dict[str, dict[str, Any]]:
             "text": text,
             "settings": _settings(section_of(entry), own) if (own := settings_of(entry.value)) else [],
         }
-    return facts
+    return known
 
 
 def _first_sentence(text: str) -> str:

@@ -72,12 +72,7 @@ OTHERS = "others"
 
 
 def partition_table(written: Mapping[str, Any], width: int) -> Table:
-    """Clients by labels of their training rows, the most frequent labels first, as many as there are colours and room.
-
-    Args:
-        written: The content of partition.json.
-        width: Letters in a line.
-    """
+    """Clients by labels of their training rows, the most frequent first, as many as there are colours and room."""
     counts, kind = written["counts"], written["counted_by"]
     sizes = {client: {s: sum(mine[s].values()) for s in SPLITS} for client, mine in counts.items()}
     splits = [split for split in SPLITS if any(mine[split] for mine in sizes.values())]

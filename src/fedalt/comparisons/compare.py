@@ -48,17 +48,8 @@ def compare(
 ) -> dict[str, Any]:
     """Run every method with every seed into ``out/<method>-seed<seed>`` and write ``comparison.json``, .csv and .md.
 
-    Args:
-        config: Settings of all runs; its method and seed are replaced.
-        methods: Names of methods and variants in the registry, ``FILE.py:Name``, or methods with settings of their own.
-        seeds: Seeds of start values, row order, dropout and participation; tinyworld's rows have their own seed.
-        out: Folder of the comparison.
-        if_exists: What to do with runs that are there already.
-        sink: Called with every event of every run.
-        jobs: Processes to share the runs; more than one hold a base each.
-        budget: Choose every method's rank so that it has the parameters, or sends the bytes, of the configured rank.
-        bases: Where a base may be in memory already.
-        rows: Where rows may be in memory already.
+    A ``budget`` chooses every method's rank so that it has the parameters, or sends the bytes, of the configured rank.
+    Of processes (``jobs``), each holds a base of its own.
     """
     members = plan(config, methods, seeds, out, if_exists, budget=budget)
     return finish(members, config, out, if_exists, sink, jobs=jobs, bases=bases or Bases(), rows=rows or Rows())
@@ -202,7 +193,7 @@ def _method(members: Sequence[Member], metric: Metric) -> dict[str, Any]:
 
 
 def _on_validation(members: Sequence[Member], runs: Sequence[Mapping[str, Any]], metric: str) -> float | None:
-    """Mean score on validation rows of the round whose test scores are compared; nothing where a client has none."""
+    """Mean score on validation rows of the round whose test scores are compared; None where a client has none."""
     files = [m.folder.scores(int(c), r["round"]) for m, r in zip(members, runs, strict=True) for c in r["clients"]]
     found = [read_json(path).get("validation") for path in files if path.is_file()]
     return mean(one[metric] for one in found) if len(found) == len(files) and all(found) else None

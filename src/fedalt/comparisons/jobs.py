@@ -24,15 +24,7 @@ Budget = Literal["parameters", "bytes"]
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a comparison.
-
-    Attributes:
-        name: Method or variant, as it was asked for.
-        config: Settings of this run.
-        folder: Where it goes.
-        budget: What its rank is chosen to keep equal, if anything.
-        title: What tables call the method.
-    """
+    """One run of a comparison."""
 
     name: str
     config: RunConfig

@@ -36,12 +36,7 @@ _COSTS = ("bytes_up", "bytes_down", "seconds", "scoring_seconds", "peak_memory",
 
 @dataclass(frozen=True)
 class Point:
-    """One combination of values.
-
-    Attributes:
-        settings: Dotted key → value.
-        config: Settings of its runs.
-    """
+    """One combination of values."""
 
     settings: Mapping[str, Any]
     config: RunConfig
@@ -109,19 +104,6 @@ def sweep(
 
     All points share one base as long as they ask for the same one. Settings that are not swept stay as configured:
     with another ``lora.r``, ``lora.alpha`` stays, so the scale alpha/r changes.
-
-    Args:
-        config: Settings of all runs; the swept ones, method and seed are replaced.
-        axes: Settings and their values.
-        methods: As for ``compare``, and so are all the others.
-        seeds: Numbers.
-        out: Folder of the sweep.
-        if_exists: What to do with runs that are there already.
-        sink: Called with every event of every run, and with ``point`` before each comparison.
-        jobs: Processes that share the runs of a comparison.
-        budget: What is kept equal at each point.
-        bases: Where a base may be in memory already.
-        rows: Where rows may be in memory already.
     """
     bases, rows = bases or Bases(), rows or Rows()
     todo = points(config, axes, rows)

@@ -334,13 +334,7 @@ class RunConfig(Section):
 def load_config(
     path: Path | None, overrides: Sequence[tuple[str, Any]] = (), typed: Mapping[str, str] | None = None
 ) -> RunConfig:
-    """Read a YAML file, apply ``(dotted key, value)`` overrides on top, and validate.
-
-    Args:
-        path: The file; the defaults when not given.
-        overrides: Later ones win.
-        typed: Dotted key → what was typed to set it, for errors.
-    """
+    """Read a YAML file, apply dotted keys and values to it, and validate; errors say what was ``typed`` for a key."""
     values = settings_today(_read_yaml(path)) if path else {}
     for key, value in overrides:
         _assign(values, *today(key, value))
@@ -395,7 +389,7 @@ def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
 
 
 def _at(values: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
+    for part in filter(None, dotted.split(".")):
         values = values.get(part) if isinstance(values, Mapping) else None
     return values
 
@@ -417,10 +411,8 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
         plugins.append(absolute(place))
         import_plugin(plugins[-1])
     for key, registry in _naming(named):
-        *parents, last = key.split(".")
-        section: Any = named
-        for parent in parents:
-            section = section.get(parent) if isinstance(section, dict) else None
+        parent, _, last = key.rpartition(".")
+        section = _at(named, parent)
         given = section.get(last) if isinstance(section, dict) else None
         given = _names(given) if key in _LISTS else given
         if isinstance(given, list | tuple):

@@ -22,15 +22,7 @@ from fedalt.errors import UserError, did_you_mean, listed
 
 
 def to_clients(pool: Pool, config: DataConfig, seed: int, clients: int | None, column: str = LABEL) -> Federation:
-    """Deal a pool to clients as ``data.partition`` says.
-
-    Args:
-        pool: The rows.
-        config: How.
-        seed: Of the deal.
-        clients: How many, where nothing is asked for.
-        column: What rows are dealt by, where nothing is asked for.
-    """
+    """Deal a pool to clients as ``data.partition`` says."""
     options = config.partition
     column = options.column or column
     if options.by == "column" and not options.column:

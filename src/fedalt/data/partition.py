@@ -38,13 +38,6 @@ def split_like_train(pool: Pool, split: str, column: str, train: Sequence[Sequen
     Shares are rounded by largest remainder, ties fall by the seed, and every row goes to exactly one client. A client
     that would be left without any gets a row of its most frequent kind from whoever has most of them.
 
-    Args:
-        pool: All rows.
-        split: ``validation`` or ``test``.
-        column: What a row's kind is.
-        train: Places of every client's training rows.
-        seed: Of the order of rows, and of ties.
-
     Returns:
         Places of every client's rows in the split.
     """
@@ -76,12 +69,6 @@ def check_kinds(pool: Pool, split: str, column: str) -> None:
 
 def held_out(labels: Sequence[str], share: float, seed: int, client: int) -> tuple[list[int], list[int]]:
     """Split one client's rows into training and test rows, by label; while they last, a label keeps a training row.
-
-    Args:
-        labels: Label of every row.
-        share: Of test rows; there is at least one, and at least one training row.
-        seed: Of which rows.
-        client: Its id.
 
     Returns:
         Places of training rows and of test rows, in order.
@@ -186,13 +173,7 @@ def partitioner_of(options: PartitionConfig) -> str:
 
 
 def deal(rows: TrainingRows, clients: int, config: DataConfig) -> Parts:
-    """Deal rows until every client has enough; every row goes to exactly one client.
-
-    Args:
-        rows: The rows; their seed is that of the deal.
-        clients: How many share them.
-        config: How.
-    """
+    """Deal rows until every client has enough; every row goes to exactly one client."""
     if clients > len(rows):
         raise UserError(f"data.clients: {clients} clients asked for, but {rows.source} has {len(rows)} training rows")
     name = partitioner_of(config.partition)
@@ -244,10 +225,7 @@ def alpha_of(options: PartitionConfig) -> float | None:
 def unused(config: DataConfig, dealt: bool, source: str) -> tuple[str, ...]:
     """A note on settings of ``data.partition`` that differ from their defaults and change nothing; none if all do.
 
-    Args:
-        config: The settings.
-        dealt: Whether rows are dealt, and do not stay with the clients that have them.
-        source: Where rows are from.
+    ``dealt`` says whether rows are, and do not stay with the clients that have them.
     """
     options = config.partition
     if options.file:

@@ -38,7 +38,7 @@ class ClientResult:
         upload: What the server gets; empty for a method that shares nothing and for a client that failed.
         stats: Loss, steps, tokens, mixer weights.
         bytes_down: Size of what the server told it.
-        failure: Why the client is set aside for this round, or nothing.
+        failure: Why the client is set aside for this round, or None.
     """
 
     state: ClientState
@@ -82,16 +82,7 @@ def client_round(
 
     Pure in its arguments: states come in and new states go out; the model is only where the arithmetic happens. A
     client whose loss or adapter is not finite keeps the state it came with, and the others are not affected by it.
-
-    Args:
-        model: Where the cohort's adapters go.
-        states: What every client kept.
-        messages: What the server tells each of them, if anything.
-        plans: A plan per client and phase.
-        settings: Method, adapters, training.
-        round_: Number of the round.
-        starts: The states with the messages in them, if they have been made.
-        on_step: Told of every step.
+    ``starts`` are the states with the messages in them, if they have been made.
     """
     method = settings.method
     starts = starts or [installed(method, *client) for client in zip(states, messages, strict=True)]
@@ -245,13 +236,6 @@ def fitting_cohort(
     """Clients whose rows of one step, together, are enough for full speed and fit well into free memory; at least one.
 
     More clients at a time would only take more memory: a cohort's tensors are all that a run holds.
-
-    Args:
-        model: The model they go on.
-        lengths: Mean row length of every client, in tokens.
-        batch_size: Rows per client and step.
-        parameters: Of a client's adapters and heads, in fp32.
-        trained: How many of them train.
     """
     step = batch_size * mean(lengths)  # tokens of a client
     each = step * model.bytes_per_token + 4 * (_COPIES * parameters + _TRAINED * trained)

@@ -22,12 +22,7 @@ T = TypeVar("T")
 
 
 class PerClient(Mapping[int, T]):
-    """A mapping whose values are made each time they are asked for and never kept.
-
-    Args:
-        clients: Ids that have a value, in the order of iteration.
-        make: Reads or computes one client's value.
-    """
+    """A mapping whose values are made each time they are asked for and never kept."""
 
     def __init__(self, clients: Iterable[int], make: Callable[[int], T]) -> None:
         self._clients = dict.fromkeys(clients)
@@ -75,7 +70,7 @@ class Upload:
     round: int
 
 
-def nothing(client: int) -> Tensors:
+def no_upload(client: int) -> Tensors:
     """Before the first round there is no upload to read."""
     raise KeyError(client)
 
@@ -104,7 +99,7 @@ class Server:
     samples: Mapping[int, int]
     shapes: Mapping[Key, tuple[int, ...]]
     uploads: Mapping[int, Upload] = field(default_factory=dict)
-    read: Callable[[int], Tensors] = nothing
+    read: Callable[[int], Tensors] = no_upload
     round: int = 0
     memory: Tensors = field(default_factory=dict)
     seen: Mapping[int, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The ServerApp: the rounds of a run, with sites for a crew. It has neither rows nor base model."""
+"""The ServerApp: the rounds of a run, with sites as its clients. It has neither rows nor base model."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class _Work:
     @cached_property
     def facts(self) -> RunInfo:
         """What there is to know of the run, by this site."""
-        return self.experiment.facts
+        return self.experiment.info
 
     @cached_property
     def common(self) -> Common:

@@ -157,13 +157,7 @@ class Method:
             raise UserError("\n".join(dict.fromkeys(lines))) from None
 
     def bind(self, clients: int, config: RunConfig, layers: Mapping[str, tuple[int, int]] | None = None) -> Self:
-        """This method as a run takes it.
-
-        Args:
-            clients: Number of clients in the federation.
-            config: All settings; the method's own section is not looked at.
-            layers: Path of every adapted layer → (d_in, d_out).
-        """
+        """This method as a run takes it."""
         bound = copy(self)
         bound.clients, bound.config, bound.layers = clients, config, layers or {}
         bound.client_ranks = config.lora.ranks

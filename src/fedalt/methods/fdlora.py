@@ -66,9 +66,10 @@ VELOCITY = "velocity"
 
 @METHODS.register("fdlora")
 class FDLoRA(Method):
-    """Qi et al., arXiv 2406.07925.
+    """Each client answers with a weighted sum of its personal LoRA and a LoRA that all share.
 
-    Stage 1 is the first round: each client trains its personal LoRA θ_p, whose mean is the first shared LoRA θ_s.
+    Stage 1 of FDLoRA (Qi et al.) is the first round: each client trains its personal LoRA θ_p; their mean is the first
+    shared LoRA θ_s.
     Stage 2 is every further round: a client trains a copy θ_s^k of θ_s, and every ``sync_every`` rounds keeps it as its
     θ_p. The server takes a step of Nesterov's method on the mean change, as in DiLoCo:
 

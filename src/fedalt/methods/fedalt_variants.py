@@ -21,10 +21,11 @@ from fedalt.registry import AGGREGATORS, METHODS
 
 @METHODS.register("fedalt")
 class FedALTVariants(FedALT):
-    """FedALT, arXiv 2503.11880, with the paper's ablations and other RoW LoRAs as settings.
+    """Each client trains a LoRA of its own beside the frozen mean of the others', and weighs the two for every token.
 
-    A RoW LoRA that is made in another way than the paper's (``methods/aggregators.py``) needs single
-    uploads at the server, which then answers each client separately.
+    This is ``FedALT`` (``methods/fedalt.py``) with the paper's ablations and other RoW LoRAs as settings. A RoW LoRA
+    that is made in another way than the paper's (``methods/aggregators.py``) needs single uploads at the server, which
+    then answers each client separately.
     """
 
     section = "fedalt"

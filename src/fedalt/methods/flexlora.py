@@ -16,7 +16,7 @@ from fedalt.registry import METHODS
 
 @METHODS.register("flexlora")
 class FlexLoRA(Unequal):
-    """Bai et al., NeurIPS 2024: the exact mean of products, decomposed for every client's rank.
+    """Clients of unequal ranks: the server decomposes the exact mean of products for the rank of each (Bai et al.).
 
     Σ p_k B_k A_k = U Σ Vᵀ,   B_j = U_r Σ_r,   A_j = V_rᵀ
     """

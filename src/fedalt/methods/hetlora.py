@@ -19,7 +19,7 @@ from fedalt.registry import METHODS
 
 @METHODS.register("hetlora")
 class HetLoRA(Unequal):
-    """Cho et al., EMNLP 2024: padding with weights by size, and ranks that shrink.
+    """Clients of unequal ranks: the server pads, and weighs uploads by their size; ranks shrink (Cho et al.).
 
     The loss of a client of rank r has + λ ‖B[:, ⌊γr⌋:]‖ ‖A[⌊γr⌋:]‖ in every layer; when the tail's product is smaller
     after training than it was received, the tail is dropped for good. Uploads are weighed by ‖B_k A_k‖ over all layers.

@@ -9,7 +9,7 @@ from typing import Any
 from fedalt.config import RunConfig, used_entries, with_settings
 from fedalt.errors import UserError
 from fedalt.methods.base import Method
-from fedalt.registry import METHODS, SESSION
+from fedalt.registry import METHODS, SESSION, section_of
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,7 @@ def as_variant(method: str | type[Method] | Method) -> Variant:
 
 
 def refuse_session(config: RunConfig, flag: str) -> None:
-    """Refuse what other processes cannot see.
-
-    Args:
-        config: The settings.
-        flag: What asks for other processes.
-    """
+    """Refuse what other processes cannot see."""
     for kind, entry in used_entries(config):
         if entry.origin == SESSION:
             raise UserError(
@@ -94,11 +89,6 @@ def variant_names() -> tuple[str, ...]:
     return tuple(entry.name for entry in METHODS.entries() if isinstance(entry.value, Variant))
 
 
-def section_of(method: type[Method]) -> str:
-    """The section of the YAML that holds a method's settings."""
-    return method.section or method.name
-
-
 def configured(config: RunConfig, name: str) -> RunConfig:
     """The settings with a method's name and section in place, and with what makes a variant of it."""
     method, found = get_method(name), METHODS.get(name)
@@ -112,12 +102,6 @@ def configured(config: RunConfig, name: str) -> RunConfig:
 
 
 def build(config: RunConfig, clients: int, layers: Mapping[str, tuple[int, int]] | None = None) -> Method:
-    """The method of a configuration, bound to a federation.
-
-    Args:
-        config: The settings.
-        clients: Number of clients.
-        layers: Path of every adapted layer → (d_in, d_out); none where only settings are checked.
-    """
+    """The method of a configuration, bound to a federation."""
     method = get_method(config.method)
     return method(config.section(section_of(method), method.Settings)).bind(clients, config, layers)

@@ -233,13 +233,7 @@ class AdaptedModel:
         rows: BatchLayout,
         probe: MixerProbe | None = None,
     ) -> Float[Tensor, "n classes"]:
-        """What each row's client makes of it, before the softmax.
-
-        Args:
-            inputs: Tokens of all rows, one after another; or images.
-            rows: Whose they are and how long each is.
-            probe: Collects mixer weights ``[t, m]``.
-        """
+        """Class logits of each sequence under its client's adapters and head."""
         out = self.summaries(inputs, rows, probe)
         pooler = first_token if self.summary == "mean" else self.pooler
         with self.rows(BatchLayout(rows.sizes)):

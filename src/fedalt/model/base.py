@@ -126,12 +126,7 @@ def load_processor(source: str) -> Any:
 
 
 def load_tokenizer(source: str, answers: bool = True) -> Any:
-    """Load the tokenizer of a model; a missing pad token becomes the end-of-sequence token.
-
-    Args:
-        source: Folder or hub name.
-        answers: Whether it must be able to end an answer.
-    """
+    """Load the tokenizer of a model; a missing pad token becomes the end-of-sequence token."""
     from transformers import AutoTokenizer
 
     try:
@@ -146,7 +141,7 @@ def load_tokenizer(source: str, answers: bool = True) -> Any:
 
 
 def positions(model: Any, tokenizer: Any = None) -> int | None:
-    """How many positions the model has for tokens; nothing for one that has no limit (Bloom).
+    """How many positions the model has for tokens; None for one that has no limit (Bloom).
 
     A tokenizer is asked, too, where it is given: some encoders have positions that no token can have.
     """

@@ -39,13 +39,7 @@ class Answer:
 
 
 class Chat:
-    """A finished run's client, loaded once, asked often.
-
-    Args:
-        run: Run folder.
-        client: Client id.
-        resident: The base, where it is in memory.
-    """
+    """A finished run's client, loaded once, asked often."""
 
     def __init__(self, run: Path, client: int, resident: Resident | None = None) -> None:
         folder, self.config = finished_run(run)

@@ -34,7 +34,7 @@ from fedalt.training.loop import mixer_weights
 def similarity(folder: RunFolder, clients: Sequence[int]) -> tuple[str, list[list[float]]] | None:
     """Cosine similarity of every two clients' products BA over all layers, and the slot it is of.
 
-    The slot is the individual LoRA where there is one, else the first that is not the row; nothing where there is
+    The slot is the individual LoRA where there is one, else the first that is not the row; None where there is
     none. A LoRA that is zero is like nothing (0).
     """
     slots = read_json(client_folder(folder, clients[0]) / CONFIG)["slots"]
@@ -80,7 +80,7 @@ def insight_file(folder: RunFolder) -> Path:
 
 
 def read_insight(folder: RunFolder) -> dict[str, Any] | None:
-    """What is known of a finished run as it is now; nothing when nobody looked since its last round."""
+    """What is known of a finished run as it is now; None when nobody looked since its last round."""
     if not folder.final_scores.is_file() or not insight_file(folder).is_file():
         return None
     insight: dict[str, Any] = read_json(insight_file(folder))
@@ -96,16 +96,7 @@ def write_insight(
     resident: Resident | None = None,
     rows: Rows | None = None,
 ) -> None:
-    """Look at some clients of a finished run, unless that has been done with as many rows.
-
-    Args:
-        folder: The run.
-        config: Its settings.
-        clients: The clients to compare; the matrix takes their number squared, times ``count``, answers.
-        count: Test rows per client; 0 for what needs no model.
-        resident: The base, where it is in memory.
-        rows: Where the run's rows may be in memory.
-    """
+    """Look at some clients of a finished run, unless that has been done with as many rows."""
     known = read_insight(folder)
     if known and known["rows"] >= count and known["clients"] == [str(client) for client in clients]:
         return

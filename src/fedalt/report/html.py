@@ -81,15 +81,7 @@ def write_comparison_report(out: Path, comparison: Mapping[str, Any]) -> Path:
 def write_reports(
     out: Path, comparison: Mapping[str, Any], insight: int = 0, bases: Bases | None = None, rows: Rows | None = None
 ) -> Path:
-    """Write the reports of a comparison and of each of its runs, with a look at so many test rows per client.
-
-    Args:
-        out: Folder of the comparison.
-        comparison: The content of ``comparison.json``.
-        insight: Test rows per client, see ``look``.
-        bases: Where the base may be in memory already.
-        rows: Where the rows may be in memory already.
-    """
+    """Write the reports of a comparison and of each of its runs, with a look at so many test rows per client."""
     folders = [open_run(Path(path))[0] for block in comparison["methods"].values() for path in block["runs"]]
     insights.look_at_each(folders, insight, bases, rows)
     for folder in folders:

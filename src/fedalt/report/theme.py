@@ -69,14 +69,7 @@ def decimals(value: float) -> str:
 
 
 def styled(figure: go.Figure, x: str = "", y: str = "", height: int = 320) -> go.Figure:
-    """Common layout; colours of text and grid come from the page's style sheet, which knows dark from light.
-
-    Args:
-        figure: What to lay out.
-        x: Title of the horizontal axis.
-        y: Title of the vertical axis.
-        height: In pixels.
-    """
+    """Common layout; colours of text and grid come from the page's style sheet, which knows dark from light."""
     figure.update_layout(
         template="none",
         xaxis_title=x,
@@ -95,7 +88,7 @@ def styled(figure: go.Figure, x: str = "", y: str = "", height: int = 320) -> go
 
 
 def interval(halves: Sequence[float | None]) -> dict[str, Any] | None:
-    """Bars of confidence up and down from the points of a trace; nothing where none is known."""
+    """Bars of confidence up and down from the points of a trace; None where none is known."""
     return None if all(half is None for half in halves) else {"array": list(halves), "thickness": 1, "width": 4}
 
 
@@ -107,14 +100,7 @@ def score_range(values: Sequence[float], points: bool) -> list[float] | None:
 
 
 def cells(values: list[list[Any]], across: list[str], down: list[str], **options: Any) -> go.Figure:
-    """A heat map that reads from the top, with its values in the cells while they fit on a phone, else with a scale.
-
-    Args:
-        values: One list per row; nothing where there is no value.
-        across: Labels of the columns.
-        down: Labels of the rows.
-        options: Of ``go.Heatmap``; ``text`` is what stands in the cells.
-    """
+    """A heat map that reads from the top, with its values in the cells while they fit on a phone, else with a scale."""
     import plotly.graph_objects as go  # here, as the command line has colours from this file, too
 
     told = len(across) <= _CELLS and "text" in options
@@ -143,12 +129,7 @@ _FIRST, _ENDS = 8, 6
 
 
 def groups(scores: Mapping[str, float], highest: bool = True) -> dict[str, list[str]]:
-    """Title → clients: all under no title while they fit, else the first ones, the worst and the best.
-
-    Args:
-        scores: Client → score, in the order of clients.
-        highest: Whether the highest scores are the best.
-    """
+    """Title → clients: all under no title while they fit, else the first ones, the worst and the best."""
     if len(scores) <= MOST:
         return {"": list(scores)}
     ranked = sorted(scores, key=lambda client: scores[client] if highest else -scores[client])

@@ -34,7 +34,7 @@ class ClientReport:
         delivered: Whether it uploaded anything.
         bytes_up: Size of its upload.
         bytes_down: Size of what the server told it.
-        failure: Why it is set aside for this round, or nothing.
+        failure: Why it is set aside for this round, or None.
     """
 
     client: int
@@ -65,13 +65,7 @@ class ClientBackend(Protocol):
 
 @dataclass(frozen=True)
 class LocalClients:
-    """The clients of a run on one machine. One cohort's tensors are in memory at a time.
-
-    Attributes:
-        experiment: Rows, model, settings.
-        folder: Where everything goes.
-        log: Event log.
-    """
+    """The clients of a run on one machine. One cohort's tensors are in memory at a time."""
 
     experiment: Experiment
     folder: RunFolder

@@ -21,11 +21,7 @@ IfExists = Literal["ask", "resume", "overwrite"]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run, with the file names of the official README.
-
-    Attributes:
-        path: The folder.
-    """
+    """Paths of a run, with the file names of the official README."""
 
     path: Path
 
@@ -100,14 +96,7 @@ def settings_of(
     if_exists: IfExists,
     typed: Mapping[str, str] | None = None,
 ) -> RunConfig:
-    """The settings of a YAML file with some replaced; a run that is resumed without one takes those of its own folder.
-
-    Args:
-        path: The file; the defaults when not given.
-        overrides: Dotted key → value.
-        if_exists: What is to be done with a run that is there.
-        typed: Dotted key → how the user has given it, for errors.
-    """
+    """The settings of a YAML file with some replaced; a run that is resumed without one takes those of its folder."""
     out = dict(overrides).get("out")
     if path is None and if_exists == "resume" and out and (Path(out) / "config.yaml").is_file():
         path = Path(out) / "config.yaml"

@@ -145,7 +145,7 @@ class Experiment:
         return hashlib.sha256(json.dumps(digests(self.federation)).encode()).hexdigest()
 
     @property
-    def facts(self) -> RunInfo:
+    def info(self) -> RunInfo:
         """What the rounds know of this run."""
         config, rows = self.config, self.federation.clients
         some = config.data.held_out or config.data.partition.file
@@ -257,15 +257,7 @@ def prepare(
     clients: int | None = None,
     rows: Rows | None = None,
 ) -> Experiment:
-    """Check the method, read the rows, load the base, tokenise.
-
-    Args:
-        config: The settings.
-        resident: The base, where it is in memory.
-        federation: The rows, where they are in memory.
-        clients: Clients that the method counts, if not those with rows.
-        rows: Where rows are had from, if other runs share them.
-    """
+    """Check the method, read the rows, load the base, tokenise."""
     config = configured(config, config.method)
     rows = rows or Rows()
     if federation is None:

@@ -50,17 +50,7 @@ class Round:
 
 
 class Rounds:
-    """A run in memory that is taken round by round. All clients' adapters are held at a time.
-
-    Args:
-        config: All settings.
-        bases: Where the base may be in memory already.
-        rows: Where the rows may be in memory already.
-
-    Attributes:
-        number: Rounds that have finished.
-        states: Client → its state.
-    """
+    """A run in memory that is taken round by round. All clients' adapters are held at a time."""
 
     def __init__(self, config: RunConfig, bases: Bases, rows: Rows) -> None:
         config = configured(config, config.method)

@@ -35,12 +35,7 @@ def check_installed() -> None:
 
 
 def open_splits(task: Task, local: Path | None) -> Splits:
-    """All splits of a task that have the columns it needs under the names it knows.
-
-    Args:
-        task: The task.
-        local: Folder with a copy of every data set under its task's name; the hub and its cache when not given.
-    """
+    """All splits of a task that have the columns it needs under the names it knows."""
     place = task.hub if local is None else local / task.name
     if isinstance(place, Path) and not place.is_dir():
         raise UserError(f"{place} is no folder; --from looks for a copy of every data set under its task's name")
@@ -175,16 +170,7 @@ def build(
     local: Path | None = None,
     tell: Callable[[Prepared], None] = lambda done: None,
 ) -> list[Prepared]:
-    """Write the rows of some tasks, client i having the i-th of those that can be had.
-
-    Args:
-        names: Tasks.
-        out: New folder.
-        sizes: Rows per task for ``train``, ``test`` and ``validation``.
-        seed: Decides which rows, their order and their wording.
-        local: Folder with copies of the data sets; the hub when not given.
-        tell: Called after every task.
-    """
+    """Write the rows of some tasks, client i having the i-th of those that can be had."""
     check_installed()
     tasks = _known(names)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
