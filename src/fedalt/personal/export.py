@@ -98,7 +98,7 @@ def freeze_mixer(state: ClientState, slots: tuple[str, ...], alpha: dict[str, li
 
 
 def _mean_weights(personal: PersonalModel, resident: Resident, examples: ClientExamples) -> dict[str, list[float]]:
-    """Layer path → weight of every slot; None where the slots are added up."""
+    """Layer path → weight of every slot; empty where the slots are added up."""
     mixing, paths = personal.placement.mixing, list(resident.model.layers)
     if mixing.kind == "sum":
         return {}
