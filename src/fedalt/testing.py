@@ -87,20 +87,6 @@ def training(**changes: Any) -> TrainingConfig:
     return TrainingConfig(**({"lr": 5e-3, "batch_size": 4, "local_epochs": 2} | changes))
 
 
-def shape_of(method: Method, layers: Mapping[str, tuple[int, int]], r: int | None = None) -> AdapterShape:
-    """The tensors of one client of a method, on these layers and perhaps of this rank."""
-    placed = _on(method, layers)
-    if r is not None:
-        placed.config = with_settings(method.config, {"lora.r": r})
-    return placed.shape
-
-
-def _on(method: Method, layers: Mapping[str, tuple[int, int]]) -> Method:
-    placed = copy(method)
-    placed.layers = layers
-    return placed
-
-
 def start_states(
     method: Method,
     shape: AdapterShape,
@@ -154,7 +140,8 @@ class TinyFederation:
         states: Sequence[ClientState] = (),
         **executor: Any,
     ) -> None:
-        self.model, self.method, self.rows = model, _on(method, model.layer_sizes), rows
+        self.model, self.method, self.rows = model, copy(method), rows
+        self.method.layers = model.layer_sizes
         self.settings = round_settings(self.method, config, dropout)
         shape = self.method.shape
         self.states = {s.client: s for s in states or start_states(self.method, shape, rows)}
@@ -188,11 +175,6 @@ class TinyFederation:
         results = self.train(round_, chosen, dict(self.server.messages(chosen)))
         self.deliver(round_, results)
         return results
-
-
-def bitwise(one: Tensors, other: Tensors) -> bool:
-    """Whether both hold the same keys and the same bits."""
-    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def distance(one: Tensors, other: Tensors) -> float:

@@ -14,7 +14,6 @@ from fedalt.cli.known import method_table
 from fedalt.config import load_config
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of
-from fedalt.methods.registry import method_names, variant_names
 from fedalt.registry import METHODS, METRICS
 from micro import call, refused
 
@@ -101,7 +100,7 @@ def test_what_a_method_sends(name: str, sends: str) -> None:
     assert f"sends: {sends}\n" in call("methods", name).out
 
 
-@pytest.mark.parametrize("name", [*method_names(), *variant_names()])
+@pytest.mark.parametrize("name", METHODS.names())
 def test_a_method_shows_its_text_and_its_settings(name: str) -> None:
     facts, out = method_table()[name], call("methods", name).out
     assert facts["text"].splitlines()[0].replace("``", "").split()[0] in out

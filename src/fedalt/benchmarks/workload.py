@@ -281,16 +281,14 @@ def federation(spec: Spec, layers: Mapping[str, tuple[int, int]]) -> Federation:
     """Clients and server before the measured round, from the seed alone."""
     method = build(RunConfig(lora=LORA.model_copy(update={"dropout": spec.dropout})), max(spec.clients, 2), layers)
     shape = method.shape
-    states = [method.uploaded(_moved(_initial(shape, k, spec.seed, method), spec.seed)) for k in range(spec.clients)]
+    drawn = (spec.seed, LORA.init, LORA.mixer_init)
+    starts = [initial_state(shape, k, *drawn, frozen=method.frozen) for k in range(spec.clients)]
+    states = [method.uploaded(_moved(state, spec.seed)) for state in starts]
     uploads: dict[int, Tensors] = {state.client: state.sent or {} for state in states}
     sizes = {key: size for key, size in shape.shapes().items() if method.shares(key)}
     server = Server(method, FederationConfig(), dict.fromkeys(uploads, spec.rows), sizes)
     server.receive(uploads, uploads.__getitem__, ROUND - 1)
     return Federation(method, shape, states, server, server.messages(tuple(uploads)))
-
-
-def _initial(shape: AdapterShape, client: int, seed: int, method: Method) -> ClientState:
-    return initial_state(shape, client, seed, LORA.init, LORA.mixer_init, frozen=method.frozen)
 
 
 def _moved(state: ClientState, seed: int) -> ClientState:

@@ -66,16 +66,14 @@ def _table(kind: str, known: Mapping[str, dict[str, Any]]) -> Table:
     """All but the long text and the settings, in two columns, so that nothing is cut in a narrow terminal."""
     table = Table(title=f"{kind}; fedalt {kind} NAME says more", title_justify="left", show_header=False, box=None)
     for name, one in known.items():
-        short = "; ".join(_labelled(head, value) for head, value in one.items() if head not in _LONG)
+        short = "; ".join(
+            f"sends {value}" if head == "sends" else value for head, value in one.items() if head not in _LONG
+        )
         table.add_row(f"[bold]{name}[/]", f"{escape(short)}\n[dim]{escape(one['what it is'])}[/]")
     return table
 
 
 _LONG = ("name", "what it is", "text", "settings")
-
-
-def _labelled(head: str, value: str) -> str:
-    return f"{head} {value}" if head == "sends" else value
 
 
 def _page(one: Mapping[str, Any]) -> None:

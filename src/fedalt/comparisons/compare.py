@@ -134,7 +134,10 @@ def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:
     }
     reference = next((name for name in (REFERENCE, *methods) if name in methods and name not in REFERENCE_ROWS), None)
     reference = reference or next(iter(methods))
-    scores = {name: _by_pair(block) for name, block in methods.items()}
+    scores = {
+        name: {(client, seed): score for seed, mine in block["per_seed"].items() for client, score in mine.items()}
+        for name, block in methods.items()
+    }
     others = {name: mine for name, mine in scores.items() if name != reference}
     tests = against(scores[reference], others, metric.higher_is_better)
     for name, block in methods.items():
@@ -149,10 +152,6 @@ def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:
         "budget": members[0].budget,
         "methods": methods,
     }
-
-
-def _by_pair(block: dict[str, Any]) -> dict[tuple[str, str], float]:
-    return {(client, seed): score for seed, mine in block["per_seed"].items() for client, score in mine.items()}
 
 
 def _gains(block: dict[str, Any], local: dict[str, Any] | None, federated: bool, metric: Metric) -> dict[str, Any]:

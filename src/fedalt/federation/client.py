@@ -134,9 +134,9 @@ def installed(method: Method, state: ClientState, message: Message | None) -> Cl
     return method.receive(state, replace(message, tensors=tensors)).with_tensors({}, heads)
 
 
-def _step(on_step: OnStep, phase: int, phases: int, done: int, total: int) -> None:
-    """Progress over all phases, as if each had as many steps as the present one."""
-    on_step(phase * total + done, phases * total)
+def _step(on_step: OnStep, part: int, parts: int, done: int, total: int) -> None:
+    """Progress over all phases, or all cohorts, as if each had as many steps as the present one."""
+    on_step(part * total + done, parts * total)
 
 
 def _result(
@@ -197,16 +197,11 @@ def run_clients(
                 settings,
                 round_=round_,
                 starts=[starts[client] for client in part] if starts else None,
-                on_step=partial(_executor_step, on_step, number, count),
+                on_step=partial(_step, on_step, number, count),
             )
         except Exception as error:
             error.add_note(f"in round {round_}, clients {list(part)}")
             raise
-
-
-def _executor_step(on_step: OnStep, cohort: int, cohorts: int, done: int, total: int) -> None:
-    """Progress over all cohorts of a round, as if each had as many steps as the present one."""
-    on_step(cohort * total + done, cohorts * total)
 
 
 _TOKENS = {"cpu": 2_048, "cuda": 16_384}

@@ -84,11 +84,6 @@ def method_names() -> tuple[str, ...]:
     return tuple(entry.name for entry in METHODS.entries() if not isinstance(entry.value, Variant))
 
 
-def variant_names() -> tuple[str, ...]:
-    """Names of all variants."""
-    return tuple(entry.name for entry in METHODS.entries() if isinstance(entry.value, Variant))
-
-
 def configured(config: RunConfig, name: str) -> RunConfig:
     """The settings with a method's name and section in place, and with what makes a variant of it."""
     method, found = get_method(name), METHODS.get(name)

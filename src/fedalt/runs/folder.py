@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,46 +18,18 @@ from fedalt.runs.events import first_start, read_events
 IfExists = Literal["ask", "resume", "overwrite"]
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths of a run, with the file names of the official README."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """Resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def partition(self) -> Path:
-        """Which row went to which client."""
-        return self.path / "partition.json"
-
-    @property
-    def events(self) -> Path:
-        """One line per event."""
-        return self.path / "events.jsonl"
-
-    @property
-    def final_scores(self) -> Path:
-        """Scores of the last round and of the best round on validation rows."""
-        return self.path / "results" / "final_scores.json"
-
-    @property
-    def onboarding(self) -> Path:
-        """Where these are newcomers to a run: what came of it."""
-        return self.path / "results" / "onboarding.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where to resume."""
-        return self.path / "checkpoints"
-
-    @property
-    def report(self) -> Path:
-        """One HTML file."""
-        return self.path / "report.html"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"  # all settings
+        self.partition = path / "partition.json"  # which row went to which client
+        self.events = path / "events.jsonl"
+        self.final_scores = path / "results" / "final_scores.json"  # of the last round, and of the best on validation
+        self.onboarding = path / "results" / "onboarding.json"  # of newcomers to a run
+        self.checkpoints = path / "checkpoints"
+        self.report = path / "report.html"
 
     def client(self, client: int) -> Path:
         """A client's adapters as PEFT folders, and its mixer."""
