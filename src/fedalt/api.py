@@ -571,18 +571,7 @@ class Simulation(Rounds):
     >>> sim.score().metric
     'rouge1'
 
-    All clients' adapters are in memory at a time; nothing is written.
-
-    Args:
-        data: From ``load_data``, or what that takes first.
-        base: From ``load_base``, or a model's name.
-        method: As for ``run``.
-        config: A YAML file of settings, or settings; what is given besides replaces them.
-        settings: Dotted key → value.
-        short: As for ``run``.
-
-    Raises:
-        UserError: As for ``run``.
+    All clients' adapters are in memory at a time; nothing is written. Arguments and errors are those of ``run``.
     """
 
     def __init__(
