@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedalt.cli import recipes
-from fedalt.cli.env import PACKAGES, bf16_units
-from fedalt.cli.known import method_table
+from fedalt.cli.known import PACKAGES, bf16_units, method_table
 from fedalt.config import load_config
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of
