@@ -68,11 +68,7 @@ def today(key: str, value: Any) -> tuple[str, Any]:
 
 
 def settings_today(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings under today's names.
-
-    Raises:
-        UserError: A setting is there under both names.
-    """
+    """Nested settings under today's names."""
     found = copy.deepcopy(dict(values))
     return {name: _section(name, part) if isinstance(part, dict) else part for name, part in found.items()}
 

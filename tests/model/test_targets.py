@@ -113,7 +113,7 @@ def test_heads_that_clients_train_themselves_are_not_among_all_linear_layers(kin
     heads = head_paths(model, ())
     theirs = chosen_by_peft(classifiers.build(kind), TaskType.SEQ_CLS)
     inside = {path for path in theirs if any(f"{path}.".startswith(f"{head}.") for head in heads)}
-    assert set(AdaptedModel(model, ["all-linear"], heads=heads).layers) == theirs - inside
+    assert set(AdaptedModel(model, targets=["all-linear"], heads=heads).layers) == theirs - inside
 
 
 def test_all_linear_stands_alone() -> None:

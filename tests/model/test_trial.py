@@ -9,7 +9,7 @@ from torch import Tensor
 from fedalt.model import adapted
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.batch_layout import BatchLayout
-from fedalt.model.fast.trial import agree, untouched
+from fedalt.model.fast.branching import agree, untouched
 from support import gpt2
 
 STATES = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))

@@ -74,7 +74,7 @@ def test_rows_beside_padding_are_read_by_length_where_padding_is_seen() -> None:
     config = ConvBertConfig(**SIZES, **HEADS, embedding_size=32)
     base = made(ConvBertForSequenceClassification, config)
     assert apart(base, targets=["query"], heads=("classifier",)) < 1e-5
-    model = AdaptedModel(made(ConvBertForSequenceClassification, config), ["query"], heads=("classifier",))
+    model = AdaptedModel(made(ConvBertForSequenceClassification, config), targets=["query"], heads=("classifier",))
     assert not model.packs and not model.pads
 
 
@@ -94,7 +94,7 @@ def test_answers_do_not_depend_on_who_is_in_the_batch() -> None:
     base = made(RwkvForCausalLM, config)
     for value in base.parameters():
         value.data.add_(torch.randn_like(value) * 0.3)
-    model = AdaptedModel(base, ["all-linear"])
+    model = AdaptedModel(base, targets=["all-linear"])
     assert not model.pads_left and not model.caches
     prompts = [tuple(part.tolist()) for part in ids().split([5, 9, 5, 7, 9, 21])]
     how = EvaluationConfig(max_new_tokens=6)

@@ -15,9 +15,8 @@ from fedalt.cli.bench import bench
 from fedalt.cli.command import INSIGHT_ROWS, OLD, Command
 from fedalt.cli.compare import compare
 from fedalt.cli.deploy import certs, server, site, status
-from fedalt.cli.env import env
 from fedalt.cli.flags import settings
-from fedalt.cli.known import methods, metrics
+from fedalt.cli.known import env, methods, metrics
 from fedalt.cli.onboard import onboard
 from fedalt.cli.partition import partition
 from fedalt.cli.prepare import prepare as prepare_group

@@ -29,6 +29,7 @@ def _group() -> None:
 @prepare.command(cls=Command, epilog="Example: fedalt prepare flan --out flan8 --tasks snli,glue_mrpc --train 300")
 def flan(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="new folder, for --data")],
+    *,
     tasks: Annotated[
         str | None,
         typer.Option(metavar="NAMES", help=f"client i has the i-th of them (default: {', '.join(TASKS)})"),
@@ -52,7 +53,7 @@ def flan(
 
     names = list(TASKS) if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     sizes = {"train": train, "test": test, "validation": validation}
-    done = build(names, out, sizes, seed, local, _tell)
+    done = build(names, out, sizes, seed, local=local, tell=_tell)
     if as_json:
         print_json({"out": str(out), "tasks": [asdict(one) for one in done]})
         return

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedalt.evaluation.metrics import metric_of, metrics_in
 from fedalt.progress import on_terminal
-from fedalt.report.shown import MOST, groups
+from fedalt.report.theme import MOST, groups
 
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
     from fedalt.runs.estimate import Estimate

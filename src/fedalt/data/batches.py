@@ -34,7 +34,7 @@ class Plan:
 
 
 def plan_round(
-    examples: Sequence[Example], client: int, config: TrainingConfig, seed: int, round_: int, phase: int = 0
+    examples: Sequence[Example], client: int, config: TrainingConfig, seed: int, round_: int, *, phase: int = 0
 ) -> Plan:
     """Shuffle a client's rows anew for every epoch, from (seed, round, client, phase) alone.
 

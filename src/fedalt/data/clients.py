@@ -22,18 +22,7 @@ from fedalt.errors import UserError, did_you_mean, listed
 
 
 def to_clients(pool: Pool, config: DataConfig, seed: int, clients: int | None, column: str = LABEL) -> Federation:
-    """Deal a pool to clients as ``data.partition`` says.
-
-    Args:
-        pool: The rows.
-        config: How.
-        seed: Of the deal.
-        clients: How many, where nothing is asked for.
-        column: What rows are dealt by, where nothing is asked for.
-
-    Raises:
-        UserError: No number of clients, and what ``deal``, ``check_kinds`` and ``mirrored`` refuse.
-    """
+    """Deal a pool to clients as ``data.partition`` says."""
     options = config.partition
     column = options.column or column
     if options.by == "column" and not options.column:
@@ -65,11 +54,7 @@ def to_clients(pool: Pool, config: DataConfig, seed: int, clients: int | None, c
 
 
 def one_client(pool: Pool, share: float, seed: int) -> Federation:
-    """All rows as one client's; without test rows it holds a share out.
-
-    Raises:
-        UserError: There is one row only.
-    """
+    """All rows as one client's; without test rows it holds a share out."""
     data = ClientData(pool.train, pool.validation, pool.test)
     if not pool.test and len(pool.train) < 2:
         raise UserError(f"{pool.source}: 1 row; a client needs one to train on and one to be scored on")
@@ -103,11 +88,7 @@ def _note(options: PartitionConfig, clients: int, column: str) -> str:
 
 
 def keep_tasks(federation: Federation, tasks: Sequence[str]) -> Federation:
-    """Only the clients whose task is in the list, counted anew from 0 in their order.
-
-    Raises:
-        UserError: A task that no client has.
-    """
+    """Only the clients whose task is in the list, counted anew from 0 in their order."""
     known = dict.fromkeys(data.train[0].task for data in federation.clients.values())
     for task in tasks:
         if task not in known:
@@ -124,9 +105,6 @@ def split_rows(federation: Federation, clients: int) -> Federation:
 
     Of K clients, client i's rows go to clients i, i + K, i + 2K, … by turns, in their order. Training, validation and
     test rows are dealt apart, so none changes sides.
-
-    Raises:
-        UserError: ``clients`` is no multiple of K, or a client has too few rows to give every part one.
     """
     count = len(federation.clients)
     if clients % count:
@@ -156,9 +134,6 @@ def mix_tasks(federation: Federation, tasks: int) -> Federation:
     client k ends with its own first share and one share of each of the ``tasks - 1`` clients before it, in this
     order. Where all clients have the same number of rows, each keeps that number. With ``tasks`` = 1 nothing moves,
     with ``tasks`` = K every client holds rows of all.
-
-    Raises:
-        UserError: Fewer clients than ``tasks``, or a client would have no training or no test rows.
     """
     ids, data = federation.ids, list(federation.clients.values())
     if tasks == 1:

@@ -16,11 +16,7 @@ class Picture(Protocol):
     """An image that is read when it is needed."""
 
     def open(self) -> Any:
-        """The image, as a ``PIL.Image.Image``.
-
-        Raises:
-            UserError: It is no image any more.
-        """
+        """The image, as a ``PIL.Image.Image``."""
 
     def digest(self) -> str:
         """Identifies the image by its content."""
@@ -131,11 +127,7 @@ def check_names(names: Mapping[str, str], pool: Pool) -> None:
 
 
 def labels_of(federation: Federation, others: Federation) -> tuple[str, ...]:
-    """The outputs of all training rows, sorted; also of clients that join later.
-
-    Raises:
-        UserError: There is one only, or so many that they are no labels.
-    """
+    """The outputs of all training rows, sorted; also of clients that join later."""
     outputs = _outputs(federation, others)
     labels = tuple(sorted(set(outputs)))
     if len(labels) < 2:

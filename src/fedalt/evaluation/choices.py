@@ -50,11 +50,12 @@ def choose(
     tokenizer: Any,
     rows: Sequence[Sequence[Example]],
     config: EvaluationConfig,
+    *,
     weights: Weights = None,
     normalise: bool = False,
 ) -> list[list[str | None]]:
     """The likeliest option of every client's rows, the first of equally likely ones; nothing where there are none."""
-    scores = option_scores(model, tokenizer, rows, config, weights, normalise)
+    scores = option_scores(model, tokenizer, rows, config, weights=weights, normalise=normalise)
     return [[max(row, key=row.__getitem__) if row else None for row in mine] for mine in scores]
 
 
@@ -63,6 +64,7 @@ def option_scores(
     tokenizer: Any,
     rows: Sequence[Sequence[Example]],
     config: EvaluationConfig,
+    *,
     weights: Weights = None,
     normalise: bool = False,
 ) -> list[list[dict[str, float]]]:

@@ -137,7 +137,7 @@ class Batch:
             ids, mask = self.ids[rows, -width:], self.mask[rows, -width:]
             last = torch.tensor([width - 1], device=ids.device)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            parts.append((rows, self._read(ids, mask, positions, [self.prompts[row] for row in rows], last)))
+            parts.append((rows, self._read(ids, mask, positions, [self.prompts[row] for row in rows], wanted=last)))
         for layer in layers:
             layer.close()
         scores = parts[0][1].new_empty(len(self.ids), parts[0][1].shape[1])
@@ -151,6 +151,7 @@ class Batch:
         mask: Tensor,
         positions: Int[Tensor, "n t"],
         prompts: Sequence[int],
+        *,
         wanted: Tensor | None = None,
         last: int = 1,
     ) -> Float[Tensor, "s vocab"]:
@@ -313,7 +314,7 @@ class Search:
         for length in range(1, self.longest + 1):
             last = length == self.longest
             source, tokens = beams.step(
-                torch.log_softmax(scores, -1), batch.answers, length, self.ends, self.penalty, last
+                torch.log_softmax(scores, -1), batch.answers, length, self.ends, self.penalty, last=last
             )
             over = ~beams.open | last
             if over.all() or over.float().mean() >= _LEAVE:

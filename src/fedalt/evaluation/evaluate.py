@@ -40,6 +40,7 @@ def evaluate(
     states: Sequence[ClientState],
     rows: Mapping[int, Sequence[Example]],
     placement: Placement,
+    *,
     config: EvaluationConfig,
 ) -> list[Evaluation]:
     """Score every client's model on its own rows, all clients in one batch."""
@@ -58,7 +59,7 @@ def evaluate(
         ]
         about: dict[str, Any] = {}
     else:
-        lines = _answered(model, tokenizer, states, mine, weights, config)
+        lines = _answered(model, tokenizer, states, mine, weights, config=config)
         about = {"stemmer": config.stemmer}
     return [
         Evaluation(state.client, part, {"client_id": state.client, **about, **score(part, asked)})
@@ -72,6 +73,7 @@ def _answered(
     states: Sequence[ClientState],
     rows: Sequence[Sequence[Example]],
     weights: Weights,
+    *,
     config: EvaluationConfig,
 ) -> list[list[dict[str, Any]]]:
     """A line per row with what each client's model writes, and with the option that it finds likeliest."""
@@ -81,7 +83,7 @@ def _answered(
         for state, part, written in zip(states, rows, answers, strict=True)
     ]
     if config.options:
-        chosen = choose(model, tokenizer, rows, config, weights, normalise=config.options == "mean")
+        chosen = choose(model, tokenizer, rows, config, weights=weights, normalise=config.options == "mean")
         for part, options in zip(lines, chosen, strict=True):
             for line, option in zip(part, options, strict=True):
                 line.update({} if option is None else {"option": option})

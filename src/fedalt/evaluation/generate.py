@@ -51,7 +51,7 @@ def answer_all(
     whole = chunks(prompts, config.batch_size)
     for chunk in (part[at : at + most] for part in whole for at in range(0, len(part), most)):
         mine = None if weights is None else torch.stack([weights[k][i] for k, i in chunk])
-        texts = answer(model, tokenizer, [prompts[k][i] for k, i in chunk], [k for k, _ in chunk], config, mine)
+        texts = answer(model, tokenizer, [prompts[k][i] for k, i in chunk], [k for k, _ in chunk], config, weights=mine)
         for (k, i), text in zip(chunk, texts, strict=True):
             answers[k][i] = text
     return answers
@@ -83,6 +83,7 @@ def answer(
     prompts: Sequence[Prompt],
     owners: Sequence[int],
     config: EvaluationConfig,
+    *,
     weights: Float[Tensor, "n m"] | None = None,
 ) -> list[str]:
     """Answer one batch of prompts without sampling; special tokens and surrounding white space are stripped.
@@ -101,7 +102,7 @@ def answer(
         for some in _alike(lengths):
             mine = None if weights is None else weights[some]
             asked, mine_of = [prompts[row] for row in some], [owners[row] for row in some]
-            for row, text in zip(some, answer(model, tokenizer, asked, mine_of, config, mine), strict=True):
+            for row, text in zip(some, answer(model, tokenizer, asked, mine_of, config, weights=mine), strict=True):
                 apart[row] = text
         return apart
     weights = None if weights is None else weights.to(model.device)

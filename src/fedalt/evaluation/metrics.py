@@ -90,8 +90,8 @@ def metric_of(name: str) -> Metric:
         UserError: No such metric.
     """
     value, known = METRICS.get(name), Metric(name, name)
-    facts = {fact: getattr(value, fact, default) for fact, default in vars(known).items() if fact != "name"}
-    return Metric(name, **facts)
+    found = {key: getattr(value, key, default) for key, default in vars(known).items() if key != "name"}
+    return Metric(name, **found)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from fedalt.flower.consent import Consent
 from fedalt.flower.members import Common, Member, rule_of
 from fedalt.flower.requests import ApartError, Reply, Request
 from fedalt.flower.wire import pack, unpack
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.model.state import ClientState
 from fedalt.names import REST_OF_WORLD, parted
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
@@ -167,7 +167,7 @@ class _Work:
     @cached_property
     def facts(self) -> RunInfo:
         """What there is to know of the run, by this site."""
-        return self.experiment.facts
+        return self.experiment.info
 
     @cached_property
     def common(self) -> Common:
@@ -212,7 +212,7 @@ class _Work:
             [self._told(request, last)],
             [plans],
             experiment.settings,
-            request.round,
+            round_=request.round,
         )
         if result.failure:
             self.log.emit("client_failed", round=request.round, client=self.client, reason=result.failure)

@@ -19,7 +19,7 @@ from fedalt.flower.members import Common, Member
 from fedalt.flower.nodes import Nodes
 from fedalt.flower.requests import Do, Reply, Request
 from fedalt.flower.wire import pack, unpack
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.names import Tensors
 from fedalt.runs.checkpoint import Checkpoint
 from fedalt.runs.clients import ClientReport

@@ -16,10 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedalt.model.batch_layout import BatchContext, BatchLayout, MixerProbe
 from fedalt.model.classifier import Summary, class_logits, first_token, pooler_path, summary_of, take_heads
-from fedalt.model.fast.branching import branches_exactly
+from fedalt.model.fast.branching import agree, branches_exactly, untouched
 from fedalt.model.fast.packing import enable_packing, smallest_window
 from fedalt.model.fast.patches import enable_trimming, fuse, pack_weights
-from fedalt.model.fast.trial import agree, untouched
 from fedalt.model.layer import AdaptedLinear, Placement, features
 from fedalt.model.state import ClientState
 from fedalt.model.targets import backbone_of, find_targets, is_linear
@@ -54,14 +53,12 @@ class AdaptedModel:
         image_tokens: Tokens that an image becomes.
         clients: How many clients are on it.
         trainable: What trains, stacked over clients.
-
-    Raises:
-        UserError: No target, or a target that is no linear layer.
     """
 
     def __init__(
         self,
         base: Any,
+        *,
         targets: Sequence[str] | None = None,
         gradient_checkpointing: bool = False,
         packing: bool = True,
@@ -307,13 +304,7 @@ class AdaptedModel:
         rows: BatchLayout,
         probe: MixerProbe | None = None,
     ) -> Float[Tensor, "n classes"]:
-        """What each row's client makes of it, before the softmax.
-
-        Args:
-            inputs: Tokens of all rows, one after another; or images.
-            rows: Whose they are and how long each is.
-            probe: Collects mixer weights ``[t, m]``.
-        """
+        """Class logits of each sequence under its client's adapters and head."""
         out = self.summaries(inputs, rows, probe)
         pooler = first_token if self.summary == "mean" else self.pooler
         with self.rows(BatchLayout(rows.sizes)):

@@ -72,12 +72,7 @@ class Base:
 
 
 def load_base(config: ModelConfig) -> Base:
-    """Load a causal LM, or a classifier of ``config.labels``, from safetensors.
-
-    Raises:
-        UserError: Not a model folder, not on the hub, no model of that kind, no tokenizer or image processor, or
-            bitsandbytes is missing.
-    """
+    """Load a causal LM, or a classifier of ``config.labels``, from safetensors."""
     import transformers
 
     source = resolve_source(config.name)
@@ -129,12 +124,7 @@ def load_processor(source: str) -> Any:
 
 
 def load_tokenizer(source: str, answers: bool = True) -> Any:
-    """Load the tokenizer of a model; a missing pad token becomes the end-of-sequence token.
-
-    Args:
-        source: Folder or hub name.
-        answers: Whether it must be able to end an answer.
-    """
+    """Load the tokenizer of a model; a missing pad token becomes the end-of-sequence token."""
     from transformers import AutoTokenizer
 
     try:
@@ -149,7 +139,7 @@ def load_tokenizer(source: str, answers: bool = True) -> Any:
 
 
 def positions(model: Any, tokenizer: Any = None) -> int | None:
-    """How many positions the model has for tokens; nothing for one that has no limit (Bloom).
+    """How many positions the model has for tokens; None for one that has no limit (Bloom).
 
     A tokenizer is asked, too, where it is given: some encoders have positions that no token can have.
     """
@@ -158,11 +148,7 @@ def positions(model: Any, tokenizer: Any = None) -> int | None:
 
 
 def resolve_device(name: str, setting: str = "model.device") -> str:
-    """``auto`` is a GPU where there is one.
-
-    Raises:
-        UserError: There is no such GPU; the line names the setting that asked for it.
-    """
+    """``auto`` is a GPU where there is one."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name.startswith("cuda"):
         if not count:

@@ -48,14 +48,7 @@ def class_logits(
 
 @torch.no_grad()
 def summary_of(base: Any) -> tuple[Summary, int]:
-    """Which token's state the model's own head looks at, found by trying; and how many tokens the tried rows had.
-
-    Args:
-        base: The classifier, untouched.
-
-    Raises:
-        UserError: Neither the first nor the last, or the model cannot be tried.
-    """
+    """Which token's state the model's own head looks at, found by trying; and how many tokens the tried rows had."""
     outs: list[Any] = []
     try:
         inputs, last = _trial(base)
@@ -109,12 +102,7 @@ def pooler_path(base: Any) -> str:
 
 
 def head_paths(base: Any, missing: Collection[str]) -> tuple[str, ...]:
-    """What every client trains for itself: all that stands beside the backbone, and a pooler that has no weights yet.
-
-    Args:
-        base: The classifier.
-        missing: Names of parameters that its checkpoint does not hold.
-    """
+    """What every client trains for itself: all beside the backbone, and a pooler that has no weights yet."""
     prefix, pooler = base.base_model_prefix, pooler_path(base)
     beside = [
         name for name, module in base.named_children() if name != prefix and any(True for _ in module.parameters())

@@ -99,11 +99,7 @@ def write_extras(folder: Path, tensors: Tensors) -> None:
 
 
 def read_folder(folder: Path, slots: Sequence[str], mixed: bool) -> dict[Key, Tensor]:
-    """Read the LoRA folders of some slots, the mixer, and what else there is.
-
-    Raises:
-        UserError: A file is missing or damaged.
-    """
+    """Read the LoRA folders of some slots, the mixer, and what else there is."""
     tensors: dict[Key, Tensor] = {}
     for slot in slots:
         for name, value in _load(folder / slot / WEIGHTS).items():

@@ -40,9 +40,6 @@ def find_targets(model: Any, names: Sequence[str] | None = None) -> tuple[str, .
         model: The base model.
         names: Last parts of module paths (``q_proj``) or full paths, or ``all-linear`` alone; ``None`` looks the
             architecture up.
-
-    Raises:
-        UserError: A name matches no linear layer below the output head, or the architecture is unknown.
     """
     backbone = backbone_of(model)
     stem = next(f"{path}." for path, module in model.named_modules() if module is backbone)

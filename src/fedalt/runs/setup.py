@@ -29,8 +29,7 @@ from fedalt.data.record import digests, record
 from fedalt.errors import UserError
 from fedalt.evaluation.choices import options_of
 from fedalt.evaluation.metrics import metric_of
-from fedalt.federation.client import RoundSettings
-from fedalt.federation.cohort import fitting_cohort
+from fedalt.federation.client import RoundSettings, fitting_cohort
 from fedalt.methods.base import Method, trainable
 from fedalt.methods.registry import build, configured
 from fedalt.model.adapted import AdaptedModel
@@ -146,7 +145,7 @@ class Experiment:
         return hashlib.sha256(json.dumps(digests(self.federation)).encode()).hexdigest()
 
     @property
-    def facts(self) -> RunInfo:
+    def info(self) -> RunInfo:
         """What the rounds know of this run."""
         config, rows = self.config, self.federation.clients
         some = config.data.held_out or config.data.partition.file
@@ -188,7 +187,9 @@ class Experiment:
         """What a client starts from, made from the seed."""
         lora, seed = self.config.lora, self.config.seed
         rank = self.method.rank_of(client)
-        state = initial_state(self.shape, client, seed, lora.init, lora.mixer_init, self.method.frozen, rank)
+        state = initial_state(
+            self.shape, client, seed, lora.init, lora.mixer_init, frozen=self.method.frozen, rank=rank
+        )
         return replace(state, heads=self.resident.heads(seed, start_group(lora.init, client)))
 
     @property
@@ -227,15 +228,13 @@ class Experiment:
 
 
 def load_resident(config: RunConfig) -> Resident:
-    """Load the base model and wrap its targets.
-
-    Raises:
-        UserError: See ``load_base`` and ``find_targets``.
-    """
+    """Load the base model and wrap its targets."""
     base = load_base(config.model)
     checkpointing = config.model.gradient_checkpointing
     pooling = config.model.pooling
-    model = AdaptedModel(base.model, config.lora.targets, checkpointing, heads=base.heads, pooling=pooling)
+    model = AdaptedModel(
+        base.model, targets=config.lora.targets, gradient_checkpointing=checkpointing, heads=base.heads, pooling=pooling
+    )
     if config.model.task == "causal_lm" and not model.causal:
         kind = type(base.model).__name__
         raise UserError(f"model.name: in {kind} a token sees those after it, so it cannot learn to write answers")
@@ -243,11 +242,7 @@ def load_resident(config: RunConfig) -> Resident:
 
 
 def load_rows(config: RunConfig, rows: Rows) -> tuple[RunConfig, Federation]:
-    """The rows; and the settings with the classes that training rows have, where rows are classified and none are set.
-
-    Raises:
-        UserError: See ``load_both``, ``labels_of`` and ``check_labels``.
-    """
+    """The rows; and the settings, with the classes of training rows where rows are classified and none are set."""
     federation, held_out = rows.both(config.data, config.seed)
     if not config.classifies:
         return config, federation
@@ -265,18 +260,7 @@ def prepare(
     clients: int | None = None,
     rows: Rows | None = None,
 ) -> Experiment:
-    """Check the method, read the rows, load the base, tokenise.
-
-    Args:
-        config: The settings.
-        resident: The base, where it is in memory.
-        federation: The rows, where they are in memory.
-        clients: Clients that the method counts, if not those with rows.
-        rows: Where rows are had from, if other runs share them.
-
-    Raises:
-        UserError: Anything that is wrong with the settings, the rows or the model.
-    """
+    """Check the method, read the rows, load the base, tokenise."""
     config = configured(config, config.method)
     rows = rows or Rows()
     if federation is None:

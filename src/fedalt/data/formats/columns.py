@@ -70,6 +70,7 @@ def to_pool(
     splits: Mapping[str, Sequence[Record]],
     source: str,
     kind: str,
+    *,
     hint: str = "",
     task: str | None = None,
 ) -> Pool:

@@ -26,10 +26,10 @@ def read_table(path: Path, config: DataConfig) -> Pool:
         UserError: Two files for a split, a broken line, and what ``to_pool`` refuses.
     """
     if path.is_file():
-        return to_pool(config, {"train": _records(path, config)}, str(path), "a table", _hint(config))
+        return to_pool(config, {"train": _records(path, config)}, str(path), "a table", hint=_hint(config))
     files = {split: _file(path, split) for split in NAMES}
     records = {split: _records(file, config) for split, file in files.items() if file}
-    return to_pool(config, records, str(path), "a folder of tables", _hint(config))
+    return to_pool(config, records, str(path), "a folder of tables", hint=_hint(config))
 
 
 def is_table_folder(folder: Path) -> bool:
