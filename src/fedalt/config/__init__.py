@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedalt.compat import settings_today, today
+from fedalt.compat import as_recorded, settings_today, today
 from fedalt.config.data import DataConfig
 from fedalt.config.hints import explain
 from fedalt.config.section import Named, S, Section, settings_in
@@ -332,7 +332,10 @@ class RunConfig(Section):
 
 
 def load_config(
-    path: Path | None, overrides: Sequence[tuple[str, Any]] = (), typed: Mapping[str, str] | None = None
+    path: Path | None,
+    overrides: Sequence[tuple[str, Any]] = (),
+    typed: Mapping[str, str] | None = None,
+    recorded: bool = False,
 ) -> RunConfig:
     """Read a YAML file, apply ``(dotted key, value)`` overrides on top, and validate.
 
@@ -340,11 +343,13 @@ def load_config(
         path: The file; the defaults when not given.
         overrides: Later ones win.
         typed: Dotted key → what was typed to set it, for errors.
+        recorded: Whether a run has these settings that may have been there before some of them were.
 
     Raises:
         UserError: The file is missing or no YAML mapping, a key is unknown, or a value is not allowed.
     """
-    values = settings_today(_read_yaml(path)) if path else {}
+    values = settings_today(read_yaml(path)) if path else {}
+    values = as_recorded(values) if recorded else values
     for key, value in overrides:
         _assign(values, *today(key, value))
     return parse_config(values, str(path) if path else "settings", typed)
@@ -521,7 +526,12 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {shortened(text)}: the value is not valid YAML") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: There is no such file, or no mapping in it.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     try:
