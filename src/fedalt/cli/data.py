@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
     from fedalt.runs.preview import Preview, PreviewRow
 
 data = typer.Typer(help="Look at rows as a run will read them.", no_args_is_help=True)
-_BARS, _BINS = " ▁▂▃▄▅▆▇█", 16
+_BARS, _BINS = " ▁▂▃▄▅▆▇█", 10
 """Heights of a histogram's columns, and how many columns it has."""
 
 
@@ -41,7 +41,9 @@ def show_rows(
     model: Annotated[
         str | None, typer.Option("--model", metavar="NAME", help="whose tokenizer reads them (default: tiny-base)")
     ] = None,
-    clients: Annotated[int | None, typer.Option("--clients", metavar="N", help="clients that rows are dealt to")] = None,
+    clients: Annotated[
+        int | None, typer.Option("--clients", metavar="N", help="clients that rows are dealt to")
+    ] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,23 +94,25 @@ def _visible(token: str) -> str:
     return token.replace("\n", "↵").replace("\t", "→")
 
 
+_LEAST = {"client": 6, "task": 4, "skipped": 7, "cut": 3}
+"""Width of columns that need not hold as much as the others."""
+
+
 def _lengths(found: Preview) -> Table:
     """Rows of every client, and how long its training rows are."""
     most = max((max(mine, default=0) for mine in found.lengths.values()), default=0)
-    table = Table(title="rows to train, validate and test; tokens of training rows: shortest, median, longest", title_justify="left")
-    table.add_column("client", justify="right")
-    table.add_column("task", max_width=20, no_wrap=True)
-    for name in ("rows", "tokens", "skipped", "cut"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("histogram", no_wrap=True, min_width=_BINS)
+    table = Table(title="rows: train/validation/test; tokens: shortest, median, longest", title_justify="left")
+    for name in ("client", "task", "rows", "tokens", "skipped", "cut", "histogram"):
+        side: Literal["left", "right"] = "left" if name in ("task", "histogram") else "right"
+        table.add_column(name, justify=side, no_wrap=True, min_width=_LEAST.get(name, 10))
     for client, mine in list(found.lengths.items())[:MOST]:
         ordered = sorted(mine) or [0]
-        sizes = " + ".join(str(counts[client]) for counts in (found.train, found.validation, found.test))
+        sizes = "/".join(str(counts[client]) for counts in (found.train, found.validation, found.test))
         tokens = f"{ordered[0]} {ordered[len(ordered) // 2]} {ordered[-1]}"
-        numbers = (sizes, tokens, str(found.skipped[client]), str(found.cut[client]))
-        table.add_row(str(client), Text(found.tasks[client]), *numbers, _histogram(mine, most))
+        left_out = (str(found.skipped[client]), str(found.cut[client]))
+        table.add_row(str(client), Text(found.tasks[client]), sizes, tokens, *left_out, _histogram(mine, most))
     first = f"the first {MOST} of {len(found.lengths)} clients; " if len(found.lengths) > MOST else ""
-    table.caption = f"{first}histograms from 0 to {most} tokens; data.cutoff={found.cutoff}"
+    table.caption = f"{first}training rows of 0 to {most} tokens; data.cutoff={found.cutoff}"
     return table
 
 

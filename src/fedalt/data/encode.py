@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import takewhile
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,7 +50,9 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 CHAT = "chat"
 _PLACE, _INPUT_PLACE = "{instruction}", "{input}"
 _ASKED = "### Instruction:\n{instruction}\n\n"
-_ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+)
 
 TEMPLATES.add("alpaca_short", f"{_ASKED}### Response:\n", __name__)
 TEMPLATES.add("alpaca", f"{_ALPACA.format('')}{_ASKED}### Response:\n", __name__)
@@ -107,9 +108,9 @@ class Chat:
         try:
             return str(self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # whatever Jinja and the template raise
-            roles = ", ".join(role for role, _ in turns)
+            roles, reason = ", ".join(role for role, _ in turns), " ".join(str(error).split())
             raise UserError(
-                f"data.template: chat: the tokenizer's template refuses turns of {roles}: {' '.join(str(error).split())}"
+                f"data.template: chat: the tokenizer's template refuses turns of {roles}: {reason}"
             ) from None
 
 
@@ -354,7 +355,7 @@ class AnswerEncoder:
         for place, (role, said) in enumerate(turns):
             if role != "assistant" or not place:
                 continue
-            start = text.find(said.strip(), len(commonprefix([text, chat.render(turns[:place])])))
+            start = text.find(said.strip(), _common(text, chat.render(turns[:place])))
             if start < 0:  # the template shows earlier answers in another form
                 continue
             first, end = (self._shared(ids, text[:to]) for to in (start, start + len(said.strip())))
@@ -363,8 +364,7 @@ class AnswerEncoder:
 
     def _shared(self, ids: Prompt, text: str) -> int:
         """How many tokens a beginning of the text has in common with the whole."""
-        pairs = zip(ids, self.tokenizer(text, add_special_tokens=False)["input_ids"], strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return _common(ids, self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def answer_ids(tokenizer: Any, text: str, prompt: Prompt, asked: str = "") -> tuple[int, ...]:
@@ -383,6 +383,11 @@ def answer_ids(tokenizer: Any, text: str, prompt: Prompt, asked: str = "") -> tu
         if tuple(whole[: len(prompt)]) == prompt and len(whole) > len(prompt):
             return tuple(whole[len(prompt) :])
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How much two sequences have in common from their start."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _without(text: str, end: str) -> str:
@@ -558,7 +563,9 @@ def left_out(examples: Mapping[int, ClientExamples], cutoff: int) -> tuple[str, 
     if cut := counted("cut"):
         notes.append(f"cut at data.cutoff={cutoff} tokens: {cut} rows")
     if ended := counted("ended"):
-        notes.append(f"an end-of-sequence text is taken off the answers of {ended} rows: training adds the token itself")
+        notes.append(
+            f"an end-of-sequence text is taken off the answers of {ended} rows: training adds the token itself"
+        )
     return tuple(notes)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 from fedalt.config import RunConfig
 from fedalt.data.encode import Example, encode_client, left_out, token_texts
-from fedalt.data.federation import Federation, Row
-from fedalt.data.load import Rows
+from fedalt.data.federation import Federation, Row, labels_of
+from fedalt.data.load import Rows, load_as_it_is
 from fedalt.errors import UserError, listed
 from fedalt.model.base import load_tokenizer, resolve_source
 from fedalt.runs.setup import load_rows, read_settings, text_encoder
@@ -71,7 +71,7 @@ def preview(config: RunConfig, client: int, count: int) -> Preview:
     Raises:
         UserError: The rows or the tokenizer cannot be had, or there is no such client.
     """
-    config, federation = load_rows(config, Rows())
+    config, federation = _rows(config)
     if client not in federation.clients:
         raise UserError(f"--client {client}: {federation.source} has clients {listed(federation.ids)}")
     if config.model.task == "image_classification":
@@ -95,6 +95,27 @@ def preview(config: RunConfig, client: int, count: int) -> Preview:
     return _preview(config, federation, told, shown, sizes)
 
 
+def _rows(config: RunConfig) -> tuple[RunConfig, Federation]:
+    """The rows of all clients; of rows that nobody has yet, all as one client's."""
+    rows, data = Rows(), config.data
+    found = rows.read(data)
+    if (
+        isinstance(found, Federation)
+        or data.clients
+        or found.by
+        or data.partition.by == "column"
+        or data.partition.file
+    ):
+        return load_rows(config, rows)
+    whole = load_as_it_is(data, config.seed)
+    first, *others = whole.notes
+    one = replace(whole, notes=(f"{first}; nobody's yet, data.clients=N deals them", *others))
+    if config.classifies and not config.model.labels:
+        labels = labels_of(one, Federation({}, one.source))
+        config = config.model_copy(update={"model": config.model.model_copy(update={"labels": labels})})
+    return config, one
+
+
 def _row(example: Example | None, row: Row, tokenizer: Any) -> PreviewRow:
     if example is None:
         return PreviewRow(row.instruction, row.output, cut=1)
@@ -112,7 +133,17 @@ def _preview(
     rows: tuple[PreviewRow, ...],
     sizes: dict[int, tuple[list[int], int, int]],
 ) -> Preview:
-    counts = [{c: len(getattr(d, split)) for c, d in federation.clients.items()} for split in ("train", "validation", "test")]
-    lengths, skipped, cut = ({c: mine[i] for c, mine in sizes.items()} for i in range(3))
-    tasks = {c: data.train[0].task for c, data in federation.clients.items()}
-    return Preview(notes, config.data.template, config.data.cutoff, rows, tasks, *counts, lengths, skipped, cut)  # type: ignore[arg-type]
+    clients = federation.clients.items()
+    return Preview(
+        notes,
+        config.data.template,
+        config.data.cutoff,
+        rows,
+        tasks={c: data.train[0].task for c, data in clients},
+        train={c: len(data.train) for c, data in clients},
+        validation={c: len(data.validation) for c, data in clients},
+        test={c: len(data.test) for c, data in clients},
+        lengths={c: lengths for c, (lengths, _, _) in sizes.items()},
+        skipped={c: skipped for c, (_, skipped, _) in sizes.items()},
+        cut={c: cut for c, (_, _, cut) in sizes.items()},
+    )

@@ -290,7 +290,12 @@ def prepare(
     method = build(config, clients or len(federation.clients), resident.model.layer_sizes)
     method.rank_of(0)  # refuses ranks where there is no rule for them
     settings = RoundSettings(method, config.training, method.centralised or config.federation.heads == "shared")
-    notes = (*federation.notes[:1], *shortened, *_padding(config, resident.model), *_notes(config, federation, examples, method))
+    notes = (
+        *federation.notes[:1],
+        *shortened,
+        *_padding(config, resident.model),
+        *_notes(config, federation, examples, method),
+    )
     return Experiment(config, federation, examples, resident, method, settings, notes, rows)
 
 
@@ -298,7 +303,14 @@ def _encoder(rows: Rows, resident: Resident, config: RunConfig) -> Encoder:
     """What makes examples of rows; runs that read them alike share it."""
     name = config.data.template
     template = None if config.classifies else (name, template_text(name), used_code(config).get(f"template {name}"))
-    settings = (config.model.task, config.model.labels, template, config.data.own, config.data.cutoff, config.data.boundary)
+    settings = (
+        config.model.task,
+        config.model.labels,
+        template,
+        config.data.own,
+        config.data.cutoff,
+        config.data.boundary,
+    )
     return rows.encoder(resident.base.tokenizer, settings, lambda: resident.encoder(config))
 
 

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 from typing import Any
 
 from fedalt.config.data import DataConfig
@@ -14,7 +15,7 @@ from fedalt.errors import UserError, alternatives, did_you_mean, listed
 
 _CLASSES = ("label", "fine_label", "labels", "class", "target", "coarse_label")
 FORMATS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("Alpaca", ("instruction",), ("output", "response")),
+    ("instruction and output", ("instruction",), ("output", "response")),
     ("prompt and completion", ("prompt",), ("completion", "response")),
     ("question and answer", ("question",), ("answer", "response")),
     ("query and response", ("query",), ("response", "answer")),
@@ -43,6 +44,8 @@ _ROLES = {
 """Role → what OpenAI, ShareGPT and others call it."""
 _KEYS = (("role", "content"), ("from", "value"))
 _CLIENTS = ("client", "client_id")
+_OPTIONAL = ("category", "system", "history", *_INPUTS)
+"""Columns that are read if any split has them."""
 _UNREAD = "not read: "
 COARSE = "coarse_label"
 """Column of superclasses, which becomes the category of rows that have none."""
@@ -191,6 +194,8 @@ def _pool(
     sample: dict[str, Any] = {}
     for record in splits["train"]:
         sample |= {k: v for k, v in record.values.items() if not sample.get(k)}
+    for record in every:
+        sample |= {k: v for k, v in record.values.items() if k in _OPTIONAL and not sample.get(k)}
     by = _clients_column(config, sample, source) if dealt else ""
     extra = needs_column(config.partition.column or by or None) if dealt else None
     columns = _choose(config, sample, every[0].picture is not None, source, hint, extra)
@@ -198,7 +203,9 @@ def _pool(
     names = dict.fromkeys(name for record in every for name in record.values)
     told = Counter(f"{_UNREAD}{name or '(no name)'}" for name in names if name not in columns.read)
     owner = extra if by or config.partition.by == "column" else None
-    rows = {s: tuple(_row(record, columns, config, task, owner, told) for record in splits.get(s, ())) for s in SPLITS}
+    rows: dict[str, Any] = {
+        s: tuple(_row(record, columns, config, task, owner, told) for record in splits.get(s, ())) for s in SPLITS
+    }
     labels = frozenset(_cell(record, columns.label) for record in every) if columns.label else frozenset()
     kept = {s: tuple(_text(r, columns.extra) for r in mine) for s, mine in splits.items()} if columns.extra else {}
     return Pool(**rows, source=source, column=kept, labels=labels, by=by), columns, told
@@ -243,7 +250,7 @@ def mappings(values: Iterable[tuple[str, Any]]) -> list[Record]:
     return records
 
 
-# ------------------------------------------------------------------------------------------------- which columns are what
+# ----------------------------------------------------------------------------------------------- which columns are what
 
 
 def _clients_column(config: DataConfig, known: Mapping[str, Any], source: str) -> str:
@@ -330,7 +337,7 @@ def _conversations(config: DataConfig, known: Mapping[str, Any]) -> list[Columns
 
 def _conversation(columns: tuple[str, ...], known: Mapping[str, Any]) -> Columns:
     role = _KEYS[0][0] in _values(known[columns[0]])[0]
-    return Columns("messages" if role else "ShareGPT conversations", (), "", turns=columns)
+    return Columns("OpenAI messages" if role else "ShareGPT conversations", (), "", turns=columns)
 
 
 def _one(found: Sequence[Columns], config: DataConfig, known: Mapping[str, Any], where: str) -> Columns:
@@ -354,7 +361,7 @@ def _one(found: Sequence[Columns], config: DataConfig, known: Mapping[str, Any],
     raise UserError(f"data.text_columns: say which columns are the text; {where}")
 
 
-def _beside(config: DataConfig, found: Columns, known: Mapping[str, Any]) -> dict[str, str]:
+def _beside(config: DataConfig, found: Columns, known: Mapping[str, Any]) -> dict[str, Any]:
     """Columns that go with a text: Alpaca's input, and LLaMA-Factory's system prompt and history."""
     if config.text_columns or not (found.turns or set(found.text) & _ASKED):
         return {}
@@ -364,19 +371,19 @@ def _beside(config: DataConfig, found: Columns, known: Mapping[str, Any]) -> dic
     beside |= {"history": "history"} if _is_history(known.get("history")) else {}
     taken = {*found.text, found.label}
     name = next((name for name in _INPUTS if name in known and name not in taken), "")
-    return beside | ({"input": name} if name and not isinstance(known[name], list | dict | bytes) else {})
+    if not name or isinstance(known[name], list | dict | bytes):
+        return beside
+    return beside | {"input": name, "format": "Alpaca" if found.text == ("instruction",) else found.format}
 
 
 def _columns(known: Sequence[str], source: str) -> str:
     return f"{source} has the columns {listed([name if len(name) <= 30 else f'{name[:29]}…' for name in known])}"
 
 
-# ------------------------------------------------------------------------------------------------------------------- rows
+# ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def _row(
-    record: Record, columns: Columns, config: DataConfig, task: str, owner: str | None, told: Counter[str]
-) -> Row:
+def _row(record: Record, columns: Columns, config: DataConfig, task: str, owner: str | None, told: Counter[str]) -> Row:
     own = _text(record, "task", "") or (_text(record, owner, task) if owner else task)
     category = _text(record, columns.category, "")
     if columns.turns:
@@ -431,7 +438,9 @@ def _turns(record: Record, column: str, told: Counter[str]) -> list[Turn]:
     turns: list[Turn] = []
     value = record.values.get(column)
     if not _is_turns(value):
-        raise UserError(f'{record.where}: "{column}" is no list of turns, each with role and content (or from and value)')
+        raise UserError(
+            f'{record.where}: "{column}" is no list of turns, each with role and content (or from and value)'
+        )
     for turn in _values(value):
         who, what = next(keys for keys in _KEYS if keys[0] in turn)
         role = next((role for role, names in _ROLES.items() if turn[who] in names), None)
@@ -448,7 +457,9 @@ def _turns(record: Record, column: str, told: Counter[str]) -> list[Turn]:
 
 def _content(value: Any, column: str, where: str) -> str:
     if isinstance(value, list):  # OpenAI's parts
-        parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in value]
+        parts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in value
+        ]
         value = "\n".join(parts) if all(isinstance(part, str) for part in parts) else value  # type: ignore[arg-type]
     if value is not None and not isinstance(value, str):
         raise UserError(f'{where}: a turn of "{column}" holds {type(value).__name__}, expected text')
@@ -490,7 +501,8 @@ def _cell(record: Record, column: str) -> str:
     value = record.values.get(column)
     if isinstance(value, list | dict | bytes):
         raise UserError(f'{record.where}: "{column}" is {type(value).__name__}, expected text or a number')
-    return "" if value is None or value != value else str(value)  # NaN is pandas' null
+    empty = value is None or (isinstance(value, float) and isnan(value))  # pandas' null
+    return "" if empty else str(value)
 
 
 def check_text(text: str, name: str, where: str, required: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Files of rows → records: JSON in every layout, CSV, TSV and Parquet, perhaps gzipped; UTF-8, or UTF-16 by its mark."""
+"""Files of rows → records: JSON in every layout, CSV, TSV and Parquet, perhaps gzipped; UTF-16 by its mark."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def json_values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """Every value after where it stands: of a list, of lines, of objects over several lines, or of ``{"data": […]}``."""
+    """Every value after where it stands: of a list, lines, objects over several lines, or ``{"data": […]}``."""
     if text.lstrip().startswith("["):
         try:
             values = json.loads(text)

@@ -91,7 +91,7 @@ def named_clients(folder: Path) -> Files:
     if files and all(suffixed):
         found = {}
         for path, match in zip(files, suffixed, strict=True):
-            split = match and match.lastgroup or "train"
+            split = (match and match.lastgroup) or "train"
             _put(found.setdefault(match[1] if match else "", {}), split, path)
         return found if len(found) > 1 and all("train" in mine for mine in found.values()) else {}
     if len(files) < 2 or any(split_of(path) or is_shard(path) for path in files):
