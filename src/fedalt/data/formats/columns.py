@@ -289,7 +289,8 @@ def _choose(
         if label is None:
             raise UserError(f"data.label_column: say which column is the label; {where}")
         return Columns("", (), label, category or (COARSE if label != COARSE else ""), extra)
-    found = _one([*_conversations(config, known), *_pairs(config, known)], config, known, where)
+    talks = _conversations(config, known)
+    found = _one(talks if talks and config.text_columns else [*talks, *_pairs(config, known)], config, known, where)
     if not found.turns and not category and found.label != COARSE:
         category = COARSE if COARSE in known else ""
     return replace(found, category=category, extra=extra, **_beside(config, found, known))
