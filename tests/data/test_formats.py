@@ -60,7 +60,12 @@ CASES = [
         "Alpaca (instruction + input → output)",
         "text",
     ),
-    Case("instruction and output", {"instruction": "2+2?", "output": "4"}, Row("2+2?", "4"), "(instruction → output)"),
+    Case(
+        "instruction and output",
+        {"instruction": "2+2?", "output": "4"},
+        Row("2+2?", "4"),
+        "instruction and output (instruction → output)",
+    ),
     Case(
         "Dolly",
         {"instruction": "Who?", "context": "Ann did.", "response": "Ann", "category": "closed_qa"},
@@ -68,7 +73,7 @@ CASES = [
         "Alpaca (instruction + context → response)",
     ),
     Case(
-        "LLaMA-Factory with system and history",
+        "LLaMA-Factory, with history",
         {"instruction": "And 3+3?", "input": None, "output": "6", "system": "Be brief.", "history": [["2+2?", "4"]]},
         Row(FLAT, "6", turns=TALK),
         "Alpaca (system + history + instruction + input → output)",
@@ -234,7 +239,7 @@ def table() -> str:
 
 
 def short(text: str) -> str:
-    return text if len(text) <= 84 else f"{text[:83]}…"
+    return text if len(text) <= 62 else f"{text[:61]}…"
 
 
 MARKED = re.compile(r"(?<=<!-- formats -->\n\n).*?(?=\n<!-- end -->)", re.DOTALL)

@@ -296,7 +296,7 @@ class AnswerEncoder:
 
     def prompt(self, instruction: str) -> Prompt:
         """Token ids of the prompt, without an end-of-sequence token."""
-        return self._ids(self.template(instruction), self._special)
+        return _ids(self.tokenizer, self.template(instruction), self._special)
 
     def example(self, row: Row) -> Example | None:
         """The row in tokens, or nothing when no token of the answer fits under the cut-off."""
@@ -307,17 +307,13 @@ class AnswerEncoder:
         else:
             bare = row.instruction.removesuffix(f"{INPUT}{row.input}") if row.input else row.instruction
             asked = self.template(bare, row.input)
-            prompt = self._ids(asked, self._special)
+            prompt = _ids(self.tokenizer, asked, self._special)
         if len(prompt) >= self.cutoff:
             return None
         asked = asked if self._joint else ""
         answer = self._answer(row.output, prompt, asked)
         room = self.cutoff - len(prompt)
         return Example(prompt, answer[:room], row, spans=spans, asked=asked, cut=max(0, len(answer) - room))
-
-    def _ids(self, text: str, special: bool) -> Prompt:
-        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-        return tuple(ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids)
 
     def _answer(self, text: str, prompt: Prompt, asked: str) -> tuple[int, ...]:
         return (*answer_ids(self.tokenizer, text, prompt, asked), self.tokenizer.eos_token_id)
@@ -343,15 +339,15 @@ class AnswerEncoder:
             elif role == "user":
                 text += self.template(said)
             else:
-                prompt = self._ids(text, not ids)
+                prompt = _ids(self.tokenizer, text, not ids)
                 answer = self._answer(said, prompt, text if self._joint else "")
                 spans.append((len(ids) + len(prompt), len(ids) + len(prompt) + len(answer)))
                 ids, text = (*ids, *prompt, *answer), "\n\n"
-        return (*ids, *self._ids(text, not ids)), tuple(spans), "" if ids else text
+        return (*ids, *_ids(self.tokenizer, text, not ids)), tuple(spans), text
 
     def _chat(self, chat: Chat, turns: Sequence[Turn]) -> tuple[Prompt, tuple[tuple[int, int], ...], str]:
         text = chat.render(turns)
-        ids, spans = self._ids(text, special=False), list[tuple[int, int]]()
+        ids, spans = _ids(self.tokenizer, text, special=False), list[tuple[int, int]]()
         for place, (role, said) in enumerate(turns):
             if role != "assistant" or not place:
                 continue
@@ -374,15 +370,20 @@ def answer_ids(tokenizer: Any, text: str, prompt: Prompt, asked: str = "") -> tu
         tokenizer: A Hugging Face tokenizer.
         text: The answer.
         prompt: Token ids of the prompt.
-        asked: The prompt as text; empty for an answer by itself. A token that would reach across the boundary cannot be
-            told apart, so such an answer is tokenised by itself.
+        asked: The prompt, or its end, as text; empty for an answer by itself. A token that would reach across the
+            boundary cannot be told apart, so such an answer is tokenised by itself.
     """
     for special in (True, False) if asked else ():
-        whole = tokenizer(asked + text, add_special_tokens=special)["input_ids"]
-        whole = whole[:-1] if whole[-1:] == [tokenizer.eos_token_id] else whole
-        if tuple(whole[: len(prompt)]) == prompt and len(whole) > len(prompt):
-            return tuple(whole[len(prompt) :])
+        alone, whole = (_ids(tokenizer, text, special) for text in (asked, asked + text))
+        if prompt[len(prompt) - len(alone) :] == alone == whole[: len(alone)] != whole:
+            return whole[len(alone) :]
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> Prompt:
+    """Token ids of a text, without an end-of-sequence token."""
+    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return tuple(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
 
 
 def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
