@@ -56,7 +56,13 @@ def test_a_file_is_a_client_named_after_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", ["{}_train.json {}_test.csv", "{}-training.json {}-dev.json", "train/{}.json test/{}.json"]
+    "names",
+    [
+        "{}_train.json {}_test.csv",
+        "{}-training.json {}-dev.json",
+        "train/{}.json test/{}.json",
+        "{}/train.json {}/test.json",
+    ],
 )
 def test_files_of_a_client_by_split(tmp_path: Path, names: str) -> None:
     for name in ("ann", "ben"):
@@ -75,6 +81,22 @@ def test_every_client_may_have_a_format_of_its_own(tmp_path: Path) -> None:
     made = load(tmp_path)
     assert "1 × prompt and completion (prompt → completion), 1 × text: text; label: label" in made.notes[0]
     assert made.notes[1] == f"{tmp_path}: not read: id"
+
+
+def test_a_file_that_is_not_there_is_not_asked_of_the_hub(tmp_path: Path) -> None:
+    write(tmp_path / "alpaca.json", "a")
+    assert "there is no file" in refusal(tmp_path / "alpaka.json") and "alpaca.json" in refusal(
+        tmp_path / "alpaka.json"
+    )
+
+
+def test_descriptions_and_unnamed_columns_are_no_rows(tmp_path: Path) -> None:
+    for name in ("ann", "ben"):
+        (tmp_path / f"{name}.csv").write_text(",prompt,completion\n" + "".join(f"{i},p{i},c{i}\n" for i in range(20)))
+    (tmp_path / "dataset_info.json").write_text('{"ann": {"file_name": "ann.csv"}}')
+    made = load(tmp_path)
+    assert made.notes[1] == f"{tmp_path}: not read: (no name)"
+    assert {row.category for row in made.clients[1].train} == {""}
 
 
 def test_one_file_in_a_folder_is_dealt(tmp_path: Path) -> None:

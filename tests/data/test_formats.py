@@ -73,10 +73,10 @@ CASES = [
         "Alpaca (instruction + context → response)",
     ),
     Case(
-        "LLaMA-Factory, with history",
-        {"instruction": "And 3+3?", "input": None, "output": "6", "system": "Be brief.", "history": [["2+2?", "4"]]},
+        "LLaMA-Factory",
+        {"instruction": "And 3+3?", "output": "6", "system": "Be brief.", "history": [["2+2?", "4"]]},
         Row(FLAT, "6", turns=TALK),
-        "Alpaca (system + history + instruction + input → output)",
+        "instruction and output (system + history + instruction → output)",
     ),
     Case(
         "prompt and completion",

@@ -67,6 +67,9 @@ def read_source(config: DataConfig) -> Federation | Pool:
         return read_table(path, config)
     if path.is_dir():
         return _folder(path, config)
+    if ending(path):
+        beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"data.source: there is no file {path}{did_you_mean(path.name, beside)}")
     if _HUB_NAME.fullmatch(config.source):
         return read_hub(config.source, config)
     raise UserError(

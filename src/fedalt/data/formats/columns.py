@@ -108,7 +108,7 @@ class Columns:
     def read(self) -> set[str]:
         """Every column that is read."""
         single = (self.label, self.category, self.extra or "", self.input, self.system, self.history, "task")
-        return {*self.text, *self.turns, *single}
+        return {*self.text, *self.turns, *single} - {""}
 
 
 def to_pool(
@@ -409,7 +409,7 @@ def _row(record: Record, columns: Columns, config: DataConfig, task: str, owner:
 def _earlier(record: Record, columns: Columns) -> list[Turn]:
     system = _text(record, columns.system, "") if columns.system else ""
     turns = [("system", system)] if system else []
-    for pair in record.values.get(columns.history) or ():
+    for pair in (columns.history and record.values.get(columns.history)) or ():
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(one, str) for one in pair)):
             raise UserError(f'{record.where}: "{columns.history}" holds pairs of a question and its answer')
         turns += [("user", pair[0]), ("assistant", pair[1])]
@@ -499,7 +499,7 @@ def _text(record: Record, column: str | None, instead: str | None = None) -> str
 
 
 def _cell(record: Record, column: str) -> str:
-    value = record.values.get(column)
+    value = record.values.get(column) if column else None  # a column without a name is pandas' index
     if isinstance(value, list | dict | bytes):
         raise UserError(f'{record.where}: "{column}" is {type(value).__name__}, expected text or a number')
     empty = value is None or (isinstance(value, float) and isnan(value))  # pandas' null

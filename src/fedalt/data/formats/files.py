@@ -28,6 +28,8 @@ _MARKS = {
 """Byte order mark → encoding; the longer ones first, since one begins with another."""
 _WRAPPERS = ("data", "rows", "examples", "instances")
 """Keys of an object that holds a list of all rows, as in ``{"data": […]}``."""
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files beside tables that describe them, of ``datasets`` and LLaMA-Factory."""
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -47,7 +49,8 @@ def tables_in(folder: Path) -> list[Path]:
     """The tables that lie directly in a folder, by name."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if ending(p) and p.is_file() and not p.name.startswith((".", "_")))
+    files = (path for path in folder.iterdir() if ending(path) and path.is_file())
+    return sorted(path for path in files if not path.name.startswith((".", "_")) and path.name not in _DESCRIPTIONS)
 
 
 def read_records(path: Path, config: DataConfig) -> list[Record]:

@@ -7,6 +7,7 @@
     DIR/ann.csv, DIR/ben.jsonl, …                      a client each; test rows are held out of its own
     DIR/ann_train.csv, DIR/ann_test.csv, …             the same with splits
     DIR/train/ann.csv, DIR/test/ann.csv, …             the same
+    DIR/ann/train.csv, DIR/ann/test.csv, …             the same
 
 Every JSON file may be a list or lines, whatever its ending.
 """
@@ -87,6 +88,10 @@ def named_clients(folder: Path) -> Files:
             for path in others:
                 found[stem(path)][split] = path
         return found if len(found) > 1 else {}
+    if not files:
+        inside = {path.name: tables_in(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+        found = {name: {split_of(path): path for path in mine} for name, mine in inside.items() if mine}
+        return found if len(found) > 1 and all("train" in mine and "" not in mine for mine in found.values()) else {}
     suffixed = [_SUFFIX.fullmatch(stem(path)) for path in files]
     if files and all(suffixed):
         found = {}
