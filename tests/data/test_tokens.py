@@ -73,8 +73,8 @@ WITH_INPUT = Row("Add.\n\n### Input:\n2 3", "5", input="2 3")
         ("alpaca_short", "### Instruction:\nAdd.\n\n### Input:\n2 3\n\n### Response:\n"),
         (
             "alpaca",
-            "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-            "response that appropriately completes the request.\n\n"
+            "Below is an instruction that describes a task, paired with an input that provides further context. Write "
+            "a response that appropriately completes the request.\n\n"
             "### Instruction:\nAdd.\n\n### Input:\n2 3\n\n### Response:\n",
         ),
         ("Q: {instruction} A: ", "Q: Add.\n\n### Input:\n2 3 A: "),

@@ -79,31 +79,36 @@ def named_clients(folder: Path) -> Files:
     if is_client_folder(folder):
         return {}
     files = tables_in(folder)
+    found = _side_by_side(files) if files else _in_folders(folder)
+    return found if len(found) > 1 and all("train" in mine for mine in found.values()) else {}
+
+
+def _side_by_side(files: list[Path]) -> Files:
+    matches = [_SUFFIX.fullmatch(stem(path)) for path in files]
+    found: Files = {}
+    if not all(matches) and any(split_of(path) or is_shard(path) for path in files):
+        return found
+    for path, match in zip(files, matches, strict=True):
+        name, split = (match[1], match.lastgroup or "") if match and all(matches) else (stem(path), "train")
+        _put(found.setdefault(name, {}), split, path)
+    return found
+
+
+def _in_folders(folder: Path) -> Files:
+    """A folder for each split with a file of the same name for each client, or a folder for each client."""
     below = {split: tables_in(inside) for split in NAMES if (inside := _below(folder, split))}
-    if not files and below.get("train"):
-        found = {stem(path): {"train": path} for path in below["train"]}
-        for split, others in below.items():
-            if {stem(path) for path in others} != found.keys():
-                return {}
-            for path in others:
-                found[stem(path)][split] = path
-        return found if len(found) > 1 else {}
-    if not files:
-        inside = {path.name: tables_in(path) for path in sorted(folder.iterdir()) if path.is_dir()}
-        found = {name: {split_of(path): path for path in mine} for name, mine in inside.items() if mine}
-        return found if len(found) > 1 and all("train" in mine and "" not in mine for mine in found.values()) else {}
-    suffixed = [_SUFFIX.fullmatch(stem(path)) for path in files]
-    if files and all(suffixed):
-        found = {}
-        for path, match in zip(files, suffixed, strict=True):
-            split = (match and match.lastgroup) or "train"
-            _put(found.setdefault(match[1] if match else "", {}), split, path)
-        return found if len(found) > 1 and all("train" in mine for mine in found.values()) else {}
-    if len(files) < 2 or any(split_of(path) or is_shard(path) for path in files):
-        return {}
-    found = {}
-    for path in files:
-        _put(found.setdefault(stem(path), {}), "train", path)
+    found: Files = {}
+    if below.get("train"):
+        if any({stem(path) for path in mine} != {stem(path) for path in below["train"]} for mine in below.values()):
+            return found
+        pairs = [(stem(path), split, path) for split, mine in below.items() for path in mine]
+    else:
+        parts = [(path.name, tables_in(path)) for path in sorted(folder.iterdir()) if path.is_dir()]
+        pairs = [(name, split_of(path), path) for name, mine in parts for path in mine]
+        if not all(split for _, split, _ in pairs):
+            return found
+    for name, split, path in pairs:
+        _put(found.setdefault(name, {}), split, path)
     return found
 
 
