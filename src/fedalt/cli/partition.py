@@ -46,9 +46,8 @@ def partition(
         clients = {"clients": list(taken.ids), "held_out": list(held_out.ids)}
         print_json({**shown, **clients, "notes": taken.notes, **{name: str(path) for name, path in paths.items()}})
         return
+    show.say_notes(taken.notes)
     show.out.print(_table(written))
-    for note in taken.notes:
-        say(f"note: {note}")
     for name, path in paths.items():
         say(f"{name:<9} {path}")
 

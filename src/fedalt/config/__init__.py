@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedalt.compat import settings_today, today
+from fedalt.compat import as_recorded, settings_today, today
 from fedalt.config.data import DataConfig
 from fedalt.config.hints import explain
 from fedalt.config.section import Named, S, Section, settings_in
@@ -332,10 +332,17 @@ class RunConfig(Section):
 
 
 def load_config(
-    path: Path | None, overrides: Sequence[tuple[str, Any]] = (), typed: Mapping[str, str] | None = None
+    path: Path | None,
+    overrides: Sequence[tuple[str, Any]] = (),
+    typed: Mapping[str, str] | None = None,
+    recorded: bool = False,
 ) -> RunConfig:
-    """Read a YAML file, apply dotted keys and values to it, and validate; errors say what was ``typed`` for a key."""
-    values = settings_today(_read_yaml(path)) if path else {}
+    """Read a YAML file, apply dotted keys and values to it, and validate; errors say what was ``typed`` for a key.
+
+    ``recorded`` settings are a run's, which may have been there before some of them were.
+    """
+    values = settings_today(read_yaml(path)) if path else {}
+    values = as_recorded(values) if recorded else values
     for key, value in overrides:
         _assign(values, *today(key, value))
     return parse_config(values, str(path) if path else "settings", typed)
@@ -504,7 +511,12 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {shortened(text)}: the value is not valid YAML") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: There is no such file, or no mapping in it.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     try:

@@ -11,7 +11,7 @@ from fedalt.data.encode import Example
 from fedalt.evaluation.choices import choose
 from fedalt.evaluation.classify import classify
 from fedalt.evaluation.generate import answer_all
-from fedalt.evaluation.metrics import measures, score
+from fedalt.evaluation.metrics import measures, rouge_tokenizer, score
 from fedalt.evaluation.prompt_similarity import Weights, load_to_answer
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
@@ -57,13 +57,14 @@ def evaluate(
             ]
             for s, *both in zip(states, mine, classify(model, mine, config, weights), strict=True)
         ]
-        about: dict[str, Any] = {}
+        about: list[dict[str, Any]] = [{} for _ in states]
     else:
         lines = _answered(model, tokenizer, states, mine, weights, config=config)
-        about = {"stemmer": config.stemmer}
+        used = [rouge_tokenizer(example.row.output for example in part) for part in mine]
+        about = [{"stemmer": config.stemmer, "rouge_tokenizer": one} for one in used]
     return [
-        Evaluation(state.client, part, {"client_id": state.client, **about, **score(part, asked)})
-        for state, part in zip(states, lines, strict=True)
+        Evaluation(state.client, part, {"client_id": state.client, **how, **score(part, asked)})
+        for state, part, how in zip(states, lines, about, strict=True)
     ]
 
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
-from fedalt.config import RunConfig, load_config, outside_code
+from fedalt.compat import as_recorded
+from fedalt.config import RunConfig, load_config, outside_code, read_yaml
 from fedalt.errors import UserError, listed
 from fedalt.files import disk_errors, read_json, write_json, write_json_lines, write_text
 from fedalt.runs.events import first_start, read_events
@@ -71,7 +72,12 @@ def settings_of(
     out = dict(overrides).get("out")
     if path is None and if_exists == "resume" and out and (Path(out) / "config.yaml").is_file():
         path = Path(out) / "config.yaml"
-    return load_config(path, overrides, typed)
+    config = load_config(path, overrides, typed)
+    if if_exists == "resume":
+        kept = (file for depth in ("", "*/", "*/*/") for file in sorted(config.folder.glob(f"{depth}config.yaml")))
+        older = next(((values := read_yaml(file)) != as_recorded(values) for file in kept), False)
+        config = load_config(path, overrides, typed, recorded=True) if older else config
+    return config
 
 
 def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
@@ -79,7 +85,7 @@ def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
     folder = RunFolder(path)
     if not folder.config.is_file():
         raise UserError(f"{path}: not a run folder (no config.yaml)")
-    config = load_config(folder.config)
+    config = load_config(folder.config, recorded=True)
     check_code(folder, config)
     return folder, config
 

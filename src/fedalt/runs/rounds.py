@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedalt.compat import settings_0_1
+from fedalt.compat import settings_0_1, without_later
 from fedalt.config import RunConfig, used_code, used_sections
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in, over_clients
@@ -223,7 +223,7 @@ def _frozen(config: RunConfig, method: Method) -> dict[str, Any]:
         del values["federation"]["rounds"]
     if not config.evaluation.metrics:
         del values["evaluation"]["metrics"]  # as before there was such a setting
-    return values
+    return without_later(values)
 
 
 def start(

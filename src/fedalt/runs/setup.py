@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from fedalt.config import RunConfig, used_code
+from fedalt.config.data import DataConfig
 from fedalt.data.encode import (
+    CHAT,
     AnswerEncoder,
     ClientExamples,
     Encoder,
@@ -21,14 +23,15 @@ from fedalt.data.encode import (
     ImageEncoder,
     TextEncoder,
     encode_federation,
+    left_out,
     template_text,
 )
 from fedalt.data.federation import Federation, check_labels, labels_of
 from fedalt.data.load import Rows
 from fedalt.data.record import digests, record
-from fedalt.errors import UserError
+from fedalt.errors import UserError, listed
 from fedalt.evaluation.choices import options_of
-from fedalt.evaluation.metrics import metric_of
+from fedalt.evaluation.metrics import is_latin, metric_of
 from fedalt.federation.client import RoundSettings, fitting_cohort
 from fedalt.methods.base import Method, trainable
 from fedalt.methods.registry import build, configured
@@ -80,10 +83,6 @@ class RunInfo:
         return tuple(self.samples)
 
 
-_MOST_NOTES = 20
-"""Clients whose skipped rows get a note of their own."""
-
-
 @dataclass(frozen=True)
 class Resident:
     """The one base model in memory, wrapped for adapters; runs of several methods share it."""
@@ -93,13 +92,10 @@ class Resident:
 
     def encoder(self, config: RunConfig) -> Encoder:
         """What makes examples of rows, by the task."""
-        read, data, labels = self.base.tokenizer, config.data, config.model.labels or ()
         if config.model.task == "image_classification":
             channels = getattr(self.base.model.config, "num_channels", 3)
-            return ImageEncoder(read, labels, channels, self.model.image_tokens)
-        if labels:
-            return TextEncoder(read, labels, data.cutoff)
-        return AnswerEncoder(read, data.template, data.cutoff, data)
+            return ImageEncoder(self.base.tokenizer, config.model.labels or (), channels, self.model.image_tokens)
+        return text_encoder(config, self.base.tokenizer)
 
     def heads(self, seed: int, client: int) -> dict[Key, Tensor]:
         """What a client's heads start from: the checkpoint's, or drawn where it has none."""
@@ -108,6 +104,14 @@ class Resident:
         stems = tuple(f"{path}." for path in self.base.new)
         new = {key: value for key, value in start.items() if f"{key.module}.".startswith(stems)}
         return start | drawn_heads(new, std, lambda key: rng(seed, "head", client, str(key)))
+
+
+def text_encoder(config: RunConfig, tokenizer: Any) -> TextEncoder | AnswerEncoder:
+    """What makes examples of rows of text."""
+    data, labels = config.data, config.model.labels
+    if labels:
+        return TextEncoder(tokenizer, labels, data.cutoff)
+    return AnswerEncoder(tokenizer, data.template, data.cutoff, data)
 
 
 @dataclass(frozen=True)
@@ -266,14 +270,19 @@ def prepare(
     if federation is None:
         config, federation = load_rows(config, rows)
     resident = resident or load_resident(config)
-    config, shortened = _fit_positions(config, resident)
+    config, shortened = read_settings(config, federation, resident.base.model, resident.base.tokenizer)
     examples = encode_federation(federation, _encoder(rows, resident, config), config.data)
     if metric_of(config.metric).reads == "option":
         _check_options(config.metric, examples)
     method = build(config, clients or len(federation.clients), resident.model.layer_sizes)
     method.rank_of(0)  # refuses ranks where there is no rule for them
     settings = RoundSettings(method, config.training, method.centralised or config.federation.heads == "shared")
-    notes = (*shortened, *_padding(config, resident.model), *_notes(config, federation, examples, method))
+    notes = (
+        *federation.notes[:1],
+        *shortened,
+        *_padding(config, resident.model),
+        *_notes(config, federation, examples, method),
+    )
     return Experiment(config, federation, examples, resident, method, settings, notes, rows)
 
 
@@ -281,7 +290,14 @@ def _encoder(rows: Rows, resident: Resident, config: RunConfig) -> Encoder:
     """What makes examples of rows; runs that read them alike share it."""
     name = config.data.template
     template = None if config.classifies else (name, template_text(name), used_code(config).get(f"template {name}"))
-    settings = (config.model.task, config.model.labels, template, config.data.own, config.data.cutoff)
+    settings = (
+        config.model.task,
+        config.model.labels,
+        template,
+        config.data.own,
+        config.data.cutoff,
+        config.data.boundary,
+    )
     return rows.encoder(resident.base.tokenizer, settings, lambda: resident.encoder(config))
 
 
@@ -291,11 +307,30 @@ def _check_options(metric: str, examples: Mapping[int, ClientExamples]) -> None:
             raise UserError(f"evaluation.metric: {metric} asked for, but no test row of client {client} lists OPTIONS")
 
 
-def _fit_positions(config: RunConfig, resident: Resident) -> tuple[RunConfig, tuple[str, ...]]:
-    """Lower the cut-off so that a prompt of that length and its answer fit the model's positions."""
+def read_settings(
+    config: RunConfig, federation: Federation, model: Any, tokenizer: Any
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """The settings by which rows become tokens, as they hold for a model and for these rows, with notes.
+
+    Args:
+        config: As given.
+        federation: The rows.
+        model: The model, or whatever has its ``config``.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        UserError: No prompt would fit.
+    """
     if config.model.task == "image_classification":
         return config, ()
-    limit = positions(resident.base.model, resident.base.tokenizer if config.classifies else None)
+    config, shortened = _fit_positions(config, model, tokenizer)
+    config, talked = _conversing(config, federation, tokenizer)
+    return config, (*shortened, *talked)
+
+
+def _fit_positions(config: RunConfig, model: Any, tokenizer: Any) -> tuple[RunConfig, tuple[str, ...]]:
+    """Lower the cut-off so that a prompt of that length and its answer fit the model's positions."""
+    limit = positions(model, tokenizer if config.classifies else None)
     longest = 0 if config.classifies else config.evaluation.max_new_tokens
     if limit is None or config.data.cutoff + longest <= limit:
         return config, ()
@@ -304,6 +339,27 @@ def _fit_positions(config: RunConfig, resident: Resident) -> tuple[RunConfig, tu
         raise UserError(f"evaluation.max_new_tokens: {longest} fills the model's {limit} positions, no prompt fits")
     note = f"data.cutoff lowered from {config.data.cutoff} to {cutoff}: the model has {limit} positions"
     return config.model_copy(update={"data": config.data.model_copy(update={"cutoff": cutoff})}), (note,)
+
+
+def _conversing(config: RunConfig, federation: Federation, tokenizer: Any) -> tuple[RunConfig, tuple[str, ...]]:
+    """Conversations go through the tokenizer's own template, if it has one, where no other one is asked for."""
+    rows = (row for data in federation.clients.values() for row in (*data.train, *data.test))
+    if config.classifies or config.data.template == CHAT or not any(row.turns for row in rows):
+        return config, ()
+    name, default = config.data.template, DataConfig.model_fields["template"].default
+    if name == default and getattr(tokenizer, "chat_template", None):
+        note = "conversations: data.template=chat, the tokenizer's own; data.template=alpaca or a file lays turns out"
+        return config.model_copy(update={"data": config.data.model_copy(update={"template": CHAT})}), (note,)
+    return config, (f"conversations: data.template={name} lays out every question, one after another",)
+
+
+def _script(config: RunConfig, examples: Mapping[int, ClientExamples]) -> tuple[str, ...]:
+    """A note on references that Google's ROUGE cannot read."""
+    found = [client for client, mine in examples.items() if not all(is_latin(e.row.output) for e in mine.test)]
+    if config.classifies or not found:
+        return ()
+    who = listed([f"client {client}" for client in found], 5)
+    return (f"answers of {who} are not in Latin letters: ROUGE counts words of any script, characters of CJK and Thai",)
 
 
 def _padding(config: RunConfig, model: AdaptedModel) -> tuple[str, ...]:
@@ -318,16 +374,7 @@ def _padding(config: RunConfig, model: AdaptedModel) -> tuple[str, ...]:
 def _notes(
     config: RunConfig, federation: Federation, examples: dict[int, ClientExamples], method: Method
 ) -> tuple[str, ...]:
-    notes, short = list(federation.notes), list[str]()
-    for client, mine in examples.items():
-        skipped = ", ".join(f"{count} {split}" for split, count in mine.skipped.items() if count)
-        if skipped:
-            short.append(
-                f"client {client}: {skipped} rows skipped, their prompt fills data.cutoff={config.data.cutoff}"
-            )
-    notes += short[:_MOST_NOTES]
-    if len(short) > _MOST_NOTES:
-        notes.append(f"rows of {len(short) - _MOST_NOTES} more clients skipped, too")
+    notes = [*federation.notes[1:], *left_out(examples, config.data.cutoff), *_script(config, examples)]
     if method.leave_one_out and method.clients == 2:
         notes.append("two clients: each one's RoW LoRA is the other client's individual LoRA, nothing is hidden")
     if method.leave_one_out and method.clients == 1:

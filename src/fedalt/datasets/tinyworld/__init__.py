@@ -79,7 +79,8 @@ def generate(
     sizes = {"train": train, "validation": validation, "test": test}
     rows = {client: _client(client, seed, clash, sizes, seen) for client in range(clients)}
     source = f"tinyworld (seed {seed}, clash {clash:g})"
-    return Federation(rows, source, ("synthetic rows of a closed world; letters follow each client's convention",))
+    note = f"{source}: {clients} clients; synthetic rows of a closed world; letters follow each client's convention"
+    return Federation(rows, source, (note,))
 
 
 def _client(client: int, seed: int, clash: float, sizes: dict[str, int], seen: set[str]) -> ClientData:
