@@ -126,8 +126,9 @@ class Nodes:
     def _introduce(self, node: int, message: Message) -> None:
         self._known.add(node)
         if message.has_error():
-            self._known.discard(node)
-            if message.error.code == ErrorCode.INVALID_FAB and not self._refused:
+            if message.error.code != ErrorCode.INVALID_FAB:
+                self._known.discard(node)
+            elif not self._refused:
                 self._refused = shortened(message.error.reason or "", 300)
                 _log.error("a site: %s", self._refused)
             return

@@ -290,6 +290,8 @@ def main() -> None:
         lifespan="off",
         log_level="error",
         access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=3,
         timeout_keep_alive=15,  # longer than sites keep an idle line
         ssl_certfile=str(tls / CERTIFICATE),
         ssl_keyfile=str(tls / KEY),

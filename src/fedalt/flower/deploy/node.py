@@ -50,13 +50,15 @@ def look_at_apps(loop: Any) -> None:
     from flwr.common.constant import ErrorCode
     from flwr.supercore import log
 
-    pull = loop._pull_and_store_message
+    pull, refused = loop._pull_and_store_message, set[str]()
 
     def checked(fab: Any, _: object) -> bool:
         try:
             check_bundle(fab.content)
         except UserError as error:
-            log(logging.ERROR, str(error))
+            if fab.hash_str not in refused:
+                log(logging.ERROR, str(error))
+            refused.add(fab.hash_str)
             loop.FAB_VERIFICATION_ERROR = Error(ErrorCode.INVALID_FAB, str(error))
             return False
         return True

@@ -32,7 +32,7 @@ _NOISE = re.compile(
     r"|Starting the SuperLink (Runtime|Control)|^All logs for run|^Connection attempt failed, retrying"
     r"|^(Exception in thread|Using SuperLink|Recommended property|Successfully (installed|started))"
     r"|^Flower App configuration warnings|^- Recommended property|^For more information, visit|^SuperExec terminated"
-    r"|Listing all (runs|nodes)|^FAB verification failed"
+    r"|Listing all (runs|nodes)|^FAB verification failed|^Cannot get processing duration"
 )
 
 
