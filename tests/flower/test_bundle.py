@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import stat
@@ -20,7 +21,9 @@ from fedalt.errors import UserError
 from fedalt.flower.deploy.address import Connection, parse_address
 from fedalt.flower.deploy.bundle import PROJECT, app_with, check_bundle
 from fedalt.flower.deploy.control import NAME, control
+from fedalt.flower.deploy.node import LINE, LOOP, replace_in
 from fedalt.flower.deploy.submission import write_app
+from fedalt.flower.deploy.tasks import CLIENT_APP
 from flower.deployment import Deployment
 
 OURS = tomli_w.dumps(app_with({"settings": "{}", "resume": False, "overwrite": True}))
@@ -94,6 +97,18 @@ def test_what_fedalt_submits_is_taken(tmp_path: Path) -> None:
     write_app(tmp_path, parse_config(values, "s"), "ask")
     check_bundle(build_fab_from_disk(tmp_path))
     check_bundle(bundle((PROJECT, OURS), LIST))
+
+
+def test_flower_takes_apps_by_the_names_that_are_replaced() -> None:
+    """If Flower changes how it checks, installs or loads an app, a site must not run it: this says so."""
+    loop, task, line = map(importlib.import_module, (LOOP, CLIENT_APP, LINE))
+    assert "_pull_and_store_message" in loop.start_client_internal.__code__.co_names
+    used = {"_verify_fab", "FAB_VERIFICATION_ERROR", "get_fused_config_from_fab"}
+    assert used <= set(loop._pull_and_store_message.__code__.co_names)
+    assert {"install_from_fab", "get_load_client_app_fn"} <= set(task.run_clientapp.__code__.co_names)
+    assert "HeartbeatSender" in line.http_request_response.__wrapped__.__code__.co_names
+    with pytest.raises(AttributeError, match="install_a_fab"):
+        replace_in(task, install_a_fab=None)
 
 
 # ----------------------------------------------------------------------------------------------------- a real SuperLink

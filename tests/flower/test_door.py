@@ -296,6 +296,7 @@ def test_a_pace() -> None:
 
 def test_one_host_has_a_network_of_ipv6() -> None:
     assert network("2001:db8:1:2:3:4:5:6") == network("2001:db8:1:2::7") != network("2001:db8:1:3::7")
+    assert network("2001:db8::1") == network("2001:db8::2") and network("fe80::1%eth0") == network("fe80::2")
     assert network("192.0.2.1") != network("192.0.2.2")
 
 

@@ -21,6 +21,7 @@ from asyncio import constants, sslproto
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ class Gate(socket.socket):
 
 def network(host: str) -> str:
     """An address, or the network of an IPv6 address, which one host has to itself."""
-    return ":".join(host.split(":")[:4]) if ":" in host else host
+    address = ip_address(host.partition("%")[0])
+    return host if address.version == 4 else f"{int(address) >> 64:x}"
 
 
 class Punctual(H11Protocol):

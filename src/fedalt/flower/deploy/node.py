@@ -69,8 +69,20 @@ def look_at_apps(loop: Any) -> None:
 
         return pull(get_fab=got, trusted_entities={"fedalt": ""}, **given)
 
-    loop._pull_and_store_message, loop._verify_fab = pull_and_look, checked
-    loop.get_fused_config_from_fab = lambda *_: {}
+    replace_in(
+        loop, _pull_and_store_message=pull_and_look, _verify_fab=checked, get_fused_config_from_fab=lambda *_: {}
+    )
+
+
+def replace_in(place: Any, **names: Any) -> None:
+    """Give names of a module of Flower's other meanings; one that it has not would guard nothing.
+
+    Raises:
+        AttributeError: There is one.
+    """
+    for name, value in names.items():
+        getattr(place, name)
+        setattr(place, name, value)
 
 
 def say_heartbeats() -> None:
@@ -87,7 +99,7 @@ def say_heartbeats() -> None:
 
         return sender(beat)
 
-    line.HeartbeatSender = saying
+    replace_in(line, HeartbeatSender=saying)
 
 
 if __name__ == "__main__":

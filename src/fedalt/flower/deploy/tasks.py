@@ -19,6 +19,7 @@ from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExec
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 from flwr.supernode.runtime.run_clientapp import run_clientapp
 
+from fedalt.flower.deploy.node import replace_in
 from fedalt.flower.waits import retry_soon
 
 CLIENT_APP = "flwr.supernode.runtime.run_clientapp"
@@ -46,9 +47,8 @@ def run_own_app() -> None:
     """Let Flower install nothing, and take the package's ClientApp for a run's."""
     from fedalt.flower.client_app import app
 
-    place: Any = importlib.import_module(CLIENT_APP)
-    place.install_from_fab = lambda *_, **__: None
-    place.get_load_client_app_fn = lambda **_: lambda *_: app
+    place = importlib.import_module(CLIENT_APP)
+    replace_in(place, install_from_fab=lambda *_, **__: None, get_load_client_app_fn=lambda **_: lambda *_: app)
 
 
 def end_with(process: int) -> None:
