@@ -32,4 +32,4 @@ def test_the_demo_kills_a_site_and_ends_with_the_table(tmp_path: Path) -> None:
     assert any("scores after round 3" in line for line in said)
     assert any("finished:completed" in line for line in said), "fedalt status, after all"
     for command in ("flower-superlink", "flower-supernode", "flwr run", "flwr list", "flwr supernode list"):
-        assert any(line.startswith(f"$ {command} ") for line in said), command
+        assert any(f"$ {command} " in line for line in said), command

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +31,7 @@ ServerAt = Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="wh
 Ca = Annotated[
     Path | None, typer.Option("--ca", metavar="FILE", help="ca.crt of fedalt certs; no encryption when not given")
 ]
+LogJson = Annotated[bool, typer.Option("--log-json", help="a JSON object (time, line) a line, for machines")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 
 
@@ -96,6 +99,7 @@ def server(
         Path, typer.Option("--state", metavar="DIR", help="the SuperLink's database; run folders are made here, too")
     ] = Path("flower-server"),
     plugins: Plugins = None,
+    log_json: LogJson = False,
 ) -> None:
     """Serve a federation: start Flower's SuperLink, let the sites in, show its log until Ctrl-C."""
     with needs("flower", NEEDS):
@@ -109,21 +113,22 @@ def server(
     gate = parse_address(public, "--public") if public else None
     asked = Server(parse_address(address, "--address"), tls, state, gate)
     asked.check()
-    say(f"$ {shlex.join(asked.command())}")
+    tell = _logged(log_json)
+    tell(f"$ {shlex.join(asked.command())}")
 
     def ready() -> None:
         trust = f" --ca {tls}/ca.crt --key {tls}/keys/client_N" if tls else ""
         for place in asked.for_sites:
-            say(f"at site N: fedalt site --server {place} --client N --data DIR --state DIR{trust}")
+            tell(f"at site N: fedalt site --server {place} --client N --data DIR --state DIR{trust}")
         if not tls:
-            say("note: without --tls nothing is encrypted and anyone who reaches the port can join and submit runs")
+            tell("note: without --tls nothing is encrypted and anyone who reaches the port can join and submit runs")
         elif public is None and not on_loopback(asked.address):
-            say(
+            tell(
                 "note: whoever reaches this port can submit runs and register keys; --public is a way in for sites only"
             )
 
     hold_plugins(plugins or ())
-    _leave(serve(asked, _pass_on, ready))
+    _leave(serve(asked, tell, ready))
 
 
 def site(
@@ -172,6 +177,7 @@ def site(
         ),
     ] = LONGEST,
     plugins: Plugins = None,
+    log_json: LogJson = False,
 ) -> None:
     """Take part as one client: Flower's SuperNode, and a trainer that holds the base model, until Ctrl-C."""
     with needs("flower", NEEDS):
@@ -185,8 +191,9 @@ def site(
     held = held_plugins()
     asked = Site(at, client, state, poll, key, _rows(data), model, device, allow_two, agreed, held)
     asked.check()
-    say(f"$ {shlex.join(asked.command())}")
-    _leave(supervise(asked, _pass_on))
+    tell = _logged(log_json)
+    tell(f"$ {shlex.join(asked.command())}")
+    _leave(supervise(asked, tell))
 
 
 def status(
@@ -249,8 +256,14 @@ def _check_device(device: str | None) -> None:
         parse_config({"model": {"device": device}}, "--device")
 
 
-def _pass_on(line: str) -> None:
-    say(line)
+def _logged(as_json: bool) -> Callable[[str], None]:
+    """Says lines with their time, in UTC."""
+
+    def tell(line: str) -> None:
+        time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        say(json.dumps({"time": time, "line": line}, ensure_ascii=False) if as_json else f"{time} {line}")
+
+    return tell
 
 
 def _leave(code: int) -> Any:

@@ -7,17 +7,21 @@ reply of a finished round again.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedalt.errors import shortened
 from fedalt.flower.messages import reply_in, to_node
 from fedalt.flower.requests import Reply, Request
 
+_log = logging.getLogger("flwr")
 LOST = {3, 4, 5, 8}
 """Flower's error codes for messages and nodes that are gone: ask again."""
 _POLL, _LOOK = 0.25, 1.0
@@ -45,6 +49,7 @@ class Nodes:
     came: Counter[int] = field(default_factory=Counter)
     _asked: dict[str, int] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
+    _refused: str = ""
     _looked: float = 0.0
 
     def ask(
@@ -121,7 +126,11 @@ class Nodes:
     def _introduce(self, node: int, message: Message) -> None:
         self._known.add(node)
         if message.has_error():
-            self._known.discard(node)
+            if message.error.code != ErrorCode.INVALID_FAB:
+                self._known.discard(node)
+            elif not self._refused:
+                self._refused = shortened(message.error.reason or "", 300)
+                _log.error("a site: %s", self._refused)
             return
         client = reply_in(message).body.get("client")
         if not isinstance(client, int) or not 0 <= client < self.clients:

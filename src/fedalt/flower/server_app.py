@@ -66,6 +66,7 @@ def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink)
     """
     config, method = checked(parse_received(settings, "settings"))
     folder = claim_folder(config.folder, if_exists)
+    folder.path.chmod(0o700)  # it will hold uploads
     log = EventLog(folder.events, sink)
     nodes = Nodes(grid, method.clients, ttl=config.flower.round_deadline + LATE)
     nodes.note = lambda client, line: sink({"event": "node", "client": client, "text": line})

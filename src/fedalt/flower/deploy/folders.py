@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,26 +15,70 @@ from fedalt.files import disk_errors, read_json, write_json
 from fedalt.flower.trainer import SITE
 
 _LOCK = "lock"
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
     """Have a folder, made if need be, to oneself; the lock ends with this process, however it ends.
 
+    Until then nobody else can read what this process, and those that it starts, make anywhere.
+
     Raises:
         UserError: Another process has it, or nothing can be written there.
     """
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    before = os.umask(_OTHERS)
+    descriptor = -1
     try:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--state {folder}: {what} uses this folder now; end it or choose another folder") from None
         yield
     finally:
-        os.close(descriptor)
+        os.umask(before)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def make_private(folder: Path, mark: str, tell: Callable[[str], None]) -> None:
+    """Take a state folder that others can read away from them, with everything in it, and say so.
+
+    Args:
+        folder: It may be new, and have a lock.
+        mark: A file that it has if it is a state folder.
+        tell: Called with the line.
+
+    Raises:
+        UserError: It is another one's, or holds something else.
+    """
+    mode = folder.stat().st_mode
+    if not mode & _OTHERS:
+        return
+    inside = {path.name for path in folder.iterdir()}
+    if inside - {_LOCK} and mark not in inside:
+        raise UserError(
+            f"--state {folder}: others can read it, and it holds something else than a state; choose another folder"
+        )
+    with disk_errors(folder):
+        for path in [folder, *folder.rglob("*")]:
+            if not path.is_symlink():
+                path.chmod(stat.S_IMODE(path.stat().st_mode) & ~_OTHERS)
+    tell(f"note: --state {folder} could be read by others (mode {stat.S_IMODE(mode):o}); now it is private")
+
+
+def check_private(key: Path) -> None:
+    """Refuse a private key that others can read.
+
+    Raises:
+        UserError: Everybody can, or somebody besides its owner, who starts this.
+    """
+    found = key.stat()
+    if found.st_mode & (_OTHERS if found.st_uid == os.geteuid() else stat.S_IRWXO):
+        raise UserError(f"{key}: others can read this private key (mode {stat.S_IMODE(found.st_mode):o}); chmod 600 it")
 
 
 def claim_site(folder: Path, settings: dict[str, Any]) -> None:

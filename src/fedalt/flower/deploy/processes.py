@@ -32,7 +32,7 @@ _NOISE = re.compile(
     r"|Starting the SuperLink (Runtime|Control)|^All logs for run|^Connection attempt failed, retrying"
     r"|^(Exception in thread|Using SuperLink|Recommended property|Successfully (installed|started))"
     r"|^Flower App configuration warnings|^- Recommended property|^For more information, visit|^SuperExec terminated"
-    r"|Listing all (runs|nodes)"
+    r"|Listing all (runs|nodes)|^FAB verification failed|^Cannot get processing duration"
 )
 
 
@@ -59,7 +59,7 @@ class ProcessEvent:
     Attributes:
         what: A ``line`` of a process, its ``end``, or a ``signal`` that asks this process to end.
         name: Of which process.
-        text: The line.
+        text: The line, or the signal's name.
     """
 
     what: Literal["line", "end", "signal"]
@@ -107,7 +107,9 @@ class Watch:
         self._queue.put(ProcessEvent("end", name))
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        self._queue.put(ProcessEvent("signal"))
+        self._queue.put(
+            ProcessEvent("signal", text="Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+        )
 
 
 _PATIENCE = 10.0

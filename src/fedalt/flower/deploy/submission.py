@@ -16,6 +16,7 @@ import tomli_w
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
 from fedalt.flower.deploy.address import Connection
+from fedalt.flower.deploy.bundle import PROJECT, app_with
 from fedalt.flower.deploy.control import NAME, Control, control
 from fedalt.flower.deploy.processes import plain, shortened
 from fedalt.runs.folder import IfExists
@@ -64,16 +65,9 @@ def submit(config: RunConfig, connection: Connection, if_exists: IfExists, tell:
 
 def write_app(folder: Path, config: RunConfig, if_exists: IfExists) -> None:
     """Write the app: nothing but a ``pyproject.toml``, as all code is in the installed package."""
-    run_config = {
-        "settings": json.dumps(config.portable()),
-        "resume": if_exists == "resume",
-        "overwrite": if_exists == "overwrite",
-    }
-    components = {"serverapp": "fedalt.flower.server_app:app", "clientapp": "fedalt.flower.client_app:app"}
-    flower = {"publisher": "fedalt", "components": components, "config": run_config}
-    about = {"description": "A run of fedalt", "license": "Apache-2.0", "dependencies": list[str]()}
-    app = {"project": {"name": "fedalt-run", "version": "1.0.0", **about}, "tool": {"flwr": {"app": flower}}}
-    (folder / "pyproject.toml").write_text(tomli_w.dumps(app), encoding="utf-8")
+    settings = json.dumps(config.portable())
+    run = app_with({"settings": settings, "resume": if_exists == "resume", "overwrite": if_exists == "overwrite"})
+    (folder / PROJECT).write_text(tomli_w.dumps(run), encoding="utf-8")
 
 
 class _Log:

@@ -15,13 +15,16 @@ from fedalt.files import read_json, write_json
 from fedalt.flower.certs import CA, CERTIFICATE, KEY, SITE_KEYS, check_server, server_names, site_keys
 from fedalt.flower.deploy.address import WILDCARDS, Address, Connection, check_free
 from fedalt.flower.deploy.control import control
-from fedalt.flower.deploy.folders import locked
+from fedalt.flower.deploy.folders import check_private, locked, make_private
 from fedalt.flower.deploy.processes import Watch, end, flower_environment, program, shortened, start
 
 _UP = "Uvicorn running on"
 _NOTHING = "N/A"
 _DOOR = "door"
 _AT_A_TIME = 4
+_SAFE = "finished rounds are in their run folders; start it again with this --state, then fedalt submit … --resume"
+DATABASE = "superlink.db"
+"""The SuperLink's own file in a server's state folder."""
 NODES = "nodes.json"
 """File in a server's state folder: site → its public key and node id."""
 
@@ -67,6 +70,7 @@ class Server:
             if self.public and self.public.host not in WILDCARDS:
                 hosts.append(self.public.host)
             check_server(self.tls, hosts)
+            check_private(self.tls / KEY)
             site_keys(self.tls)
         elif self.public:
             raise UserError("--public needs --tls DIR: a way in for everybody must be encrypted")
@@ -77,7 +81,7 @@ class Server:
     def command(self) -> list[str]:
         """The plain ``flower-superlink`` line."""
         place = ["--host", self.address.host, "--port", str(self.address.port)]
-        kept = ["--database", str(self.state / "superlink.db"), "--disable-runtime-dependency-installation"]
+        kept = ["--database", str(self.state / DATABASE), "--disable-runtime-dependency-installation"]
         if self.tls is None:
             return ["flower-superlink", "--insecure", *place, *kept]
         files = {"--ssl-ca-certfile": CA, "--ssl-certfile": CERTIFICATE, "--ssl-keyfile": KEY}
@@ -102,6 +106,7 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
     name, *arguments = server.command()
     environment = flower_environment(server.state.absolute() / "flwr")
     with locked(server.state, "another server"), Watch() as watch:
+        make_private(server.state, DATABASE, tell)
         # on this process's death SIGKILL, because after SIGTERM a SuperLink waits for whoever reads a log
         running = {name: start([program(name), *arguments], environment, signal.SIGKILL)}
         watch.follow(name, running[name])
@@ -115,6 +120,8 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
                         running[_DOOR] = start(door, environment, signal.SIGKILL)
                         watch.follow(_DOOR, running[_DOOR])
                     ready()
+            if happened and happened.what == "signal":
+                tell(f"ended by {happened.text}: {_SAFE}")
         finally:
             end(*running.values())
     if happened and happened.what == "signal":

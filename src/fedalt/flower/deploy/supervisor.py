@@ -15,9 +15,10 @@ from fedalt.errors import UserError
 from fedalt.files import disk_errors
 from fedalt.flower.certs import check_ca, check_site_key
 from fedalt.flower.deploy.address import Connection, UnreachableError, check_server
-from fedalt.flower.deploy.folders import claim_site, locked
+from fedalt.flower.deploy.folders import check_private, claim_site, locked, make_private
+from fedalt.flower.deploy.node import HEARD
 from fedalt.flower.deploy.processes import ProcessEvent, Watch, end, flower_environment, plain, shortened, start
-from fedalt.flower.trainer import WRONG
+from fedalt.flower.trainer import SITE, WRONG
 
 _TRAINER, _NODE = "trainer", "flower-supernode"
 _REFUSED, _JOINED, _PARTING = "Failed to activate SuperNode", "SuperNode ID:", "Exit Code:"
@@ -25,6 +26,10 @@ _KEYLESS = "[code: 2001]"
 """Flower's number for a site without a key at a server that wants one."""
 _DEATHS, _WITHIN = 5, 60.0
 _PAUSE, _NODE_PAUSE = 1.0, 3.0
+_LOOK, _SILENCE, _AWAY, _STARTING = 5.0, 45.0, 30.0, 60.0
+"""Seconds between looks at the heartbeat; without one until a SuperNode is started again; until the server is asked
+again that does not answer; and until there must be a first one, besides. Flower's come every 23 s at least, and 20 s
+after one that failed."""
 _GRACE, _GRACE_AFTER_KILL = 45.0, 90.0
 """Seconds to go on asking a server that refuses: it may be registering keys, or still count a killed site as online."""
 
@@ -71,6 +76,7 @@ class Site:
             check_ca(self.connection.ca)
         if self.key:
             check_site_key(self.key)
+            check_private(self.key)
         if any(c in "\"\\'\n" for c in str(self.state)):
             raise UserError(f"--state {self.state}: Flower takes no path with quotation marks or backslashes")
 
@@ -100,6 +106,7 @@ def supervise(site: Site, tell: Callable[[str], None]) -> int:
     """
     with locked(site.state, "another fedalt site"), Watch() as watch:
         claim_site(site.state, site.settings())
+        make_private(site.state, SITE, tell)
         return _Supervisor(site, tell, watch).run()
 
 
@@ -108,7 +115,8 @@ class _Supervisor:
         self.site, self.tell, self.watch = site, tell, watch
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.deaths = {name: deque[float](maxlen=_DEATHS) for name in (_TRAINER, _NODE)}
-        self.refused = False
+        self.refused = self.silent = False
+        self.heard = time.monotonic()
         self.refused_since: float | None = None
         self.last = dict.fromkeys(self.deaths, "no word")
         self.parting: list[str] = []
@@ -121,19 +129,30 @@ class _Supervisor:
         try:
             self._start_trainer()
             self._start_node()
-            while (happened := self.watch.next()) and happened.what != "signal":
-                if happened.what == "line":
-                    self._read(happened)
-                elif happened.name == _TRAINER:
-                    self._revive(_TRAINER)
-                elif not self._node_goes_on():
+            while not (happened := self.watch.next(_LOOK)) or happened.what != "signal":
+                if happened and not self._went_on(happened):
                     return 1
-            return 0
+                self._listen()
+            return self._asked_to_end(happened)
         finally:
             node, trainer = self.processes.get(_NODE), self.processes.get(_TRAINER)
             end(*(process for process in (node, trainer) if process))
             if node and node.returncode in (0, -signal.SIGTERM):
                 self.online.unlink(missing_ok=True)
+
+    def _asked_to_end(self, happened: ProcessEvent) -> int:
+        self.tell(f"ended by {happened.text}: finished rounds are safe in {self.site.state}; start it again to go on")
+        return 0
+
+    def _went_on(self, happened: ProcessEvent) -> bool:
+        """Do what there is to do; false if the SuperNode has ended by itself."""
+        if happened.what == "line":
+            self._read(happened)
+        elif happened.name == _TRAINER:
+            self._revive(_TRAINER)
+        else:
+            return self._node_goes_on()
+        return True
 
     def _wait_for_server(self) -> bool:
         """Wait for a server to answer; false if asked to end before."""
@@ -148,6 +167,7 @@ class _Supervisor:
                     told = True
             happened = self.watch.next(_PAUSE)
             if happened and happened.what == "signal":
+                self._asked_to_end(happened)
                 return False
 
     def _start_trainer(self) -> None:
@@ -158,6 +178,7 @@ class _Supervisor:
         name, *arguments = self.site.command()
         node = [sys.executable, "-P", "-m", "fedalt.flower.deploy.node", str(self.site.poll)]
         self._start(name, [*node, *arguments], signal.SIGTERM)
+        self.heard = time.monotonic() + _STARTING
 
     def _start(self, name: str, command: list[str], on_death: signal.Signals) -> None:
         environment = flower_environment(self.site.state.absolute() / "flwr")
@@ -165,13 +186,30 @@ class _Supervisor:
         self.processes[name] = process
         self.watch.follow(name, process)
 
+    def _listen(self) -> None:
+        """End a SuperNode, to be started again, of which the server has heard nothing, whatever the cause."""
+        silence = time.monotonic() - self.heard
+        if silence < _SILENCE or self.silent:
+            return
+        try:
+            check_server(self.site.connection)
+        except UserError:
+            self.heard += silence - _SILENCE + _AWAY
+            return
+        self.tell(f"{_NODE}: the server has not heard it for {silence:.0f} s; starting it again")
+        self.silent = True
+        end(self.processes[_NODE])
+
     def _read(self, happened: ProcessEvent) -> None:
+        if happened.name == _NODE and happened.text.startswith(HEARD):
+            self.heard = time.monotonic()
+            return
         if _REFUSED in happened.text:
             self.refused = True
         if _JOINED in happened.text:
             with disk_errors(self.online):
                 self.online.touch()
-            self.refused_since = None
+            self.refused_since, self.heard = None, time.monotonic()
         line = shortened(happened.text) if happened.name == _NODE else plain(happened.text)
         if line and happened.name == _NODE and (self.parting or line.startswith(_PARTING)):
             self.parting.append(line)
@@ -203,6 +241,10 @@ class _Supervisor:
             )
         if self.refused:
             self._wait_to_be_let_in()
+            return True
+        if self.silent:
+            self.silent = False
+            self._start_node()
             return True
         for line in parting:
             self.tell(f"{_NODE}: {line}")

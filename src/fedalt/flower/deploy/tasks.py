@@ -1,7 +1,8 @@
 """``python -m fedalt.flower.deploy.tasks …``: ``flower-superexec …`` whose ClientApp processes start in no time.
 
 Flower starts a Python for every message, whose imports take a second of a core. Here it is a fork of a process that has
-imported all of it and does nothing else.
+imported all of it and does nothing else. What a run brings along is neither installed nor imported: the ClientApp is
+always that of the installed package.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExec
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 from flwr.supernode.runtime.run_clientapp import run_clientapp
 
+from fedalt.flower.deploy.node import replace_in
 from fedalt.flower.waits import retry_soon
 
 CLIENT_APP = "flwr.supernode.runtime.run_clientapp"
@@ -37,7 +39,16 @@ class Forks(SubprocessExecutor):
 def _client_app(address: str, token: str, insecure: bool, parent_pid: int) -> None:
     threading.Thread(target=end_with, args=(parent_pid,), daemon=True).start()
     retry_soon(CLIENT_APP, "pull_and_inflate_object_from_tree")
+    run_own_app()
     run_clientapp(address, token, insecure=insecure, parent_pid=parent_pid)
+
+
+def run_own_app() -> None:
+    """Let Flower install nothing, and take the package's ClientApp for a run's."""
+    from fedalt.flower.client_app import app
+
+    place = importlib.import_module(CLIENT_APP)
+    replace_in(place, install_from_fab=lambda *_, **__: None, get_load_client_app_fn=lambda **_: lambda *_: app)
 
 
 def end_with(process: int) -> None:
