@@ -11,9 +11,9 @@ import torch
 import micro
 from fedalt.config import parse_config
 from fedalt.flower.consent import Consent
+from fedalt.flower.own import SiteRows
 from fedalt.flower.requests import Request
 from fedalt.flower.server_app import serve
-from fedalt.flower.site import SiteRows
 from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 

@@ -29,7 +29,7 @@ def test_fp32_is_exact_and_int8_is_within_half_a_step_of_its_row(
     seed: int, rows: int, columns: int, size: float
 ) -> None:
     sent = tensors(seed, rows, columns, size)
-    exact, short = unpack(pack(sent)), unpack(pack(sent, "int8"))
+    exact, short = unpack(pack(sent)), unpack(pack(sent, "int8"), "int8")
     assert exact.keys() == short.keys() == sent.keys()
     for key, value in sent.items():
         assert torch.equal(exact[key], value)
@@ -39,7 +39,7 @@ def test_fp32_is_exact_and_int8_is_within_half_a_step_of_its_row(
 
 def test_bf16_is_the_nearest_bf16() -> None:
     sent = tensors(0)
-    assert all(torch.equal(value, sent[key].bfloat16().float()) for key, value in unpack(pack(sent, "bf16")).items())
+    assert all(torch.equal(value, sent[key].bfloat16().float()) for key, value in unpack(pack(sent, "bf16"), "bf16").items())
 
 
 def test_a_byte_a_number_takes_a_quarter() -> None:
@@ -53,14 +53,14 @@ def test_a_byte_a_number_takes_a_quarter() -> None:
 @pytest.mark.parametrize("wire", WIRES)
 def test_zeros_stay_zeros_and_nothing_stays_nothing(wire: Wire) -> None:
     sent = {Key("m", INDIVIDUAL, A): torch.zeros(2, 3)}
-    assert torch.equal(unpack(pack(sent, wire))[Key("m", INDIVIDUAL, A)], torch.zeros(2, 3))
-    assert unpack(pack({}, wire)) == {}
+    assert torch.equal(unpack(pack(sent, wire), wire)[Key("m", INDIVIDUAL, A)], torch.zeros(2, 3))
+    assert unpack(pack({}, wire), wire) == {}
 
 
 @pytest.mark.parametrize("wire", ["fp32", "bf16", "int8"])
 def test_what_is_not_finite_does_not_become_finite(wire: Wire) -> None:
     sent = {Key("m", INDIVIDUAL, A): torch.tensor([[1.0, float("nan")], [1.0, 2.0]])}
-    assert not unpack(pack(sent, wire))[Key("m", INDIVIDUAL, A)].isfinite().all()
+    assert not unpack(pack(sent, wire), wire)[Key("m", INDIVIDUAL, A)].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_what_is_not_finite_does_not_become_finite(wire: Wire) -> None:
 )
 def test_broken_bytes_are_refused(change: Any) -> None:
     with pytest.raises(UserError, match="are no tensors"):
-        unpack(change(pack(tensors(1), "int8")))
+        unpack(change(pack(tensors(1), "int8")), "int8")
 
 
 def test_codes_without_their_scale_are_refused() -> None:
     from safetensors.torch import save
 
     with pytest.raises(UserError, match="are no tensors"):
-        unpack(save({str(Key("m", INDIVIDUAL, A)): torch.ones(2, 2, dtype=torch.int8)}))
+        unpack(save({str(Key("m", INDIVIDUAL, A)): torch.ones(2, 2, dtype=torch.int8)}), "int8")

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedalt.errors import UserError
 from fedalt.files import disk_errors
-from fedalt.flower.certs import check_ca, check_site_key
+from fedalt.flower.certs import check_ca, read_site_key
 from fedalt.flower.deploy.address import Connection, UnreachableError, check_server
 from fedalt.flower.deploy.folders import claim_site, locked
 from fedalt.flower.deploy.processes import ProcessEvent, Watch, end, flower_environment, plain, shortened, start
@@ -45,6 +45,7 @@ class Site:
         allow_two: Whether to take part in a federation of two.
         share: Private parts that it lets the server have.
         plugins: Files of code that runs may use here.
+        own: Other settings that are the site's; see ``fedalt.flower.own.SiteRows``.
     """
 
     connection: Connection
@@ -58,6 +59,7 @@ class Site:
     allow_two: bool = False
     share: tuple[str, ...] = ()
     plugins: tuple[str, ...] = ()
+    own: Mapping[str, object] = field(default_factory=dict)
 
     def check(self) -> None:
         """Check the files.
@@ -70,7 +72,7 @@ class Site:
         if self.connection.ca:
             check_ca(self.connection.ca)
         if self.key:
-            check_site_key(self.key)
+            read_site_key(self.key)
         if any(c in "\"\\'\n" for c in str(self.state)):
             raise UserError(f"--state {self.state}: Flower takes no path with quotation marks or backslashes")
 
@@ -78,7 +80,8 @@ class Site:
         """The content of ``site.json``, for the trainer."""
         names = ("client", "data", "model", "device", "allow_two")
         lists = {"share": list(self.share), "plugins": list(self.plugins)}
-        return {name: getattr(self, name) for name in names} | lists
+        key = str(self.key.absolute()) if self.key else None
+        return {name: getattr(self, name) for name in names} | lists | {"key": key, "own": dict(self.own)}
 
     def command(self) -> list[str]:
         """The plain ``flower-supernode`` line, but for its own port and how often it looks for messages."""
