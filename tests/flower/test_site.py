@@ -204,13 +204,10 @@ def test_two_clients_are_two_if_the_site_agrees(tmp_path: Path, bases: Bases) ->
     good(site(tmp_path, bases, consent=Consent(allow_two=True)).answer(asking("train", tmp_path, 1, 2)))
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "", "a/b", ".hidden", "x\0"])
-def test_a_run_is_a_folder_of_the_state_and_no_other(name: str, tmp_path: Path, bases: Bases) -> None:
-    with pytest.raises(UserError, match="not what it must be"):
+@pytest.mark.parametrize("name", ["../elsewhere", "", "a/b", ".hidden", "x\0", "x\n", "x" * 256])
+def test_a_run_is_a_folder_of_the_state_and_no_other(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not what it must be \(run: "):
         Request.parse(replace(asking("join", tmp_path), run=name).header, b"")
-    reply = site(tmp_path, bases).answer(replace(asking("join", tmp_path), run=name))
-    assert reply.error == "message"
-    assert not (tmp_path / "state").exists() and not (tmp_path / "elsewhere").exists()
 
 
 def test_other_rows_are_another_run(tmp_path: Path, bases: Bases) -> None:

@@ -39,7 +39,9 @@ def test_fp32_is_exact_and_int8_is_within_half_a_step_of_its_row(
 
 def test_bf16_is_the_nearest_bf16() -> None:
     sent = tensors(0)
-    assert all(torch.equal(value, sent[key].bfloat16().float()) for key, value in unpack(pack(sent, "bf16"), "bf16").items())
+    assert all(
+        torch.equal(value, sent[key].bfloat16().float()) for key, value in unpack(pack(sent, "bf16"), "bf16").items()
+    )
 
 
 def test_a_byte_a_number_takes_a_quarter() -> None:
