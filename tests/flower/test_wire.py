@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,15 @@ from hypothesis import strategies as st
 from fedalt.errors import UserError
 from fedalt.flower.wire import Wire, pack, unpack
 from fedalt.names import HEAD, INDIVIDUAL, A, B, Key
+from fedalt.runs.setup import Bases
+from flower.lies import bomb
+from flower.test_site import asking, good, site, told
+
+
+@pytest.fixture(scope="module")
+def bases() -> Bases:
+    return Bases()
+
 
 WIRES: tuple[Wire, ...] = ("fp32", "bf16", "int8")
 
@@ -78,3 +88,70 @@ def test_codes_without_their_scale_are_refused() -> None:
 
     with pytest.raises(UserError, match="are no tensors"):
         unpack(save({str(Key("m", INDIVIDUAL, A)): torch.ones(2, 2, dtype=torch.int8)}), "int8")
+
+
+def exactly(shapes: dict[Key, tuple[int, ...]]) -> Any:
+    def check(found: Any) -> None:
+        if found != shapes:
+            raise UserError("other shapes than the run's")
+
+    return check
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_other_names_and_shapes_are_refused_before_a_number_is_read(wire: Wire) -> None:
+    sent = {Key("m", INDIVIDUAL, A): torch.ones(2, 3)}
+    assert unpack(pack(sent, wire), wire, exactly({Key("m", INDIVIDUAL, A): (2, 3)}))
+    for other in ({Key("m", INDIVIDUAL, B): (2, 3)}, {Key("m", INDIVIDUAL, A): (3, 2)}, {}):
+        with pytest.raises(UserError, match="other shapes than the run's"):
+            unpack(pack(sent, wire), wire, exactly(other))
+    for another in set(WIRES) - {wire}:
+        with pytest.raises(UserError, match="are no tensors in"):
+            unpack(pack(sent, another), wire)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_bomb_does_not_go_off(wire: Wire) -> None:
+    """120 kB of codes [1, n] with scales [1, n, 1] were 3.6 GB once."""
+    block = bomb(pack({Key("m", INDIVIDUAL, A): torch.ones(1, 2)}))
+    assert len(block) < 200_000
+    with pytest.raises(UserError, match="are no tensors in"):
+        unpack(block, wire)
+
+
+BROADCAST: dict[str, Any] = {
+    "bomb": bomb,
+    "another rank": lambda block: pack({k: v.repeat(2, 1) if k.factor == A else v for k, v in unpack(block).items()}),
+    "a private slot": lambda block: pack({k._replace(slot="rest_of_world"): v for k, v in unpack(block).items()}),
+    "a tensor more": lambda block: pack({**unpack(block), Key("m", "mixer", "G"): torch.ones(2, 2)}),
+    "bf16": lambda block: pack(unpack(block), "bf16"),
+    "cut off": lambda block: block[:-8],
+    "no tensors": lambda block: b"hello",
+}
+
+
+@pytest.mark.parametrize("kind", BROADCAST)
+def test_a_site_takes_no_such_thing_from_a_server_either(kind: str, tmp_path: Path, bases: Bases) -> None:
+    mine = site(tmp_path, bases)
+    one = good(mine.answer(asking("train", tmp_path, 1)))
+    second = told(asking("train", tmp_path, 2), one.block)
+    bad = told(asking("train", tmp_path, 2), BROADCAST[kind](one.block))
+    assert mine.answer(bad).error == "message"
+    assert good(mine.answer(second)).round == 2
+
+
+def test_methods_that_tell_stacks_tell_no_more_than_all_ranks_together(tmp_path: Path, bases: Bases) -> None:
+    mine = site(tmp_path, bases)
+    one = unpack(good(mine.answer(asking("train", tmp_path, 1, method="flora"))).block)
+    request = asking("train", tmp_path, 2, method="flora")
+
+    def stack(times: int) -> bytes:
+        return pack(
+            {
+                k._replace(slot="round1"): v.repeat(times, 1) if k.factor == A else v.repeat(1, times)
+                for k, v in one.items()
+            }
+        )
+
+    assert mine.answer(told(request, stack(4))).error == "message"
+    assert good(mine.answer(told(request, stack(3)))).round == 2

@@ -28,7 +28,7 @@ from fedalt.evaluation.choices import options_of
 from fedalt.evaluation.metrics import metric_of, metrics_in, over_clients
 from fedalt.federation.client import client_round, installed
 from fedalt.federation.diagnostics import row_lora_drift
-from fedalt.files import read_json, write_bytes, write_json
+from fedalt.files import disk_errors, read_json, write_bytes, write_json
 from fedalt.flower.consent import Consent
 from fedalt.flower.members import rule_of
 from fedalt.flower.own import COLUMNS, SiteRows
@@ -196,8 +196,9 @@ class Site:
         for line in experiment.notes:
             self.note(line)
         own = RunFolder(self.state / request.run)
-        own.path.mkdir(parents=True, exist_ok=True)
-        own.write_config(experiment.config, [f"{name}: {value}" for name, value in versions().items()])
+        with _coded("disk"), disk_errors(own.path):
+            own.path.mkdir(parents=True, exist_ok=True)
+            own.write_config(experiment.config, [f"{name}: {value}" for name, value in versions().items()])
         folder = self.results(own, experiment.config)
         key = (request.run, request.settings, request.clients)
         told = None if self.alone else rows

@@ -147,11 +147,9 @@ class RemoteClients:
                 continue
             found = {"before": scored.before, "validation": scored.validation}
             parts = {point: part and self._as_in_file(client, part) for point, part in found.items()}
-            after = self._as_in_file(client, scored.after)
-            write_json(
-                self.folder.scores(client, new.round),
-                after | {"before_aggregation": parts["before"], "validation": parts["validation"]},
-            )
+            after, others = self._as_in_file(client, scored.after), {"before_aggregation": parts["before"]}
+            others["validation"] = parts["validation"]
+            write_json(self.folder.scores(client, new.round), {"round": new.round, **after, **others})
             for point, part in {"after": after, **parts}.items():
                 if part:
                     points[point][client] = part
