@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Message
 
 from fedalt.errors import UserError
-from fedalt.flower.certs import PrivateKey, PublicKey, client_keys, make_certs, read_site_key
+from fedalt.flower.certs import PrivateKey, PublicKey, client_keys, make_certs, check_site_key
 from fedalt.flower.messages import reply_in, to_node, to_server
 from fedalt.flower.requests import Reply, Request
 from fedalt.flower.wire import pack, unpack
@@ -36,7 +36,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def private(tls: Path) -> dict[int, PrivateKey]:
-    return {client: read_site_key(tls / f"keys/client_{client}") for client in range(3)}
+    return {client: check_site_key(tls / f"keys/client_{client}") for client in range(3)}
 
 
 @pytest.fixture(scope="module")

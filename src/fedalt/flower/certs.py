@@ -83,8 +83,8 @@ def check_ca(path: Path) -> x509.Certificate:
     return certificate
 
 
-def read_site_key(path: Path) -> PrivateKey:
-    """A site's private key.
+def check_site_key(path: Path) -> PrivateKey:
+    """Check a site's private key, and return it.
 
     Raises:
         UserError: It is missing, broken, of a kind that Flower does not take, or the public half.

@@ -13,7 +13,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedalt.files import read_json
-from fedalt.flower.certs import PrivateKey, read_site_key
+from fedalt.flower.certs import PrivateKey, check_site_key
 from fedalt.flower.messages import request_in, to_server
 from fedalt.flower.requests import Reply, Request, SiteError
 from fedalt.flower.trainer import SITE, ask
@@ -42,4 +42,4 @@ def handle(message: Message, context: Context) -> Message:
 def _key(state: Path) -> PrivateKey | None:
     """This site's private key, if it has one."""
     path = read_json(state / SITE).get("key")
-    return read_site_key(Path(path)) if path else None
+    return check_site_key(Path(path)) if path else None

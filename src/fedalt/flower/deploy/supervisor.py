@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedalt.errors import UserError
 from fedalt.files import disk_errors
-from fedalt.flower.certs import check_ca, read_site_key
+from fedalt.flower.certs import check_ca, check_site_key
 from fedalt.flower.deploy.address import Connection, UnreachableError, check_server
 from fedalt.flower.deploy.folders import claim_site, locked
 from fedalt.flower.deploy.processes import ProcessEvent, Watch, end, flower_environment, plain, shortened, start
@@ -72,7 +72,7 @@ class Site:
         if self.connection.ca:
             check_ca(self.connection.ca)
         if self.key:
-            read_site_key(self.key)
+            check_site_key(self.key)
         if any(c in "\"\\'\n" for c in str(self.state)):
             raise UserError(f"--state {self.state}: Flower takes no path with quotation marks or backslashes")
 
