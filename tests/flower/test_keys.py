@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Message
 
 from fedalt.errors import UserError
-from fedalt.flower.certs import PrivateKey, PublicKey, client_keys, make_certs, check_site_key
+from fedalt.flower.certs import PrivateKey, PublicKey, check_site_key, client_keys, make_certs
 from fedalt.flower.messages import reply_in, to_node, to_server
 from fedalt.flower.requests import Reply, Request
 from fedalt.flower.wire import pack, unpack

@@ -127,6 +127,7 @@ BROADCAST: dict[str, Any] = {
     "bf16": lambda block: pack(unpack(block), "bf16"),
     "cut off": lambda block: block[:-8],
     "no tensors": lambda block: b"hello",
+    "nothing": lambda block: b"",
 }
 
 

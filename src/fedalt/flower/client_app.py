@@ -14,10 +14,13 @@ from flwr.clientapp import ClientApp
 
 from fedalt.files import read_json
 from fedalt.flower.certs import PrivateKey, check_site_key
+from fedalt.flower.inflate import SITE as SITE_INFLATES
+from fedalt.flower.inflate import bound
 from fedalt.flower.messages import request_in, to_server
 from fedalt.flower.requests import Reply, Request, SiteError
 from fedalt.flower.trainer import SITE, ask
 
+bound(SITE_INFLATES)  # here, because a process that is to run a ClientApp imports it before it reads a message
 app = ClientApp()
 _log = logging.getLogger("flwr")
 

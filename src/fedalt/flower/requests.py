@@ -265,7 +265,7 @@ class Request(Frame):
     do: Do
     run: Name = "0"
     settings: Annotated[str, Field(max_length=1_000_000)] = "{}"
-    clients: Number = 0
+    clients: Annotated[int, Field(ge=0, le=100_000)] = 0
     round: Number = 0
     common: Digest = ""
     counts: Number = 0

@@ -21,6 +21,7 @@ from fedalt.federation.server import Server
 from fedalt.files import read_json, write_json
 from fedalt.flower.certs import TLS, PublicKey, client_keys
 from fedalt.flower.consent import check_pooled, check_two
+from fedalt.flower.inflate import bound
 from fedalt.flower.members import common_to, facts_of, member_of, rule_of
 from fedalt.flower.nodes import Nodes
 from fedalt.flower.requests import Common, Member, Reply, strict
@@ -49,6 +50,7 @@ def main(grid: Grid, context: Context) -> None:
     given = context.run_config
     exists: IfExists = "resume" if given["resume"] else "overwrite" if given["overwrite"] else "ask"
     settings = json.loads(str(given["settings"]))
+    bound(GRID, errors=True)
     retry_soon(GRID, "pull_objects", settings["flower"]["round_deadline"])
     try:
         folder = os.environ.get(TLS)

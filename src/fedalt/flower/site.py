@@ -388,7 +388,10 @@ class _Work:
                 "apart", f"holds the upload of round {holds}, and that of round {request.counts} counts", holds
             )
         with _coded("message"):
-            return Message(unpack(request.block, self.experiment.config.flower.wire, self._check_told), request.share)
+            tensors = unpack(request.block, self.experiment.config.flower.wire, self._check_told)
+            if not tensors:
+                self._check_told({})
+        return Message(tensors, request.share)
 
     def _check_told(self, shapes: Mapping[Key, Shape]) -> None:
         """Refuse what the server cannot have to tell.
