@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import Error, Message
+from flwr.app import Error, Message, MessageType
 from flwr.app.message import make_message
 from flwr.common.serde import metadata_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
@@ -76,8 +76,10 @@ def check(contents: Mapping[str, bytes]) -> None:
 
 def _error(root: bytes) -> Message:
     """The error that a message could not be read, in answer to what that message answers, if that can be read."""
+    error = Error(code=_UNREADABLE, reason="unreadable")
     try:
         metadata = ProtoMessage.FromString(get_object_body(root, Message)).metadata
+        return make_message(metadata=metadata_from_proto(metadata), error=error)
     except Exception:
-        metadata = ProtoMessage().metadata
-    return make_message(metadata=metadata_from_proto(metadata), error=Error(code=_UNREADABLE, reason="unreadable"))
+        nobodys = ProtoMessage(metadata={"message_type": MessageType.QUERY}).metadata  # in answer to nothing
+        return make_message(metadata=metadata_from_proto(nobodys), error=error)
