@@ -201,3 +201,13 @@ def test_a_site_without_a_trainer_says_so_and_no_more(tmp_path: Path, monkeypatc
     message.metadata.__dict__["_message_id"] = "m"
     answer = client_app.app(message, context)
     assert reply_in(answer).error == "trainer" and str(tmp_path).encode() not in wired(answer)
+
+
+def test_a_key_that_cannot_be_read_is_a_code(tmp_path: Path) -> None:
+    key = tmp_path / "secret-place"
+    (tmp_path / "site.json").write_text(json.dumps({"client": 1, "key": str(key)}))
+    context = Context(1, 1, {"client-id": 1, "state": str(tmp_path)}, RecordDict(), {})
+    message = to_node(Request("who"), 1)
+    message.metadata.__dict__["_message_id"] = "m"
+    answer = client_app.app(message, context)
+    assert reply_in(answer).error == "message" and b"secret-place" not in wired(answer)

@@ -31,14 +31,15 @@ _log = logging.getLogger("flwr")
 def handle(message: Message, context: Context) -> Message:
     """Say who this is, or let the trainer answer; of what goes wrong only a code leaves the site."""
     client, state = int(context.node_config["client-id"]), Path(str(context.node_config["state"]))
-    request = Request("who")
+    request, key = Request("who"), None
     try:
+        key = _key(state)
         request = request_in(message)
         reply = Reply.to(request, client) if request.do == "who" else ask(state, request)
     except Exception as error:
         _log.error("%s: %s: %s", request.do, type(error).__name__, error)
         reply = Reply.failed(request, client, error if isinstance(error, SiteError) else SiteError("message"))
-    return to_server(reply, message, _key(state))
+    return to_server(reply, message, key)
 
 
 @cache
