@@ -11,17 +11,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import Error, Message, MessageType
+from flwr.app import Array, Error, Message, MessageType
 from flwr.app.message import make_message
-from flwr.common.serde import metadata_from_proto
+from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import Metadata
 from flwr.supercore.inflatable.inflatable_object import (
     get_object_body,
     get_object_head_values_from_object_content,
     get_object_type_from_object_content,
 )
-
-from fedalt.flower.messages import Array
 
 SITE = "flwr.supercore.inflatable.inflatable_utils"
 """Where a ClientApp puts messages together."""
@@ -81,5 +80,5 @@ def _error(root: bytes) -> Message:
         metadata = ProtoMessage.FromString(get_object_body(root, Message)).metadata
         return make_message(metadata=metadata_from_proto(metadata), error=error)
     except Exception:
-        nobodys = ProtoMessage(metadata={"message_type": MessageType.QUERY}).metadata  # in answer to nothing
+        nobodys = Metadata(message_type=MessageType.QUERY)  # in answer to nothing
         return make_message(metadata=metadata_from_proto(nobodys), error=error)
