@@ -19,7 +19,7 @@ from fedalt.config import parse_config
 from fedalt.flower import client_app, trainer
 from fedalt.flower.messages import reply_in, to_node
 from fedalt.flower.own import SiteRows
-from fedalt.flower.requests import Reply, Request
+from fedalt.flower.requests import Reply, Request, Scored
 from fedalt.flower.site import Site
 from fedalt.runs.setup import Bases
 from flower.wired import wired
@@ -211,3 +211,17 @@ def test_a_key_that_cannot_be_read_is_a_code(tmp_path: Path) -> None:
     message.metadata.__dict__["_message_id"] = "m"
     answer = client_app.app(message, context)
     assert reply_in(answer).error == "message" and b"secret-place" not in wired(answer)
+
+
+@pytest.mark.parametrize(("other", "told"), [(20, {"named"}), (3, set())])
+def test_no_score_of_few_rows_follows_from_others(other: int, told: set[str], tmp_path: Path, bases: Bases) -> None:
+    """Of all rows and of all but three, the score of the three would follow."""
+    made = [{**row, "category": "named"} for row in rows("secret", 20)]
+    made += [{**row, "category": "other"} for row in rows("secret", other)]
+    folder = tmp_path / "rows"
+    micro.write_rows(folder / "train/local_training_0.json", rows("secret", 12), False)
+    micro.write_rows(folder / "test/local_testing_0.jsonl", made, True)
+    own = SiteRows(data=str(folder), model=str(micro.shared_model()), categories=("named",))
+    site = Site(1, tmp_path / "state", bases, own)
+    *_, (scored, _) = answered(site, tmp_path, [asked("train"), asked("score")], [])
+    assert isinstance(scored.body, Scored) and scored.body.after.categories.keys() == told

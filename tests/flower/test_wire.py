@@ -156,3 +156,13 @@ def test_methods_that_tell_stacks_tell_no_more_than_all_ranks_together(tmp_path:
 
     assert mine.answer(told(request, stack(4))).error == "message"
     assert good(mine.answer(told(request, stack(3)))).round == 2
+
+
+def test_a_site_lets_no_server_overwrite_its_individual_lora(tmp_path: Path, bases: Bases) -> None:
+    """Not by a method whose server makes something of single uploads, either."""
+    mine = site(tmp_path, bases)
+    one = unpack(good(mine.answer(asking("train", tmp_path, 1, method="fedalt_median"))).block)
+    request = asking("train", tmp_path, 2, method="fedalt_median")
+    assert mine.answer(told(request, pack(one), share=0)).error == "message"
+    row = pack({key._replace(slot="rest_of_world"): value for key, value in one.items()})
+    assert good(mine.answer(told(request, row, share=0))).round == 2

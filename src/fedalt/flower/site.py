@@ -37,7 +37,7 @@ from fedalt.flower.wire import Shape, pack, unpack
 from fedalt.methods.exchange import Message
 from fedalt.model.base import TINY_BASE
 from fedalt.model.state import ClientState
-from fedalt.names import HEAD, MIXER, REST_OF_WORLD, A, B, G, Key, W, parted
+from fedalt.names import HEAD, INDIVIDUAL, LOCAL, MIXER, PERSONAL, PRIVATE, REST_OF_WORLD, A, B, G, Key, W, parted
 from fedalt.registry import SOURCES, TEMPLATES
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
 from fedalt.runs.client_folder import write_client
@@ -121,6 +121,8 @@ def _coded(code: str) -> Iterator[None]:
         raise SiteError(code, str(error)) from None
 
 
+_OWN = (INDIVIDUAL, LOCAL, PRIVATE, PERSONAL)
+"""Slots that only their client trains, and no server fills."""
 _REPLY, _BLOCK = "reply.json", "reply.safetensors"
 
 
@@ -332,13 +334,17 @@ class _Work:
 
     def _told_of(self, scores: Mapping[str, Any], rows: Sequence[Example]) -> Scores | None:
         """What the server is told of scores: of no fewer rows than the site wants, and of categories that it names."""
-        parts = {}
+        told: dict[str, Part] = {}
         for name, part in scores["categories"].items():
-            if self.rows is None or name in self.rows.categories:
-                parts[name] = self._part(part, [example for example in rows if example.row.category == name])
+            mine = [example for example in rows if example.row.category == name]
+            if (self.rows is None or name in self.rows.categories) and (kept := self._part(part, mine)):
+                told[name] = kept
         found = self._part(scores, rows)
-        told = {name: part for name, part in parts.items() if part is not None}
-        return None if found is None else Scores(found.rows, found.metrics, told)
+        if found is None or self.experiment.config.metric not in found.metrics:
+            return None
+        rest = len(rows) - sum(part.rows for part in told.values())
+        few = 0 < rest < (self.rows.min_rows if self.rows else 1)  # whose score would follow from the others'
+        return Scores(found.rows, found.metrics, {} if few else told)
 
     def _part(self, scores: Mapping[str, Any], rows: Sequence[Example]) -> Part | None:
         least = self.rows.min_rows if self.rows else 1
@@ -411,7 +417,7 @@ class _Work:
         experiment, method = self.experiment, self.experiment.method
         if key.slot in (HEAD, MIXER):
             return experiment.upload_shapes.get(key) == shape
-        if key.module not in method.layers or len(shape) != 2:
+        if key.slot in _OWN or key.module not in method.layers or len(shape) != 2:
             return False
         d_in, d_out = method.layers[key.module]
         highest = method.clients * max(method.ranks.values(), default=1)
