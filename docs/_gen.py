@@ -23,6 +23,7 @@ from rich.text import Text
 
 import fedalt
 from fedalt.cli.app import app
+from fedalt.cli.known import method_table
 from fedalt.config import RunConfig
 from fedalt.methods.registry import Variant
 from fedalt.registry import METHODS
@@ -201,8 +202,8 @@ def plain(text: str) -> str:
 
 def methods_page() -> str:
     """Every method and variant of the registry."""
-    known = {entry.name: entry.value for entry in METHODS.entries()}
-    variants = {name: one for name, one in known.items() if isinstance(one, Variant)}
+    known = method_table()
+    variants = {entry.name: entry.value for entry in METHODS.entries() if isinstance(entry.value, Variant)}
     lines = [
         "# Methods in the package",
         "",
@@ -214,7 +215,8 @@ def methods_page() -> str:
     ]
     for name, one in known.items():
         if name not in variants:
-            lines.append(f"| `{name}` | {one.title} | {escaped(first_line(one))} | {escaped(one.source)} |")
+            told = (one["title"], escaped(one["what it is"]), escaped(one["source"]))
+            lines.append(f"| `{name}` | {' | '.join(told)} |")
     lines += ["", "## Variants", "", "A variant is a method with settings of its own.", ""]
     lines += ["| name | in tables | method | settings |", "|---|---|---|---|"]
     for name, one in variants.items():
@@ -228,7 +230,7 @@ def methods_page() -> str:
 
 def api_page() -> str:
     """The public names of the package and what their functions return, documented by mkdocstrings."""
-    public = {name: getattr(fedalt, name) for name in fedalt._WHERE}
+    public = {name: getattr(fedalt, name) for name in fedalt.__all__}
     head = "# Python API\n\nThese names, and no others, are public: `import fedalt as fa`.\n"
     parts = [_documented(f"fedalt.{name}", _place(name, value)) for name, value in public.items()]
     returned = {kind.__name__: kind for value in public.values() for kind in _returned(value)}

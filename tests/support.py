@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import hypothesis
@@ -22,15 +23,15 @@ from transformers import (
 from fedalt.config import FederationConfig, RunConfig, TrainingConfig, with_settings
 from fedalt.data.batches import Plan
 from fedalt.data.encode import Example
-from fedalt.federation.client import ClientResult, RoundSettings, run_clients
-from fedalt.federation.cohort import cohort_size
+from fedalt.federation.client import ClientResult, RoundSettings, cohort_size, run_clients
 from fedalt.federation.server import Server
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Message
-from fedalt.methods.registry import build, configured, method_names, variant_names
+from fedalt.methods.base import Message, Method
+from fedalt.methods.registry import Variant, build, configured, method_names
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import SOFTMAX, SUM, Placement
 from fedalt.model.state import AdapterShape, ClientState
+from fedalt.names import Tensors
+from fedalt.registry import METHODS as REGISTERED
 from fedalt.testing import (
     HIDDEN,
     LAYERS,
@@ -41,13 +42,11 @@ from fedalt.testing import (
     VOCAB,
     WIDE,
     TinyFederation,
-    bitwise,
     distance,
     example,
     examples,
     plans_of,
     round_settings,
-    shape_of,
     start_states,
     training,
 )
@@ -124,7 +123,8 @@ def _seeded(model_class: Any, config: Any) -> Any:
     return model_class(config).float().eval()
 
 
-METHODS, VARIANTS = method_names(), variant_names()
+METHODS = method_names()
+VARIANTS = tuple(entry.name for entry in REGISTERED.entries() if isinstance(entry.value, Variant))
 
 
 def method_of(name: str, clients: int = 3, **settings: Any) -> Method:
@@ -142,6 +142,20 @@ def random_states(shape: AdapterShape, clients: Sequence[int] = (0, 1, 2), sprea
         tensors = {key: spread * torch.randn(size, generator=generator) for key, size in shape.shapes().items()}
         states.append(ClientState(client, 0, tensors))
     return states
+
+
+def shape_of(method: Method, layers: Mapping[str, tuple[int, int]], r: int | None = None) -> AdapterShape:
+    """The tensors of one client of a method, on these layers and perhaps of this rank."""
+    placed = copy(method)
+    placed.layers = layers
+    if r is not None:
+        placed.config = with_settings(method.config, {"lora.r": r})
+    return placed.shape
+
+
+def bitwise(one: Tensors, other: Tensors) -> bool:
+    """Whether both hold the same keys and the same bits."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def placement(shape: AdapterShape, dropout: float = 0.0, scale: float = SCALE) -> Placement:
@@ -167,7 +181,9 @@ def run_all(
     phases = [[plan] if isinstance(plan, Plan) else plan for plan in plans]
     plan = dict(zip(clients, phases, strict=True))
     cohort = cohort_size(FederationConfig(**federation), len(clients))
-    return list(run_clients(model, clients, mine, told, plan.__getitem__, settings, round_, cohort))
+    return list(
+        run_clients(model, clients, mine, told, plan.__getitem__, settings=settings, round_=round_, cohort=cohort)
+    )
 
 
 def run_rounds(
@@ -186,7 +202,9 @@ def run_rounds(
 
     Clients start from ``states``, or as in a run; ``chosen`` are those of each round, or all take part in all.
     """
-    tiny = TinyFederation(model, method, rows, config, federation, dropout, states, **executor)
+    tiny = TinyFederation(
+        model, method, rows, config, federation=federation, dropout=dropout, states=states, **executor
+    )
     history = [tiny.round(n, chosen[n - 1] if chosen else None) for n in range(1, rounds + 1)]
     return history, tiny.server
 

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from fedalt import testing
     from fedalt.api import Simulation, compare, load_base, load_data, load_run, run
     from fedalt.config.section import Settings
-    from fedalt.data.deals import Column, Dirichlet, GLDirichlet, Iid, Pathological, Quantity, SCDirichlet
+    from fedalt.data.partition_settings import Column, Dirichlet, GLDirichlet, Iid, Pathological, Quantity, SCDirichlet
     from fedalt.decorators import aggregator, method, metric, partitioner, source, template, tracker
     from fedalt.methods.base import Method, squared_distance
 
-_DEALS = ("Column", "Dirichlet", "GLDirichlet", "Iid", "Pathological", "Quantity", "SCDirichlet")
+_PARTITIONS = ("Column", "Dirichlet", "GLDirichlet", "Iid", "Pathological", "Quantity", "SCDirichlet")
 _NAMED = ("aggregator", "method", "metric", "partitioner", "source", "template", "tracker")
 _WHERE = {
     **dict.fromkeys(("load_data", "load_base", "run", "compare", "load_run", "Simulation"), "fedalt.api"),
-    **dict.fromkeys(_DEALS, "fedalt.data.deals"),
+    **dict.fromkeys(_PARTITIONS, "fedalt.data.partition_settings"),
     **dict.fromkeys(_NAMED, "fedalt.decorators"),
     **dict.fromkeys(("Method", "squared_distance"), "fedalt.methods.base"),
     "Settings": "fedalt.config.section",

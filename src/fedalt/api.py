@@ -18,11 +18,12 @@ from fedalt.comparisons.compare import compare as train_all
 from fedalt.comparisons.jobs import Budget
 from fedalt.comparisons.tables import client_lines, latex, markdown, score_grid
 from fedalt.config import RunConfig, with_settings
-from fedalt.data.deals import Deal
 from fedalt.data.federation import ClientData, Federation, Row
 from fedalt.data.load import Rows
+from fedalt.data.partition_settings import Partition
 from fedalt.data.sources.given import Given, given_source, handed_on
 from fedalt.errors import UserError, did_you_mean, listed, needs
+from fedalt.evaluation.metrics import metric_of
 from fedalt.files import write_text
 from fedalt.methods.registry import as_variant
 from fedalt.personal.chat import Answer, Chat
@@ -135,7 +136,7 @@ def load_data(
     source: str | Path | Mapping[Any, Any] | Sequence[Any] = "tinyworld",
     *,
     clients: int | None = None,
-    partition: Deal | str | Path | None = None,
+    partition: Partition | str | Path | None = None,
     seed: int | None = None,
     **settings: Any,
 ) -> Data:
@@ -366,8 +367,8 @@ class Run:
         about = f"{self.config.method}, seed {self.config.seed}"
         if not RunFolder(self.folder).final_scores.is_file():
             return f"<Run {about}: not finished; {self.folder}>"
-        scores = self.scores
-        return f"<Run {about}: {scores.metric} mean {scores.mean:.1f}, worst {scores.worst:.1f}; {self.folder}>"
+        scores, text = self.scores, metric_of(self.config.metric).text
+        return f"<Run {about}: {scores.metric} mean {text(scores.mean)}, worst {text(scores.worst)}; {self.folder}>"
 
 
 class Client:
@@ -468,10 +469,12 @@ def compare(
     full = _config(data, base, {**_short("compare", short), **_dotted(settings)}, config, "ask")
     entrants = [as_variant(method) for method in ([methods] if isinstance(methods, str) else methods)]
     place = _Place(out)
-    given = (full, entrants, [full.seed] if seeds is None else seeds, place.path, if_exists)
+    given = (full, entrants, [full.seed] if seeds is None else seeds, place.path)
     processes = jobs > 1 or full.federation.devices is not None
     with _handed_on(data, processes), _bar(full.federation.rounds, quiet) as sink:
-        content = train_all(*given, sink, jobs, match_budget, base.bases, data.rows)
+        content = train_all(
+            *given, if_exists=if_exists, sink=sink, jobs=jobs, budget=match_budget, bases=base.bases, rows=data.rows
+        )
     write_reports(place.path, content, full.report.insight, base.bases, data.rows)
     return Comparison(content, base, data.rows, place)
 
@@ -568,18 +571,7 @@ class Simulation(Rounds):
     >>> sim.score().metric
     'rouge1'
 
-    All clients' adapters are in memory at a time; nothing is written.
-
-    Args:
-        data: From ``load_data``, or what that takes first.
-        base: From ``load_base``, or a model's name.
-        method: As for ``run``.
-        config: A YAML file of settings, or settings; what is given besides replaces them.
-        settings: Dotted key → value.
-        short: As for ``run``.
-
-    Raises:
-        UserError: As for ``run``.
+    All clients' adapters are in memory at a time; nothing is written. Arguments and errors are those of ``run``.
     """
 
     def __init__(
@@ -617,8 +609,8 @@ def _method(method: Any) -> dict[str, Any]:
     return {"method": choice.method, **choice.settings}
 
 
-def _partition(partition: Deal | str | Path | None) -> dict[str, Any]:
-    if partition is None or isinstance(partition, Deal):
+def _partition(partition: Partition | str | Path | None) -> dict[str, Any]:
+    if partition is None or isinstance(partition, Partition):
         return partition.settings() if partition else {}
     key = "file" if str(partition).endswith(".json") else "by"
     return {f"data.partition.{key}": str(partition)}

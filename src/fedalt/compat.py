@@ -55,7 +55,7 @@ _SECTIONS_0_1: dict[str, dict[str, Any]] = {
     "lora_fair": {"solver": "sgd", "weight": 0.01, "lr": 0.01, "steps": 1000},
 }
 """All sections of methods of fedalt 0.1 with their defaults: a run was known by all of them."""
-_LATER: dict[str, dict[str, Any]] = {}
+_LATER: dict[str, dict[str, Any]] = {"data": {"files": None, "boundary": "apart", "limit_by": "first"}}
 """Section → settings that came after fedalt 0.1, with the value that changes nothing."""
 
 
@@ -68,13 +68,27 @@ def today(key: str, value: Any) -> tuple[str, Any]:
 
 
 def settings_today(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings under today's names.
-
-    Raises:
-        UserError: A setting is there under both names.
-    """
+    """Nested settings under today's names."""
     found = copy.deepcopy(dict(values))
     return {name: _section(name, part) if isinstance(part, dict) else part for name, part in found.items()}
+
+
+def as_recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's config.yaml says, with settings that came later as they were before there were such."""
+    found = copy.deepcopy(dict(values))
+    for section, settings in _LATER.items():
+        if isinstance(found.get(section, {}), dict):
+            found[section] = {**settings, **found.get(section, {})}
+    return found
+
+
+def without_later(frozen: dict[str, Any]) -> dict[str, Any]:
+    """The settings that identify a run, without those that came later and change nothing."""
+    if frozen["data"]["train_limit"] is None and frozen["data"]["test_limit"] is None:
+        frozen["data"]["limit_by"] = "first"
+    for section, settings in _LATER.items():
+        frozen[section] = {k: v for k, v in frozen[section].items() if k not in settings or v != settings[k]}
+    return frozen
 
 
 def _section(name: str, part: Mapping[str, Any]) -> dict[str, Any]:

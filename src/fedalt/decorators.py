@@ -1,11 +1,14 @@
-"""Names for things of one's own: ``@fedalt.method("name")`` and its kin; what has a name can be asked for by it."""
+"""Names for things of one's own: ``@fedalt.method("name")`` and its kin; what has a name can be asked for by it.
+
+A name has letters, digits and underscores. One that is taken, and an attribute that is unknown, is a ``UserError``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from fedalt.registry import AGGREGATORS, METHODS, METRICS, PARTITIONERS, SOURCES, TEMPLATES, TRACKERS, Registry
+from fedalt.registry import AGGREGATORS, METHODS, METRICS, PARTITIONERS, SOURCES, TEMPLATES, TRACKERS
 
 T = TypeVar("T")
 
@@ -26,13 +29,9 @@ def method(name: str) -> Callable[[T], T]:
     >>> [r.number for r in sim.rounds(1)]
     [1]
 
-    Args:
-        name: Letters, digits and underscores. Also the name of the YAML section that holds the method's settings.
-
-    Raises:
-        UserError: The name is taken, or is none.
+    The name is also that of the YAML section with the method's settings.
     """
-    return _named(METHODS, name)
+    return METHODS.register(name)
 
 
 def aggregator(name: str) -> Callable[[T], T]:
@@ -44,17 +43,11 @@ def aggregator(name: str) -> Callable[[T], T]:
     ...     return lambda client: {}
     >>> nobody.__name__
     'nobody'
-
-    Args:
-        name: Letters, digits and underscores.
-
-    Raises:
-        UserError: The name is taken, or is none.
     """
-    return _named(AGGREGATORS, name)
+    return AGGREGATORS.register(name)
 
 
-def metric(name: str, **facts: Any) -> Callable[[T], T]:
+def metric(name: str, **attributes: Any) -> Callable[[T], T]:
     """Give a metric a name, for ``evaluation.metric``: a function of one answer and its reference, or of all of them.
 
     >>> import fedalt as fa
@@ -71,18 +64,15 @@ def metric(name: str, **facts: Any) -> Callable[[T], T]:
     True
 
     Args:
-        name: Letters, digits and underscores.
-        facts: ``title`` in tables; ``corpus`` for a function of all rows of a client; ``task`` (``text`` or ``class``)
-            where it suits one alone; ``higher_is_better``, ``points`` for 0 to 100, ``unit``, ``digits``; ``reads`` for
-            what is compared with the reference, if not the answer.
-
-    Raises:
-        UserError: The name is taken, or is none, or a fact is unknown.
+        name: Its name.
+        attributes: ``title`` in tables; ``corpus`` for a function of all rows of a client; ``task`` (``text`` or
+            ``class``) where it suits one alone; ``higher_is_better``, ``points`` for 0 to 100, ``unit``, ``digits``;
+            ``reads`` for what is compared with the reference, if not the answer.
     """
-    return METRICS.register(name, **facts)
+    return METRICS.register(name, **attributes)
 
 
-def partitioner(name: str, **facts: Any) -> Callable[[T], T]:
+def partitioner(name: str, **attributes: Any) -> Callable[[T], T]:
     """Give a way to deal rows to clients a name, for ``data.partition.by``: a function of rows, clients, generator.
 
     >>> import fedalt as fa
@@ -97,14 +87,11 @@ def partitioner(name: str, **facts: Any) -> Callable[[T], T]:
     ``rows.labels`` and ``rows.categories`` say what there is; the places of every client's rows are returned.
 
     Args:
-        name: Letters, digits and underscores.
-        facts: ``uses``, the settings of ``data.partition`` that matter to it; ``fixed`` if the generator does not
+        name: Its name.
+        attributes: ``uses``, the settings of ``data.partition`` that matter to it; ``fixed`` if the generator does not
             decide how many rows a client gets.
-
-    Raises:
-        UserError: The name is taken, or is none, or a fact is unknown.
     """
-    return PARTITIONERS.register(name, **facts)
+    return PARTITIONERS.register(name, **attributes)
 
 
 def source(name: str) -> Callable[[T], T]:
@@ -117,14 +104,8 @@ def source(name: str) -> Callable[[T], T]:
     ...     return {"anna": (rows[:8], rows[8:10]), "ben": (rows[10:18], rows[18:])}
     >>> [len(rows.train) for rows in fa.load_data("additions").clients.values()]
     [8, 8]
-
-    Args:
-        name: Letters, digits and underscores.
-
-    Raises:
-        UserError: The name is taken, or is none.
     """
-    return _named(SOURCES, name)
+    return SOURCES.register(name)
 
 
 def template(name: str) -> Callable[[T], T]:
@@ -136,14 +117,8 @@ def template(name: str) -> Callable[[T], T]:
     ...     return f"Q: {instruction}" + chr(10) + "A: "
     >>> asked("Why?").splitlines()
     ['Q: Why?', 'A: ']
-
-    Args:
-        name: Letters, digits and underscores.
-
-    Raises:
-        UserError: The name is taken, or is none.
     """
-    return _named(TEMPLATES, name)
+    return TEMPLATES.register(name)
 
 
 def tracker(name: str) -> Callable[[T], T]:
@@ -159,15 +134,5 @@ def tracker(name: str) -> Callable[[T], T]:
     ...         print(step, values, file=self.file)
     ...     def finish(self):
     ...         self.file.close()
-
-    Args:
-        name: Letters, digits and underscores.
-
-    Raises:
-        UserError: The name is taken, or is none.
     """
-    return _named(TRACKERS, name)
-
-
-def _named(registry: Registry[T], name: str) -> Callable[[T], T]:
-    return registry.register(name)
+    return TRACKERS.register(name)

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """What was wrong, where, and what is allowed; the command line prints it as one line, without a traceback."""
+    """What was wrong, where, and what is allowed; the command line prints it as one line, without a traceback.
+
+    Whatever reads what a user gave may raise it; docstrings below the public API do not repeat this.
+    """
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

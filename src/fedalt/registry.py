@@ -4,7 +4,8 @@ A table is filled by its decorator, by entry points of installed packages (``fed
 and by ``FILE.py:Name`` or ``module:Name`` wherever a name is expected. Code is never sent anywhere: every machine of
 a run holds the file, and the digest of its text is part of the run's identity.
 
-Facts about a thing are attributes of its function or class; the decorator sets them: ``register(name, corpus=True)``.
+What is known of a thing is in attributes of its function or class, which the decorator sets: ``register(name,
+corpus=True)``.
 A class may have settings: a nested ``Settings``, which is a section of the YAML named after it. An instance is made
 without arguments, and has them as ``self.settings`` before its ``__init__`` runs.
 """
@@ -68,7 +69,7 @@ class Registry(Generic[T]):
         home: Our own package or module whose import registers ours; all modules of a package are imported.
         accepts: Whether something can be registered; for what ``FILE.py:Name`` finds.
         wanted: What ``accepts`` asks for, in words.
-        facts: What ``register`` can say about a thing of this kind.
+        attributes: What ``register`` can say about a thing of this kind.
         reserved: Names that mean something else where things of this kind are named.
         open: Whether a path or another name may stand where a name of this kind is expected.
     """
@@ -81,27 +82,22 @@ class Registry(Generic[T]):
         *,
         accepts: Callable[[Any], bool] = callable,
         wanted: str = "a function or a class",
-        facts: Sequence[str] = (),
+        attributes: Sequence[str] = (),
         reserved: Sequence[str] = (),
         open: bool = False,
     ) -> None:
         self.kind, self.group, self.home, self.open = kind, group, home, open
-        self._accepts, self._wanted, self._facts, self._reserved = accepts, wanted, facts, reserved
+        self._accepts, self._wanted, self._attributes, self._reserved = accepts, wanted, attributes, reserved
         self._entries: dict[str, Entry[T]] = {}
         self._complete = False
 
-    def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
-        """A decorator that gives its class or function a name here, and attributes.
-
-        Raises:
-            UserError: The name is taken, or is none: letters, digits and underscores, first a letter; or a fact is
-                unknown.
-        """
-        for fact in facts:
-            if fact not in self._facts:
+    def register(self, name: str, **attributes: Any) -> Callable[[Any], Any]:
+        """A decorator that gives its class or function a name here, and attributes."""
+        for key in attributes:
+            if key not in self._attributes:
                 raise UserError(
-                    f'{self.kind} "{name}": nothing is known of "{fact}"{did_you_mean(fact, self._facts)}; '
-                    f"known: {listed(self._facts) or 'nothing'}"
+                    f'{self.kind} "{name}": nothing is known of "{key}"{did_you_mean(key, self._attributes)}; '
+                    f"known: {listed(self._attributes) or 'nothing'}"
                 )
         if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise UserError(
@@ -109,8 +105,8 @@ class Registry(Generic[T]):
             )
 
         def decorate(value: Any) -> Any:
-            for fact, known in facts.items():
-                setattr(value, fact, known)
+            for key, known in attributes.items():
+                setattr(value, key, known)
             self.add(name, value)
             return value
 
@@ -132,19 +128,11 @@ class Registry(Generic[T]):
             value.name = name
 
     def get(self, name: str) -> T:
-        """The thing behind a name.
-
-        Raises:
-            UserError: No such name; the closest one is suggested.
-        """
+        """The thing behind a name."""
         return self.entry(name).value
 
     def entry(self, name: str) -> Entry[T]:
-        """The thing behind a name, and where it comes from.
-
-        Raises:
-            UserError: See ``get``.
-        """
+        """The thing behind a name, and where it comes from."""
         if name not in self:
             known = self.names()
             short = name if len(name) <= 80 else name[:77] + "…"
@@ -161,9 +149,6 @@ class Registry(Generic[T]):
             settings: From a section and its class to the settings there.
             shared: What ``self.settings`` is where the class has no ``Settings`` of its own: the section of the YAML
                 where things of this kind are named.
-
-        Raises:
-            UserError: See ``get``; or the class cannot be made an instance of.
         """
         value = self.get(name)
         if not inspect.isclass(value):
@@ -211,19 +196,11 @@ class Registry(Generic[T]):
         return not Path(text).exists() and _importable(parts[0].partition(".")[0])
 
     def resolve(self, text: str) -> str:
-        """The name behind a name, ``FILE.py:Name`` or ``module:Name``; a file or module is imported.
-
-        Raises:
-            UserError: There is no such file, module or name in it, or it is of another kind.
-        """
+        """The name behind a name, ``FILE.py:Name`` or ``module:Name``; a file or module is imported."""
         return self.name_in(*outside) if (outside := self.reference(text)) else self.entry(text).name
 
     def name_in(self, place: str, name: str) -> str:
-        """The registered name of something in a file or module; it is registered now if it has not been.
-
-        Raises:
-            UserError: See ``resolve``.
-        """
+        """The registered name of something in a file or module; it is registered now if it has not been."""
         module = import_plugin(place)
         found, known = vars(module), list(self._own(module))
         by_name = next((e for e in self._entries.values() if e.name == name and _is_of(e.value, module)), None)
@@ -262,9 +239,6 @@ class Registry(Generic[T]):
         """Register what some plugins define under a name and do not register themselves.
 
         A run names it by ``FILE.py:Name`` once; from then on its settings have the name, and the file among plugins.
-
-        Raises:
-            UserError: Something else has this name.
         """
         for place in places:
             module = import_plugin(place)
@@ -318,11 +292,7 @@ def _importable(place: str) -> bool:
 
 
 def import_plugin(place: str) -> ModuleType:
-    """The module of a file or of an installed package. A file is run once, whatever it is called, and stands alone.
-
-    Raises:
-        UserError: There is no such file or module, or it fails when it runs.
-    """
+    """The module of a file or of an installed package. A file is run once, whatever it is called, and stands alone."""
     if not place.endswith(".py"):
         try:
             _PLUGINS[place] = importlib.import_module(place)
@@ -368,11 +338,7 @@ def absolute(place: str) -> str:
 
 
 def hold_plugins(places: Sequence[str]) -> None:
-    """Import the files and modules that this machine holds for runs of others, here and in processes started from here.
-
-    Raises:
-        UserError: See ``import_plugin``.
-    """
+    """Import what this machine holds for runs of others: files and modules; in processes started from here, too."""
     places = [absolute(place) for place in places]
     for place in places:
         import_plugin(place)
@@ -380,11 +346,7 @@ def hold_plugins(places: Sequence[str]) -> None:
 
 
 def held_plugins() -> tuple[str, ...]:
-    """What ``hold_plugins`` has named, imported.
-
-    Raises:
-        UserError: See ``import_plugin``.
-    """
+    """What ``hold_plugins`` has named, imported."""
     places = tuple(place for place in os.environ.get(HELD, "").split(os.pathsep) if place)
     for place in places:
         import_plugin(place)
@@ -461,11 +423,11 @@ METRICS: Registry[Any] = Registry(
     "metric",
     "fedalt.metrics",
     "fedalt.evaluation.metrics",
-    facts=("title", "task", "corpus", "reads", "higher_is_better", "points", "unit", "digits"),
+    attributes=("title", "task", "corpus", "reads", "higher_is_better", "points", "unit", "digits"),
     reserved=("rows", "categories", "client_id", "client", "stemmer", "round", "point", "event", "time", "job"),
 )
 PARTITIONERS: Registry[Any] = Registry(
-    "partitioner", "fedalt.partitioners", "fedalt.data.partition", facts=("uses", "alpha", "fixed")
+    "partitioner", "fedalt.partitioners", "fedalt.data.partition", attributes=("uses", "alpha", "fixed")
 )
 AGGREGATORS: Registry[Any] = Registry("aggregator", "fedalt.aggregators", "fedalt.methods.aggregators")
 SOURCES: Registry[Any] = Registry("source", "fedalt.sources", "fedalt.data.sources", open=True)
@@ -505,17 +467,14 @@ def settings_of(value: Any) -> type[Any] | None:
     return settings if settings is not None and settings.model_fields else None
 
 
-def section_of(entry: Entry[Any]) -> str:
-    """The section of the YAML with the settings of something that has some."""
-    return getattr(entry.value, "section", None) or entry.name
+def section_of(thing: Any) -> str:
+    """The section of the YAML with the settings of something: of an entry, or of a class that has a name."""
+    value = thing.value if isinstance(thing, Entry) else thing
+    return str(getattr(value, "section", None) or thing.name)
 
 
 def sections() -> Mapping[str, type[Any]]:
-    """Section of the YAML → settings class, of everything that has settings of its own.
-
-    Raises:
-        UserError: Things of two kinds have sections of one name.
-    """
+    """Section of the YAML → settings class, of everything that has settings of its own."""
     found: dict[str, type[Any]] = {}
     owners: dict[str, tuple[Registry[Any], Entry[Any]]] = {}
     for registry in ALL:

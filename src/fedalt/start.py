@@ -28,18 +28,8 @@ def run_one(
 ) -> tuple[Experiment, RunFolder, dict[str, Any]]:
     """Check everything, train, score, save every client's model, write the report.
 
-    Args:
-        config: All settings.
-        if_exists: What to do with a run that is in the folder already.
-        bar: Gives the sink of all events while the run lasts, for a progress bar.
-        bases: Where the base may be in memory already.
-        rows: Where the rows may be in memory already.
-
     Returns:
         The experiment, its folder, and the content of ``final_scores.json``.
-
-    Raises:
-        UserError: Anything that is wrong with the settings, the rows, the model or the folder.
     """
     check_trackers(config.report.trackers)
     check_devices(config)

@@ -27,17 +27,16 @@ from fedalt.config import FederationConfig, LoraConfig, RunConfig, TrainingConfi
 from fedalt.data.batches import Plan, plan_round
 from fedalt.data.encode import Example
 from fedalt.data.federation import Row
-from fedalt.federation.client import ClientResult, RoundSettings, run_clients
-from fedalt.federation.cohort import cohort_size
+from fedalt.federation.client import ClientResult, RoundSettings, cohort_size, run_clients
 from fedalt.federation.server import Server
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Message
-from fedalt.methods.registry import configured, get_method, section_of
+from fedalt.methods.base import Message, Method
+from fedalt.methods.registry import configured, get_method
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.batch_layout import BatchLayout
 from fedalt.model.layer import Placement
 from fedalt.model.state import AdapterShape, ClientState, initial_state
 from fedalt.names import Tensors
+from fedalt.registry import section_of
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint
 
 VOCAB, HIDDEN, LAYERS = 64, 32, 2
@@ -88,20 +87,6 @@ def training(**changes: Any) -> TrainingConfig:
     return TrainingConfig(**({"lr": 5e-3, "batch_size": 4, "local_epochs": 2} | changes))
 
 
-def shape_of(method: Method, layers: Mapping[str, tuple[int, int]], r: int | None = None) -> AdapterShape:
-    """The tensors of one client of a method, on these layers and perhaps of this rank."""
-    placed = _on(method, layers)
-    if r is not None:
-        placed.config = with_settings(method.config, {"lora.r": r})
-    return placed.shape
-
-
-def _on(method: Method, layers: Mapping[str, tuple[int, int]]) -> Method:
-    placed = copy(method)
-    placed.layers = layers
-    return placed
-
-
 def start_states(
     method: Method,
     shape: AdapterShape,
@@ -110,7 +95,8 @@ def start_states(
 ) -> list[ClientState]:
     """What clients have before the first round."""
     return [
-        initial_state(shape, client, 7, init, "kaiming", method.frozen, method.rank_of(client)) for client in clients
+        initial_state(shape, client, 7, init, "kaiming", frozen=method.frozen, rank=method.rank_of(client))
+        for client in clients
     ]
 
 
@@ -125,7 +111,7 @@ def plans_of(
     rows: Mapping[int, Sequence[Example]], config: TrainingConfig, round_: int = 1, seed: int = 5, phase: int = 0
 ) -> list[Plan]:
     """Each client's steps in one phase of a round."""
-    return [plan_round(mine, client, config, seed, round_, phase) for client, mine in rows.items()]
+    return [plan_round(mine, client, config, seed, round_, phase=phase) for client, mine in rows.items()]
 
 
 class TinyFederation:
@@ -148,12 +134,14 @@ class TinyFederation:
         method: Method,
         rows: Mapping[int, Sequence[Example]],
         config: TrainingConfig,
+        *,
         federation: FederationConfig | None = None,
         dropout: float = 0.0,
         states: Sequence[ClientState] = (),
         **executor: Any,
     ) -> None:
-        self.model, self.method, self.rows = model, _on(method, model.layer_sizes), rows
+        self.model, self.method, self.rows = model, copy(method), rows
+        self.method.layers = model.layer_sizes
         self.settings = round_settings(self.method, config, dropout)
         shape = self.method.shape
         self.states = {s.client: s for s in states or start_states(self.method, shape, rows)}
@@ -171,9 +159,8 @@ class TinyFederation:
         plans = [plans_of(here, self.settings.training, round_, phase=phase) for phase in phases]
         mine = dict(zip(here, zip(*plans, strict=True), strict=True)) if plans else dict.fromkeys(here, ())
         size = cohort_size(self._executor, len(here))
-        return list(
-            run_clients(self.model, tuple(here), self.states, told, mine.__getitem__, self.settings, round_, size)
-        )
+        known = (self.model, tuple(here), self.states, told, mine.__getitem__)
+        return list(run_clients(*known, settings=self.settings, round_=round_, cohort=size))
 
     def deliver(self, round_: int, results: Sequence[ClientResult]) -> None:
         """The server's part of a round."""
@@ -188,11 +175,6 @@ class TinyFederation:
         results = self.train(round_, chosen, dict(self.server.messages(chosen)))
         self.deliver(round_, results)
         return results
-
-
-def bitwise(one: Tensors, other: Tensors) -> bool:
-    """Whether both hold the same keys and the same bits."""
-    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def distance(one: Tensors, other: Tensors) -> float:
@@ -266,16 +248,7 @@ def check_method(
 
 @dataclass
 class _Case:
-    """A method on a model.
-
-    Attributes:
-        method: As it was given.
-        settings: Dotted key → value.
-        model: The model.
-        tolerance: See ``check_method``.
-        config: All settings.
-        name: What it is called in messages.
-    """
+    """A method on a model."""
 
     method: type[Method] | Method | str
     settings: Mapping[str, Any]

@@ -165,7 +165,9 @@ def test_rows_are_read_and_encoded_once_for_all_methods_and_seeds(
         assert call("compare", path, "--methods", ",".join(METHODS), "--seeds", "0,1").code == 0
     else:
         config = parse_config(values, "x")
-        sweep(config, [("lora.r", [2, 4])], METHODS[:2], [0], tmp_path / "out", "ask", lambda event: None)
+        sweep(
+            config, [("lora.r", [2, 4])], METHODS[:2], [0], tmp_path / "out", if_exists="ask", sink=lambda event: None
+        )
     read = _rows_read(opened)
     assert len(read) == 6 and set(read.values()) == {1}, read
     assert len(encoded) == 3 * 16 and set(encoded.values()) == {1}
@@ -183,7 +185,9 @@ def test_rows_that_are_dealt_by_every_seed(tmp_path: Path, opened: Counter[str])
     values = settings(tmp_path / "out", data=table, federation__rounds=1, training__local_epochs=1)
     values["evaluation"] = {"max_new_tokens": 1}
     values["data"] |= {"clients": 2, "train_limit": 4, "test_limit": 2, "held_out": 1}
-    made = compare_below(parse_config(values, "x"), ["local"], [0, 1], tmp_path / "out", "ask", lambda event: None)
+    made = compare_below(
+        parse_config(values, "x"), ["local"], [0, 1], tmp_path / "out", if_exists="ask", sink=lambda event: None
+    )
     assert made["seeds"] == [0, 1]
     assert {count for name, count in opened.items() if name.startswith(str(table))} == {1}
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fedalt.benchmarks import picture
+from tools import picture
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 

@@ -52,6 +52,11 @@ def test_the_shell_is_told() -> None:
 
 
 def test_methods_and_metrics() -> None:
+    light = (
+        "from fedalt.cli import app, complete; list(complete.methods('')); print('torch' in __import__('sys').modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
     assert names(complete.methods("")) == list(METHODS.names())
     assert "exact_match" in names(complete.metrics(""))
 

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 
 from fedalt.cli import recipes
-from fedalt.cli.env import PACKAGES, bf16_units
-from fedalt.cli.known import method_facts
+from fedalt.cli.known import PACKAGES, bf16_units, method_table
 from fedalt.config import load_config
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of
-from fedalt.methods.registry import method_names, variant_names
 from fedalt.registry import METHODS, METRICS
 from micro import call, refused
 
@@ -97,13 +95,13 @@ def test_every_method_is_in_the_table_and_in_the_json() -> None:
     ],
 )
 def test_what_a_method_sends(name: str, sends: str) -> None:
-    assert method_facts()[name]["sends"] == sends
+    assert method_table()[name]["sends"] == sends
     assert f"sends: {sends}\n" in call("methods", name).out
 
 
-@pytest.mark.parametrize("name", [*method_names(), *variant_names()])
+@pytest.mark.parametrize("name", METHODS.names())
 def test_a_method_shows_its_text_and_its_settings(name: str) -> None:
-    facts, out = method_facts()[name], call("methods", name).out
+    facts, out = method_table()[name], call("methods", name).out
     assert facts["text"].splitlines()[0].replace("``", "").split()[0] in out
     for setting in facts["settings"]:
         assert f"{setting['key']} = {setting['default']}\n" in out
@@ -112,7 +110,7 @@ def test_a_method_shows_its_text_and_its_settings(name: str) -> None:
 
 
 def test_settings_are_given_with_kind_range_and_default() -> None:
-    facts = {one["key"]: one for one in method_facts()["fedalt"]["settings"]}
+    facts = {one["key"]: one for one in method_table()["fedalt"]["settings"]}
     assert facts["fedalt.trim"]["what it may be"] == "number, at least 0, less than 0.5"
     assert facts["fedalt.trim"]["default"] == "0.2"
     assert facts["fedalt.rest_of_world_from"]["what it may be"] == "others or all"

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fedalt import registry
-from fedalt.cli.compare_tables import compare_table
-from fedalt.comparisons import budget
+from fedalt.cli.compare import compare_table
 from fedalt.comparisons import compare as comparing
+from fedalt.comparisons import jobs
 from fedalt.comparisons import jobs as members
 from fedalt.comparisons.compare import collect, compare, plan
 from fedalt.comparisons.statistics import half_width, paired
@@ -53,7 +53,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     """Three methods, two seeds, two rounds."""
     out = tmp_path_factory.mktemp("comparison")
     values = config(federation__rounds=2, training__local_epochs=3)
-    return out, compare(values, METHOD_NAMES, (0, 1), out, "ask", quiet)
+    return out, compare(values, METHOD_NAMES, (0, 1), out, if_exists="ask", sink=quiet)
 
 
 # --------------------------------------------------------------------------------------------------------- what is said
@@ -249,7 +249,15 @@ def test_a_few_methods_stand_beside_each_other(done: Any) -> None:
 
 def test_an_error_in_a_job_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no-such-model") as caught:
-        compare(config(model__name="./no-such-model"), ["local"], (0,), tmp_path / "out", "ask", quiet, jobs=2)
+        compare(
+            config(model__name="./no-such-model"),
+            ["local"],
+            (0,),
+            tmp_path / "out",
+            if_exists="ask",
+            sink=quiet,
+            jobs=2,
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -265,7 +273,7 @@ def test_a_job_that_dies(
 ) -> None:
     monkeypatch.setattr(members, "_job", work)
     with pytest.raises(error, match=line):
-        compare(config(), ["local"], (0,), tmp_path / "out", "ask", quiet, jobs=2)
+        compare(config(), ["local"], (0,), tmp_path / "out", if_exists="ask", sink=quiet, jobs=2)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -280,13 +288,13 @@ def test_a_comparison_that_was_killed_goes_on(done: Any, tmp_path: Path, jobs: i
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare(values, METHOD_NAMES, (0,), killed, "ask", kill)
+        compare(values, METHOD_NAMES, (0,), killed, if_exists="ask", sink=kill)
     assert not (killed / "comparison.json").exists()
     assert not (killed / "fedalt-seed0").exists()
     with pytest.raises(UserError, match="holds a run already"):
-        compare(values, METHOD_NAMES, (0,), killed, "ask", quiet)
+        compare(values, METHOD_NAMES, (0,), killed, if_exists="ask", sink=quiet)
     seen.clear()
-    made = compare(values, METHOD_NAMES, (0,), killed, "resume", seen.append, jobs=jobs)
+    made = compare(values, METHOD_NAMES, (0,), killed, if_exists="resume", sink=seen.append, jobs=jobs)
     for name in METHOD_NAMES:
         mine, whole = left_behind(killed / f"{name}-seed0"), left_behind(done[0] / f"{name}-seed0")
         mine[0].pop("config.yaml"), whole[0].pop("config.yaml")  # they name their folders
@@ -329,8 +337,8 @@ def test_a_method_in_a_file_is_known_to_other_processes(
     mine = with_settings(config(federation__cohort=2), {"method": "mine.py:Pulled", f"pulled_by_{jobs}.weight": 2.0})
     others = with_settings(mine, {"federation.devices": devices})
     seeds = range(jobs)
-    compare(mine, ["mine.py:Pulled"], seeds, tmp_path / "one", "ask", quiet)
-    compare(others, ["mine.py:Pulled"], seeds, tmp_path / "spread", "ask", quiet, jobs=jobs)
+    compare(mine, ["mine.py:Pulled"], seeds, tmp_path / "one", if_exists="ask", sink=quiet)
+    compare(others, ["mine.py:Pulled"], seeds, tmp_path / "spread", if_exists="ask", sink=quiet, jobs=jobs)
     for seed in seeds:
         one, spread = (left_behind(tmp_path / out / f"pulled_by_{jobs}-seed{seed}")[0] for out in ("one", "spread"))
         assert {file for file in one | spread if one.get(file) != spread.get(file)} == {"config.yaml"}
@@ -341,7 +349,7 @@ def test_a_method_of_this_session_is_refused_where_others_cannot_see_it(tmp_path
     assert registry.METHODS.entry("pulled_here").origin == registry.SESSION
     line = "the method pulled_here was defined in this session, .* give FILE.py:Name"
     with pytest.raises(UserError, match=f"^jobs: {line}"):
-        compare(config(), ["local", "pulled_here"], (0,), tmp_path / "out", "ask", quiet, jobs=2)
+        compare(config(), ["local", "pulled_here"], (0,), tmp_path / "out", if_exists="ask", sink=quiet, jobs=2)
     spread = config(method="pulled_here", federation__devices="cpu,cpu")
     with pytest.raises(UserError, match=f"^federation.devices: {line}"):
         run_one(spread, "ask", nullcontext(quiet))
@@ -358,14 +366,16 @@ def test_members_are_checked_before_the_first_starts(tmp_path: Path) -> None:
         (("local",), (0, -1), "--seeds -1"),
     ):
         with pytest.raises(UserError, match=line):
-            compare(config(), methods, seeds, tmp_path / "out", "ask", quiet)
+            compare(config(), methods, seeds, tmp_path / "out", if_exists="ask", sink=quiet)
     for changes, line in (
         ({"federation__weighting": "uniform"}, "federation.weighting: uniform has no effect on hetlora"),
         ({"lora__init": "per_client"}, "lora.init: per_client .* ffa_lora"),
         ({"lora__ranks": [1, 4, 2]}, "lora.ranks: ffa_lora has no rule"),
     ):
         with pytest.raises(UserError, match=line):
-            compare(config(**changes), ("local", "hetlora", "ffa_lora"), (0,), tmp_path / "out", "ask", quiet)
+            compare(
+                config(**changes), ("local", "hetlora", "ffa_lora"), (0,), tmp_path / "out", if_exists="ask", sink=quiet
+            )
     assert not (tmp_path / "out").exists()
 
 
@@ -385,8 +395,8 @@ def test_a_budget_is_matched_for_every_run(tmp_path: Path, monkeypatch: pytest.M
         asked.append((name, clients, by, len(layer_sizes) > 0))
         return config.model_copy(update={"lora": config.lora.model_copy(update={"r": 2})})
 
-    monkeypatch.setattr(budget, "matched", matched)
-    made = compare(config(), ["local", "fedalt"], (0,), tmp_path, "ask", quiet, budget="bytes")
+    monkeypatch.setattr(jobs, "matched", matched)
+    made = compare(config(), ["local", "fedalt"], (0,), tmp_path, if_exists="ask", sink=quiet, budget="bytes")
     assert asked == [("local", CLIENTS, "bytes", True), ("fedalt", CLIENTS, "bytes", True)]
     assert made["budget"] == "bytes"
     assert "r: 2\n" in (tmp_path / "local-seed0" / "config.yaml").read_text()
@@ -406,7 +416,7 @@ def test_methods_of_a_seed_have_the_same_rows_on_one_base(tmp_path: Path, monkey
     source = {"data": labelled_table(header=True), "model": shared_classifier()}
     changes = {"model__task": "sequence_classification", "data__clients": CLIENTS, "data__train_limit": 6}
     values = parse_config(settings(Path("unused"), **source, **QUICK, **changes), "settings")
-    compare(values, METHOD_NAMES, (0, 1), tmp_path, "ask", quiet)
+    compare(values, METHOD_NAMES, (0, 1), tmp_path, if_exists="ask", sink=quiet)
     assert len(loaded) == 1
     dealt = [[(tmp_path / f"{n}-seed{seed}" / "partition.json").read_text() for n in METHOD_NAMES] for seed in (0, 1)]
     assert [len(set(mine)) for mine in dealt] == [1, 1]
@@ -459,7 +469,7 @@ def test_axes_that_are_none(text: str, line: str) -> None:
 )
 def test_points_are_checked_before_the_first_starts(tmp_path: Path, axes: Any, line: str) -> None:
     with pytest.raises(UserError, match=line):
-        sweep(config(), axes, ["local"], (0,), tmp_path / "out", "ask", quiet)
+        sweep(config(), axes, ["local"], (0,), tmp_path / "out", if_exists="ask", sink=quiet)
     assert not (tmp_path / "out").exists()
 
 
@@ -482,7 +492,7 @@ def test_a_sweep(tmp_path: Path) -> None:
     def watch(event: Any) -> None:
         seen.append(event["name"] if event["event"] == "point" else "")
 
-    made = sweep(config(), [("lora.r", [2, 4])], ["local", "fedalt"], (0, 1), tmp_path, "ask", watch)
+    made = sweep(config(), [("lora.r", [2, 4])], ["local", "fedalt"], (0, 1), tmp_path, if_exists="ask", sink=watch)
     assert [name for name in seen if name] == ["lora.r=2", "lora.r=4"]
     assert json.loads((tmp_path / "sweep.json").read_text()) == made
     for point, r in zip(made["points"], (2, 4), strict=True):
@@ -505,7 +515,7 @@ def test_a_sweep(tmp_path: Path) -> None:
 def test_clients_of_a_sweep_split_the_same_rows(tmp_path: Path) -> None:
     folder = data_folder(tmp_path / "rows", clients=2, train=8, test=4)
     values = config(data__source=str(folder))
-    made = sweep(values, [("data.clients", [2, 4])], ["local"], (0,), tmp_path / "out", "ask", quiet)
+    made = sweep(values, [("data.clients", [2, 4])], ["local"], (0,), tmp_path / "out", if_exists="ask", sink=quiet)
     assert [point["clients"] for point in made["points"]] == [2, 4]
     rows = [partition_rows(tmp_path / "out" / f"data.clients={n}" / "local-seed0") for n in (2, 4)]
     assert rows[0] == rows[1]

@@ -67,7 +67,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def federation(copies: Path, tmp_path_factory: pytest.TempPathFactory) -> Federation:
     out = tmp_path_factory.mktemp("out") / "rows"
-    build(list(TASKS), out, SIZES, 42, copies)
+    build(list(TASKS), out, SIZES, 42, local=copies)
     return read_folder(out)
 
 
@@ -117,7 +117,7 @@ def test_rows_are_records_in_words(federation: Federation) -> None:
 def test_concept_sets_of_test_rows_are_unknown_in_training(copies: Path, tmp_path: Path) -> None:
     """Two targets of the same concepts count as the same question, also when both splits come from one pool."""
     split("common_gen", 0, 60).save_to_disk(tmp_path / "one" / "common_gen")
-    build(["common_gen"], tmp_path / "out", SIZES | {"validation": 5}, 1, tmp_path / "one")
+    build(["common_gen"], tmp_path / "out", SIZES | {"validation": 5}, 1, local=tmp_path / "one")
     data = read_folder(tmp_path / "out").clients[0]
     asked = [
         next(w for w in row.instruction.replace(",", " ").split() if w[0] == "c" and w[1:].isdigit())
@@ -129,7 +129,7 @@ def test_concept_sets_of_test_rows_are_unknown_in_training(copies: Path, tmp_pat
 def test_the_seed_decides_everything(copies: Path, tmp_path: Path) -> None:
     names = ["snli", "common_gen"]
     for out, seed, validation in (("a", 1, 0), ("b", 1, 0), ("c", 2, 0), ("d", 1, 4)):
-        build(names, tmp_path / out, SIZES | {"validation": validation}, seed, copies)
+        build(names, tmp_path / out, SIZES | {"validation": validation}, seed, local=copies)
     a, b, c, d = (tree(tmp_path / out) for out in "abcd")
     assert a == b
     assert all(c[name] != value for name, value in a.items())

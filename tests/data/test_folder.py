@@ -71,10 +71,12 @@ def test_only_a_newline_ends_a_line(tmp_path: Path, character: str) -> None:
     assert read_folder(tmp_path).clients[0].test[0].instruction == f"one{character}two"
 
 
-def test_other_fields_are_ignored_and_optional_ones_default_to_nothing(tmp_path: Path) -> None:
+def test_other_fields_get_a_note_and_optional_ones_default_to_nothing(tmp_path: Path) -> None:
     folder = data_folder(tmp_path, clients=1)
     write_rows(folder / "train" / "local_training_0.json", [{"instruction": "a", "output": "b", "id": 7}], lines=False)
-    assert read_folder(folder).clients[0].train == (Row("a", "b", "", ""),)
+    federation = read_folder(folder)
+    assert federation.clients[0].train == (Row("a", "b", "", ""),)
+    assert federation.notes[1:] == (f"{folder}: not read: id",)
 
 
 def test_row_text_is_kept_as_it_is(tmp_path: Path) -> None:
@@ -115,7 +117,8 @@ def test_hold_out_of_everything_is_refused(tmp_path: Path) -> None:
 
 def test_limits_and_clients(tmp_path: Path) -> None:
     source = str(data_folder(tmp_path))
-    federation = load_federation(DataConfig(source=source, clients=2, train_limit=5, test_limit=3), 1)
+    limits = {"train_limit": 5, "test_limit": 3, "limit_by": "first"}
+    federation = load_federation(DataConfig(source=source, clients=2, **limits), 1)  # type: ignore[arg-type]
     assert federation.ids == (0, 1)
     for client, data in federation.clients.items():
         assert (data.train, data.test) == (expected(client, 5), expected(client, 3, 100))
@@ -126,7 +129,7 @@ def test_limits_and_clients(tmp_path: Path) -> None:
 def test_a_limit_does_not_touch_what_is_held_out(tmp_path: Path) -> None:
     source = str(data_folder(tmp_path))
     whole = load_federation(DataConfig(source=source, validation_rows=4), 1)
-    limited = load_federation(DataConfig(source=source, validation_rows=4, train_limit=3), 1)
+    limited = load_federation(DataConfig(source=source, validation_rows=4, train_limit=3, limit_by="first"), 1)
     for client, data in limited.clients.items():
         assert data.validation == whole.clients[client].validation
         assert data.train == whole.clients[client].train[:3]
@@ -201,8 +204,8 @@ BAD: dict[str, tuple[Change, tuple[str, ...]]] = {
     "more clients than there are": (lambda f: write_rows(f / "../clients", [], lines=True), ("7 clients", "has 3")),
 }
 BAD |= {
-    f"{name} is {type(value).__name__}": (row_with(name, value), (f"{TRAIN_1}: row 2", f'"{name}" is', "expected text"))
-    for name, value in zip(FIELDS, (3, None, ["a"], {"b": 1}), strict=True)
+    f"{name} is {type(value).__name__}": (row_with(name, value), (f"{TRAIN_1}: row 2", f'"{name}" is'))
+    for name, value in zip(FIELDS, (["x"], None, ["a"], {"b": 1}), strict=True)
 }
 
 

@@ -77,7 +77,7 @@ def test_a_function_deals_the_same_rows_for_the_same_seed(file: Path) -> None:
     )
     assert [done.code for done in (first, *others)] == [0, 0, 0], first.err
     assert sizes(first) == [18, 18]
-    assert "rows dealt to 2 clients: halves; by task" in first.json["notes"]
+    assert "rows dealt to 2 clients: halves; by task" in first.json["notes"][0]
     written = [json.loads((file.parent / str(i) / "partition.json").read_text()) for i in range(3)]
     assert written[0]["clients"] == written[1]["clients"] != written[2]["clients"]
     assert written[0]["settings"]["partition"]["by"] == "halves"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -176,12 +177,13 @@ def test_limits_come_first_and_validation_rows_are_mixed_too(tmp_path: Path) -> 
 
 def test_rows_are_shuffled_before_limits_and_only_if_asked(tmp_path: Path) -> None:
     folder = data_folder(tmp_path / "data", clients=2, train=40)
-    plain = load_federation(DataConfig(source=str(folder), train_limit=20), 0)
-    shuffled = load_federation(DataConfig(source=str(folder), train_limit=20, shuffle=True), 0)
+    first: dict[str, Any] = {"source": str(folder), "train_limit": 20, "limit_by": "first"}
+    plain = load_federation(DataConfig(**first), 0)
+    shuffled = load_federation(DataConfig(**first, shuffle=True), 0)
     whole = load_federation(DataConfig(source=str(folder)), 0)
     for client in (0, 1):
         rows, mine = whole.clients[client].train, shuffled.clients[client].train
         assert plain.clients[client].train == rows[:20]
         assert len(mine) == 20 and set(mine) < set(rows) and set(mine) != set(rows[:20])
-    assert shuffled == load_federation(DataConfig(source=str(folder), train_limit=20, shuffle=True), 0)
-    assert shuffled.clients != load_federation(DataConfig(source=str(folder), train_limit=20, shuffle=True), 1).clients
+    assert shuffled == load_federation(DataConfig(**first, shuffle=True), 0)
+    assert shuffled.clients != load_federation(DataConfig(**first, shuffle=True), 1).clients

@@ -155,7 +155,7 @@ BAD_TABLES: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "a list for a text": ("x.json", '[{"text": ["a"], "label": 1}]', {}, ['"text" is list']),
     "names for a file that has some": ("x.json", "[]", {"columns": ("a",)}, ["data.columns: ", "x.json names its"]),
     "a name for no label": ("x.csv", CSV, {"label_names": {"2": "two"}}, ['has the label "2"', "labels: 0, 1"]),
-    "another ending": ("x.txt", CSV, {}, ["x.txt is no folder, and no table (.csv, .tsv, .json, .jsonl)"]),
+    "another ending": ("x.txt", CSV, {}, ["x.txt is no folder, and no table (.csv, .tsv, .json, .jsonl"]),
     "no clients": ("x.csv", CSV, {"clients": None}, ["data.clients: say how many clients the 2 rows"]),
     "tasks of a table": ("x.csv", CSV, {"tasks": ("a",)}, ["data.tasks: ", "no clients with tasks"]),
 }

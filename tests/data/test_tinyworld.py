@@ -301,7 +301,7 @@ def test_limits_are_the_sizes_for_any_number_of_clients(clients, limits, sizes):
 
 
 def test_limits_do_not_change_the_rows_of_eight(world):
-    federation = load_federation(DataConfig(train_limit=7, test_limit=5), seed=0)
+    federation = load_federation(DataConfig(train_limit=7, test_limit=5, limit_by="first"), seed=0)
     for client, data in federation.clients.items():
         full = world.clients[client]
         assert (data.train, data.validation, data.test) == (full.train[:7], full.validation[:5], full.test[:5])

@@ -160,7 +160,7 @@ def test_weights_by_instance_reach_their_row() -> None:
         mixing = Mixing("instance", target=slots[0]) if len(slots) == 2 else SUM
         model.load(states, Placement(slots, mixing, SCALE, 0.0))
         weights = [torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])] if len(slots) == 2 else None
-        found.append(option_scores(model, tok, [mine], config(3), weights)[0])
+        found.append(option_scores(model, tok, [mine], config(3), weights=weights)[0])
     mixed, first, second = found
     for i, expected in enumerate((first[0], second[1], first[2])):
         assert mixed[i] == pytest.approx(expected, abs=1e-4)

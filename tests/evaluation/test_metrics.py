@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedalt.config import EvaluationConfig
-from fedalt.evaluation.metrics import group_mean, measures, metric_of, over_clients, percentile, score
+from fedalt.evaluation.metrics import (
+    group_mean,
+    is_latin,
+    measures,
+    metric_of,
+    over_clients,
+    percentile,
+    rouge_tokenizer,
+    score,
+)
 from micro import METRICS
 from support import quick
 
@@ -61,9 +70,32 @@ def test_no_common_word_scores_zero(answer: str) -> None:
     assert set(score_answer(answer, "the cat", stemmer=True).values()) == {0}
 
 
-def test_text_in_other_scripts_has_exact_match_only() -> None:
-    scores = score_answer("世界", "世界", stemmer=True)
-    assert (scores["rouge1"], scores["exact_match"]) == (0, 100)
+@pytest.mark.parametrize(
+    ("answer", "reference", "rouge1"),
+    [
+        ("世界", "世界", 100),
+        ("世人", "世界", 50),
+        ("привет мир", "Привет, мир!", 100),
+        ("नमस्ते", "नमस्ते दुनिया", pytest.approx(200 / 3)),
+        ("สวัสดี", "สวัสดี", 100),
+        ("안녕 세상", "안녕", pytest.approx(200 / 3)),
+        ("هو", "لا", 0),
+        ("hello", "世界", 0),
+    ],
+)
+def test_references_in_other_scripts_have_words_of_their_own(answer: str, reference: str, rouge1: Any) -> None:
+    assert score_answer(answer, reference, stemmer=True)["rouge1"] == rouge1
+
+
+@pytest.mark.parametrize("reference", ["été à Zürich", "42", "", "the word 世界"])
+def test_what_google_reads_stays_googles(reference: str) -> None:
+    assert is_latin(reference)
+
+
+def test_the_tokenizer_that_was_used_has_a_name() -> None:
+    assert rouge_tokenizer(["a", "b"]) == "rouge_score"
+    assert rouge_tokenizer(["世", "界"]) == "any script"
+    assert rouge_tokenizer(["a", "世", "界"]) == "rouge_score; any script for 2 of 3 rows"
 
 
 def test_summary_is_a_mean_over_rows_not_over_categories() -> None:

@@ -13,7 +13,7 @@ from fedalt.data.batches import plan_round
 from fedalt.data.encode import Example
 from fedalt.data.federation import Row
 from fedalt.federation.client import ClientResult, client_round
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState, initial_state
 from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, A, B, G, Key, Tensors
@@ -147,7 +147,9 @@ def test_identical_clients_have_a_row_like_their_individual(model: AdaptedModel)
     twin = plan_round(ROWS[1], 0, training(), 5, 1)
     plans = [replace(twin, client=client) for client in range(8)]
     states = start_states(method, shape, range(8))
-    results = client_round(model, states, [None] * 8, [[plan] for plan in plans], round_settings(method, HARD, 0.2), 1)
+    results = client_round(
+        model, states, [None] * 8, [[plan] for plan in plans], round_settings(method, HARD, 0.2), round_=1
+    )
     uploads = [result.upload for result in results]
     mean = {key: torch.stack([u[key] for u in uploads]).mean(0) for key in uploads[0]}
     for result in results:
@@ -233,7 +235,7 @@ def test_start_values_are_uniform_within_one_over_the_root_of_the_inputs(model: 
 
 def test_zero_mixer_starts_at_equal_weights(model: AdaptedModel) -> None:
     shape = shape_of(METHOD, model.layer_sizes)
-    tensors = initial_state(shape, 0, 7, "shared", "zeros", METHOD.frozen).tensors
+    tensors = initial_state(shape, 0, 7, "shared", "zeros", frozen=METHOD.frozen).tensors
     assert not any(value.any() for key, value in tensors.items() if key.slot == MIXER)
     assert all(value.any() for key, value in tensors.items() if (key.slot, key.factor) == (INDIVIDUAL, A))
 

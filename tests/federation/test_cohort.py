@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fedalt.data.batches import collate
-from fedalt.federation import cohort
-from fedalt.federation.cohort import fitting_cohort
+from fedalt.federation import client
+from fedalt.federation.client import fitting_cohort
 from fedalt.model.adapted import AdaptedModel
 from fedalt.training.loss import client_losses
 from support import MODELS, examples, llama, method_of, placement, random_states, shape_of
@@ -31,7 +31,7 @@ def model() -> AdaptedModel:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Sets the bytes that are free."""
-    yield lambda size: monkeypatch.setattr(cohort, "free_memory", lambda device: size)
+    yield lambda size: monkeypatch.setattr(client, "free_memory", lambda device: size)
 
 
 def test_with_plenty_of_memory_the_cohort_is_as_large_as_speed_asks_for(model: AdaptedModel, free: Any) -> None:

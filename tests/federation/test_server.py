@@ -16,8 +16,7 @@ from fedalt.errors import UserError
 from fedalt.federation.client import finite
 from fedalt.federation.server import Server
 from fedalt.methods.algebra import WeightedSum
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message, Method
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, INDIVIDUAL, REST_OF_WORLD, A, B, Key, Tensors
 from oracle.reference import mean_of_others

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from fedalt.config import FederationConfig
 from fedalt.federation import diagnostics
-from fedalt.federation.client import run_clients
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts, run_clients
 from fedalt.federation.diagnostics import ProductSum, product_gap
 from fedalt.federation.server import PerClient, Server
 from fedalt.model.adapted import AdaptedModel
@@ -191,9 +190,9 @@ def test_clients_are_pulled_cohort_by_cohort() -> None:
         PerClient(rows, lambda client: pulled.append(client) or states[client]),
         {},
         lambda client: plans_of({client: rows[client]}, config),
-        round_settings(METHOD, config),
-        1,
-        2,
+        settings=round_settings(METHOD, config),
+        round_=1,
+        cohort=2,
     )
     assert pulled == []
     for expected in ([0, 1], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4]):

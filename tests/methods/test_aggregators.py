@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedalt.methods.aggregators import cluster_rows, groups, similarities
-from fedalt.methods.exchange import Gathered
+from fedalt.methods.base import Gathered
 from fedalt.model.state import ClientState
 from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Key, Tensors
 from fedalt.registry import AGGREGATORS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedalt.comparisons.budget import matched
+from fedalt.comparisons.jobs import matched
 from fedalt.config import RunConfig
 from fedalt.methods.base import sent, trainable
 from fedalt.methods.registry import build

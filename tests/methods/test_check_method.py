@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot, squared_distance
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot, squared_distance
 from fedalt.model.layer import SUM
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, LOCAL, A, Tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.names import GLOBAL, PERSONAL, Key, Tensors
 from oracle.reference import PlainClient

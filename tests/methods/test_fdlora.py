@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fedalt.data.batches import collate
 from fedalt.methods import fdlora
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Gathered
+from fedalt.methods.base import Gathered, Method
 from fedalt.methods.fdlora import BOUND, VELOCITY, best_pairs, fused
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement

@@ -9,7 +9,7 @@ import torch
 
 from fedalt.config import FederationConfig, parse_config
 from fedalt.errors import UserError
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.model.adapted import AdaptedModel
 from fedalt.names import A, B
 from support import METHODS, RANK, VARIANTS, bitwise, examples, llama, method_of, run_rounds, training

@@ -14,8 +14,7 @@ from fedalt.errors import UserError
 from fedalt.federation.client import ClientResult
 from fedalt.federation.server import Server
 from fedalt.methods.aggregators import cluster_rows
-from fedalt.methods.base import Method, Phase, Slot
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import Gathered, Message, Method, Phase, Slot
 from fedalt.methods.fedalt import FedALT
 from fedalt.methods.fedalt_variants import FedALTVariants
 from fedalt.methods.fedsa_lora import FedSALoRA

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Gathered
+from fedalt.methods.base import Gathered, Method
 from fedalt.methods.hetlora import rank_in, size
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState

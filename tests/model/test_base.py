@@ -216,13 +216,15 @@ def test_an_encoder_is_no_causal_lm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/nowhere/at/all", "a/b/c"])
 def test_a_path_that_does_not_exist(name: str) -> None:
-    assert complaint(name).startswith(f"model.name: {name} is no folder; give a model folder, a hub name, or tiny-base")
+    assert complaint(name).startswith(
+        f"model.name: {name} is no model; give a folder, a GGUF file, a hub name, tiny-base"
+    )
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"")
-    assert "is no folder" in complaint(path)
+    assert "is no model" in complaint(path)
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from support import MODELS, opt
 )
 def test_each_model_is_tried(make: Callable[[], Any], exact: bool) -> None:
     """Bloom counts distances by places in a row, where branches stand one after another."""
-    assert AdaptedModel(make()).branches is exact
+    assert AdaptedModel(make()).branches(32) is exact
 
 
 def test_a_model_that_ignores_the_mask_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_a_model_that_ignores_the_mask_is_found_out(monkeypatch: pytest.MonkeyPa
         return own(input_ids=input_ids, position_ids=position_ids, **options)
 
     monkeypatch.setattr(base, "forward", forward)
-    assert not AdaptedModel(base).branches
+    assert not AdaptedModel(base).branches(32)
 
 
 def test_what_is_not_seen_is_pushed_out_of_the_softmax() -> None:

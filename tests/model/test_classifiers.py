@@ -31,7 +31,7 @@ def test_a_model_whose_head_looks_elsewhere_is_refused() -> None:
     )
     model = hf.SwinForImageClassification(config).eval()
     with pytest.raises(UserError, match=r"model\.task: SwinForImageClassification looks at neither"):
-        AdaptedModel(model, ("query",), heads=head_paths(model, ()))
+        AdaptedModel(model, targets=("query",), heads=head_paths(model, ()))
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -67,7 +67,7 @@ def test_attention_and_its_gradients_equal_those_of_each_row_alone(causal: bool,
         for h in (4, heads, heads)
     ]
     weight = torch.randn(1, tokens, 4, 8, generator=generator, dtype=torch.float64)
-    packed = attend(*leaves, layout(LENGTHS, CPU), None, causal)
+    packed = attend(*leaves, layout(LENGTHS, CPU), None, causal=causal)
     grads = torch.autograd.grad((packed * weight).sum(), leaves)
     alone = literal(*leaves, LENGTHS, causal)
     torch.testing.assert_close(packed, alone, rtol=1e-12, atol=1e-12)
@@ -98,7 +98,7 @@ def test_the_kernel_is_told_what_the_groups_compute(
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, h, sum(LENGTHS), 8, generator=generator) for h in (4, heads, heads))
     how = layout(LENGTHS, CPU)
-    grouped, told = (one(q, k, v, how, scaling, causal) for one in (attend, attend_by_kernel))
+    grouped, told = (one(q, k, v, how, scaling, causal=causal) for one in (attend, attend_by_kernel))
     torch.testing.assert_close(told, grouped, rtol=1e-5, atol=1e-6)
 
 
@@ -112,7 +112,7 @@ def test_the_kernel_and_its_gradients_equal_the_groups(dtype: torch.dtype, causa
     found = []
     for kind in (dtype, torch.float32):  # in fp32 it is the groups that attend
         leaves = [x.to(device, kind).requires_grad_() for x in drawn]
-        y = attend(*leaves, layout(LENGTHS, device), None, causal)
+        y = attend(*leaves, layout(LENGTHS, device), None, causal=causal)
         found.append((y, *torch.autograd.grad((y.float() ** 2).sum(), leaves)))
     for half, full in zip(*found, strict=True):
         assert relative(half.float(), full) < 3e-2
@@ -159,7 +159,7 @@ def gemma() -> Gemma2ForCausalLM:
 )
 def test_a_model_whose_rows_would_touch_is_padded_and_says_why(make: object, targets: list[str], why: str) -> None:
     torch.manual_seed(0)
-    model = AdaptedModel(make(), targets)  # type: ignore[operator]
+    model = AdaptedModel(make(), targets=targets)  # type: ignore[operator]
     assert not model.packs
     assert model.unpacked.startswith(why)
 
@@ -167,7 +167,7 @@ def test_a_model_whose_rows_would_touch_is_padded_and_says_why(make: object, tar
 def test_lack_of_memory_is_no_reason_to_pad(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure that has nothing to do with the model must not slow it down in silence."""
 
-    def short(*arguments: object) -> Tensor:
+    def short(*arguments: object, **options: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(packing, "attend", short)

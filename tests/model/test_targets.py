@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, MptConfig, MptForCausalLM
+from transformers import BertConfig, BertForMaskedLM, RwkvConfig, RwkvForCausalLM
 
 import classifiers
 from fedalt.errors import UserError
@@ -65,13 +65,15 @@ def test_a_module_that_is_no_linear_layer_is_no_target() -> None:
 
 
 def test_unknown_architecture_names_candidates() -> None:
-    model = MptForCausalLM(MptConfig(vocab_size=64, d_model=32, n_heads=4, n_layers=LAYERS))
+    model = RwkvForCausalLM(
+        RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=LAYERS, attention_hidden_size=32)
+    )
     with pytest.raises(UserError) as error:
         find_targets(model)
-    assert "MptForCausalLM is not in the alias list" in str(error.value)
-    assert f"Wqkv ({LAYERS}), out_proj ({LAYERS})" in str(error.value)
-    assert "lm_head" not in str(error.value)
-    assert len(find_targets(model, ["Wqkv"])) == LAYERS
+    assert "RwkvForCausalLM is not in the alias list; give all-linear" in str(error.value)
+    assert f"receptance ({2 * LAYERS}), output ({LAYERS})" in str(error.value)
+    assert "head" not in str(error.value)
+    assert len(find_targets(model, ["output"])) == LAYERS
 
 
 def test_the_output_head_is_no_target() -> None:
@@ -111,7 +113,7 @@ def test_heads_that_clients_train_themselves_are_not_among_all_linear_layers(kin
     heads = head_paths(model, ())
     theirs = chosen_by_peft(classifiers.build(kind), TaskType.SEQ_CLS)
     inside = {path for path in theirs if any(f"{path}.".startswith(f"{head}.") for head in heads)}
-    assert set(AdaptedModel(model, ["all-linear"], heads=heads).layers) == theirs - inside
+    assert set(AdaptedModel(model, targets=["all-linear"], heads=heads).layers) == theirs - inside
 
 
 def test_all_linear_stands_alone() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedalt.model import adapted
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.batch_layout import BatchLayout
-from fedalt.model.fast.trial import agree, untouched
+from fedalt.model.fast.branching import agree, untouched
 from support import gpt2
 
 STATES = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -52,12 +52,12 @@ def test_a_model_that_counts_positions_through_all_rows_is_padded(
     monkeypatch.setattr(adapted, "_packed", counted_on)
     model = AdaptedModel(gpt2().to(dtype))
     assert not model.packs
-    assert model.unpacked == "packed rows give other states than padded ones"
+    assert model.unpacked == "packed rows give other states than rows alone"
 
 
 @pytest.mark.parametrize("dtype", [FULL, HALF])
 def test_branches_that_see_each_other_are_not_used(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert AdaptedModel(gpt2().to(dtype)).branches
+    assert AdaptedModel(gpt2().to(dtype)).branches(32)
     leaking = "fedalt.model.fast.branching.additive"
     monkeypatch.setattr(
         leaking,
@@ -65,4 +65,4 @@ def test_branches_that_see_each_other_are_not_used(dtype: torch.dtype, monkeypat
             ~torch.ones_like(seen).tril()[:, None], torch.finfo(kind).min
         ),
     )
-    assert not AdaptedModel(gpt2().to(dtype)).branches
+    assert not AdaptedModel(gpt2().to(dtype)).branches(32)

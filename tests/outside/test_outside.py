@@ -19,7 +19,7 @@ from fedalt.config import parse_config, used_code, with_settings
 from fedalt.errors import UserError
 from fedalt.methods.aggregators import RestOfWorldSettings
 from fedalt.methods.algebra import norm
-from fedalt.methods.exchange import Gathered
+from fedalt.methods.base import Gathered
 from fedalt.methods.registry import get_method
 from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Key
 from fedalt.registry import AGGREGATORS, METHODS, import_plugin
@@ -202,7 +202,7 @@ def test_the_aggregator_by_hand() -> None:
 
 
 def test_evaluate_report_generate_export_onboard(run: tuple[Path, Path], tmp_path: Path) -> None:
-    folder, _ = copy(run, tmp_path)
+    folder, file = copy(run, tmp_path)
     for client in range(2):
         write_rows(tmp_path / f"new/train/local_training_{client}.json", made_rows(3 + client, 6), False)
         write_rows(tmp_path / f"new/test/local_testing_{client}.jsonl", made_rows(3 + client, 2, 100), True)
@@ -217,7 +217,11 @@ def test_evaluate_report_generate_export_onboard(run: tuple[Path, Path], tmp_pat
         assert done.code == 0, (command, done.err)
     assert "Prox" in (folder / "report.html").read_text()
     assert (tmp_path / "peft").is_dir()
-    assert (folder / "newcomers/clients/4/global/adapter_model.safetensors").is_file()
+    newcomers = folder / "newcomers"
+    assert (newcomers / "clients/4/global/adapter_model.safetensors").is_file()
+    file.write_text(file.read_text().replace("strength / 2", "strength / 4"))
+    changed = f"{newcomers}: method prox of file {file} has changed since; put the old code back"
+    assert refused("generate", newcomers, "--client", 4, "Say 1 2.") == changed
 
 
 def test_two_devices(tmp_path: Path) -> None:

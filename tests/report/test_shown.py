@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedalt.report.shown import MOST, caption, groups, shown
+from fedalt.report.theme import MOST, caption, groups, shown
 
 
 def scores(count: int) -> dict[str, float]:

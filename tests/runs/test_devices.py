@@ -17,7 +17,7 @@ import torch
 
 from fedalt.config import load_config, parse_config
 from fedalt.errors import UserError
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.names import Key
 from fedalt.runs.devices import Outbox, read
 from fedalt.runs.folder import claim_folder

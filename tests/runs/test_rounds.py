@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from fedalt.config import load_config, parse_config
 from fedalt.evaluation.evaluate import evaluate
-from fedalt.methods.registry import configured
+from fedalt.federation import server
+from fedalt.methods.registry import configured, get_method
 from fedalt.model.state import load_state
 from fedalt.runs.events import EventLog, read_events
 from fedalt.runs.setup import prepare
@@ -200,7 +202,7 @@ def test_scores_before_and_after_aggregation_are_those_of_the_states_before_and_
         states,
         {client: mine.test for client, mine in experiment.examples.items()},
         experiment.settings.answering,
-        experiment.config.evaluation,
+        config=experiment.config.evaluation,
     )
     by_point = {
         point: {e["client"]: e for e in of_kind(run, "scores") if e["round"] == 3 and e["point"] == point}
@@ -288,6 +290,22 @@ def test_how_often_is_evaluated_does_not_change_the_run(tmp_path: Path) -> None:
     assert final_of(rarely.path)["last"] == final_of(finished())["last"]
     evaluated = {path.stem.rsplit("round", 1)[1] for path in (rarely.path / "results").glob("scores_*")}
     assert evaluated == {"3"}, "always at the end"
+
+
+def test_a_broadcast_is_computed_and_put_into_each_state_once_a_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For drifts, scores, training and the clients' folders together."""
+    counts = Counter[str]()
+
+    def counted(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: (counts.update([name]), plain(*given))[1])
+
+    counted(server, "mean_of")
+    counted(get_method("fedalt"), "receive")
+    run_here(settings(tmp_path / "run", federation__rounds=3))
+    assert counts == {"mean_of": 3, "receive": 3 * CLIENTS}
 
 
 def test_evaluation_every_second_round(tmp_path: Path) -> None:

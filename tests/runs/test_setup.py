@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedalt.config import parse_config
-from fedalt.federation import cohort
+from fedalt.federation import client
 from fedalt.model.fast import packing
 from fedalt.model.fast.packing import NotPackable
 from fedalt.runs.setup import Experiment, prepare
@@ -31,7 +31,7 @@ def test_two_clients_of_a_higher_rank_need_more_memory(tmp_path: Path, monkeypat
     def needed(experiment: Experiment) -> int:
         """Least free memory, in steps of 4 KiB, with which two clients are on the model at a time."""
         for free in range(0, 1 << 30, 1 << 12):
-            monkeypatch.setattr(cohort, "free_memory", lambda device, free=free: free)
+            monkeypatch.setattr(client, "free_memory", lambda device, free=free: free)
             if experiment.fitting_cohort > 1:
                 return free
         raise AssertionError("never")

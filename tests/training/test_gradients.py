@@ -78,7 +78,7 @@ def test_nothing_is_propagated_below_the_first_adapter(monkeypatch: pytest.Monke
     found = []
     for targets in ([last], ["q_proj"]):
         calls.clear()
-        gradients(AdaptedModel(llama(), targets), (0, 1))
+        gradients(AdaptedModel(llama(), targets=targets), (0, 1))
         found.append(len(calls))
     above = 1 + 1 + 3  # the head, o_proj, and the feed-forward layer; keys and values are beside the queries
     assert found[0] == above

@@ -54,18 +54,7 @@ OnRun = Callable[[str, int, Run], None]
 def compare(
     ours: Spec, other: Spec, repeats: int, runner: Runner, on_run: OnRun = lambda side, repeat, run: None
 ) -> dict[str, Any]:
-    """Measure A and B by turns, and put them side by side.
-
-    Args:
-        ours: A.
-        other: B.
-        repeats: Runs of each.
-        runner: Runs one side once.
-        on_run: Told after every run.
-
-    Raises:
-        UserError: A side cannot run.
-    """
+    """Measure A and B by turns, and put them side by side."""
     runs: dict[str, list[Run]] = {"a": [], "b": []}
     for repeat, name in turns(repeats):
         spec = ours if name == "a" else other

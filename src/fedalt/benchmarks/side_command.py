@@ -15,7 +15,7 @@ from pathlib import Path
 from fedalt.benchmarks import workload
 from fedalt.benchmarks.task import Job, Outcome, Spec
 from fedalt.errors import UserError
-from fedalt.model.base import resolve_source
+from fedalt.model.source import resolve_source
 from fedalt.runs.events import read_events
 
 ROUNDS = 2
@@ -23,11 +23,7 @@ COMMAND = "from fedalt.cli import main; main()"
 
 
 def base(spec: Spec) -> str:
-    """The model as ``fedalt run`` takes it.
-
-    Raises:
-        UserError: A shape with random weights, of which there is no folder to load.
-    """
+    """The model as ``fedalt run`` takes it."""
     if spec.model in workload.SHAPES:
         raise UserError(
             f"--model {spec.model}: {spec.what} loads a model from disk; give {workload.TINY} or a model folder"

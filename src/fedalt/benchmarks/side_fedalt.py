@@ -21,8 +21,7 @@ from fedalt.benchmarks.workload import ROUND, SCALE, SERVED, Federation, answer_
 from fedalt.config import FederationConfig, RunConfig
 from fedalt.data.batches import Plan
 from fedalt.evaluation.generate import answer_all
-from fedalt.federation.client import ClientResult, RoundSettings, run_clients
-from fedalt.federation.cohort import fitting_cohort
+from fedalt.federation.client import ClientResult, RoundSettings, fitting_cohort, run_clients
 from fedalt.federation.server import Server
 from fedalt.methods.base import trainable
 from fedalt.methods.registry import build as registry_build
@@ -58,9 +57,9 @@ class Round:
                 states,
                 world.messages,
                 lambda client: [by_client[client]],
-                self.settings,
-                ROUND,
-                cohort,
+                settings=self.settings,
+                round_=ROUND,
+                cohort=cohort,
             )
         )
 

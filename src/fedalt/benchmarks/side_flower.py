@@ -27,11 +27,7 @@ _MEASURED = 2
 
 
 def prepare_round(spec: Spec) -> Job:
-    """Everything before the clock: Flower builds its clients in actors of its own.
-
-    Raises:
-        UserError: Flower's simulation is not installed.
-    """
+    """Everything before the clock: Flower builds its clients in actors of its own."""
     require(spec.side)
     return Job(lambda: None, lambda: _simulate(spec))
 
@@ -99,7 +95,8 @@ def _simulate(spec: Spec) -> Outcome:
     server.main()(serve)
     client.train()(_train)
     gpus = 1.0 if torch.cuda.is_available() else 0.0
-    resources = {"client_resources": {"num_cpus": 1, "num_gpus": gpus}, "init_args": {"num_cpus": _cores(spec)}}
+    cores = {"num_cpus": spec.threads or os.cpu_count() or 1}
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": gpus}, "init_args": cores}
     import_module("flwr.simulation").run_simulation(
         server, client, num_supernodes=spec.clients, backend_config=resources
     )
@@ -110,7 +107,3 @@ def _simulate(spec: Spec) -> Outcome:
     losses = [one["loss"] for one in sorted(strategy.metrics, key=lambda one: one["client"])]
     tokens = sum(int(one["tokens"]) for one in strategy.metrics)
     return Outcome(tokens=tokens, values=losses, seconds=strategy.seconds, memory=memory)
-
-
-def _cores(spec: Spec) -> int:
-    return spec.threads or os.cpu_count() or 1

@@ -96,6 +96,7 @@ def train(
     batches: Iterable[Mapping[str, Tensor]],
     steps: int,
     config: TrainingConfig,
+    *,
     loss_of: Callable[[Any, Mapping[str, Tensor]], Tensor] = own_loss,
 ) -> float:
     """The plain loop; the mean loss of its steps."""

@@ -139,7 +139,7 @@ def prepare_step(spec: Spec) -> Job:
     def steps(plan: Plan) -> float:
         batches = (collate(rows) for rows in plan.steps)
         loss = own_loss if spec.side == "peft-forward" else answer_loss
-        return train(lora.base, lora.trainable, batches, len(plan.steps), config, loss)
+        return train(lora.base, lora.trainable, batches, len(plan.steps), config, loss_of=loss)
 
     def play() -> Outcome:
         return Outcome(units=len(plan.steps), tokens=workload.all_tokens([plan]), values=[steps(plan)])

@@ -58,11 +58,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, text: str) -> Spec:
-        """Invert ``to_json``.
-
-        Raises:
-            UserError: No JSON object, or one with other keys.
-        """
+        """Invert ``to_json``."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
@@ -151,17 +147,7 @@ _FEWER = {"eight": 8, "one": 1}
 
 
 def pair(spec: Spec, against: str | None = None, loop: bool = False) -> tuple[Spec, Spec]:
-    """The two sides of one comparison.
-
-    Args:
-        spec: What to measure and with what settings; its side is not looked at.
-        against: The opponent; the default one when not given.
-        loop: Whether fedalt, too, takes one client after another.
-
-    Raises:
-        UserError: No such comparison, no such opponent or it is not installed, ``loop`` where there is no round, or
-            ``parameters`` where nothing is aggregated only.
-    """
+    """The two sides of one comparison."""
     choose("WHAT", spec.what, WHATS)
     what = WHATS[spec.what]
     side = against or next(iter(what.opponents))
@@ -177,21 +163,13 @@ def pair(spec: Spec, against: str | None = None, loop: bool = False) -> tuple[Sp
 
 
 def require(side: str) -> None:
-    """Make sure that what a side runs on is installed.
-
-    Raises:
-        UserError: It is not.
-    """
+    """Make sure that what a side runs on is installed."""
     if side == "flower" and not all(importlib.util.find_spec(name) for name in ("flwr", "ray")):
         raise UserError("--against flower: Flower's simulation is not installed; pip install 'flwr[simulation]'")
 
 
 def choose(where: str, name: str, known: Iterable[str]) -> str:
-    """``name``, if it is known.
-
-    Raises:
-        UserError: It is not; the closest one is suggested.
-    """
+    """``name``, if it is known."""
     names = list(known)
     if name not in names:
         raise UserError(f'{where}: "{name}" is unknown{did_you_mean(name, names)}; known: {", ".join(names)}')

@@ -14,11 +14,7 @@ from fedalt.errors import UserError
 
 
 def measure(spec: Spec) -> dict[str, Any]:
-    """Prepare a side, warm it up, and time its work.
-
-    Raises:
-        UserError: The side does not exist, cannot run here, or refuses the spec.
-    """
+    """Prepare a side, warm it up, and time its work."""
     import torch
 
     from fedalt.runs.machine import peak_memory

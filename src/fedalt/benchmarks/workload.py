@@ -30,11 +30,11 @@ from fedalt.data.encode import AnswerEncoder, Example, Prompt, encode_client
 from fedalt.data.load import load_federation
 from fedalt.errors import UserError
 from fedalt.federation.server import Server
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message, Method
 from fedalt.methods.registry import build
-from fedalt.model.base import TINY_BASE, load_base, positions, resolve_device, resolve_source
+from fedalt.model.base import load_base, positions, resolve_device
 from fedalt.model.layer import features
+from fedalt.model.source import TINY_BASE, resolve_source
 from fedalt.model.state import AdapterShape, ClientState, initial_state
 from fedalt.model.targets import find_targets
 from fedalt.names import INDIVIDUAL, B, Tensors
@@ -75,9 +75,6 @@ def client_examples(
     """Training and test rows of every client.
 
     With more clients than the federation has, client k gets the rows of client k mod n, each time the next ones.
-
-    Raises:
-        UserError: Something is wrong with the data.
     """
     data = DataConfig(source=spec.data)
     encoder = AnswerEncoder(tokenizer, data.template, cutoff)
@@ -138,11 +135,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
 
 
 def load_model(spec: Spec) -> tuple[Any, Any]:
-    """The frozen base in eval mode, and its tokenizer.
-
-    Raises:
-        UserError: Neither a shape nor a model folder.
-    """
+    """The frozen base in eval mode, and its tokenizer."""
     if spec.model in SHAPES:
         base = build_model(spec.model, spec.dtype, spec.seed, resolve_device("auto"))
         return base, HashTokenizer(base.config.vocab_size)
@@ -171,21 +164,13 @@ def build_model(shape: str, dtype: str, seed: int, device: str) -> Any:
 
 
 def check(model: str) -> None:
-    """Complain before anything is started.
-
-    Raises:
-        UserError: Neither a shape nor a model folder.
-    """
+    """Complain before anything is started."""
     if model not in SHAPES:
         source(model)
 
 
 def source(model: str) -> str:
-    """What ``model.name`` is called for a model that is no shape.
-
-    Raises:
-        UserError: Neither a shape nor a model folder; hub names are not taken, so that nothing is fetched.
-    """
+    """What ``model.name`` is called for a model that is no shape."""
     if model == TINY or Path(model).expanduser().is_dir():
         return TINY_BASE if model == TINY else model
     return choose("--model", model, [TINY, *SHAPES, "a model folder"])
@@ -297,16 +282,14 @@ def federation(spec: Spec, layers: Mapping[str, tuple[int, int]]) -> Federation:
     """Clients and server before the measured round, from the seed alone."""
     method = build(RunConfig(lora=LORA.model_copy(update={"dropout": spec.dropout})), max(spec.clients, 2), layers)
     shape = method.shape
-    states = [method.uploaded(_moved(_initial(shape, k, spec.seed, method), spec.seed)) for k in range(spec.clients)]
+    drawn = (spec.seed, LORA.init, LORA.mixer_init)
+    starts = [initial_state(shape, k, *drawn, frozen=method.frozen) for k in range(spec.clients)]
+    states = [method.uploaded(_moved(state, spec.seed)) for state in starts]
     uploads: dict[int, Tensors] = {state.client: state.sent or {} for state in states}
     sizes = {key: size for key, size in shape.shapes().items() if method.shares(key)}
     server = Server(method, FederationConfig(), dict.fromkeys(uploads, spec.rows), sizes)
     server.receive(uploads, uploads.__getitem__, ROUND - 1)
     return Federation(method, shape, states, server, server.messages(tuple(uploads)))
-
-
-def _initial(shape: AdapterShape, client: int, seed: int, method: Method) -> ClientState:
-    return initial_state(shape, client, seed, LORA.init, LORA.mixer_init, method.frozen)
 
 
 def _moved(state: ClientState, seed: int) -> ClientState:
@@ -328,9 +311,6 @@ def shape(spec: Spec) -> AdapterShape:
     """Shapes of a client's adapters; the model itself is never built.
 
     The rank is the usual one, or the lowest that makes an upload of ``spec.parameters`` or more.
-
-    Raises:
-        UserError: Fewer than two clients.
     """
     if spec.clients < 2:
         raise UserError(f"--clients {spec.clients}: an aggregation needs two clients or more")

@@ -14,10 +14,10 @@ from fedalt.cli import complete, show
 from fedalt.cli.bench import bench
 from fedalt.cli.command import INSIGHT_ROWS, OLD, Command
 from fedalt.cli.compare import compare
+from fedalt.cli.data import data as data_group
 from fedalt.cli.deploy import certs, server, site, status
-from fedalt.cli.env import env
 from fedalt.cli.flags import settings
-from fedalt.cli.known import methods, metrics
+from fedalt.cli.known import env, methods, metrics
 from fedalt.cli.onboard import onboard
 from fedalt.cli.partition import partition
 from fedalt.cli.prepare import prepare as prepare_group
@@ -189,9 +189,8 @@ def validate(config: RunConfig, as_json: Json = False) -> None:
         told = {"config": config.model_dump(mode="json"), "clients": rows, "notes": experiment.notes}
         print_json({**told, "estimate": asdict(cost)})
         return
+    show.say_notes(experiment.notes)
     show.out.print(show.row_table(rows))
-    for note in experiment.notes:
-        say(f"note: {note}")
     show.out.print(show.estimate_lines(cost, experiment.config.federation.rounds), highlight=False, soft_wrap=True)
 
 
@@ -235,6 +234,7 @@ for panel, commands in GROUPS.items():
         epilog = f"Example: {escape(example)}" + (f"\n\n{_OTHERS}" if command is run else "")
         app.command(cls=Command, rich_help_panel=panel, epilog=epilog)(command)
 app.add_typer(prepare_group, name="prepare", rich_help_panel="Data")
+app.add_typer(data_group, name="data", rich_help_panel="Data")
 
 
 def _folder(path: Path) -> Any:

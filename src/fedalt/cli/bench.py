@@ -21,6 +21,7 @@ _DTYPES = ("float32", "bfloat16")
 
 
 def bench(
+    *,
     what: Annotated[str, typer.Argument(metavar="[WHAT]", help=f"one of: {_WHAT}")] = "round",
     against: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"opponent; the first is the default ({_AGAINST})")

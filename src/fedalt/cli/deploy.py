@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from fedalt.cli import complete, show
 from fedalt.cli.recipes import config_path
@@ -66,6 +68,7 @@ Plugins = Annotated[
 
 
 def server(
+    *,
     config_file: Annotated[
         Path | None,
         typer.Argument(
@@ -131,6 +134,7 @@ def site(
             "--state", metavar="DIR", help="private folder of this client: its adapters and mixer; back it up"
         ),
     ],
+    *,
     server: ServerAt = SERVER,
     data: Annotated[
         str | None,
@@ -211,8 +215,6 @@ def status(
     with needs("flower", NEEDS):
         from fedalt.flower.deploy.superlink import Names, now
 
-    from fedalt.cli.deploy_tables import node_table, run_table
-
     nodes, runs = now(connection(server, ca), Names.read(state), teller(as_json))
     if as_json:
         print_json({"server": server, "sites": nodes, "runs": runs})
@@ -267,3 +269,45 @@ def _pass_on(line: str) -> None:
 
 def _leave(code: int) -> Any:
     raise typer.Exit(code)
+
+
+_COLOURS = {
+    "online": "green",
+    "offline": "yellow",
+    "registered": "blue",
+    "running": "blue",
+    "finished:completed": "green",
+    "finished:failed": "red",
+}
+
+
+def node_table(nodes: Sequence[Mapping[str, Any]]) -> Table:
+    """Sites: a registered one has a key here and has never been online."""
+    table = Table(title="sites (Flower: SuperNodes)", title_justify="left")
+    for name in ("site", "node id", "status", "since"):
+        table.add_column(name)
+    for node in nodes:
+        table.add_row(Text(node["site"] or ""), node["node"], _coloured(node["status"]), node["since"] or "")
+    if not nodes:
+        table.caption = "none"
+    return table
+
+
+def run_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """Runs, the latest first."""
+    table = Table(title="runs", title_justify="left")
+    for name in ("run id", "status", "started"):
+        table.add_column(name, overflow="fold")
+    table.add_column("seconds", justify="right")
+    for run in runs:
+        ended = _coloured(run["status"])
+        if run["details"]:
+            ended.append(f"\n{run['details']}", style="default")
+        table.add_row(run["run"], ended, run["started"] or "", f"{run['seconds']:.0f}")
+    if not runs:
+        table.caption = "none"
+    return table
+
+
+def _coloured(status: str) -> Text:
+    return Text(status, style=_COLOURS.get(status, ""))

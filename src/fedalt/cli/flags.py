@@ -64,9 +64,7 @@ _OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="replace a run tha
 def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of ``run``, except some; it is called with ``config`` and ``if_exists``.
 
-    Args:
-        without: Parameters that the command does not have.
-        starts: Whether it starts runs; one that does not has no ``--resume`` and ``--overwrite``, and no ``if_exists``.
+    One that starts no runs has no ``--resume`` and ``--overwrite``, and no ``if_exists``.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -112,11 +110,7 @@ _GIVEN = ("config", "if_exists")
 
 
 def import_methods(listed: str) -> list[str]:
-    """Files and modules of the methods that a list names; imported, so that settings may have sections of these.
-
-    Raises:
-        UserError: A file or module is not there, or has no such method.
-    """
+    """Files and modules of the methods that a list names; imported, so that settings may have sections of these."""
     places = []
     for name in (name.strip() for name in listed.split(",")):
         if reference := METHODS.reference(name):

@@ -1,9 +1,12 @@
-"""``fedalt methods`` and ``fedalt metrics``: what there is, what it is made of, how it is set."""
+"""``fedalt methods``, ``metrics`` and ``env``: what there is, what it is made of and how it is set; the machine."""
 
 from __future__ import annotations
 
 import inspect
+import platform
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from fedalt.cli import complete, show
-from fedalt.cli.show import print_json
+from fedalt.cli.show import print_json, say
 from fedalt.config.hints import in_words
 from fedalt.errors import UserError, did_you_mean
 from fedalt.registry import METHODS, METRICS, section_of, settings_of
@@ -32,7 +35,7 @@ def methods(
 ) -> None:
     """List methods, and variants that are a method with other settings: what they send, where they come from."""
     chosen = METHODS.resolve(name) if name else None
-    _show("methods", method_facts(), chosen, as_json)
+    _show("methods", method_table(), chosen, as_json)
 
 
 def metrics(
@@ -46,36 +49,34 @@ def metrics(
 ) -> None:
     """List what can be measured, and in which task."""
     chosen = METRICS.resolve(name) if name else None
-    _show("metrics", metric_facts(), chosen, as_json)
+    _show("metrics", metric_table(), chosen, as_json)
 
 
-def _show(kind: str, facts: Mapping[str, dict[str, Any]], name: str | None, as_json: bool) -> None:
-    if name is not None and name not in facts:
+def _show(kind: str, known: Mapping[str, dict[str, Any]], name: str | None, as_json: bool) -> None:
+    if name is not None and name not in known:
         raise UserError(
-            f'{kind.removesuffix("s")}: "{name}" is unknown{did_you_mean(name, facts)}; known: {", ".join(facts)}'
+            f'{kind.removesuffix("s")}: "{name}" is unknown{did_you_mean(name, known)}; known: {", ".join(known)}'
         )
     if as_json:
-        print_json(list(facts.values()) if name is None else facts[name])
+        print_json(list(known.values()) if name is None else known[name])
     elif name is None:
-        show.out.print(_table(kind, facts))
+        show.out.print(_table(kind, known))
     else:
-        _page(facts[name])
+        _page(known[name])
 
 
-def _table(kind: str, facts: Mapping[str, dict[str, Any]]) -> Table:
+def _table(kind: str, known: Mapping[str, dict[str, Any]]) -> Table:
     """All but the long text and the settings, in two columns, so that nothing is cut in a narrow terminal."""
     table = Table(title=f"{kind}; fedalt {kind} NAME says more", title_justify="left", show_header=False, box=None)
-    for name, one in facts.items():
-        short = "; ".join(_labelled(head, value) for head, value in one.items() if head not in _LONG)
+    for name, one in known.items():
+        short = "; ".join(
+            f"sends {value}" if head == "sends" else value for head, value in one.items() if head not in _LONG
+        )
         table.add_row(f"[bold]{name}[/]", f"{escape(short)}\n[dim]{escape(one['what it is'])}[/]")
     return table
 
 
 _LONG = ("name", "what it is", "text", "settings")
-
-
-def _labelled(head: str, value: str) -> str:
-    return f"{head} {value}" if head == "sends" else value
 
 
 def _page(one: Mapping[str, Any]) -> None:
@@ -98,28 +99,27 @@ def method_titles() -> dict[str, str]:
     return {entry.name: entry.value.title or entry.name for entry in METHODS.entries()}
 
 
-def method_facts() -> dict[str, dict[str, Any]]:
+def method_table() -> dict[str, dict[str, Any]]:
     """Name → everything that is shown of a method or a variant."""
     from fedalt.methods.registry import Variant, get_method
-    from fedalt.methods.registry import section_of as section_of_method
 
-    facts: dict[str, dict[str, Any]] = {}
+    known: dict[str, dict[str, Any]] = {}
     for entry in METHODS.entries():
         kind = get_method(entry.name)
         text = inspect.cleandoc(kind.__doc__ or "")
         if isinstance(entry.value, Variant):
             changed = ", ".join(f"{key}={_yaml(value)}" for key, value in entry.value.settings.items())
             text = f"{method_titles()[entry.value.method]} with {changed}\n\n{text}"
-        facts[entry.name] = {
+        known[entry.name] = {
             "name": entry.name,
             "title": method_titles()[entry.name],
             "sends": _sent(entry.name),
             "source": kind.source or entry.origin,
             "what it is": _first_sentence(text),
             "text": text,
-            "settings": _settings(section_of_method(kind), kind.Settings),
+            "settings": _settings(section_of(kind), kind.Settings),
         }
-    return facts
+    return known
 
 
 def _sent(name: str) -> str:
@@ -157,16 +157,16 @@ def metric_titles() -> dict[str, str]:
     return {name: metric_of(name).title for name in METRICS.names()}
 
 
-def metric_facts() -> dict[str, dict[str, Any]]:
+def metric_table() -> dict[str, dict[str, Any]]:
     """Name → everything that is shown of a metric."""
     from fedalt.evaluation.metrics import metric_of
 
-    facts: dict[str, dict[str, Any]] = {}
+    known: dict[str, dict[str, Any]] = {}
     for entry in METRICS.entries():
         metric, text = metric_of(entry.name), (inspect.getdoc(entry.value) or "").replace("``", "")
         order = "" if metric.higher_is_better else "lower is better"
         scale = ", ".join(filter(None, ["0 to 100" if metric.points else metric.unit, order]))
-        facts[entry.name] = {
+        known[entry.name] = {
             "name": entry.name,
             "title": metric.title,
             "task": {"text": "answers", "class": "classes"}.get(metric.task or "", "answers or classes"),
@@ -176,7 +176,7 @@ def metric_facts() -> dict[str, dict[str, Any]]:
             "text": text,
             "settings": _settings(section_of(entry), own) if (own := settings_of(entry.value)) else [],
         }
-    return facts
+    return known
 
 
 def _first_sentence(text: str) -> str:
@@ -186,3 +186,98 @@ def _first_sentence(text: str) -> str:
 
 def _yaml(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "typer",
+    "datasets",
+    "flwr",
+    "ray",
+    "bitsandbytes",
+    "tensorboard",
+)
+BF16 = {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}
+"""Units of x86 and Arm processors that multiply bf16, as Linux calls them."""
+
+
+def env(as_json: _Json = False) -> None:
+    """Say what fedalt runs on, for bug reports: versions, processor, memory, GPUs; no paths and no names of yours."""
+    found = describe()
+    if as_json:
+        print_json(found)
+        return
+    lines = {
+        "fedalt": f"{found['fedalt']}, commit {(found['commit'] or 'unknown')[:12]}",
+        "python": found["python"],
+        "system": found["system"],
+        "cpu": f"{found['cpu']}, {found['cores']} cores, {found['threads']} torch threads, {found['instructions']}",
+        "bf16 on cpu": "unknown" if found["bf16"] is None else ", ".join(found["bf16"]) or "no units for it",
+        "memory": f"{found['memory'] / 1e9:.1f} GB",
+        "gpus": "" if found["gpus"] else "none that torch can use",
+    }
+    for gpu in found["gpus"]:
+        bf16 = "bf16" if gpu["bf16"] else "no bf16"
+        lines[f"gpu {gpu['index']}"] = f"{gpu['name']}, {gpu['memory'] / 1e9:.1f} GB, sm {gpu['capability']}, {bf16}"
+    lines["cuda"] = found["cuda"] or ""
+    lines |= {name: number or "not installed" for name, number in found["versions"].items()}
+    for name, line in lines.items():
+        if line:
+            say(f"{name:<14}{line}")
+
+
+def describe() -> dict[str, Any]:
+    """Versions, processor, memory in bytes, GPUs."""
+    import torch
+
+    from fedalt.benchmarks.bench import describe as machine
+
+    here = machine()
+    return {
+        "fedalt": version("fedalt"),
+        "commit": here["commit"],
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        **{name: here[name] for name in ("system", "cpu", "cores", "instructions", "memory")},
+        "threads": torch.get_num_threads(),
+        "bf16": bf16_units(Path("/proc/cpuinfo")),
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def bf16_units(info: Path) -> list[str] | None:
+    """The processor's units for bf16, from Linux's description of it; None where there is none."""
+    if not info.is_file():
+        return None
+    lines = (line.partition(":") for line in info.read_text(encoding="utf-8").splitlines())
+    flags = {word for name, _, words in lines if name.strip() in ("flags", "Features") for word in words.split()}
+    return sorted(flags & BF16)
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
+    found = torch.cuda.get_device_properties(index)
+    capability = f"{found.major}.{found.minor}"
+    return {
+        "index": index,
+        "name": found.name,
+        "memory": found.total_memory,
+        "capability": capability,
+        "bf16": found.major >= 8,  # Ampere and later
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

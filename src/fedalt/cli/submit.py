@@ -24,6 +24,7 @@ _SLACK = 5.0
 def submit(
     config: RunConfig,
     if_exists: IfExists,
+    *,
     server: ServerAt = SERVER,
     ca: Ca = None,
     tls: Annotated[Path | None, typer.Option("--tls", metavar="DIR", help="the same as --ca DIR/ca.crt")] = None,

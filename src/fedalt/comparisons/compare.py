@@ -38,6 +38,7 @@ def compare(
     methods: Sequence[str | Variant],
     seeds: Sequence[int],
     out: Path,
+    *,
     if_exists: IfExists,
     sink: Sink,
     jobs: int = 1,
@@ -47,23 +48,11 @@ def compare(
 ) -> dict[str, Any]:
     """Run every method with every seed into ``out/<method>-seed<seed>`` and write ``comparison.json``, .csv and .md.
 
-    Args:
-        config: Settings of all runs; its method and seed are replaced.
-        methods: Names of methods and variants in the registry, ``FILE.py:Name``, or methods with settings of their own.
-        seeds: Seeds of start values, row order, dropout and participation; tinyworld's rows have their own seed.
-        out: Folder of the comparison.
-        if_exists: What to do with runs that are there already.
-        sink: Called with every event of every run.
-        jobs: Processes to share the runs; more than one hold a base each.
-        budget: Choose every method's rank so that it has the parameters, or sends the bytes, of the configured rank.
-        bases: Where a base may be in memory already.
-        rows: Where rows may be in memory already.
-
-    Raises:
-        UserError: As for a single run; checked for all methods before the first one starts.
+    A ``budget`` chooses every method's rank so that it has the parameters, or sends the bytes, of the configured rank.
+    Of processes (``jobs``), each holds a base of its own.
     """
-    members = plan(config, methods, seeds, out, if_exists, budget)
-    return finish(members, config, out, if_exists, sink, jobs, bases or Bases(), rows or Rows())
+    members = plan(config, methods, seeds, out, if_exists, budget=budget)
+    return finish(members, config, out, if_exists, sink, jobs=jobs, bases=bases or Bases(), rows=rows or Rows())
 
 
 def plan(
@@ -72,13 +61,10 @@ def plan(
     seeds: Sequence[int],
     out: Path,
     if_exists: IfExists,
+    *,
     budget: Budget | None = None,
 ) -> list[Member]:
-    """The runs of a comparison, with every check that needs neither rows nor base.
-
-    Raises:
-        UserError: No such method, a negative seed, settings that a variant does not allow, a folder that is taken.
-    """
+    """The runs of a comparison, with every check that needs neither rows nor base."""
     seeds = list(dict.fromkeys(seeds))
     _check_lists(methods, seeds)
     entrants = dict(_entrant(config, method) for method in methods)
@@ -113,6 +99,7 @@ def finish(
     out: Path,
     if_exists: IfExists,
     sink: Sink,
+    *,
     jobs: int,
     bases: Bases,
     rows: Rows,
@@ -147,7 +134,10 @@ def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:
     }
     reference = next((name for name in (REFERENCE, *methods) if name in methods and name not in REFERENCE_ROWS), None)
     reference = reference or next(iter(methods))
-    scores = {name: _by_pair(block) for name, block in methods.items()}
+    scores = {
+        name: {(client, seed): score for seed, mine in block["per_seed"].items() for client, score in mine.items()}
+        for name, block in methods.items()
+    }
     others = {name: mine for name, mine in scores.items() if name != reference}
     tests = against(scores[reference], others, metric.higher_is_better)
     for name, block in methods.items():
@@ -162,10 +152,6 @@ def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:
         "budget": members[0].budget,
         "methods": methods,
     }
-
-
-def _by_pair(block: dict[str, Any]) -> dict[tuple[str, str], float]:
-    return {(client, seed): score for seed, mine in block["per_seed"].items() for client, score in mine.items()}
 
 
 def _gains(block: dict[str, Any], local: dict[str, Any] | None, federated: bool, metric: Metric) -> dict[str, Any]:
@@ -206,7 +192,7 @@ def _method(members: Sequence[Member], metric: Metric) -> dict[str, Any]:
 
 
 def _on_validation(members: Sequence[Member], runs: Sequence[Mapping[str, Any]], metric: str) -> float | None:
-    """Mean score on validation rows of the round whose test scores are compared; nothing where a client has none."""
+    """Mean score on validation rows of the round whose test scores are compared; None where a client has none."""
     files = [m.folder.scores(int(c), r["round"]) for m, r in zip(members, runs, strict=True) for c in r["clients"]]
     found = [read_json(path).get("validation") for path in files if path.is_file()]
     return mean(one[metric] for one in found) if len(found) == len(files) and all(found) else None

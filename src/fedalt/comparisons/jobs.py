@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fedalt.config import RunConfig, parse_config
+from fedalt.config import RunConfig, parse_config, with_settings
 from fedalt.data.load import Rows
+from fedalt.errors import UserError
+from fedalt.methods.base import sent, trainable
+from fedalt.methods.registry import build, configured
 from fedalt.runs.events import Event, Sink
 from fedalt.runs.folder import IfExists, RunFolder, claim_folder
 from fedalt.runs.machine import forget_peak_memory
@@ -21,15 +24,7 @@ Budget = Literal["parameters", "bytes"]
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a comparison.
-
-    Attributes:
-        name: Method or variant, as it was asked for.
-        config: Settings of this run.
-        folder: Where it goes.
-        budget: What its rank is chosen to keep equal, if anything.
-        title: What tables call the method.
-    """
+    """One run of a comparison."""
 
     name: str
     config: RunConfig
@@ -50,11 +45,7 @@ class Member:
 
 
 def train(members: Iterable[Member], if_exists: IfExists, sink: Sink, bases: Bases, rows: Rows | None = None) -> None:
-    """Train members one after another, on rows that are read and encoded once for those that ask for the same.
-
-    Raises:
-        UserError: As for a single run.
-    """
+    """Train members one after another, on rows that are read and encoded once for those that ask for the same."""
     rows = rows or Rows()
     for member in members:
         forget_peak_memory()
@@ -97,6 +88,36 @@ def _job(settings: tuple[int, IfExists], sink: Sink) -> Callable[[dict[str, Any]
 def _matched(config: RunConfig, member: Member, resident: Resident, clients: int) -> RunConfig:
     if member.budget is None:
         return config
-    from fedalt.comparisons.budget import matched
-
     return matched(config, config.method, resident.model.layer_sizes, clients, member.budget)
+
+
+def matched(
+    config: RunConfig,
+    name: str,
+    layers: Mapping[str, tuple[int, int]],
+    clients: int,
+    by: Literal["parameters", "bytes"],
+) -> RunConfig:
+    """The settings with the rank at which a method trains, or sends, nearest to one LoRA of the configured rank.
+
+    alpha changes with the rank, so that the scale alpha/r stays. A method that sends nothing keeps its rank under
+    ``bytes``. Ties go to the lower rank. Mixers come on top and do not count: their size does not depend on the rank.
+    """
+    measure = trainable if by == "parameters" else sent
+    target = sum(config.lora.r * (d_in + d_out) for d_in, d_out in layers.values())
+    best: tuple[int, RunConfig] | None = None
+    for rank in range(1, 4 * config.lora.r + 1):
+        alpha = config.lora.alpha * rank / config.lora.r
+        candidate = configured(with_settings(config, {"lora.r": rank, "lora.alpha": alpha}), name)
+        method = build(candidate, clients, layers)
+        try:
+            size = measure(method, replace(method.shape, mixed=False))
+        except UserError:  # a rank that the method cannot split
+            continue
+        if size == 0:
+            return configured(config, name)
+        if best is None or abs(size - target) < best[0]:
+            best = (abs(size - target), candidate)
+    if best is None:
+        raise UserError(f"{name}: no rank from 1 to {4 * config.lora.r} suits it")
+    return best[1]

@@ -30,8 +30,8 @@ class Paired:
 
     Attributes:
         difference: Mean of method less reference, in the score's own unit.
-        ci95: Half of the difference's 95 % interval (Student's t over pairs); nothing with fewer than two pairs.
-        p: Two-sided p value; nothing with fewer than two pairs.
+        ci95: Half of the difference's 95 % interval (Student's t over pairs); None with fewer than two pairs.
+        p: Two-sided p value; None with fewer than two pairs.
         pairs: How many differences.
     """
 
@@ -91,11 +91,6 @@ def against(
     reference: Mapping[Any, float], others: Mapping[str, Mapping[Any, float]], higher_is_better: bool = True
 ) -> dict[str, dict[str, Any]]:
     """Test every method against the reference, as one family.
-
-    Args:
-        reference: (client, seed) → score.
-        others: Method → the same; its keys must be the reference's.
-        higher_is_better: Whether a higher score is a better one.
 
     Returns:
         Method → ``difference``, ``ci95``, ``p``, ``p_adjusted``, ``pairs``, ``verdict``.

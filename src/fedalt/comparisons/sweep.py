@@ -36,12 +36,7 @@ _COSTS = ("bytes_up", "bytes_down", "seconds", "scoring_seconds", "peak_memory",
 
 @dataclass(frozen=True)
 class Point:
-    """One combination of values.
-
-    Attributes:
-        settings: Dotted key → value.
-        config: Settings of its runs.
-    """
+    """One combination of values."""
 
     settings: Mapping[str, Any]
     config: RunConfig
@@ -71,11 +66,7 @@ def parse_axis(text: str) -> Axis:
 
 
 def points(config: RunConfig, axes: Sequence[Axis], rows: Rows | None = None) -> list[Point]:
-    """Every combination of values, as configurations.
-
-    Raises:
-        UserError: A key is unknown or there twice, a value is not allowed or there twice, or rows cannot be had so.
-    """
+    """Every combination of values, as configurations."""
     keys = [key for key, _ in axes]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice:
@@ -101,6 +92,7 @@ def sweep(
     methods: Sequence[str | Variant],
     seeds: Sequence[int],
     out: Path,
+    *,
     if_exists: IfExists,
     sink: Sink,
     jobs: int = 1,
@@ -112,30 +104,14 @@ def sweep(
 
     All points share one base as long as they ask for the same one. Settings that are not swept stay as configured:
     with another ``lora.r``, ``lora.alpha`` stays, so the scale alpha/r changes.
-
-    Args:
-        config: Settings of all runs; the swept ones, method and seed are replaced.
-        axes: Settings and their values.
-        methods: As for ``compare``, and so are all the others.
-        seeds: Numbers.
-        out: Folder of the sweep.
-        if_exists: What to do with runs that are there already.
-        sink: Called with every event of every run, and with ``point`` before each comparison.
-        jobs: Processes that share the runs of a comparison.
-        budget: What is kept equal at each point.
-        bases: Where a base may be in memory already.
-        rows: Where rows may be in memory already.
-
-    Raises:
-        UserError: As for a comparison; settings, rows, methods and folders of all points are checked before the first.
     """
     bases, rows = bases or Bases(), rows or Rows()
     todo = points(config, axes, rows)
-    plans = [plan(point.config, methods, seeds, out / point.name, if_exists, budget) for point in todo]
+    plans = [plan(point.config, methods, seeds, out / point.name, if_exists, budget=budget) for point in todo]
     done = []
     for point, members in zip(todo, plans, strict=True):
         sink({"event": "point", "name": point.name})
-        done.append(finish(members, point.config, out / point.name, if_exists, sink, jobs, bases, rows))
+        done.append(finish(members, point.config, out / point.name, if_exists, sink, jobs=jobs, bases=bases, rows=rows))
     result = _collect(todo, done)
     write_json(out / "sweep.json", result)
     write_csv(out / "sweep.csv", _lines(result))

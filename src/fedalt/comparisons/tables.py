@@ -24,12 +24,7 @@ MOST = 20
 
 @dataclass(frozen=True)
 class Score:
-    """A cell that competes with the others of its column.
-
-    Attributes:
-        value: The score as shown; the best wins, or several.
-        text: What is shown.
-    """
+    """A cell that competes with the others of its column."""
 
     value: float
     text: str
@@ -79,7 +74,7 @@ class Grid:
 def columns(comparison: Mapping[str, Any]) -> dict[str, list[str]]:
     """Title → clients of a column: one per client, or one per task where several clients share tasks.
 
-    Nothing where there are too many for a table.
+    Empty where there are too many for a table.
     """
     tasks = comparison["tasks"]
     groups: dict[str, list[str]] = {}
@@ -122,7 +117,7 @@ def conditions(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def gain_grid(comparison: Mapping[str, Any]) -> Grid | None:
-    """Methods × tasks once more, as gains over Local; nothing where there is no Local or too many tasks."""
+    """Methods × tasks once more, as gains over Local; None where there is no Local or too many tasks."""
     groups, methods = columns(comparison), comparison["methods"]
     others = {name: block for name, block in methods.items() if name != LOCAL}
     if LOCAL not in methods or not others or not groups:

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedalt.compat import settings_today, today
+from fedalt.compat import as_recorded, settings_today, today
 from fedalt.config.data import DataConfig
 from fedalt.config.hints import explain
 from fedalt.config.section import Named, S, Section, settings_in
@@ -332,19 +332,17 @@ class RunConfig(Section):
 
 
 def load_config(
-    path: Path | None, overrides: Sequence[tuple[str, Any]] = (), typed: Mapping[str, str] | None = None
+    path: Path | None,
+    overrides: Sequence[tuple[str, Any]] = (),
+    typed: Mapping[str, str] | None = None,
+    recorded: bool = False,
 ) -> RunConfig:
-    """Read a YAML file, apply ``(dotted key, value)`` overrides on top, and validate.
+    """Read a YAML file, apply dotted keys and values to it, and validate; errors say what was ``typed`` for a key.
 
-    Args:
-        path: The file; the defaults when not given.
-        overrides: Later ones win.
-        typed: Dotted key → what was typed to set it, for errors.
-
-    Raises:
-        UserError: The file is missing or no YAML mapping, a key is unknown, or a value is not allowed.
+    ``recorded`` settings are a run's, which may have been there before some of them were.
     """
-    values = settings_today(_read_yaml(path)) if path else {}
+    values = settings_today(read_yaml(path)) if path else {}
+    values = as_recorded(values) if recorded else values
     for key, value in overrides:
         _assign(values, *today(key, value))
     return parse_config(values, str(path) if path else "settings", typed)
@@ -354,9 +352,6 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
     """Validate a nested mapping; every problem becomes one line naming its key.
 
     Plugins are imported, and ``FILE.py:Name`` becomes a registered name, before anything else is looked at.
-
-    Raises:
-        UserError: An unknown key, a value that is not allowed, a plugin that cannot be imported.
     """
     values = _with_plugins(settings_today(values))
     known = sections() if values.keys() - RunConfig.model_fields.keys() else {}
@@ -387,9 +382,6 @@ def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
     """Validate settings that another machine has sent: they name things, and never bring or point at code.
 
     What they name must be in this package, or in a file that this machine's administrator holds (``hold_plugins``).
-
-    Raises:
-        UserError: See ``parse_config``; or they point at code, or name a method that is not here.
     """
     if values.get("plugins"):
         raise UserError(f"{where}: refused: plugins point at code")
@@ -404,7 +396,7 @@ def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
 
 
 def _at(values: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
+    for part in filter(None, dotted.split(".")):
         values = values.get(part) if isinstance(values, Mapping) else None
     return values
 
@@ -426,10 +418,8 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
         plugins.append(absolute(place))
         import_plugin(plugins[-1])
     for key, registry in _naming(named):
-        *parents, last = key.split(".")
-        section: Any = named
-        for parent in parents:
-            section = section.get(parent) if isinstance(section, dict) else None
+        parent, _, last = key.rpartition(".")
+        section = _at(named, parent)
         given = section.get(last) if isinstance(section, dict) else None
         given = _names(given) if key in _LISTS else given
         if isinstance(given, list | tuple):
@@ -521,7 +511,12 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {shortened(text)}: the value is not valid YAML") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: There is no such file, or no mapping in it.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     try:

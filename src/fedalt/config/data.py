@@ -62,12 +62,20 @@ class DataConfig(Named):
 
     source: str = Field(
         "tinyworld",
-        description="tinyworld, or a folder with train/local_training_{i}.json; or rows to deal to clients: digits, a "
-        "CSV, TSV or JSON file, a folder of them, of images by class, a Hugging Face data set, or FILE.py:Name",
+        description="tinyworld, or a folder with train/local_training_{i}.json or a file per client; or rows to deal "
+        "to clients: digits, a CSV, TSV, JSON or Parquet file, a folder with train.csv and test.csv, of images by "
+        "class, a Hugging Face data set, or FILE.py:Name",
+    )
+    files: Literal["clients", "splits", "pool"] | None = Field(
+        None,
+        description="what the files of a folder are: a client each, the splits train, validation and test, or rows "
+        "that are put together to be dealt; what their names say when not given",
     )
     config: str | None = Field(None, description="configuration of a Hugging Face data set, for example sst2 of glue")
     text_columns: tuple[str, ...] | None = Field(
-        None, min_length=1, description="columns of the text, joined by newlines; the usual ones when not given"
+        None,
+        min_length=1,
+        description="columns of the text, joined by newlines, or of a conversation; the usual ones when not given",
     )
     label_column: str | None = Field(None, description="column of the label; output, label or so when not given")
     columns: tuple[str, ...] | None = Field(
@@ -99,6 +107,11 @@ class DataConfig(Named):
     template: str = Field(
         "alpaca_short", description="alpaca_short (paper code), alpaca, chat, a file, or FILE.py:Name"
     )
+    boundary: Literal["apart", "joint"] = Field(
+        "apart",
+        description="prompt and answer are tokenised apart, so that training sees the prompt of generation; or "
+        "together, as the paper's code does",
+    )
     cutoff: int = Field(512, ge=8, description="longest row in tokens (paper code: 512)")
     validation_rows: int = Field(
         0, ge=0, description="rows per client held out of training where the source has no validation rows"
@@ -106,9 +119,14 @@ class DataConfig(Named):
     shuffle: bool = Field(
         False, description="shuffle each client's rows before limits, for files that are sorted; seeded as the deal is"
     )
-    train_limit: int | None = Field(None, ge=1, description="use only the first N training rows of each client")
+    train_limit: int | None = Field(None, ge=1, description="use N training rows of each client at most")
     test_limit: int | None = Field(
-        None, ge=1, description="use only the first N test rows, and validation rows, of each client"
+        None, ge=1, description="use N test rows, and N validation rows, of each client at most"
+    )
+    limit_by: Literal["sample", "first"] = Field(
+        "sample",
+        description="which rows a limit leaves: a sample, seeded as the deal is, in which few answers keep their "
+        "shares; or the first",
     )
     tinyworld: TinyworldConfig = TinyworldConfig()
 

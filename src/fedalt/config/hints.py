@@ -52,11 +52,7 @@ _BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at 
 def explain(error: Any, root: type[BaseModel], where: str, typed: Mapping[str, str] | None = None) -> str:
     """One of pydantic's errors as a line: where, which setting, what it is and what it may be.
 
-    Args:
-        error: From ``ValidationError.errors()``.
-        root: The configuration that was validated.
-        where: The file, or whatever the values come from.
-        typed: Dotted key → what was typed to set it, such as ``--rank 0``; named in place of file, key and value.
+    What was ``typed`` for a key, such as ``--rank 0``, stands in place of file, key and value.
     """
     if error["type"] == "invalid_key":
         return f"{where}: {shortened(str(error['loc'][-1]))}: keys are text"

@@ -34,7 +34,7 @@ class Plan:
 
 
 def plan_round(
-    examples: Sequence[Example], client: int, config: TrainingConfig, seed: int, round_: int, phase: int = 0
+    examples: Sequence[Example], client: int, config: TrainingConfig, seed: int, round_: int, *, phase: int = 0
 ) -> Plan:
     """Shuffle a client's rows anew for every epoch, from (seed, round, client, phase) alone.
 
@@ -89,15 +89,14 @@ class Batch:
 
 
 def collate(groups: Sequence[Sequence[Example]], keys: Sequence[int] = ()) -> Batch:
-    """Lay the rows of a cohort end to end; supervised are answer tokens only, or the rows' classes."""
+    """Lay the rows of a cohort end to end; supervised are tokens of answers only, or the rows' classes."""
     examples = [(owner, example) for owner, group in enumerate(groups) for example in group]
     rows = BatchLayout(tuple(map(len, groups)), tuple(len(example) for _, example in examples), tuple(keys))
     supervised: list[tuple[int, int, int]] = []
     start = 0
     for row, (owner, example) in enumerate(examples):
         if example.answer:
-            first = start + len(example.prompt) - 1
-            supervised += [(first + i, token, owner) for i, token in enumerate(example.answer)]
+            supervised += [(start + at - 1, token, owner) for at, token in example.supervised]
         else:
             supervised.append((row, example.label, owner))
         start += len(example)

@@ -7,13 +7,17 @@ from dataclasses import replace
 
 from fedalt.config.data import DataConfig, PartitionConfig
 from fedalt.data.federation import LABEL, SPLITS, ClientData, Federation, Pool, Row
+from fedalt.data.formats.columns import named_clients
 from fedalt.data.partition import (
     TrainingRows,
     alpha_of,
     check_kinds,
     deal,
+    grouped,
     held_out,
+    largest_remainder,
     partitioner_of,
+    shuffled,
     split_like_train,
     test_rows,
     unused,
@@ -22,18 +26,7 @@ from fedalt.errors import UserError, did_you_mean, listed
 
 
 def to_clients(pool: Pool, config: DataConfig, seed: int, clients: int | None, column: str = LABEL) -> Federation:
-    """Deal a pool to clients as ``data.partition`` says.
-
-    Args:
-        pool: The rows.
-        config: How.
-        seed: Of the deal.
-        clients: How many, where nothing is asked for.
-        column: What rows are dealt by, where nothing is asked for.
-
-    Raises:
-        UserError: No number of clients, and what ``deal``, ``check_kinds`` and ``mirrored`` refuse.
-    """
+    """Deal a pool to clients as ``data.partition`` says."""
     options = config.partition
     column = options.column or column
     if options.by == "column" and not options.column:
@@ -59,17 +52,14 @@ def to_clients(pool: Pool, config: DataConfig, seed: int, clients: int | None, c
     made = {k: ClientData(**{s: _rows(pool.split(s), places[k]) for s, places in parts.items()}) for k in range(count)}
     if not pool.test:
         made = {client: _with_test(client, data, config.test_share, seed) for client, data in made.items()}
-    return Federation(
-        made, pool.source, (*pool.notes, _note(options, count, column), *unused(config, True, pool.source))
-    )
+    owners = [kinds[places[0]] for places in train] if options.by == "column" else []
+    first, *others = pool.notes or (pool.source,)
+    dealt = f"{first}; {_note(options, count, column, owners)}"
+    return Federation(made, pool.source, (dealt, *others, *unused(config, True, pool.source)))
 
 
 def one_client(pool: Pool, share: float, seed: int) -> Federation:
-    """All rows as one client's; without test rows it holds a share out.
-
-    Raises:
-        UserError: There is one row only.
-    """
+    """All rows as one client's; without test rows it holds a share out."""
     data = ClientData(pool.train, pool.validation, pool.test)
     if not pool.test and len(pool.train) < 2:
         raise UserError(f"{pool.source}: 1 row; a client needs one to train on and one to be scored on")
@@ -96,18 +86,58 @@ def _with_test(client: int, data: ClientData, share: float, seed: int) -> Client
     return ClientData(_rows(data.train, train), data.validation, _rows(data.train, test))
 
 
-def _note(options: PartitionConfig, clients: int, column: str) -> str:
+def with_tests(federation: Federation, share: float, seed: int) -> Federation:
+    """The same with test rows for clients that have none, held out of their own as where rows are dealt.
+
+    Raises:
+        UserError: A client has one row only.
+    """
+    lacking = [client for client, data in federation.clients.items() if not data.test]
+    for client in lacking:
+        if len(federation.clients[client].train) < 2:
+            raise UserError(f"client {client} of {federation.source}: 1 row; it needs one more to be scored on")
+    if not lacking:
+        return federation
+    made = {c: _with_test(c, d, share, seed) if c in lacking else d for c, d in federation.clients.items()}
+    note = f"{share:g} of the rows of {len(lacking)} clients without test rows are held out for that (data.test_share)"
+    return replace(federation, clients=made, notes=(*federation.notes, note))
+
+
+def sampled(answers: Sequence[str], limit: int, *purpose: str | int) -> list[int]:
+    """Places of a sample, in order; where answers are few, each has its share of it, and one row at least.
+
+    Args:
+        answers: The answer of every row.
+        limit: Size of the sample, at most.
+        purpose: The seed, and what for.
+    """
+    if limit >= len(answers):
+        return list(range(len(answers)))
+    places = grouped(answers)
+    if len(places) > limit // 2:
+        places = {"": list(range(len(answers)))}
+    seed, *what = purpose
+    sizes = [len(mine) - 1 for mine in places.values()]
+    order = shuffled(len(places), int(seed), "limit", *what)
+    counts = [1 + n for n in largest_remainder(limit - len(places), sizes, order)]
+    chosen = [
+        mine[i]
+        for (answer, mine), count in zip(places.items(), counts, strict=True)
+        for i in shuffled(len(mine), int(seed), "limit", *what, answer)[:count]
+    ]
+    return sorted(chosen)
+
+
+def _note(options: PartitionConfig, clients: int, column: str, owners: Sequence[str]) -> str:
+    if owners:
+        return f"a client for each value of {column}: {named_clients(clients, owners)}"
     alpha = alpha_of(options)
     detail = "" if alpha is None else f", alpha {alpha:g}"
     return f"rows dealt to {clients} clients: {partitioner_of(options)}{detail}; by {column}"
 
 
 def keep_tasks(federation: Federation, tasks: Sequence[str]) -> Federation:
-    """Only the clients whose task is in the list, counted anew from 0 in their order.
-
-    Raises:
-        UserError: A task that no client has.
-    """
+    """Only the clients whose task is in the list, counted anew from 0 in their order."""
     known = dict.fromkeys(data.train[0].task for data in federation.clients.values())
     for task in tasks:
         if task not in known:
@@ -124,9 +154,6 @@ def split_rows(federation: Federation, clients: int) -> Federation:
 
     Of K clients, client i's rows go to clients i, i + K, i + 2K, … by turns, in their order. Training, validation and
     test rows are dealt apart, so none changes sides.
-
-    Raises:
-        UserError: ``clients`` is no multiple of K, or a client has too few rows to give every part one.
     """
     count = len(federation.clients)
     if clients % count:
@@ -156,9 +183,6 @@ def mix_tasks(federation: Federation, tasks: int) -> Federation:
     client k ends with its own first share and one share of each of the ``tasks - 1`` clients before it, in this
     order. Where all clients have the same number of rows, each keeps that number. With ``tasks`` = 1 nothing moves,
     with ``tasks`` = K every client holds rows of all.
-
-    Raises:
-        UserError: Fewer clients than ``tasks``, or a client would have no training or no test rows.
     """
     ids, data = federation.ids, list(federation.clients.values())
     if tasks == 1:

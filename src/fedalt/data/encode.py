@@ -1,6 +1,7 @@
 """From rows to what a model reads: tokens or pixels, and an answer or a label.
 
-Prompt and answer are tokenised apart, so training sees exactly the prompt of generation.
+Prompt and answer are tokenised apart, so training sees exactly the prompt of generation; or together, as the official
+code does (``data.boundary``). Of a conversation all answers are trained, and the last one is written and scored.
 
 A template is a text with ``{instruction}`` in it, or a function from an instruction to a prompt:
 
@@ -14,9 +15,11 @@ or the section ``data``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +29,9 @@ from torch import Tensor
 
 from fedalt.config.data import DataConfig
 from fedalt.config.section import Named
-from fedalt.data.federation import SPLITS, ClientData, Federation, Row
+from fedalt.data.federation import SPLITS, ClientData, Federation, Row, Turn
+from fedalt.data.formats.columns import INPUT
+from fedalt.data.formats.files import read_text
 from fedalt.errors import UserError, did_you_mean, listed
 from fedalt.registry import TEMPLATES
 
@@ -43,24 +48,41 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 CHAT = "chat"
-_PLACE = "{instruction}"
-
-TEMPLATES.add("alpaca_short", "### Instruction:\n{instruction}\n\n### Response:\n", __name__)
-TEMPLATES.add(
-    "alpaca",
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n",
-    __name__,
+_PLACE, _INPUT_PLACE = "{instruction}", "{input}"
+_ASKED = "### Instruction:\n{instruction}\n\n"
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 )
+
+TEMPLATES.add("alpaca_short", f"{_ASKED}### Response:\n", __name__)
+TEMPLATES.add("alpaca", f"{_ALPACA.format('')}{_ASKED}### Response:\n", __name__)
+_PAIRED = {
+    "alpaca": _ALPACA.format(", paired with an input that provides further context")
+    + f"{_ASKED}### Input:\n{_INPUT_PLACE}\n\n### Response:\n"
+}
+"""Template → its text for an instruction with an input, where that is another one."""
 
 
 class Template(Protocol):
-    """Turns an instruction into the text that the answer follows."""
+    """Turns an instruction, perhaps with an input, into the text that the answer follows."""
 
-    def __call__(self, instruction: str) -> str:
+    def __call__(self, instruction: str, beside: str = "") -> str:
         """The prompt."""
         ...
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text with places in it; an input without a place of its own follows the instruction as in Alpaca."""
+
+    plain: str
+    paired: str
+
+    def __call__(self, instruction: str, beside: str = "") -> str:
+        """The prompt."""
+        text = self.paired if beside else self.plain
+        asked = f"{instruction}{INPUT}{beside}" if beside and _INPUT_PLACE not in text else instruction
+        return re.sub(r"\{(instruction|input)\}", lambda place: asked if place[1] == "instruction" else beside, text)
 
 
 @TEMPLATES.register(CHAT)
@@ -72,10 +94,24 @@ class Chat:
             raise UserError("data.template: chat, but this tokenizer has no chat template; use alpaca_short or a file")
         self.tokenizer = tokenizer
 
-    def __call__(self, instruction: str) -> str:
+    def __call__(self, instruction: str, beside: str = "") -> str:
         """The prompt."""
-        turn = [{"role": "user", "content": instruction}]
-        return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return self.render([("user", f"{instruction}\n{beside}" if beside else instruction)])
+
+    def render(self, turns: Sequence[Turn]) -> str:
+        """The text of a conversation that the assistant's answer follows.
+
+        Raises:
+            UserError: The template refuses such a conversation.
+        """
+        said = [{"role": role, "content": text} for role, text in turns]
+        try:
+            return str(self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # whatever Jinja and the template raise
+            roles, reason = ", ".join(role for role, _ in turns), " ".join(str(error).split())
+            raise UserError(
+                f"data.template: chat: the tokenizer's template refuses turns of {roles}: {reason}"
+            ) from None
 
 
 def get_template(name: str, tokenizer: Any, config: Named | None = None) -> Template:
@@ -93,13 +129,13 @@ def get_template(name: str, tokenizer: Any, config: Named | None = None) -> Temp
         return Chat(tokenizer)
     text = template_text(name)
     if text is not None:
-        return lambda instruction: text.replace(_PLACE, instruction)
+        return _Text(text, _PAIRED.get(name, text))
     config = config or Named()
     render = TEMPLATES.make(name, config.section, config)
 
-    def prompt(instruction: str) -> str:
+    def prompt(instruction: str, beside: str = "") -> str:
         with TEMPLATES.blamed(name):
-            made = render(instruction)
+            made = render(f"{instruction}{INPUT}{beside}" if beside else instruction)
         if not isinstance(made, str):
             raise UserError(f'template "{name}" returned {type(made).__name__}; a prompt is text')
         return made
@@ -127,10 +163,7 @@ def _read(name: str) -> str:
             f'data.template: "{name}" is no template{did_you_mean(name, known)} and no file; known: {", ".join(known)}'
             ", or FILE.py:Name"
         )
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.template: {name} is not UTF-8 text (byte {error.start})") from None
+    return read_text(path)
 
 
 def _with_place(text: str, name: str) -> str:
@@ -183,6 +216,9 @@ class Example:
         row: Where it came from.
         label: Index of the reference class, where rows are classified.
         image: The image, where there is one.
+        spans: Where in the prompt of a conversation earlier answers are, which are trained, too: first and after last.
+        asked: The prompt as text, where answers are tokenised together with it.
+        cut: Tokens that the cut-off leaves out.
     """
 
     prompt: Prompt
@@ -190,9 +226,18 @@ class Example:
     row: Row
     label: int = -1
     image: Image | None = None
+    spans: tuple[tuple[int, int], ...] = ()
+    asked: str = field(default="", repr=False)
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.input) + len(self.answer)
+
+    @property
+    def supervised(self) -> list[tuple[int, int]]:
+        """Place of every token that is trained, and the token."""
+        earlier = [(i, self.prompt[i]) for first, end in self.spans for i in range(max(first, 1), end)]
+        return [*earlier, *enumerate(self.answer, len(self.prompt))]
 
     @property
     def input(self) -> Input:
@@ -202,12 +247,23 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class ClientExamples:
-    """One client's examples, and how many rows were skipped because their prompt fills the cut-off."""
+    """One client's examples.
+
+    Attributes:
+        train: Of training rows.
+        validation: Of validation rows.
+        test: Of test rows.
+        skipped: Split → rows that are left out because their prompt fills the cut-off.
+        cut: Split → rows whose end the cut-off leaves out.
+        ended: Split → rows whose answer has lost an end-of-sequence text.
+    """
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
     skipped: dict[str, int]
+    cut: dict[str, int] = field(default_factory=dict)
+    ended: dict[str, int] = field(default_factory=dict)
 
 
 class Encoder(Protocol):
@@ -235,20 +291,112 @@ class AnswerEncoder:
         self.tokenizer = tokenizer
         self.template: Template = get_template(template, tokenizer, config)
         self.cutoff = cutoff
+        self._joint = config is not None and config.boundary == "joint"
         self._special = template != CHAT  # a chat template writes its own special tokens
 
     def prompt(self, instruction: str) -> Prompt:
         """Token ids of the prompt, without an end-of-sequence token."""
-        ids = self.tokenizer(self.template(instruction), add_special_tokens=self._special)["input_ids"]
-        return tuple(ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids)
+        return _ids(self.tokenizer, self.template(instruction), self._special)
 
     def example(self, row: Row) -> Example | None:
         """The row in tokens, or nothing when no token of the answer fits under the cut-off."""
-        prompt = self.prompt(row.instruction)
+        row = self._without_ends(row)
+        spans: tuple[tuple[int, int], ...] = ()
+        if row.turns:
+            prompt, spans, asked = self._conversation(row.turns)
+        else:
+            bare = row.instruction.removesuffix(f"{INPUT}{row.input}") if row.input else row.instruction
+            asked = self.template(bare, row.input)
+            prompt = _ids(self.tokenizer, asked, self._special)
         if len(prompt) >= self.cutoff:
             return None
-        answer = self.tokenizer(row.output, add_special_tokens=False)["input_ids"]
-        return Example(prompt, tuple([*answer, self.tokenizer.eos_token_id][: self.cutoff - len(prompt)]), row)
+        asked = asked if self._joint else ""
+        answer = self._answer(row.output, prompt, asked)
+        room = self.cutoff - len(prompt)
+        return Example(prompt, answer[:room], row, spans=spans, asked=asked, cut=max(0, len(answer) - room))
+
+    def _answer(self, text: str, prompt: Prompt, asked: str) -> tuple[int, ...]:
+        return (*answer_ids(self.tokenizer, text, prompt, asked), self.tokenizer.eos_token_id)
+
+    def _without_ends(self, row: Row) -> Row:
+        """The row without an end-of-sequence text at the end of its answers: training adds the token itself."""
+        end = getattr(self.tokenizer, "eos_token", None)
+        if not end:
+            return row
+        turns = tuple((role, _without(text, end) if role == "assistant" else text) for role, text in row.turns)
+        output = _without(row.output, end)
+        return row if (output, turns) == (row.output, row.turns) else replace(row, output=output, turns=turns)
+
+    def _conversation(self, turns: Sequence[Turn]) -> tuple[Prompt, tuple[tuple[int, int], ...], str]:
+        """Token ids of everything before the last answer, where earlier answers are in them, and what is asked."""
+        if isinstance(self.template, Chat):
+            return self._chat(self.template, turns)
+        ids: Prompt = ()
+        spans, text = list[tuple[int, int]](), ""
+        for role, said in turns:
+            if role == "system":
+                text += f"{said}\n\n"
+            elif role == "user":
+                text += self.template(said)
+            else:
+                prompt = _ids(self.tokenizer, text, not ids)
+                answer = self._answer(said, prompt, text if self._joint else "")
+                spans.append((len(ids) + len(prompt), len(ids) + len(prompt) + len(answer)))
+                ids, text = (*ids, *prompt, *answer), "\n\n"
+        return (*ids, *_ids(self.tokenizer, text, not ids)), tuple(spans), text
+
+    def _chat(self, chat: Chat, turns: Sequence[Turn]) -> tuple[Prompt, tuple[tuple[int, int], ...], str]:
+        text = chat.render(turns)
+        ids, spans = _ids(self.tokenizer, text, special=False), list[tuple[int, int]]()
+        for place, (role, said) in enumerate(turns):
+            if role != "assistant" or not place:
+                continue
+            start = text.find(said.strip(), _common(text, chat.render(turns[:place])))
+            if start < 0:  # the template shows earlier answers in another form
+                continue
+            first, end = (self._shared(ids, text[:to]) for to in (start, start + len(said.strip())))
+            spans.append((first, end + (ids[end : end + 1] == (self.tokenizer.eos_token_id,))))
+        return ids, tuple(spans), text
+
+    def _shared(self, ids: Prompt, text: str) -> int:
+        """How many tokens a beginning of the text has in common with the whole."""
+        return _common(ids, self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def answer_ids(tokenizer: Any, text: str, prompt: Prompt, asked: str = "") -> tuple[int, ...]:
+    """Token ids of an answer by itself; or as they follow its prompt in one text.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        text: The answer.
+        prompt: Token ids of the prompt.
+        asked: The prompt, or its end, as text; empty for an answer by itself. A token that would reach across the
+            boundary cannot be told apart, so such an answer is tokenised by itself.
+    """
+    for special in (True, False) if asked else ():
+        alone, whole = (_ids(tokenizer, text, special) for text in (asked, asked + text))
+        if prompt[len(prompt) - len(alone) :] == alone == whole[: len(alone)] != whole:
+            return whole[len(alone) :]
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> Prompt:
+    """Token ids of a text, without an end-of-sequence token."""
+    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return tuple(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
+
+
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How much two sequences have in common from their start."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _without(text: str, end: str) -> str:
+    """A text without an ending; unchanged where nothing would be left."""
+    short = text.rstrip()
+    while short.endswith(end):
+        short = short.removesuffix(end).rstrip()
+    return short if short and end in text[len(short) :] else text
 
 
 class Classes:
@@ -298,7 +446,9 @@ class TextEncoder:
         """The row in tokens and its class."""
         if row.image is not None:
             raise UserError("rows with images are for model.task=image_classification")
-        return Example(self.prompt(row.instruction), (), row, self.classes.index(row))
+        prompt = self.prompt(row.instruction)
+        long = len(prompt) == self.cutoff and len(self.tokenizer(row.instruction)["input_ids"])
+        return Example(prompt, (), row, self.classes.index(row), cut=max(0, long - self.cutoff))
 
 
 class ImageEncoder:
@@ -363,9 +513,14 @@ class Once:
 def encode_client(encoder: Encoder, data: ClientData) -> ClientExamples:
     """All rows of one client."""
     splits = {name: getattr(data, name) for name in SPLITS}
-    encoded = {name: _present([encoder.example(row) for row in rows]) for name, rows in splits.items()}
-    skipped = {name: len(rows) - len(encoded[name]) for name, rows in splits.items()}
-    return ClientExamples(**encoded, skipped=skipped)
+    made = {name: [(row, encoder.example(row)) for row in rows] for name, rows in splits.items()}
+    encoded = {name: _present([example for _, example in pairs]) for name, pairs in made.items()}
+    return ClientExamples(
+        **encoded,
+        skipped={name: len(pairs) - len(encoded[name]) for name, pairs in made.items()},
+        cut={name: sum(example.cut > 0 for example in mine) for name, mine in encoded.items()},
+        ended={n: sum(e is not None and e.row is not row for row, e in pairs) for n, pairs in made.items()},
+    )
 
 
 def encode_federation(federation: Federation, encoder: Encoder, config: DataConfig) -> dict[int, ClientExamples]:
@@ -387,6 +542,32 @@ def encode_federation(federation: Federation, encoder: Encoder, config: DataConf
                     "tokens or more (data.cutoff), so all labels are masked and no answer is left"
                 )
     return clients
+
+
+_MOST_NOTES = 20
+"""Clients whose skipped rows get a note of their own."""
+
+
+def left_out(examples: Mapping[int, ClientExamples], cutoff: int) -> tuple[str, ...]:
+    """Notes on rows that are skipped or cut, and on answers that have lost an end-of-sequence text."""
+
+    def counted(name: str) -> str:
+        counts = {s: sum(getattr(mine, name).get(s, 0) for mine in examples.values()) for s in SPLITS}
+        return ", ".join(f"{count} {split}" for split, count in counts.items() if count)
+
+    notes = list[str]()
+    for client, mine in examples.items():
+        if skipped := ", ".join(f"{count} {split}" for split, count in mine.skipped.items() if count):
+            notes.append(f"client {client}: {skipped} rows skipped, their prompt fills data.cutoff={cutoff}")
+    if len(notes) > _MOST_NOTES:
+        notes[_MOST_NOTES:] = [f"rows of {len(notes) - _MOST_NOTES} more clients skipped, too"]
+    if cut := counted("cut"):
+        notes.append(f"cut at data.cutoff={cutoff} tokens: {cut} rows")
+    if ended := counted("ended"):
+        notes.append(
+            f"an end-of-sequence text is taken off the answers of {ended} rows: training adds the token itself"
+        )
+    return tuple(notes)
 
 
 def laid_out(inputs: Sequence[Input]) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fedalt.errors import UserError, did_you_mean, listed
+from fedalt.errors import UserError, did_you_mean, listed, shortened
 
 SPLITS = ("train", "validation", "test")
 FIELDS = ("instruction", "output", "task", "category")
@@ -16,14 +17,14 @@ class Picture(Protocol):
     """An image that is read when it is needed."""
 
     def open(self) -> Any:
-        """The image, as a ``PIL.Image.Image``.
-
-        Raises:
-            UserError: It is no image any more.
-        """
+        """The image, as a ``PIL.Image.Image``."""
 
     def digest(self) -> str:
         """Identifies the image by its content."""
+
+
+Turn = tuple[str, str]
+"""Role (``system``, ``user``, ``assistant``) and text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,9 @@ class Row:
         output: The reference answer; the label.
         task: Name of the task the row belongs to, for example ``snli``.
         category: Kind of task, for example ``natural language inference``; scores are grouped by it.
+        image: The image, where there is one.
+        input: What the instruction ends with after Alpaca's heading, where a row has that.
+        turns: What is said before the output, where a row is a conversation; ``instruction`` has it as one text.
     """
 
     instruction: str
@@ -42,6 +46,8 @@ class Row:
     task: str = ""
     category: str = ""
     image: Picture | None = None
+    input: str = ""
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +61,12 @@ class ClientData:
 
 @dataclass(frozen=True, slots=True)
 class Federation:
-    """Client id → rows, in ascending order of id, with a line saying where they came from."""
+    """Client id → rows, in ascending order of id, with lines saying where they came from, and the source's labels."""
 
     clients: dict[int, ClientData]
     source: str
     notes: tuple[str, ...] = field(default=())
+    labels: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -83,6 +90,7 @@ class Pool:
         notes: What the user should know.
         column: Split → value of every row in the column that rows are dealt by, where rows do not hold it themselves.
         labels: Labels as the source has them, before they are called something else.
+        by: Column that says whose a row is, where the source has one and nothing else is asked for.
     """
 
     train: tuple[Row, ...]
@@ -92,6 +100,7 @@ class Pool:
     notes: tuple[str, ...] = ()
     column: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     labels: frozenset[str] = frozenset()
+    by: str = ""
 
     def split(self, name: str) -> tuple[Row, ...]:
         """The rows of a split."""
@@ -116,12 +125,27 @@ def pooled(federation: Federation) -> Pool:
     return Pool(**rows, source=federation.source, notes=federation.notes)
 
 
+_CONSTANT, _NAMED = 0.95, 5
+"""Share of one answer from which answers are nearly constant, and clients that a note names."""
+
+
+def nearly_constant(federation: Federation) -> tuple[str, ...]:
+    """A note on clients whose training answers are nearly all the same; none where there are none."""
+    found = []
+    for client, data in federation.clients.items():
+        answer, count = Counter(row.output for row in data.train).most_common(1)[0]
+        if len(data.train) > 1 and count >= _CONSTANT * len(data.train):
+            found.append(f'client {client} ("{shortened(answer, 40)}" {count} of {len(data.train)})')
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return (f"nearly all training answers are one: {', '.join(found[:_NAMED])}{more}",) if found else ()
+
+
 def needs_column(column: str | None) -> str | None:
     """The column that a source must keep because rows do not hold it; usually none."""
     return None if column in _OF_ROWS else column
 
 
-def check_names(names: Mapping[str, str], pool: Pool) -> None:
+def check_names(names: Mapping[str, str], pool: Pool | Federation) -> None:
     """Refuse a name for a label that no row has."""
     for label in names:
         if label not in pool.labels:
@@ -131,11 +155,7 @@ def check_names(names: Mapping[str, str], pool: Pool) -> None:
 
 
 def labels_of(federation: Federation, others: Federation) -> tuple[str, ...]:
-    """The outputs of all training rows, sorted; also of clients that join later.
-
-    Raises:
-        UserError: There is one only, or so many that they are no labels.
-    """
+    """The outputs of all training rows, sorted; also of clients that join later."""
     outputs = _outputs(federation, others)
     labels = tuple(sorted(set(outputs)))
     if len(labels) < 2:

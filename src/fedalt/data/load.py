@@ -22,30 +22,33 @@ from typing import Any
 import torch
 
 from fedalt.config.data import DataConfig, PartitionConfig
-from fedalt.data.clients import keep_tasks, mix_tasks, one_client, split_rows, to_clients
+from fedalt.data.clients import keep_tasks, mix_tasks, one_client, sampled, split_rows, to_clients, with_tests
 from fedalt.data.encode import Encoder, Once
-from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, Row, check_names, pooled
-from fedalt.data.formats.folder import is_client_folder, read_folder
+from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, Row, check_names, nearly_constant, pooled
+from fedalt.data.formats.files import POSSIBLE, ending, tables_in
+from fedalt.data.formats.folder import is_client_folder, named_clients, read_folder, read_named
 from fedalt.data.formats.images import is_image_folder, read_images
-from fedalt.data.formats.table import ENDINGS, is_table_folder, read_table
+from fedalt.data.formats.table import is_shard, is_table_folder, read_table, read_together, split_of
 from fedalt.data.partition import unused
 from fedalt.data.record import held_out_in, reproduce
 from fedalt.data.sources.given import PREFIX, Given, read_handed_on
 from fedalt.data.sources.hub import is_loadable, is_saved, read_hub
-from fedalt.errors import UserError, alternatives, did_you_mean
+from fedalt.errors import UserError, alternatives, did_you_mean, listed
 from fedalt.registry import OURS, SOURCES
 from fedalt.seeding import rng
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_FOLDERS: dict[str, Callable[[Path], bool]] = {
-    "client files": is_client_folder,
-    "a saved Hugging Face data set": is_saved,
-    "tables": is_table_folder,
-    "images by class": is_image_folder,
+_FOLDERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, DataConfig], Federation | Pool]]] = {
+    "client files": (is_client_folder, read_folder),
+    "a saved Hugging Face data set": (is_saved, lambda path, config: read_hub(str(path), config)),
+    "a client per file": (lambda path: not is_saved(path) and bool(named_clients(path)), read_named),
+    "tables": (is_table_folder, read_table),
+    "images by class": (is_image_folder, read_images),
 }
+"""What a folder may hold → whether it does, and what reads it."""
 _POSSIBLE = (
-    "no training rows; expected train/local_training_0.json, …_1.json and so on, or train.csv (tsv, json, jsonl), "
-    "or a subfolder of images per class, or what datasets.save_to_disk wrote, or what datasets.load_dataset reads"
+    "no training rows; expected train/local_training_0.json, …_1.json and so on, or a file per client, or train.csv "
+    f"(or {POSSIBLE}), or a subfolder of images per class, or what datasets.save_to_disk wrote or load_dataset reads"
 )
 
 
@@ -59,41 +62,60 @@ def read_source(config: DataConfig) -> Federation | Pool:
         return read_handed_on(config.source).read(config)
     path = Path(config.source).expanduser()
     if path.is_file():
-        if path.suffix not in ENDINGS:
-            raise UserError(f"data.source: {path} is no folder, and no table ({', '.join(ENDINGS)})")
+        if not ending(path):
+            raise UserError(f"data.source: {path} is no folder, and no table ({POSSIBLE})")
         return read_table(path, config)
     if path.is_dir():
         return _folder(path, config)
+    if ending(path):
+        beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"data.source: there is no file {path}{did_you_mean(path.name, beside)}")
     if _HUB_NAME.fullmatch(config.source):
         return read_hub(config.source, config)
     raise UserError(
         f"data.source: {path} is no folder{did_you_mean(config.source, SOURCES)}; give a folder, a table "
-        f"({', '.join(ENDINGS)}), the name of a Hugging Face data set, FILE.py:Name, {alternatives(SOURCES.names())}"
+        f"({POSSIBLE}), the name of a Hugging Face data set, FILE.py:Name, {alternatives(SOURCES.names())}"
     )
 
 
 def _folder(path: Path, config: DataConfig) -> Federation | Pool:
-    kinds = [kind for kind, there in _FOLDERS.items() if there(path)]
+    files = tables_in(path)
+    match config.files:
+        case "clients":
+            if not is_client_folder(path) and not named_clients(path):
+                raise UserError(f"data.files: clients asked for, but {path} holds no file of rows for each of several")
+            return read_folder(path, config) if is_client_folder(path) else read_named(path, config)
+        case "splits":
+            return read_table(path, config)
+        case "pool":
+            if not files:
+                raise UserError(f"data.files: pool asked for, but {path} holds no tables ({POSSIBLE})")
+            return read_together(path, config)
+    kinds = [kind for kind, (there, _) in _FOLDERS.items() if there(path)]
     if len(kinds) > 1:
         raise UserError(f"{path}: holds {' and '.join(kinds)}; give a folder with one of them")
-    match kinds:
-        case ["client files"]:
-            return read_folder(path)
-        case ["tables"]:
-            return read_table(path, config)
-        case ["images by class"]:
-            return read_images(path, config)
-    if kinds or is_loadable(path):
+    named = [file.name for file in files if not split_of(file) and not is_shard(file)]
+    if kinds == ["tables"] and named:
+        raise UserError(
+            f"{path}: rows by split, or a client per file? {listed([file.name for file in files], 6)}: write "
+            "data.files=splits for the rows of train, validation and test alone, data.files=pool to put all files "
+            "together, or give a folder without train, validation and test for a client per file"
+        )
+    if kinds:
+        return _FOLDERS[kinds[0]][1](path, config)
+    if len(files) == 1 and named:
+        return read_table(files[0], config)
+    if is_loadable(path):
         return read_hub(str(path), config)
     raise UserError(f"{path}: {_POSSIBLE}")
 
 
 _AS_IT_IS = {"clients": None, "tasks": None, "held_out": 0, "split_rows": False, "tasks_per_client": 1}
-_OF_PROMPTS = {"template", "cutoff"}
+_OF_PROMPTS = {"template", "cutoff", "boundary"}
 """Settings that no row depends on."""
 _OF_DEALS: dict[str, Any] = {
-    **dict.fromkeys(("held_out", "tasks_per_client", "test_share", "validation_rows", "shuffle"), True),
-    "partition": set(PartitionConfig.model_fields) - {"by", "column"},
+    **dict.fromkeys(("held_out", "tasks_per_client", "test_share", "validation_rows", "shuffle", "limit_by"), True),
+    "partition": set(PartitionConfig.model_fields) - {"by", "column", "file"},
 }
 """Settings that act once a source has been read."""
 
@@ -134,7 +156,7 @@ def load_as_it_is(config: DataConfig, seed: int) -> Federation:
     """
     found = read(config)
     if isinstance(found, Federation):
-        return _cut(found, config, seed)
+        return _cut(with_tests(found, config.test_share, seed), config, seed)
     anew = config.model_copy(update={"shuffle": True})
     return _cut(one_client(found, config.test_share, seed), anew, seed)
 
@@ -202,9 +224,15 @@ def _left_out(config: DataConfig, ids: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _everybody(config: DataConfig, seed: int, reader: Callable[[DataConfig], Federation | Pool]) -> Federation:
-    source, options = reader(config), config.partition
-    if isinstance(source, Pool):
-        check_names(config.label_names or {}, source)
+    source = reader(config)
+    if isinstance(source, Federation):
+        source = with_tests(source, config.test_share, _seed(config, seed))
+    elif source.by:
+        column = config.partition.model_copy(update={"by": "column", "column": source.by})
+        config = config.model_copy(update={"partition": column})
+    options = config.partition
+    if config.label_names:
+        check_names(config.label_names, source)
     pool = pooled(source) if isinstance(source, Federation) else source
     if options.file:
         federation = _as_in_file(_file(config), pool, config)
@@ -225,14 +253,16 @@ def _everybody(config: DataConfig, seed: int, reader: Callable[[DataConfig], Fed
     else:
         federation = to_clients(source, config, _seed(config, seed), None)
     clients = dict(list(federation.clients.items())[: config.clients])
-    return mix_tasks(_cut(replace(federation, clients=clients), config, seed), config.tasks_per_client)
+    made = mix_tasks(_cut(replace(federation, clients=clients), config, seed), config.tasks_per_client)
+    return replace(made, notes=(*made.notes, *nearly_constant(made)))
 
 
 def _cut(federation: Federation, config: DataConfig, seed: int) -> Federation:
     """Every client's rows shuffled, with some held out, and limited, as set."""
     clients = federation.clients.items()
     mixed = {c: _shuffled(c, d, _seed(config, seed)) if config.shuffle else d for c, d in clients}
-    return replace(federation, clients={c: _limit(_hold_out(c, d, config, seed), config) for c, d in mixed.items()})
+    held = {c: _hold_out(c, d, config, seed) for c, d in mixed.items()}
+    return replace(federation, clients={c: _limit(c, d, config, _seed(config, seed)) for c, d in held.items()})
 
 
 def _file(config: DataConfig) -> Path:
@@ -303,5 +333,13 @@ def _shuffled(client: int, data: ClientData, seed: int) -> ClientData:
     return ClientData(**{split: shuffled(split) for split in SPLITS})
 
 
-def _limit(data: ClientData, config: DataConfig) -> ClientData:
-    return replace(data, **{split: getattr(data, split)[:limit] for split, limit in config.limits.items()})
+def _limit(client: int, data: ClientData, config: DataConfig, seed: int) -> ClientData:
+    rows: dict[str, tuple[Row, ...]] = {}
+    for split, limit in config.limits.items():
+        mine = getattr(data, split)
+        if config.limit_by == "first" or limit is None:
+            rows[split] = mine[:limit]
+        else:
+            places = sampled([row.output for row in mine], limit, seed, split, client)
+            rows[split] = tuple(mine[i] for i in places)
+    return ClientData(**rows)

@@ -38,18 +38,8 @@ def split_like_train(pool: Pool, split: str, column: str, train: Sequence[Sequen
     Shares are rounded by largest remainder, ties fall by the seed, and every row goes to exactly one client. A client
     that would be left without any gets a row of its most frequent kind from whoever has most of them.
 
-    Args:
-        pool: All rows.
-        split: ``validation`` or ``test``.
-        column: What a row's kind is.
-        train: Places of every client's training rows.
-        seed: Of the order of rows, and of ties.
-
     Returns:
         Places of every client's rows in the split.
-
-    Raises:
-        UserError: A client cannot be given any row.
     """
     kinds, known = pool.kinds(split, column), pool.kinds("train", column)
     mine = [Counter(known[i] for i in places) for places in train]
@@ -79,12 +69,6 @@ def check_kinds(pool: Pool, split: str, column: str) -> None:
 
 def held_out(labels: Sequence[str], share: float, seed: int, client: int) -> tuple[list[int], list[int]]:
     """Split one client's rows into training and test rows, by label; while they last, a label keeps a training row.
-
-    Args:
-        labels: Label of every row.
-        share: Of test rows; there is at least one, and at least one training row.
-        seed: Of which rows.
-        client: Its id.
 
     Returns:
         Places of training rows and of test rows, in order.
@@ -189,17 +173,7 @@ def partitioner_of(options: PartitionConfig) -> str:
 
 
 def deal(rows: TrainingRows, clients: int, config: DataConfig) -> Parts:
-    """Deal rows until every client has enough; every row goes to exactly one client.
-
-    Args:
-        rows: The rows; their seed is that of the deal.
-        clients: How many share them.
-        config: How.
-
-    Raises:
-        UserError: More clients than rows, settings that the labels of rows do not allow, a partitioner that forgets
-            rows, or no draw that leaves every client enough.
-    """
+    """Deal rows until every client has enough; every row goes to exactly one client."""
     if clients > len(rows):
         raise UserError(f"data.clients: {clients} clients asked for, but {rows.source} has {len(rows)} training rows")
     name = partitioner_of(config.partition)
@@ -251,10 +225,7 @@ def alpha_of(options: PartitionConfig) -> float | None:
 def unused(config: DataConfig, dealt: bool, source: str) -> tuple[str, ...]:
     """A note on settings of ``data.partition`` that differ from their defaults and change nothing; none if all do.
 
-    Args:
-        config: The settings.
-        dealt: Whether rows are dealt, and do not stay with the clients that have them.
-        source: Where rows are from.
+    ``dealt`` says whether rows are, and do not stay with the clients that have them.
     """
     options = config.partition
     if options.file:

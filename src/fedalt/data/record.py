@@ -22,14 +22,7 @@ _SETTINGS = ("source", "config", "tasks", "clients", "held_out", "test_share", "
 
 
 def record(config: DataConfig, seed: int, federation: Federation, held_out: Federation | None = None) -> dict[str, Any]:
-    """The content of partition.json.
-
-    Args:
-        config: How rows were dealt.
-        seed: The run's.
-        federation: Clients of the run.
-        held_out: Clients that take no part, if there are any.
-    """
+    """The content of partition.json."""
     held_out = held_out or Federation({}, federation.source)
     kind, counts = label_counts(federation, held_out)
     return {
@@ -84,11 +77,7 @@ def _counted(labels: Iterable[str]) -> dict[str, int]:
 
 
 def reproduce(file: Path, pool: Pool) -> Federation:
-    """Give the clients of a partition.json the rows that they had, in the same order.
-
-    Raises:
-        UserError: The file is no partition, or the source lacks rows of it.
-    """
+    """Give the clients of a partition.json the rows that they had, in the same order."""
     written = read_json(file)
     known: dict[str, list[Row]] = defaultdict(list)
     for split in SPLITS:

@@ -47,7 +47,7 @@ class Beams:
         )
 
     def step(
-        self, scores: Tensor, before: Tensor, length: int, ends: Tensor, penalty: float, last: bool
+        self, scores: Tensor, before: Tensor, length: int, ends: Tensor, penalty: float, *, last: bool
     ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
         """Take the best continuations of every prompt.
 
@@ -69,14 +69,14 @@ class Beams:
         beam, token = at // vocabulary, at % vocabulary
         over = torch.isin(token, ends) | last
         self.running, chosen = (top + over * _NEVER).topk(b)
-        self._finish(top, beam, token, over, before.view(p, b, -1), length, penalty)
+        self._finish(top, beam, token, over, before.view(p, b, -1), length=length, penalty=penalty)
         worst = torch.where(self.finished, self.scores.min(1, keepdim=True).values, _NEVER)
         self.open = self.open & (self.running[:, :1] / length**penalty > worst).any(1)
         first = torch.arange(p, device=beam.device)[:, None] * b
         return (beam.gather(1, chosen) + first).flatten(), token.gather(1, chosen).flatten()
 
     def _finish(
-        self, top: Tensor, beam: Tensor, token: Tensor, over: Tensor, before: Tensor, length: int, penalty: float
+        self, top: Tensor, beam: Tensor, token: Tensor, over: Tensor, before: Tensor, *, length: int, penalty: float
     ) -> None:
         b = self.running.shape[1]
         ended = over.clone()

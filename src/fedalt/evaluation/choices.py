@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedalt.config import EvaluationConfig
 from fedalt.data.batches import collate
-from fedalt.data.encode import Example
+from fedalt.data.encode import Example, answer_ids
 from fedalt.evaluation.generate import chunks
 from fedalt.evaluation.prompt_similarity import Weights
 from fedalt.model.adapted import AdaptedModel
@@ -50,11 +50,12 @@ def choose(
     tokenizer: Any,
     rows: Sequence[Sequence[Example]],
     config: EvaluationConfig,
+    *,
     weights: Weights = None,
     normalise: bool = False,
 ) -> list[list[str | None]]:
     """The likeliest option of every client's rows, the first of equally likely ones; nothing where there are none."""
-    scores = option_scores(model, tokenizer, rows, config, weights, normalise)
+    scores = option_scores(model, tokenizer, rows, config, weights=weights, normalise=normalise)
     return [[max(row, key=row.__getitem__) if row else None for row in mine] for mine in scores]
 
 
@@ -63,6 +64,7 @@ def option_scores(
     tokenizer: Any,
     rows: Sequence[Sequence[Example]],
     config: EvaluationConfig,
+    *,
     weights: Weights = None,
     normalise: bool = False,
 ) -> list[list[dict[str, float]]]:
@@ -91,7 +93,7 @@ def option_scores(
         groups: list[list[Example]] = [[] for _ in rows]
         for k, j in chunk:
             i, answer = asked[k][j]
-            groups[k].append(replace(rows[k][i], answer=answer))
+            groups[k].append(replace(rows[k][i], answer=answer, spans=()))
         mine = None if weights is None else torch.stack([weights[k][asked[k][j][0]] for k, j in chunk])
         found = log_likelihoods(model, groups, mine).tolist()
         scores |= {(k, *asked[k][j]): value for (k, j), value in zip(chunk, found, strict=True)}
@@ -126,7 +128,7 @@ def log_likelihoods(
 
 def _answers(tokenizer: Any, example: Example, limit: int | None) -> dict[str, Answer]:
     options = options_of(example.row.instruction)
-    ids = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
+    ids = [answer_ids(tokenizer, option, example.prompt, example.asked) for option in options]
     found = {option: (*tokens, tokenizer.eos_token_id) for option, tokens in zip(options, ids, strict=True)}
     longest = max(map(len, found.values()), default=0)
     return found if limit is None or len(example.prompt) + longest <= limit else {}

@@ -137,7 +137,7 @@ class Batch:
             ids, mask = self.ids[rows, -width:], self.mask[rows, -width:]
             last = torch.tensor([width - 1], device=ids.device)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            parts.append((rows, self._read(ids, mask, positions, [self.prompts[row] for row in rows], last)))
+            parts.append((rows, self._read(ids, mask, positions, [self.prompts[row] for row in rows], wanted=last)))
         for layer in layers:
             layer.close()
         scores = parts[0][1].new_empty(len(self.ids), parts[0][1].shape[1])
@@ -151,6 +151,7 @@ class Batch:
         mask: Tensor,
         positions: Int[Tensor, "n t"],
         prompts: Sequence[int],
+        *,
         wanted: Tensor | None = None,
         last: int = 1,
     ) -> Float[Tensor, "s vocab"]:
@@ -272,7 +273,14 @@ class Search:
         given = kwargs.get("cache", kwargs.get("past_key_values"))  # the second before transformers 5.24
         cache = answer_cache(given, rows, prompt, room)
         usual = all(isinstance(rule, MaxLengthCriteria | EosTokenCriteria) for rule in stopping_criteria)
-        if cache is None or not usual or len(logits_processor) or generation_config.early_stopping is not False:
+        taken = {"cache", "past_key_values"} & signature(model.forward).parameters.keys()  # else it is swallowed unread
+        if (
+            cache is None
+            or not taken
+            or not usual
+            or len(logits_processor)
+            or generation_config.early_stopping is not False
+        ):
             raise Unsupported
         self.ends = generation_config._eos_token_tensor
         self.penalty = generation_config.length_penalty
@@ -306,7 +314,7 @@ class Search:
         for length in range(1, self.longest + 1):
             last = length == self.longest
             source, tokens = beams.step(
-                torch.log_softmax(scores, -1), batch.answers, length, self.ends, self.penalty, last
+                torch.log_softmax(scores, -1), batch.answers, length, self.ends, self.penalty, last=last
             )
             over = ~beams.open | last
             if over.all() or over.float().mean() >= _LEAVE:

@@ -11,7 +11,7 @@ from fedalt.data.encode import Example
 from fedalt.evaluation.choices import choose
 from fedalt.evaluation.classify import classify
 from fedalt.evaluation.generate import answer_all
-from fedalt.evaluation.metrics import measures, score
+from fedalt.evaluation.metrics import measures, rouge_tokenizer, score
 from fedalt.evaluation.prompt_similarity import Weights, load_to_answer
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Placement
@@ -40,6 +40,7 @@ def evaluate(
     states: Sequence[ClientState],
     rows: Mapping[int, Sequence[Example]],
     placement: Placement,
+    *,
     config: EvaluationConfig,
 ) -> list[Evaluation]:
     """Score every client's model on its own rows, all clients in one batch."""
@@ -56,13 +57,14 @@ def evaluate(
             ]
             for s, *both in zip(states, mine, classify(model, mine, config, weights), strict=True)
         ]
-        about: dict[str, Any] = {}
+        about: list[dict[str, Any]] = [{} for _ in states]
     else:
-        lines = _answered(model, tokenizer, states, mine, weights, config)
-        about = {"stemmer": config.stemmer}
+        lines = _answered(model, tokenizer, states, mine, weights, config=config)
+        used = [rouge_tokenizer(example.row.output for example in part) for part in mine]
+        about = [{"stemmer": config.stemmer, "rouge_tokenizer": one} for one in used]
     return [
-        Evaluation(state.client, part, {"client_id": state.client, **about, **score(part, asked)})
-        for state, part in zip(states, lines, strict=True)
+        Evaluation(state.client, part, {"client_id": state.client, **how, **score(part, asked)})
+        for state, part, how in zip(states, lines, about, strict=True)
     ]
 
 
@@ -72,6 +74,7 @@ def _answered(
     states: Sequence[ClientState],
     rows: Sequence[Sequence[Example]],
     weights: Weights,
+    *,
     config: EvaluationConfig,
 ) -> list[list[dict[str, Any]]]:
     """A line per row with what each client's model writes, and with the option that it finds likeliest."""
@@ -81,7 +84,7 @@ def _answered(
         for state, part, written in zip(states, rows, answers, strict=True)
     ]
     if config.options:
-        chosen = choose(model, tokenizer, rows, config, weights, normalise=config.options == "mean")
+        chosen = choose(model, tokenizer, rows, config, weights=weights, normalise=config.options == "mean")
         for part, options in zip(lines, chosen, strict=True):
             for line, option in zip(part, options, strict=True):
                 line.update({} if option is None else {"option": option})

@@ -51,7 +51,7 @@ def answer_all(
     whole = chunks(prompts, config.batch_size)
     for chunk in (part[at : at + most] for part in whole for at in range(0, len(part), most)):
         mine = None if weights is None else torch.stack([weights[k][i] for k, i in chunk])
-        texts = answer(model, tokenizer, [prompts[k][i] for k, i in chunk], [k for k, _ in chunk], config, mine)
+        texts = answer(model, tokenizer, [prompts[k][i] for k, i in chunk], [k for k, _ in chunk], config, weights=mine)
         for (k, i), text in zip(chunk, texts, strict=True):
             answers[k][i] = text
     return answers
@@ -70,7 +70,7 @@ def chunks(prompts: Sequence[Sequence[Input]], size: int) -> Iterator[list[tuple
 def fitting_prompts(model: AdaptedModel, longest: int, config: EvaluationConfig) -> int:
     """Prompts whose keys and values, with those of all beams' answers, fit well into free memory; at least one."""
     beams, new = config.num_beams, config.max_new_tokens
-    shared = beams == 1 or model.branches  # else every beam has a copy of its prompt
+    shared = beams == 1 or model.branches(longest + beams * new)  # else every beam has a copy of its prompt
     tokens = longest + beams * new if shared else beams * (longest + new)
     each = max(1, tokens * cache_bytes(model.base))
     return max(1, int(_SHARE * free_memory(model.device)) // each)
@@ -83,6 +83,7 @@ def answer(
     prompts: Sequence[Prompt],
     owners: Sequence[int],
     config: EvaluationConfig,
+    *,
     weights: Float[Tensor, "n m"] | None = None,
 ) -> list[str]:
     """Answer one batch of prompts without sampling; special tokens and surrounding white space are stripped.
@@ -95,6 +96,15 @@ def answer(
         config: Beams, longest answer.
         weights: Weights of the slots for every prompt.
     """
+    lengths = [len(prompt) for prompt in prompts]
+    if len(set(lengths)) > 1 and not model.pads_left:
+        apart = [""] * len(prompts)
+        for some in _alike(lengths):
+            mine = None if weights is None else weights[some]
+            asked, mine_of = [prompts[row] for row in some], [owners[row] for row in some]
+            for row, text in zip(some, answer(model, tokenizer, asked, mine_of, config, weights=mine), strict=True):
+                apart[row] = text
+        return apart
     weights = None if weights is None else weights.to(model.device)
     ids, mask = pad_prompts(prompts, tokenizer.pad_token_id)
 
@@ -112,12 +122,14 @@ def answer(
         "eos_token_id": tokenizer.eos_token_id,
     }
     try:
-        search = Search(rows, config.num_beams, config.max_new_tokens, config.num_beams > 1 and model.branches)
+        beams, new = config.num_beams, config.max_new_tokens
+        search = Search(rows, beams, new, beams > 1 and model.branches(max(lengths) + beams * new))
         answers = model.base.generate(**options, num_beams=1, custom_generate=search)
         return _texts(tokenizer, answers)
     except Unsupported:
         texts = [""] * len(prompts)
-        for some in _together([len(prompt) for prompt in prompts]):
+        options["use_cache"] = model.caches
+        for some in [list(range(len(prompts)))] if _IGNORES_PADDING else _alike(lengths):
             longest = max(len(prompts[row]) for row in some)
             part = {name: options[name][some, -longest:] for name in ("input_ids", "attention_mask")}
             with rows(some):
@@ -131,7 +143,6 @@ def _texts(tokenizer: Any, answers: Tensor) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
-def _together(lengths: Sequence[int]) -> list[list[int]]:
-    """Prompts that ``generate`` may be given together: all, or those of one length where it takes padding for text."""
-    kinds = [0] * len(lengths) if _IGNORES_PADDING else lengths
-    return [[row for row, kind in enumerate(kinds) if kind == one] for one in dict.fromkeys(kinds)]
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of one length, for each length: for what takes padding for text."""
+    return [[row for row, other in enumerate(lengths) if other == one] for one in dict.fromkeys(lengths)]

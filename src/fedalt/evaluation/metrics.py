@@ -15,6 +15,7 @@ or the section ``evaluation``.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -90,8 +91,8 @@ def metric_of(name: str) -> Metric:
         UserError: No such metric.
     """
     value, known = METRICS.get(name), Metric(name, name)
-    facts = {fact: getattr(value, fact, default) for fact, default in vars(known).items() if fact != "name"}
-    return Metric(name, **facts)
+    found = {key: getattr(value, key, default) for key, default in vars(known).items() if key != "name"}
+    return Metric(name, **found)
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,10 @@ class _Rouge:
 class Rouge1(_Rouge):
     """F1 of the words that answer and reference share.
 
-    Google's rouge_score with its default tokenizer keeps a to z and 0 to 9 only: text in other scripts scores 0.
-    ``evaluation.stemmer`` changes the scores.
+    Google's rouge_score, whose own tokenizer keeps a to z and 0 to 9 only. For a reference most of whose letters are of
+    other scripts, words are those of any script, and every character is one in Chinese, Japanese, Thai and other
+    scripts that leave no space between words. ``rouge_tokenizer`` among the scores says which was used.
+    ``evaluation.stemmer`` changes the scores of Google's tokenizer.
     """
 
 
@@ -267,15 +270,49 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
+GOOGLE, ANY_SCRIPT = "rouge_score", "any script"
+"""Tokenizers of ROUGE."""
+_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+
+
+@lru_cache(maxsize=1 << 12)
+def is_latin(text: str) -> bool:
+    """Whether Google's tokenizer suits a text: at least half of its letters are Latin, or it has none."""
+    names = [unicodedata.name(letter, "") for letter in text if letter.isalpha()]
+    return 2 * sum(name.startswith(("LATIN", "FULLWIDTH LATIN")) for name in names) >= len(names)
+
+
+def rouge_tokenizer(references: Iterable[str]) -> str:
+    """Which tokenizer ROUGE uses for some references."""
+    kinds = [is_latin(reference) for reference in references]
+    others = kinds.count(False)
+    if others in (0, len(kinds)):
+        return ANY_SCRIPT if others else GOOGLE
+    return f"{GOOGLE}; {ANY_SCRIPT} for {others} of {len(kinds)} rows"
+
+
+class AnyScript:
+    """Words of letters, digits and marks of any script; characters where a script leaves no space between words."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words."""
+        parts = []
+        for letter in text.lower():
+            kept = unicodedata.category(letter)[0] in "LNM"
+            alone = letter.isalpha() and unicodedata.name(letter, "").startswith(_UNSPACED)
+            parts.append(f" {letter} " if alone else letter if kept else " ")
+        return "".join(parts).split()
+
+
 @lru_cache(maxsize=1)
 def _rouge(answer: str, reference: str, stemmer: bool) -> dict[str, float]:
     """All three at once: they are asked for one after another."""
-    found = _scorer(stemmer).score(reference, answer)
+    found = _scorer(stemmer, is_latin(reference)).score(reference, answer)
     return {name: 100 * float(found[name].fmeasure) for name in _ROUGE}
 
 
 @lru_cache
-def _scorer(stemmer: bool) -> Any:
+def _scorer(stemmer: bool, latin: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(list(_ROUGE), use_stemmer=stemmer)
+    return RougeScorer(list(_ROUGE), use_stemmer=stemmer, tokenizer=None if latin else AnyScript())

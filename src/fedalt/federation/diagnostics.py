@@ -45,7 +45,7 @@ class ProductSum:
 
 
 def product_gap(uploads: Collection[Tensors]) -> float | None:
-    """‖mean(BA) − B̄Ā‖_F / ‖mean(BA)‖_F over all layers of all uploads; nothing when the mean product is zero.
+    """‖mean(BA) − B̄Ā‖_F / ‖mean(BA)‖_F over all layers of all uploads; None when the mean product is zero.
 
     Uses mean(BA) − B̄Ā = 1/n Σ (B_m − B̄)(A_m − Ā), so that nothing cancels. Goes through the uploads several times
     and holds one at a time. Nothing, either, where a factor is not sent, or where ranks differ.
@@ -73,7 +73,7 @@ def product_gap(uploads: Collection[Tensors]) -> float | None:
 
 
 def row_lora_drift(before: Tensors, after: Tensors) -> float | None:
-    """‖R' − R‖ / ‖R‖ over the factors of a client's row; nothing while it has no row yet."""
+    """‖R' − R‖ / ‖R‖ over the factors of a client's row; None while it has no row yet."""
     keys = [key for key in after if key.slot == REST_OF_WORLD]
     old = sum(float(before[key].double().square().sum()) for key in keys)
     moved = sum(float((after[key].double() - before[key].double()).square().sum()) for key in keys)

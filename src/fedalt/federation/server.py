@@ -14,8 +14,7 @@ from fedalt.config import FederationConfig
 from fedalt.errors import UserError, shortened
 from fedalt.federation.client import finite
 from fedalt.methods.algebra import mean_of
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import Gathered, Message, Method
 from fedalt.names import HEAD, RANK_AXIS, Key, Tensors, parted
 from fedalt.seeding import rng
 
@@ -23,12 +22,7 @@ T = TypeVar("T")
 
 
 class PerClient(Mapping[int, T]):
-    """A mapping whose values are made each time they are asked for and never kept.
-
-    Args:
-        clients: Ids that have a value, in the order of iteration.
-        make: Reads or computes one client's value.
-    """
+    """A mapping whose values are made each time they are asked for and never kept."""
 
     def __init__(self, clients: Iterable[int], make: Callable[[int], T]) -> None:
         self._clients = dict.fromkeys(clients)
@@ -76,7 +70,7 @@ class Upload:
     round: int
 
 
-def nothing(client: int) -> Tensors:
+def no_upload(client: int) -> Tensors:
     """Before the first round there is no upload to read."""
     raise KeyError(client)
 
@@ -105,7 +99,7 @@ class Server:
     samples: Mapping[int, int]
     shapes: Mapping[Key, tuple[int, ...]]
     uploads: Mapping[int, Upload] = field(default_factory=dict)
-    read: Callable[[int], Tensors] = nothing
+    read: Callable[[int], Tensors] = no_upload
     round: int = 0
     memory: Tensors = field(default_factory=dict)
     seen: Mapping[int, int] = field(default_factory=dict)
@@ -121,16 +115,13 @@ class Server:
             arrived: Clients that delivered.
             read: Gives the upload of each of them, and from now on of everybody else in ``uploads``, too.
             round_: The round.
-
-        Raises:
-            UserError: An upload with other keys or shapes than the run's, or with a value that is not finite.
         """
         for client in arrived:
             self.check(client, read(client))
         kept = self.uploads if self.remembers or not arrived else {}
         self.uploads = {**kept, **{client: Upload(self._weight(client), round_) for client in sorted(arrived)}}
         self.read, self.round = read, round_
-        for found in ("_answer", "_heads"):
+        for found in ("_answer", "_heads", "_mean"):
             self.__dict__.pop(found, None)
         if arrived:
             self.seen = {**self.seen, **dict.fromkeys(arrived, round_)}
@@ -163,7 +154,7 @@ class Server:
             return {}
         if self.method.needs_uploads or self.method.has_server_state:
             return PerClient(told, self._answered)
-        mean, total = self.mean(), sum(weights.values())
+        mean, total = self._mean, sum(weights.values())
 
         def message(client: int) -> Message:
             share = weights.get(client, 0.0) / total
@@ -180,6 +171,11 @@ class Server:
         """The method's answer, with the mean of the heads, where they are shared."""
         message = self._answer(client, self.seen.get(client, 0))
         return replace(message, tensors={**message.tensors, **self._heads}) if self._heads else message
+
+    @cached_property
+    def _mean(self) -> Tensors:
+        """The mean that this round's broadcast is; found once a round."""
+        return self.mean()
 
     @cached_property
     def _heads(self) -> Tensors:

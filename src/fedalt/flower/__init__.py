@@ -1,6 +1,6 @@
 """The same run across machines, on Flower. The only room that imports ``flwr``.
 
-server_app.py   the rounds of ``runs/rounds.py``, with sites for a crew      (process of the SuperLink)
+server_app.py   the rounds of ``runs/rounds.py``, with sites as its clients  (process of the SuperLink)
 nodes.py        which node is which client; asks until answered or late
 client_app.py   hands a message on to the site's trainer                         (process of the SuperNode)
 trainer.py      holds the base model between rounds                              (process of the site)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator
 
@@ -14,7 +14,7 @@ from fedalt.config.section import Section
 from fedalt.errors import UserError
 from fedalt.flower.requests import Text
 
-COLUMNS = ("config", "text_columns", "label_column", "columns", "label_names")
+COLUMNS = ("config", "files", "text_columns", "label_column", "columns", "label_names")
 """Settings of ``data`` that say how a source is read."""
 
 
@@ -34,6 +34,7 @@ class SiteRows(Section):
     min_rows: int = Field(10, ge=1, description="fewest rows that it trains on, and of which a score leaves it")
     categories: Names = Field((), description="categories that the server may have scores of, by name")
     config: str | None = Field(None, description="as data.config, and the next as those of data")
+    files: Literal["clients", "splits", "pool"] | None = None
     text_columns: Names | None = Field(None, min_length=1)
     label_column: str | None = None
     columns: Names | None = Field(None, min_length=1)

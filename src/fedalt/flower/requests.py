@@ -194,9 +194,11 @@ class Scores(Part):
 
     Attributes:
         categories: The same for those categories of rows that the site has named.
+        rouge_tokenizer: How ROUGE counts words, by the script of most references.
     """
 
     categories: Annotated[dict[Text, Part], Field(max_length=1000)] = field(default_factory=dict)
+    rouge_tokenizer: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The ServerApp: the rounds of a run, with sites for a crew. It has neither rows nor base model."""
+"""The ServerApp: the rounds of a run, with sites as its clients. It has neither rows nor base model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedalt.config import RunConfig, parse_received
 from fedalt.errors import UserError
+from fedalt.evaluation.metrics import metric_of
 from fedalt.federation.server import Server
 from fedalt.files import read_json, write_json
 from fedalt.flower.certs import TLS, PublicKey, client_keys
@@ -100,7 +101,7 @@ def serve(
     run_, checkpoint = find_checkpoint(facts, folder)
     server = Server(method, config.federation, facts.samples, facts.shapes)
     sites = RemoteClients(facts, name, nodes, folder, log, server, common)
-    loop = start(facts, sites, folder, log, run_, checkpoint, server=server)
+    loop = start(facts, sites, folder, log, run_, checkpoint=checkpoint, server=server)
     nodes.refused = lambda line: log.emit("note", round=server.round, text=line)
     for line in refused:
         nodes.refused(line)
@@ -197,6 +198,11 @@ def _started(event: Event) -> str:
     return f"{event['event'].replace('_', ' ')}: {event['method']}, {len(event['clients'])} clients"
 
 
+def _finished(event: Event) -> str:
+    metric = metric_of(event["metric"])
+    return f"finished: {metric.title}, mean {metric.text(event['mean'])}, worst client {metric.text(event['worst'])}"
+
+
 _LINES: dict[str, Callable[[Event], str]] = {
     "run_started": _started,
     "run_resumed": _started,
@@ -205,5 +211,5 @@ _LINES: dict[str, Callable[[Event], str]] = {
     "client_failed": lambda event: f"round {event['round']}: client {event['client']} left out: {event['reason']}",
     "round": _round,
     "evaluated": lambda event: f"round {event['round']}: scored in {event['seconds']:.1f} s",
-    "run_finished": lambda event: f"finished: mean {event['mean']:.2f}, worst client {event['worst']:.2f}",
+    "run_finished": _finished,
 }

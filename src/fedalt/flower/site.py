@@ -34,8 +34,8 @@ from fedalt.flower.members import rule_of
 from fedalt.flower.own import COLUMNS, SiteRows
 from fedalt.flower.requests import Common, Member, Part, Reply, Request, Scored, Scores, SiteError, Trained
 from fedalt.flower.wire import Shape, pack, unpack
-from fedalt.methods.exchange import Message
-from fedalt.model.base import TINY_BASE
+from fedalt.methods.base import Message
+from fedalt.model.source import TINY_BASE
 from fedalt.model.state import ClientState
 from fedalt.names import HEAD, INDIVIDUAL, LOCAL, MIXER, PERSONAL, PRIVATE, REST_OF_WORLD, A, B, G, Key, W, parted
 from fedalt.registry import SOURCES, TEMPLATES
@@ -250,7 +250,7 @@ class _Work:
     @cached_property
     def facts(self) -> RunInfo:
         """What there is to know of the run, by this site."""
-        return self.experiment.facts
+        return self.experiment.info
 
     @cached_property
     def common(self) -> Common:
@@ -293,7 +293,7 @@ class _Work:
             [self._told(request, last)],
             [plans],
             experiment.settings,
-            request.round,
+            round_=request.round,
         )
         if result.failure:
             self.log.emit("client_failed", round=request.round, client=self.client, reason=result.failure)
@@ -344,7 +344,7 @@ class _Work:
             return None
         rest = len(rows) - sum(part.rows for part in told.values())
         few = 0 < rest < (self.rows.min_rows if self.rows else 1)  # whose score would follow from the others'
-        return Scores(found.rows, found.metrics, {} if few else told)
+        return Scores(found.rows, found.metrics, {} if few else told, scores.get("rouge_tokenizer"))
 
     def _part(self, scores: Mapping[str, Any], rows: Sequence[Example]) -> Part | None:
         least = self.rows.min_rows if self.rows else 1

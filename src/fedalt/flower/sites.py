@@ -20,8 +20,7 @@ from fedalt.flower.members import member_of
 from fedalt.flower.nodes import Nodes
 from fedalt.flower.requests import Common, Do, Member, Part, Reply, Request, Scored, Scores, Trained
 from fedalt.flower.wire import Shape, pack, unpack
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message, Method
 from fedalt.model.state import ClientState
 from fedalt.names import Key, Tensors
 from fedalt.registry import METRICS
@@ -169,7 +168,8 @@ class RemoteClients:
     def _as_in_file(self, client: int, scores: Scores) -> dict[str, Any]:
         """Scores as a run on one machine writes them."""
         config = self.facts.config
-        about = {} if config.classifies else {"stemmer": config.evaluation.stemmer}
+        how = {"stemmer": config.evaluation.stemmer, "rouge_tokenizer": scores.rouge_tokenizer}
+        about = {} if config.classifies else how
         parts = {name: _flat(part) for name, part in scores.categories.items()}
         return {"client_id": client, **about, **_flat(scores), "categories": parts}
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedalt.config.section import Section
 from fedalt.methods.algebra import Factors, fit_b, inner, mean_of, stacked, truncated
-from fedalt.methods.exchange import Gathered
+from fedalt.methods.base import Gathered
 from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Key
 from fedalt.registry import AGGREGATORS, registered_name
 

@@ -153,11 +153,7 @@ def mean_of(uploads: Mapping[int, Tensors], weights: Mapping[int, float]) -> dic
 
 
 def refuse_weighting(config: RunConfig, who: str, instead: str) -> None:
-    """For uploads that are not weighed by rows, nor evenly.
-
-    Raises:
-        UserError: ``federation.weighting`` is set.
-    """
+    """For uploads that are not weighed by rows, nor evenly."""
     weighting = config.federation.weighting
     if weighting != "method":
         raise UserError(f"federation.weighting: {weighting} has no effect on {who}, {instead}; leave it out")

@@ -33,8 +33,7 @@ from fedalt.config.hints import explain
 from fedalt.config.section import Section
 from fedalt.data.encode import Example
 from fedalt.errors import UserError
-from fedalt.methods.algebra import cut, padded
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.algebra import Factors, cut, padded
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import SUM, Mixing, Placement
 from fedalt.model.state import AdapterShape, ClientState
@@ -158,16 +157,7 @@ class Method:
             raise UserError("\n".join(dict.fromkeys(lines))) from None
 
     def bind(self, clients: int, config: RunConfig, layers: Mapping[str, tuple[int, int]] | None = None) -> Self:
-        """This method as a run takes it.
-
-        Args:
-            clients: Number of clients in the federation.
-            config: All settings; the method's own section is not looked at.
-            layers: Path of every adapted layer → (d_in, d_out).
-
-        Raises:
-            UserError: Settings that do not suit the method.
-        """
+        """This method as a run takes it."""
         bound = copy(self)
         bound.clients, bound.config, bound.layers = clients, config, layers or {}
         bound.client_ranks = config.lora.ranks
@@ -200,11 +190,7 @@ class Method:
         return self.config.lora.alpha / self.config.lora.r
 
     def rank_of(self, client: int) -> int | None:
-        """The client's own rank, or None where all have the slots'.
-
-        Raises:
-            UserError: Ranks are set and this method has no rule for unequal ones.
-        """
+        """The client's own rank, or None where all have the slots'."""
         if self.client_ranks is None:
             return None
         if not self.heterogeneous:
@@ -367,3 +353,50 @@ def trainable(method: Method, shape: AdapterShape | None = None) -> int:
 def sent(method: Method, shape: AdapterShape) -> int:
     """Parameters that a client of the largest rank uploads per round."""
     return shape.size([key for key in shape.shapes() if method.shares(key)])
+
+
+@dataclass(frozen=True)
+class Message:
+    """What the server tells one client at the start of a round.
+
+    Attributes:
+        tensors: A mean of uploads, or whatever the method makes of them.
+        share: This client's weight p in that mean, 0 when it is not in it (late, failed, or left out on purpose).
+    """
+
+    tensors: Tensors
+    share: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What the server has to make an answer of.
+
+    Attributes:
+        uploads: Client → its latest upload that counts.
+        weights: Client → its unnormalised weight.
+        memory: What the method remembers from round to round.
+        round: The round whose uploads came last.
+    """
+
+    uploads: Mapping[int, Tensors]
+    weights: Mapping[int, float]
+    memory: Tensors
+    round: int
+
+    def shares(self, without: int | None = None) -> dict[int, float]:
+        """Normalised weights, perhaps of everybody but one client."""
+        others = {client: weight for client, weight in self.weights.items() if client != without}
+        total = sum(others.values())
+        return {client: weight / total for client, weight in others.items()}
+
+    def factors(self, slot: str) -> dict[str, dict[int, Factors]]:
+        """Module → client → (A, B) of a slot; every upload is read once."""
+        uploads = {client: self.uploads[client] for client in self.weights}
+        modules = dict.fromkeys(key.module for key in next(iter(uploads.values())))
+        return {m: {c: (t[Key(m, slot, A)], t[Key(m, slot, B)]) for c, t in uploads.items()} for m in modules}

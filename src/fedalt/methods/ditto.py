@@ -7,8 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedalt.config.section import Section
-from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot, copied, squared_distance
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot, copied, squared_distance
 from fedalt.model.layer import SUM, Mixing
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, PERSONAL, Tensors
@@ -17,9 +16,9 @@ from fedalt.registry import METHODS
 
 @METHODS.register("ditto")
 class Ditto(Method):
-    """Personal models pulled to the global one, Li et al., ICML 2021, arXiv 2012.04221.
+    """Each client keeps a personal LoRA, pulled towards the global LoRA that all of them average.
 
-    In every round a client receives w̄ and trains two LoRAs on its own rows,
+    In every round of Ditto (Li et al.) a client receives w̄ and trains two LoRAs on its own rows,
 
         w:  min f_k(w) from w̄, which it uploads,   then   v_k:  min f_k(v) + λ/2 ‖v − w̄‖², which it keeps
 

@@ -13,8 +13,7 @@ from fedalt.config.section import Section
 from fedalt.data.batches import collate
 from fedalt.data.encode import Example
 from fedalt.methods.algebra import mean_of
-from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot, copied, drawn
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import BOTH, NONE, Gathered, Message, Method, Phase, Slot, copied, drawn
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import SUM, Mixing, Placement
 from fedalt.model.state import ClientState
@@ -67,9 +66,10 @@ VELOCITY = "velocity"
 
 @METHODS.register("fdlora")
 class FDLoRA(Method):
-    """Qi et al., arXiv 2406.07925.
+    """Each client answers with a weighted sum of its personal LoRA and a LoRA that all share.
 
-    Stage 1 is the first round: each client trains its personal LoRA θ_p, whose mean is the first shared LoRA θ_s.
+    Stage 1 of FDLoRA (Qi et al.) is the first round: each client trains its personal LoRA θ_p; their mean is the first
+    shared LoRA θ_s.
     Stage 2 is every further round: a client trains a copy θ_s^k of θ_s, and every ``sync_every`` rounds keeps it as its
     θ_p. The server takes a step of Nesterov's method on the mean change, as in DiLoCo:
 

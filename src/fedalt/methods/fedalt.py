@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot
 from fedalt.model.layer import SOFTMAX, SUM, Mixing
 from fedalt.model.state import ClientState
 from fedalt.names import INDIVIDUAL, MIXER, REST_OF_WORLD, Key, Tensors
 
 
 class FedALT(Method):
-    """Federated fine-tuning with adaptive local training, AAAI 2026, arXiv 2503.11880, §3.
+    """The paper's method, §3: an individual LoRA, the frozen mean of the others', and a mixer of the two.
 
         y = W0 x + s · [α_L(x) B_L A_L x̃ + α_R(x) B_R A_R x̃],   (α_L, α_R) = softmax(G x)
 

@@ -10,8 +10,7 @@ from pydantic import Field
 from fedalt.errors import UserError
 from fedalt.methods.aggregators import FACTOR_MEAN, RestOfWorldSettings, cluster_rows
 from fedalt.methods.algebra import refuse_weighting
-from fedalt.methods.base import BOTH, NONE, Phase, Slot
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import BOTH, NONE, Gathered, Message, Phase, Slot
 from fedalt.methods.fedalt import FedALT, without_own
 from fedalt.methods.registry import Variant
 from fedalt.model.layer import Mixing
@@ -22,10 +21,11 @@ from fedalt.registry import AGGREGATORS, METHODS
 
 @METHODS.register("fedalt")
 class FedALTVariants(FedALT):
-    """FedALT, arXiv 2503.11880, with the paper's ablations and other RoW LoRAs as settings.
+    """Each client trains a LoRA of its own beside the frozen mean of the others', and weighs the two for every token.
 
-    A RoW LoRA that is made in another way than the paper's (``methods/aggregators.py``) needs single
-    uploads at the server, which then answers each client separately.
+    This is ``FedALT`` (``methods/fedalt.py``) with the paper's ablations and other RoW LoRAs as settings. A RoW LoRA
+    that is made in another way than the paper's (``methods/aggregators.py``) needs single uploads at the server, which
+    then answers each client separately.
     """
 
     section = "fedalt"
@@ -105,11 +105,7 @@ class FedALTVariants(FedALT):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The RoW LoRA's rank is r, or that of its aggregator: all others' ranks for a stack.
-
-        Raises:
-            UserError: An odd rank is to be halved.
-        """
+        """The RoW LoRA's rank is r, or that of its aggregator: all others' ranks for a stack."""
         r, widest = self.config.lora.r, self.widest
         if self.settings.halved:
             if r % 2:

@@ -11,8 +11,7 @@ from pydantic import Field
 from fedalt.config.section import Section
 from fedalt.data.encode import Example
 from fedalt.evaluation.prompt_similarity import anchors
-from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot, copied, drawn
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot, copied, drawn
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.layer import Mixing, Placement
 from fedalt.model.state import ClientState

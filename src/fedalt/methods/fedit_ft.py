@@ -8,8 +8,7 @@ from pydantic import Field
 
 from fedalt.config.section import Section
 from fedalt.errors import UserError
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message, Method
 from fedalt.model.state import ClientState
 from fedalt.registry import METHODS
 

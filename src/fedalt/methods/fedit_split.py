@@ -47,11 +47,7 @@ class FedITSplit(Method):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """r/n each.
-
-        Raises:
-            UserError: n does not divide r.
-        """
+        """r/n each."""
         r = self.config.lora.r
         if r % self.settings.parts:
             raise UserError(f"lora.r: {r} is not divisible by fedit_split.parts = {self.settings.parts}")

@@ -14,7 +14,7 @@ from fedalt.registry import METHODS
 
 @METHODS.register("fedprox")
 class FedProx(Method):
-    """FedAvg with a proximal term, Li et al., MLSys 2020, arXiv 1812.06127.
+    """Every client trains one LoRA that is held near the mean which it started from; the server averages as in FedIT.
 
     From the mean w̄ that it has received, every client minimises
 

@@ -19,7 +19,7 @@ from fedalt.registry import METHODS
 
 @METHODS.register("fedrot_lora")
 class FedRotLoRA(Method):
-    """FedAvg on LoRA without its rotations, arXiv 2602.23638.
+    """Every client turns its factors towards the last mean before the server averages them as in FedIT.
 
     A LoRA is the same after an orthogonal R, (B Rᵀ)(R A) = B A, but the means of factors are not. After training,
     client k replaces A_k and B_k by R_k A_k and B_k R_kᵀ, layer by layer, with

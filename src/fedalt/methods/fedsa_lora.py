@@ -9,9 +9,9 @@ from fedalt.registry import METHODS
 
 @METHODS.register("fedsa_lora")
 class FedSALoRA(Method):
-    """A and B are trained, A alone is sent and averaged, B stays with its client: y = W0 x + s B_k Ā x̃.
+    """Every client trains A and B, and sends A alone, which is averaged; B stays: y = W0 x + s B_k Ā x̃.
 
-    Guo et al., ICLR 2025, arXiv 2410.01463. After aggregation Ā meets a B_k that was trained with A_k; scores after
+    Guo et al. After aggregation Ā meets a B_k that was trained with A_k; scores after
     aggregation are those of that pair, scores before it those of (A_k, B_k).
     """
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedalt.methods.algebra import truncated
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import Gathered, Message
 from fedalt.methods.unequal import Unequal
 from fedalt.names import GLOBAL, A, B, Key
 from fedalt.registry import METHODS
@@ -16,7 +16,7 @@ from fedalt.registry import METHODS
 
 @METHODS.register("flexlora")
 class FlexLoRA(Unequal):
-    """Bai et al., NeurIPS 2024: the exact mean of products, decomposed for every client's rank.
+    """Clients of unequal ranks: the server decomposes the exact mean of products for the rank of each (Bai et al.).
 
     Σ p_k B_k A_k = U Σ Vᵀ,   B_j = U_r Σ_r,   A_j = V_rᵀ
     """

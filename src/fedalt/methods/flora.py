@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedalt.methods.algebra import stacked
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import Gathered, Message
 from fedalt.methods.unequal import Unequal
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, MERGED, A, B, Key, Tensors, W
@@ -19,7 +19,7 @@ from fedalt.seeding import rng
 
 @METHODS.register("flora")
 class FLoRA(Unequal):
-    """Wang et al., NeurIPS 2024, arXiv 2409.05976: stacks of all LoRAs are merged into everybody's base.
+    """Clients of unequal ranks: everybody merges the stack of all LoRAs into its base (Wang et al.).
 
         A = [p_1 A_1; …; p_n A_n],   B = [B_1, …, B_n],   W0 ← W0 + s B A,   B A = Σ p_k B_k A_k
 

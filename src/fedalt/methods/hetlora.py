@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedalt.config.section import Section
 from fedalt.methods.algebra import cut, mean_of, norm, padded, refuse_weighting
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import Gathered, Message
 from fedalt.methods.unequal import Unequal
 from fedalt.model.state import ClientState
 from fedalt.names import RANK_AXIS, A, B, Tensors
@@ -19,7 +19,7 @@ from fedalt.registry import METHODS
 
 @METHODS.register("hetlora")
 class HetLoRA(Unequal):
-    """Cho et al., EMNLP 2024: padding with weights by size, and ranks that shrink.
+    """Clients of unequal ranks: the server pads, and weighs uploads by their size; ranks shrink (Cho et al.).
 
     The loss of a client of rank r has + λ ‖B[:, ⌊γr⌋:]‖ ‖A[⌊γr⌋:]‖ in every layer; when the tail's product is smaller
     after training than it was received, the tail is dropped for good. Uploads are weighed by ‖B_k A_k‖ over all layers.

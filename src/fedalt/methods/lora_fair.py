@@ -12,15 +12,14 @@ from torch import Tensor
 
 from fedalt.config.section import Section
 from fedalt.methods.algebra import Factors, Weighted, factor_means, fit_b, norm, onto, stacked
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import Gathered, Message, Method
 from fedalt.names import GLOBAL, A, B, Key
 from fedalt.registry import METHODS
 
 
 @METHODS.register("lora_fair")
 class LoRAFair(Method):
-    """Bian et al., ICCV 2025: everybody starts from Ā and B̄ + ΔB, found on the server layer by layer.
+    """Everybody starts from Ā and B̄ + ΔB; the server finds the correction ΔB layer by layer (Bian et al.).
 
         ΔB = argmin of 1 − cos⟨Σ p_k B_k A_k, (B̄ + ΔB) Ā⟩ + λ ‖ΔB‖
 

@@ -20,7 +20,9 @@ _SGD = 100
 
 @METHODS.register("pf2lora")
 class PF2LoRA(Method):
-    """y = W0 x + s (B A + D_k C_k) x̃, with A, B common and averaged and C_k, D_k of rank r̃ < r never sent.
+    """Every client trains a common LoRA, which is averaged, and a private one of lower rank, which is never sent.
+
+        y = W0 x + s (B A + D_k C_k) x̃,   rank of D_k C_k: r̃ < r
 
         min over x = {A, B} of 1/K Σ_k f_k(x, y_k*(x)),   y_k*(x) ∈ argmin over y of f_k(x, y)
 

@@ -9,7 +9,7 @@ from typing import Any
 from fedalt.config import RunConfig, used_entries, with_settings
 from fedalt.errors import UserError
 from fedalt.methods.base import Method
-from fedalt.registry import METHODS, SESSION
+from fedalt.registry import METHODS, SESSION, section_of
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,7 @@ class Variant:
 
 
 def get_method(name: str) -> type[Method]:
-    """The class behind the name of a method or a variant.
-
-    Raises:
-        UserError: No such method; the closest name is suggested.
-    """
+    """The class behind the name of a method or a variant."""
     found = METHODS.get(name)
     method: type[Method] = METHODS.get(found.method) if isinstance(found, Variant) else found
     return method
@@ -50,9 +46,6 @@ def as_variant(method: str | type[Method] | Method) -> Variant:
 
     Args:
         method: A name, ``FILE.py:Name`` or ``module:Name``, a class, or a method with settings of its own.
-
-    Raises:
-        UserError: It is none of these, or a class without a name.
     """
     if isinstance(method, str):
         return Variant(method, "")
@@ -72,15 +65,7 @@ def as_variant(method: str | type[Method] | Method) -> Variant:
 
 
 def refuse_session(config: RunConfig, flag: str) -> None:
-    """Refuse what other processes cannot see.
-
-    Args:
-        config: The settings.
-        flag: What asks for other processes.
-
-    Raises:
-        UserError: The method, or something else with a name, was defined at a prompt or in a notebook.
-    """
+    """Refuse what other processes cannot see."""
     for kind, entry in used_entries(config):
         if entry.origin == SESSION:
             raise UserError(
@@ -99,22 +84,8 @@ def method_names() -> tuple[str, ...]:
     return tuple(entry.name for entry in METHODS.entries() if not isinstance(entry.value, Variant))
 
 
-def variant_names() -> tuple[str, ...]:
-    """Names of all variants."""
-    return tuple(entry.name for entry in METHODS.entries() if isinstance(entry.value, Variant))
-
-
-def section_of(method: type[Method]) -> str:
-    """The section of the YAML that holds a method's settings."""
-    return method.section or method.name
-
-
 def configured(config: RunConfig, name: str) -> RunConfig:
-    """The settings with a method's name and section in place, and with what makes a variant of it.
-
-    Raises:
-        UserError: No such method.
-    """
+    """The settings with a method's name and section in place, and with what makes a variant of it."""
     method, found = get_method(name), METHODS.get(name)
     own = found.settings if isinstance(found, Variant) else {}
     config = with_settings(config, {"method": name, **own})
@@ -126,15 +97,6 @@ def configured(config: RunConfig, name: str) -> RunConfig:
 
 
 def build(config: RunConfig, clients: int, layers: Mapping[str, tuple[int, int]] | None = None) -> Method:
-    """The method of a configuration, bound to a federation.
-
-    Args:
-        config: The settings.
-        clients: Number of clients.
-        layers: Path of every adapted layer → (d_in, d_out); none where only settings are checked.
-
-    Raises:
-        UserError: No such method, or settings that do not suit it.
-    """
+    """The method of a configuration, bound to a federation."""
     method = get_method(config.method)
     return method(config.section(section_of(method), method.Settings)).bind(clients, config, layers)

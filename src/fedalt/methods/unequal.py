@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 
 from fedalt.methods.algebra import padded, widened
-from fedalt.methods.base import Method
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import Gathered, Message, Method
 from fedalt.model.state import ClientState
 from fedalt.names import GLOBAL, A, Tensors
 

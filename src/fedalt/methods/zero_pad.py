@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedalt.methods.algebra import cut, mean_of
-from fedalt.methods.exchange import Gathered, Message
+from fedalt.methods.base import Gathered, Message
 from fedalt.methods.unequal import Unequal
 from fedalt.registry import METHODS
 

@@ -16,13 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedalt.model.batch_layout import BatchContext, BatchLayout, MixerProbe
 from fedalt.model.classifier import Summary, class_logits, first_token, pooler_path, summary_of, take_heads
-from fedalt.model.fast.branching import branches_exactly
-from fedalt.model.fast.packing import enable_packing
+from fedalt.model.fast.branching import agree, branches_exactly, untouched
+from fedalt.model.fast.packing import enable_packing, smallest_window
 from fedalt.model.fast.patches import enable_trimming, fuse, pack_weights
-from fedalt.model.fast.trial import agree, untouched
 from fedalt.model.layer import AdaptedLinear, Placement, features
 from fedalt.model.state import ClientState
-from fedalt.model.targets import find_targets, is_linear
+from fedalt.model.targets import backbone_of, find_targets, is_linear
 from fedalt.names import Key
 
 _KEPT, _KEPT_BY_KERNELS = 3, 2
@@ -45,20 +44,21 @@ class AdaptedModel:
     Attributes:
         packs: Whether rows are packed.
         unpacked: Why not, where packing was tried.
+        window: The fewest tokens that some layer looks back; None without such a limit.
+        causal: Whether no token sees what comes after it.
+        pads: Whether rows of unlike length may be padded on the right; else each length is read by itself.
         heads: Path → the head of whichever clients are on the model.
         summary: Which token's state stands for a row: the last one's, for encoders the first one's, or the mean of all.
         sees: Whether it looks at images.
         image_tokens: Tokens that an image becomes.
         clients: How many clients are on it.
         trainable: What trains, stacked over clients.
-
-    Raises:
-        UserError: No target, or a target that is no linear layer.
     """
 
     def __init__(
         self,
         base: Any,
+        *,
         targets: Sequence[str] | None = None,
         gradient_checkpointing: bool = False,
         packing: bool = True,
@@ -77,12 +77,12 @@ class AdaptedModel:
             self.summary = "mean"
         self.heads = take_heads(base, heads, self.context)
         self.pooler = self.heads.get(pooler_path(base))
+        self.backbone = backbone_of(base)
         if self.pooler is not None:
-            base.get_decoder().pooler = None
+            self.backbone.pooler = None
         self.layers = {path: self._wrap(path, index) for index, path in enumerate(find_targets(base, targets))}
         self.clients = 1
         self.trainable: dict[Key, nn.Parameter] = {}
-        self.backbone = base.get_decoder()
         self._accepted = frozenset(signature(self.backbone.forward).parameters)
         pack_weights(base)
         fuse(base)
@@ -97,7 +97,10 @@ class AdaptedModel:
             for module in self.base.modules():
                 if getattr(module, "gradient_checkpointing", False):
                     _silence(module)
-        self.unpacked = self._why_unpacked() if packing else ""
+        self.window = smallest_window(base.config.get_text_config())
+        self.unpacked, self.pads, self.causal = "", True, False
+        if not self.sees:
+            self._try_ways(packing)
         self.packs = packing and not self.unpacked
 
     @property
@@ -111,36 +114,80 @@ class AdaptedModel:
         device: torch.device = next(self.base.parameters()).device
         return device
 
-    def _why_unpacked(self) -> str:
-        """Try packed rows on this very model, before it has adapters.
+    @torch.no_grad()
+    def _try_ways(self, packing: bool) -> None:
+        """Try on this very model, before it has adapters, which ways of reading rows are exact.
 
-        They must give what padded rows give, and two of them must not care what the row between them says.
+        Padded or packed rows must give what each gives alone, packed ones must not care what the row between them
+        says.
         """
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.base.get_input_embeddings().num_embeddings
         ids, others = (torch.randint(vocabulary, (23,), generator=generator).to(self.device) for _ in range(2))
         others[:9], others[12:] = ids[:9], ids[12:]
-        rows = BatchLayout((1,), (9, 3, 11))
+        rows, dtype = BatchLayout((1,), (9, 3, 11)), self.base.dtype
         wanted = torch.tensor([0, 8, 10, 12, 22], device=self.device)
         middle = 2  # of the wanted ones
+
+        def read(ids: Tensor, packed: bool, rows: BatchLayout = rows) -> Tensor:
+            states: Tensor = self.hidden(ids, rows, packed=packed).last_hidden_state
+            return states
+
+        parts = ids.split(list(rows.lengths))
+        alone = torch.cat([read(part, False, BatchLayout((1,), (len(part),))) for part in parts])
+        ending = parts[2].clone()
+        ending[-1] = (ending[-1] + 1) % vocabulary
+        after = read(ending, False, BatchLayout((1,), (11,)))
+        self.causal = untouched(after[[0, 9, 10]], alone[[12, 21, 22]], 2, dtype)
+        self.pads = agree(read(ids, False), alone, dtype)
+        if not packing:
+            return
         try:
-            with torch.no_grad():
-                packed, padded, changed = (
-                    self.hidden(read, rows, wanted, packed=how)[0]
-                    for read, how in ((ids, True), (ids, False), (others, True))
-                )
+            packed, changed = (read(these, True)[wanted] for these in (ids, others))
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model makes of one long row
-            return f"{type(error).__name__}: {error}".strip(": ").split("\n")[0]
-        if not untouched(changed, packed, middle, self.base.dtype):
-            return "its rows see each other when they are packed"
-        return "" if agree(packed, padded, self.base.dtype) else "packed rows give other states than padded ones"
+            self.unpacked = f"{type(error).__name__}: {error}".strip(": ").split("\n")[0]
+            return
+        if not untouched(changed, packed, middle, dtype):
+            self.unpacked = "its rows see each other when they are packed"
+        elif not agree(packed, alone[wanted], dtype):
+            self.unpacked = "packed rows give other states than rows alone"
 
     @cached_property
-    def branches(self) -> bool:
-        """Whether several next tokens of a text can be read in one row; tried on this very model."""
-        return branches_exactly(self.base, self.context, self.clients)
+    def pads_left(self) -> bool:
+        """Whether prompts of unlike length may be padded on the left; tried on this very model."""
+        parts = [torch.arange(1, 10, device=self.device), torch.arange(11, 14, device=self.device)]
+        with torch.no_grad():
+            alone = [self.hidden(part, self._rows(1, len(part)), packed=False).last_hidden_state[-1] for part in parts]
+            mask = torch.ones(2, 9, dtype=torch.long, device=self.device)
+            mask[1, :6] = 0
+            ids = torch.stack([parts[0], torch.cat([parts[0][:6], parts[1]])])
+            named = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+            with self.rows(self._rows(2, 9)):
+                out = self.backbone(**{k: v for k, v in named.items() if k in self._accepted}, use_cache=False)
+        return agree(out.last_hidden_state[:, -1], torch.stack(alone), self.base.dtype)
+
+    @cached_property
+    def caches(self) -> bool:
+        """Whether ``generate`` gives a batch the same with what it keeps of earlier tokens as without."""
+        ids = torch.arange(1, 19, device=self.device).view(2, 9)
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        with self.rows(self._rows(2, 9)):
+            kept, read = (self.base.generate(ids, **options, use_cache=cached) for cached in (True, False))
+        return torch.equal(kept, read)
+
+    def _rows(self, count: int, length: int) -> BatchLayout:
+        """Rows of the first client on the model."""
+        return BatchLayout((count, *(0,) * (self.clients - 1)), (length,) * count)
+
+    def branches(self, slots: int) -> bool:
+        """Whether several next tokens of a text can be read in one row of so many slots; no window may end in it."""
+        return (self.window is None or slots <= self.window) and self._branches
+
+    @cached_property
+    def _branches(self) -> bool:
+        return branches_exactly(self.base, self.context, self.clients)  # tried on this very model
 
     @property
     def bytes_per_token(self) -> int:
@@ -218,7 +265,11 @@ class AdaptedModel:
             probe: Collects mixer weights ``[t, m]``.
             packed: Pack or pad; what is exact for this model when not given.
         """
-        packed = self.packs if packed is None else packed
+        if packed is None:  # packed attention does not know a window that lives in a mask alone
+            window = self.window
+            packed = self.packs and (window is None or window in self.context.windows or max(rows.lengths) <= window)
+        if not packed and not self.pads and len(set(rows.lengths)) > 1:
+            return self._by_length(inputs, rows, wanted, probe)
         rows = replace(rows, packed=packed, wanted=wanted if packed else None)
         named = {"pixel_values": inputs} if self.sees else (_packed if packed else _padded)(inputs, rows)
         options = {} if self.sees else {"use_cache": False}
@@ -230,19 +281,30 @@ class AdaptedModel:
         out.last_hidden_state = out.last_hidden_state.flatten(0, 1)[places if wanted is None else places[wanted]]
         return out
 
+    def _by_length(
+        self, ids: Int[Tensor, " t"], rows: BatchLayout, wanted: Int[Tensor, " s"] | None, probe: MixerProbe | None
+    ) -> Any:
+        """``hidden`` for a model whose states depend on padding."""
+        outs, places, weights = [], [], []
+        for part in rows.by_length():
+            assert part.part is not None
+            places.append(part.part[1].to(ids.device))
+            outs.append(self.hidden(ids[places[-1]], part, probe=probe, packed=False))
+            weights.append(dict(probe.weights) if probe else {})
+        back = torch.cat(places).argsort()
+        if probe:
+            probe.weights = {path: torch.cat([of[path] for of in weights])[back] for path in weights[0]}
+        states = torch.cat([out.last_hidden_state for out in outs])[back]
+        outs[0].last_hidden_state = states if wanted is None else states[wanted]
+        return outs[0]
+
     def class_scores(
         self,
         inputs: Int[Tensor, " t"] | Float[Tensor, "n c h w"],
         rows: BatchLayout,
         probe: MixerProbe | None = None,
     ) -> Float[Tensor, "n classes"]:
-        """What each row's client makes of it, before the softmax.
-
-        Args:
-            inputs: Tokens of all rows, one after another; or images.
-            rows: Whose they are and how long each is.
-            probe: Collects mixer weights ``[t, m]``.
-        """
+        """Class logits of each sequence under its client's adapters and head."""
         out = self.summaries(inputs, rows, probe)
         pooler = first_token if self.summary == "mean" else self.pooler
         with self.rows(BatchLayout(rows.sizes)):

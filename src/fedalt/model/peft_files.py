@@ -61,7 +61,7 @@ def write_lora(folder: Path, tensors: Tensors, slot: str, lora: LoraFolder) -> N
     named |= {f"{_PREFIX}{key.module}.{key.factor}": value.contiguous() for key, value in heads.items()}
     config = LoraConfig(
         task_type=_TASKS[lora.task],
-        modules_to_save=sorted({key.module for key in heads}) or None,
+        modules_to_save=sorted({_saved_as(key.module) for key in heads}) or None,
         base_model_name_or_path=lora.base,
         r=lora.r,
         lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # type: ignore[arg-type]
@@ -78,6 +78,13 @@ def write_lora(folder: Path, tensors: Tensors, slot: str, lora: LoraFolder) -> N
     write_bytes(folder / WEIGHTS, save(named, metadata={"format": "pt"}))
 
 
+def _saved_as(head: str) -> str:
+    """The module that PEFT keeps a head in: all of a ``classifier`` or ``score``, whatever is named besides."""
+    parts = head.split(".")
+    whole = next((i for i, part in enumerate(parts) if part in ("classifier", "score")), len(parts))
+    return ".".join(parts[: whole + 1])
+
+
 def write_mixer(folder: Path, tensors: Tensors) -> None:
     """Write every layer's mixer G in one file."""
     named = {f"{_PREFIX}{k.module}{_MIXER}": v.contiguous() for k, v in tensors.items() if k.slot == MIXER}
@@ -92,11 +99,7 @@ def write_extras(folder: Path, tensors: Tensors) -> None:
 
 
 def read_folder(folder: Path, slots: Sequence[str], mixed: bool) -> dict[Key, Tensor]:
-    """Read the LoRA folders of some slots, the mixer, and what else there is.
-
-    Raises:
-        UserError: A file is missing or damaged.
-    """
+    """Read the LoRA folders of some slots, the mixer, and what else there is."""
     tensors: dict[Key, Tensor] = {}
     for slot in slots:
         for name, value in _load(folder / slot / WEIGHTS).items():

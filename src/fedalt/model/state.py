@@ -25,7 +25,7 @@ class ClientState:
         client: Client id.
         round: Last round in which the client took part, counted from 1; 0 before the first.
         tensors: Its adapters and mixer, fp32 on the CPU.
-        sent: Exactly what the server last received from it, or nothing yet; what it subtracts from a mean.
+        sent: Exactly what the server last received from it, or None yet; what it subtracts from a mean.
         heads: Its classification head, fp32 on the CPU; empty for a language model.
     """
 
@@ -91,6 +91,7 @@ def initial_state(
     seed: int,
     init: Literal["shared", "code_like", "per_client"],
     mixer_init: Literal["kaiming", "zeros"],
+    *,
     frozen: Sequence[str] = (),
     rank: int | None = None,
 ) -> ClientState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +18,16 @@ ALIASES = (
     ("qkv_proj",),  # Phi-3: one fused layer
     ("query", "value"),  # BERT family
     ("q_lin", "v_lin"),  # DistilBERT
+    ("query_proj", "value_proj"),  # DeBERTa-v2
+    ("q_b_proj", "kv_b_proj"),  # DeepSeek-V2 and V3
+    ("q_proj", "kv_b_proj"),  # the same without a low-rank query
+    ("Wqkv",),  # MPT, DBRX, ModernBERT: one fused layer
+    ("in_proj", "x_proj"),  # Mamba, whose other layers are read past their forward
+    ("in_proj",),  # Mamba 2, likewise
 )
 """Attention projections, by name; the first set of which every name occurs in the model is taken."""
+_CROSS = re.compile(r"(^|\.)(encoder_attn|crossattention|cross_attn|EncDecAttention)(\.|$)")
+"""Attention to an encoder, which a decoder alone does not run."""
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer but the output head. Classification heads, too, are no targets: each client trains
 its own in full, and they have left the model when targets are looked for."""
@@ -31,12 +40,10 @@ def find_targets(model: Any, names: Sequence[str] | None = None) -> tuple[str, .
         model: The base model.
         names: Last parts of module paths (``q_proj``) or full paths, or ``all-linear`` alone; ``None`` looks the
             architecture up.
-
-    Raises:
-        UserError: A name matches no linear layer below the output head, or the architecture is unknown.
     """
-    head = model.get_output_embeddings()
-    linear = [path for path, module in model.named_modules() if is_linear(module) and module is not head]
+    backbone = backbone_of(model)
+    stem = next(f"{path}." for path, module in model.named_modules() if module is backbone)
+    linear = [stem + path for path, module in backbone.named_modules() if is_linear(module) and not _CROSS.search(path)]
     if names is not None and ALL_LINEAR in names:
         if len(names) > 1:
             raise UserError(f"lora.targets: {ALL_LINEAR} means every layer; leave the other names out")
@@ -45,12 +52,25 @@ def find_targets(model: Any, names: Sequence[str] | None = None) -> tuple[str, .
     if names is None:
         names = next((alias for alias in ALIASES if all(name in endings for name in alias)), None)
         if names is None:
-            raise UserError(f"lora.targets: {type(model).__name__} is not in the alias list; {_candidates(endings)}")
+            kind = type(model).__name__
+            raise UserError(
+                f"lora.targets: {kind} is not in the alias list; give {ALL_LINEAR}, or {_candidates(endings)}"
+            )
     for name in names:
         if not any(_matches(path, name) for path in linear):
             hint = did_you_mean(name, [*endings, ALL_LINEAR])
             raise UserError(f'lora.targets: "{name}" matches no linear layer{hint}; {_candidates(endings)}')
     return tuple(path for path in linear if any(_matches(path, name) for name in names))
+
+
+def backbone_of(model: Any) -> Any:
+    """The part that turns tokens, or an image, into states: the text decoder, without vision tower and output head."""
+    from transformers import PreTrainedModel
+
+    found = model.get_decoder()
+    if isinstance(found, PreTrainedModel) and found is not model:
+        return found
+    return next(module for module in model.children() if isinstance(module, PreTrainedModel))
 
 
 def is_linear(module: nn.Module) -> bool:

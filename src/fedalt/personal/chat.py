@@ -39,16 +39,7 @@ class Answer:
 
 
 class Chat:
-    """A finished run's client, loaded once, asked often.
-
-    Args:
-        run: Run folder.
-        client: Client id.
-        resident: The base, where it is in memory.
-
-    Raises:
-        UserError: No finished run, no such client, base missing or changed.
-    """
+    """A finished run's client, loaded once, asked often."""
 
     def __init__(self, run: Path, client: int, resident: Resident | None = None) -> None:
         folder, self.config = finished_run(run)
@@ -59,11 +50,7 @@ class Chat:
         self.state = personal.state
 
     def ask(self, asked: str | Row) -> Answer:
-        """Answer one instruction, or classify one text, or the image in one file; or the same of a row.
-
-        Raises:
-            UserError: Prompt and answer do not fit the model's positions; no such image.
-        """
+        """Answer one instruction, or classify one text, or the image in one file; or the same of a row."""
         read = self._read(asked)
         model = self.resident.model
         weights = load_to_answer(model, [self.state], [[read]], self.placement)
@@ -74,7 +61,7 @@ class Chat:
             return Answer(next(iter(ordered)), self._alpha(read, ""), self.placement.slots, ordered)
         assert isinstance(read, tuple)
         mine = None if weights is None else weights[0]
-        (text,) = answer(model, self.resident.base.tokenizer, [read], [0], self.config.evaluation, mine)
+        (text,) = answer(model, self.resident.base.tokenizer, [read], [0], self.config.evaluation, weights=mine)
         return Answer(text, self._alpha(read, text), self.placement.slots, {})
 
     def _read(self, asked: str | Row) -> Input:

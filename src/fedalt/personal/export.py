@@ -45,11 +45,7 @@ class StaticExport:
 
 
 def export_folders(run: Path, client: int, to: Path) -> None:
-    """Copy a client's PEFT folders, mixer and configuration.
-
-    Raises:
-        UserError: No finished run, no such client, or ``to`` is not empty.
-    """
+    """Copy a client's PEFT folders, mixer and configuration."""
     folder, _ = finished_run(run)
     source = client_folder(folder, client)
     _check_free(to)
@@ -64,9 +60,6 @@ def export_static(run: Path, client: int, to: Path) -> StaticExport:
         A = [A_1; …; A_m],   B = [ᾱ_1 B_1, …, ᾱ_m B_m],   alpha·m over rank m·r keeps the scale
 
     The mixer depends on the input and cannot be merged exactly, so the test rows are scored both ways.
-
-    Raises:
-        UserError: As ``export_folders``; or the run's rows are not where they were.
     """
     folder, config = finished_run(run)
     _check_free(to)
@@ -105,7 +98,7 @@ def freeze_mixer(state: ClientState, slots: tuple[str, ...], alpha: dict[str, li
 
 
 def _mean_weights(personal: PersonalModel, resident: Resident, examples: ClientExamples) -> dict[str, list[float]]:
-    """Layer path → weight of every slot; nothing where the slots are added up."""
+    """Layer path → weight of every slot; empty where the slots are added up."""
     mixing, paths = personal.placement.mixing, list(resident.model.layers)
     if mixing.kind == "sum":
         return {}
@@ -136,7 +129,7 @@ def _score(config: RunConfig, resident: Resident, examples: ClientExamples, pers
         [personal.state],
         {personal.state.client: examples.test},
         personal.placement,
-        config.evaluation,
+        config=config.evaluation,
     )
     return float(scored.scores[config.metric])
 

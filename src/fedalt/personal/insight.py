@@ -21,7 +21,7 @@ from fedalt.data.federation import SPLITS, ClientData, Federation, Row
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.evaluate import Evaluation, evaluate
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts
 from fedalt.files import read_json, write_json
 from fedalt.model.peft_files import read_folder
 from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Tensors
@@ -34,11 +34,8 @@ from fedalt.training.loop import mixer_weights
 def similarity(folder: RunFolder, clients: Sequence[int]) -> tuple[str, list[list[float]]] | None:
     """Cosine similarity of every two clients' products BA over all layers, and the slot it is of.
 
-    The slot is the individual LoRA where there is one, else the first that is not the row; nothing where there is
+    The slot is the individual LoRA where there is one, else the first that is not the row; None where there is
     none. A LoRA that is zero is like nothing (0).
-
-    Raises:
-        UserError: No such client, or a damaged folder.
     """
     slots = read_json(client_folder(folder, clients[0]) / CONFIG)["slots"]
     slot = INDIVIDUAL if INDIVIDUAL in slots else next((name for name in slots if name != REST_OF_WORLD), None)
@@ -83,7 +80,7 @@ def insight_file(folder: RunFolder) -> Path:
 
 
 def read_insight(folder: RunFolder) -> dict[str, Any] | None:
-    """What is known of a finished run as it is now; nothing when nobody looked since its last round."""
+    """What is known of a finished run as it is now; None when nobody looked since its last round."""
     if not folder.final_scores.is_file() or not insight_file(folder).is_file():
         return None
     insight: dict[str, Any] = read_json(insight_file(folder))
@@ -95,22 +92,11 @@ def write_insight(
     config: RunConfig,
     clients: Sequence[int],
     count: int,
+    *,
     resident: Resident | None = None,
     rows: Rows | None = None,
 ) -> None:
-    """Look at some clients of a finished run, unless that has been done with as many rows.
-
-    Args:
-        folder: The run.
-        config: Its settings.
-        clients: The clients to compare; the matrix takes their number squared, times ``count``, answers.
-        count: Test rows per client; 0 for what needs no model.
-        resident: The base, where it is in memory.
-        rows: Where the run's rows may be in memory.
-
-    Raises:
-        UserError: Rows or base are not where they were, or a client's folder is damaged.
-    """
+    """Look at some clients of a finished run, unless that has been done with as many rows."""
     known = read_insight(folder)
     if known and known["rows"] >= count and known["clients"] == [str(client) for client in clients]:
         return
@@ -127,7 +113,7 @@ def write_insight(
         "similarity": {"slot": alike[0], "values": alike[1]} if alike else None,
     }
     if count:
-        insight |= _with_model(folder, config, federation, clients, count, resident or load_resident(config))
+        insight |= _with_model(folder, config, federation, clients, count, resident=resident or load_resident(config))
     write_json(insight_file(folder), insight)
 
 
@@ -147,6 +133,7 @@ def _with_model(
     federation: Federation,
     clients: Sequence[int],
     rows: int,
+    *,
     resident: Resident,
 ) -> dict[str, Any]:
     encoder = resident.encoder(config)
@@ -184,7 +171,7 @@ def _answers(
         [personal.state for personal in models],
         {personal.state.client: rows for personal in models},
         models[0].placement,
-        config.evaluation,
+        config=config.evaluation,
     )
 
 

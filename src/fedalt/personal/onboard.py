@@ -7,18 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedalt.config import RunConfig
+from fedalt.config import RunConfig, used_code
 from fedalt.data.federation import Federation
 from fedalt.data.load import elsewhere, load_as_it_is, load_held_out
 from fedalt.data.record import record
 from fedalt.errors import UserError
 from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.evaluation.metrics import metrics_in, over_clients
-from fedalt.federation.client import installed, train_phases
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts, installed, train_phases
 from fedalt.federation.server import Server
 from fedalt.files import write_json
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint
@@ -53,9 +52,6 @@ def onboard(
 
     Returns:
         ``clients``: id → task, rows, scores before and after; ``before`` and ``after``: mean, worst, 10th percentile.
-
-    Raises:
-        UserError: No finished run, no newcomers, rows or base missing, labels that the run does not know.
     """
     folder, config = finished_run(path)
     members = client_ids(folder)
@@ -86,7 +82,7 @@ def onboard(
         for point in ("before", "after")
     }
     scores = {"run": str(path), **about, "epochs": epochs, "clients": clients, **points}
-    write_json(target.path / "results" / "onboarding.json", scores)
+    write_json(target.onboarding, scores | {"code": used_code(config)})
     last = {"round": checkpoint.round, **points["after"], "clients": {c: v["after"] for c, v in clients.items()}}
     write_json(target.final_scores, {**about, "last": last, "best_validation": None})
     return {**scores, "folder": str(target.path)}
@@ -154,5 +150,7 @@ def _installed(experiment: Experiment, client: int, messages: Mapping[int, Messa
 def _scored(experiment: Experiment, states: list[ClientState], placement: Placement) -> dict[int, Evaluation]:
     resident = experiment.resident
     rows = {state.client: experiment.examples[state.client].test for state in states}
-    found = evaluate(resident.model, resident.base.tokenizer, states, rows, placement, experiment.config.evaluation)
+    found = evaluate(
+        resident.model, resident.base.tokenizer, states, rows, placement, config=experiment.config.evaluation
+    )
     return {evaluation.client: evaluation for evaluation in found}

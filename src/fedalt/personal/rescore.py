@@ -10,7 +10,7 @@ from fedalt.data.federation import ClientData, Federation
 from fedalt.data.load import elsewhere, load_federation, read
 from fedalt.errors import UserError, listed
 from fedalt.evaluation.evaluate import Evaluation, evaluate
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts
 from fedalt.runs.client_folder import client_ids, read_client
 from fedalt.runs.folder import finished_run
 from fedalt.runs.setup import load_resident
@@ -27,9 +27,6 @@ def rescore(
         data: Other rows in place of the run's own, all test rows of their clients; rows that are nobody's are scored by
             every model, those of a source without test rows all.
         central: Score every model on the test rows of all clients together.
-
-    Raises:
-        UserError: No finished run, no such client, rows or base missing.
     """
     folder, config = finished_run(path)
     clients = client_ids(folder) if client is None else [client]
@@ -53,7 +50,7 @@ def rescore(
             [p.state for p in personal],
             {c: everything if central else examples[c].test for c in cohort},
             personal[0].placement,
-            config.evaluation,
+            config=config.evaluation,
         )
         scored |= {evaluation.client: evaluation for evaluation in evaluations}
     return scored

@@ -16,8 +16,7 @@ from fedalt.personal.insight import read_insight
 from fedalt.report import comparison as compared
 from fedalt.report import figures, insights
 from fedalt.report.page import Section, page, paragraph, table
-from fedalt.report.shown import caption, shown
-from fedalt.report.theme import Drawing
+from fedalt.report.theme import Drawing, caption, shown
 from fedalt.runs.events import Event, first_start, read_events
 from fedalt.runs.folder import RunFolder, open_run
 
@@ -26,11 +25,7 @@ if TYPE_CHECKING:
 
 
 def write_report(folder: RunFolder) -> Path:
-    """Rebuild a run's report from its events, and from what ``write_insight`` found.
-
-    Raises:
-        UserError: The run has no events.
-    """
+    """Rebuild a run's report from its events, and from what ``write_insight`` found."""
     events = list(read_events(folder.events))
     start = first_start(events)
     if start is None:
@@ -86,18 +81,7 @@ def write_comparison_report(out: Path, comparison: Mapping[str, Any]) -> Path:
 def write_reports(
     out: Path, comparison: Mapping[str, Any], insight: int = 0, bases: Bases | None = None, rows: Rows | None = None
 ) -> Path:
-    """Write the reports of a comparison and of each of its runs, with a look at so many test rows per client.
-
-    Args:
-        out: Folder of the comparison.
-        comparison: The content of ``comparison.json``.
-        insight: Test rows per client, see ``look``.
-        bases: Where the base may be in memory already.
-        rows: Where the rows may be in memory already.
-
-    Raises:
-        UserError: Rows or base are not where they were.
-    """
+    """Write the reports of a comparison and of each of its runs, with a look at so many test rows per client."""
     folders = [open_run(Path(path))[0] for block in comparison["methods"].values() for path in block["runs"]]
     insights.look_at_each(folders, insight, bases, rows)
     for folder in folders:

@@ -14,8 +14,7 @@ from fedalt.data.load import Rows
 from fedalt.evaluation.metrics import metric_of
 from fedalt.personal.insight import BINS, write_insight
 from fedalt.report.page import paragraph
-from fedalt.report.shown import shown
-from fedalt.report.theme import PATTERNS, SEQUENTIAL, Drawing, again, cells, colour, decimals, labels, styled
+from fedalt.report.theme import PATTERNS, SEQUENTIAL, Drawing, again, cells, colour, decimals, labels, shown, styled
 from fedalt.runs.folder import RunFolder, final_scores
 from fedalt.runs.setup import Bases, Resident
 
@@ -31,7 +30,8 @@ def look(folder: RunFolder, count: int, resident: Resident | None = None, rows: 
     scores = final_scores(folder)
     name, found = scores["metric"], scores["last"]["clients"]
     clients = [int(c) for c in shown({c: v[name] for c, v in found.items()}, metric_of(name).higher_is_better)]
-    write_insight(folder, load_config(folder.config), clients, count, resident, rows)
+    config = load_config(folder.config, recorded=True)
+    write_insight(folder, config, clients, count, resident=resident, rows=rows)
 
 
 def look_at_each(
@@ -40,7 +40,7 @@ def look_at_each(
     """``look`` at several runs, with one base and one set of rows in memory where they can share them."""
     bases, rows = bases or Bases(), rows or Rows()
     for folder in folders if count else ():
-        look(folder, count, bases.of(load_config(folder.config)), rows)
+        look(folder, count, bases.of(load_config(folder.config, recorded=True)), rows)
 
 
 def matrix(insight: Insight, tasks: Mapping[str, str]) -> Drawing:

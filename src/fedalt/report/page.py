@@ -120,13 +120,7 @@ _MOST_ROWS = 30
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with an anchor.
-
-    Attributes:
-        id: The anchor.
-        title: Its heading, also in the list at the top.
-        parts: HTML and figures, in order.
-    """
+    """A part of the page with an anchor."""
 
     id: str
     title: str
@@ -156,12 +150,8 @@ def table(
 ) -> str:
     """A table that scrolls by itself where it is wider than the screen.
 
-    Args:
-        head: Column titles.
-        rows: Cells.
-        bold: The row that sums up.
-        words: Columns of text, which stand on the left.
-        best: Row and column of the cells that stand out.
+    ``bold`` is the row that sums up; ``words`` are columns of text, which stand on the left; ``best`` are rows and
+    columns of cells that stand out.
     """
 
     def cells(values: Sequence[str], tag: str, place: int | None = None) -> str:

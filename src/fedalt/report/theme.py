@@ -1,12 +1,16 @@
-"""How figures look: one colour per client or method throughout a page, safe for the colour-blind, on dark and light."""
+"""How figures look: one colour per client or method throughout a page, safe for the colour-blind, on dark and light.
+
+And which clients are shown where there are too many for all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import plotly.graph_objects as go
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 COLOURS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#33bbee", "#ee3377", "#a08000", "#999999")
 """Paul Tol's vibrant scheme (and a dark yellow), of a lightness that shows on white and on black."""
@@ -65,14 +69,7 @@ def decimals(value: float) -> str:
 
 
 def styled(figure: go.Figure, x: str = "", y: str = "", height: int = 320) -> go.Figure:
-    """Common layout; colours of text and grid come from the page's style sheet, which knows dark from light.
-
-    Args:
-        figure: What to lay out.
-        x: Title of the horizontal axis.
-        y: Title of the vertical axis.
-        height: In pixels.
-    """
+    """Common layout; colours of text and grid come from the page's style sheet, which knows dark from light."""
     figure.update_layout(
         template="none",
         xaxis_title=x,
@@ -91,7 +88,7 @@ def styled(figure: go.Figure, x: str = "", y: str = "", height: int = 320) -> go
 
 
 def interval(halves: Sequence[float | None]) -> dict[str, Any] | None:
-    """Bars of confidence up and down from the points of a trace; nothing where none is known."""
+    """Bars of confidence up and down from the points of a trace; None where none is known."""
     return None if all(half is None for half in halves) else {"array": list(halves), "thickness": 1, "width": 4}
 
 
@@ -103,14 +100,9 @@ def score_range(values: Sequence[float], points: bool) -> list[float] | None:
 
 
 def cells(values: list[list[Any]], across: list[str], down: list[str], **options: Any) -> go.Figure:
-    """A heat map that reads from the top, with its values in the cells while they fit on a phone, else with a scale.
+    """A heat map that reads from the top, with its values in the cells while they fit on a phone, else with a scale."""
+    import plotly.graph_objects as go  # here, as the command line has colours from this file, too
 
-    Args:
-        values: One list per row; nothing where there is no value.
-        across: Labels of the columns.
-        down: Labels of the rows.
-        options: Of ``go.Heatmap``; ``text`` is what stands in the cells.
-    """
     told = len(across) <= _CELLS and "text" in options
     figure = go.Figure(
         go.Heatmap(
@@ -129,3 +121,32 @@ def cells(values: list[list[Any]], across: list[str], down: list[str], **options
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False, autorange="reversed")
     return figure
+
+
+MOST = 20
+"""Clients that fit."""
+_FIRST, _ENDS = 8, 6
+
+
+def groups(scores: Mapping[str, float], highest: bool = True) -> dict[str, list[str]]:
+    """Title → clients: all under no title while they fit, else the first ones, the worst and the best."""
+    if len(scores) <= MOST:
+        return {"": list(scores)}
+    ranked = sorted(scores, key=lambda client: scores[client] if highest else -scores[client])
+    return {
+        f"first {_FIRST}": list(scores)[:_FIRST],
+        f"worst {_ENDS}": ranked[:_ENDS],
+        f"best {_ENDS}": ranked[: -_ENDS - 1 : -1],
+    }
+
+
+def shown(scores: Mapping[str, float], highest: bool = True) -> list[str]:
+    """The clients of all groups, each once, in the order of clients."""
+    chosen = {client for group in groups(scores, highest).values() for client in group}
+    return [client for client in scores if client in chosen]
+
+
+def caption(scores: Mapping[str, float]) -> str:
+    """What a reader must know when not all are shown; otherwise nothing."""
+    titles = groups(scores)
+    return "" if "" in titles else f"{', '.join(titles)} of {len(scores)} clients; means are over all"

@@ -122,15 +122,7 @@ def prune(folder: Path, best: Mapping[str, Any] | None) -> None:
 
 
 def load_checkpoint(folder: Path, *runs: str) -> Checkpoint | None:
-    """The newest checkpoint, or nothing when no round has finished.
-
-    Args:
-        folder: Where checkpoints are.
-        runs: What the run that it is of may be known by; any if none is given.
-
-    Raises:
-        UserError: The checkpoint is of another run, or damaged.
-    """
+    """The newest checkpoint, of one of these runs if any is named; None when no round has finished."""
     rounds = _rounds(folder)
     if not rounds:
         return None

@@ -81,11 +81,7 @@ class PersonalModel:
 
 
 def read_client(run: RunFolder, client: int, base: Base) -> PersonalModel:
-    """Load a client's folder.
-
-    Raises:
-        UserError: No such client, a damaged folder, or adapters made for another base.
-    """
+    """Load a client's folder."""
     path = client_folder(run, client)
     about = read_json(path / CONFIG)
     if about["base"]["sha256"] != base.sha256:
@@ -98,11 +94,7 @@ def read_client(run: RunFolder, client: int, base: Base) -> PersonalModel:
 
 
 def client_folder(run: RunFolder, client: int) -> Path:
-    """A client's folder.
-
-    Raises:
-        UserError: No such client.
-    """
+    """A client's folder."""
     if not (run.client(client) / CONFIG).is_file():
         raise UserError(f"{run.path}: no client {client} here; known: {listed(client_ids(run)) or 'none'}")
     return run.client(client)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fedalt.config import RunConfig
 from fedalt.data.batches import Plan, plan_round
 from fedalt.data.encode import Example
-from fedalt.federation.client import ClientResult, installed, run_clients
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import ClientResult, cohort_size, cohorts, installed, run_clients
 from fedalt.federation.diagnostics import row_lora_drift
 from fedalt.federation.server import PerClient
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.model.state import ClientState
 from fedalt.names import REST_OF_WORLD
 from fedalt.runs.checkpoint import Checkpoint
@@ -35,7 +34,7 @@ class ClientReport:
         delivered: Whether it uploaded anything.
         bytes_up: Size of its upload.
         bytes_down: Size of what the server told it.
-        failure: Why it is set aside for this round, or nothing.
+        failure: Why it is set aside for this round, or None.
     """
 
     client: int
@@ -66,17 +65,12 @@ class ClientBackend(Protocol):
 
 @dataclass(frozen=True)
 class LocalClients:
-    """The crew of a run on one machine. One cohort's tensors are in memory at a time.
-
-    Attributes:
-        experiment: Rows, model, settings.
-        folder: Where everything goes.
-        log: Event log.
-    """
+    """The clients of a run on one machine. One cohort's tensors are in memory at a time."""
 
     experiment: Experiment
     folder: RunFolder
     log: EventLog
+    _made: dict[tuple[int, int], ClientState] = field(default_factory=dict)
 
     def train(
         self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
@@ -97,10 +91,11 @@ class LocalClients:
             states_in(last, experiment),
             messages,
             lambda client: plans_of(experiment, client, number),
-            experiment.settings,
-            number,
-            cohort_size(experiment.config.federation, len(chosen)),
-            lambda done, total: self.log.sink({"event": "step", "round": number, "done": done, "total": total}),
+            settings=experiment.settings,
+            round_=number,
+            cohort=cohort_size(experiment.config.federation, len(chosen)),
+            starts=self._starts(last, messages),
+            on_step=lambda done, total: self.log.sink({"event": "step", "round": number, "done": done, "total": total}),
         )
         return [self._take(new, result) for result in results]
 
@@ -118,8 +113,8 @@ class LocalClients:
         """How far the messages move every client's row."""
         if REST_OF_WORLD not in self.experiment.shape.slots:
             return {}
-        before = states_in(new, self.experiment)
-        return {c: row_lora_drift(state.tensors, self._install(state, messages).tensors) for c, state in before.items()}
+        before, after = states_in(new, self.experiment), self._starts(new, messages)
+        return {c: row_lora_drift(state.tensors, after[c].tensors) for c, state in before.items()}
 
     def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
         """Score everybody as they left training and as they would start the next round."""
@@ -128,25 +123,36 @@ class LocalClients:
 
     def scored(self, clients: Sequence[int], new: Checkpoint, messages: Mapping[int, Message]) -> Points:
         """Scores of some, which are in the run's folder then, but not in its log."""
-        before = states_in(new, self.experiment)
-        after = PerClient(clients, self._installed(before, messages).__getitem__)
+        after = PerClient(clients, self._starts(new, messages).__getitem__)
         scoring = Scoring(self.experiment, self.folder, self.log)
-        return scoring.points(new.round, before, after, changed=len(messages) > 0)
+        return scoring.points(new.round, states_in(new, self.experiment), after, changed=len(messages) > 0)
 
     def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
         """Write every client's folder."""
-        states = self._installed(states_in(last, self.experiment), messages)
+        states = self._starts(last, messages)
         clients = self.experiment.federation.ids
         for part in cohorts(clients, cohort_size(self.experiment.config.federation, len(clients))):
             for state in self.experiment.personalised([states[client] for client in part]):
                 write_client(self.folder.client(state.client), state, self.experiment, last.round)
 
-    def _installed(self, states: Mapping[int, ClientState], messages: Mapping[int, Message]) -> PerClient[ClientState]:
-        """Every client as it would start the next round: what is scored, saved and chatted with."""
-        return PerClient(states, lambda client: self._install(states[client], messages))
+    def _starts(self, last: Checkpoint, messages: Mapping[int, Message]) -> PerClient[ClientState]:
+        """Every client as it starts the next round: what is scored, saved, chatted with, and trained on.
 
-    def _install(self, state: ClientState, messages: Mapping[int, Message]) -> ClientState:
-        return installed(self.experiment.method, state, messages.get(state.client))
+        A message is put into a state once, as long as no more clients than a cohort has come between.
+        """
+        states, clients = states_in(last, self.experiment), self.experiment.federation.ids
+        most = cohort_size(self.experiment.config.federation, len(clients))
+
+        def start(client: int) -> ClientState:
+            known = self._made.get((last.round, client))
+            if known is None:
+                while len(self._made) >= most:
+                    del self._made[next(iter(self._made))]
+                known = installed(self.experiment.method, states[client], messages.get(client))
+                self._made[last.round, client] = known
+            return known
+
+        return PerClient(states, start)
 
 
 def states_in(checkpoint: Checkpoint, experiment: Experiment) -> PerClient[ClientState]:
@@ -166,4 +172,4 @@ def plans_of(experiment: Experiment, client: int, number: int) -> list[Plan]:
 
 def plan_phases(rows: Sequence[Example], client: int, config: RunConfig, number: int, phases: int) -> list[Plan]:
     """A plan for each of so many phases of a round."""
-    return [plan_round(rows, client, config.training, config.seed, number, phase) for phase in range(phases)]
+    return [plan_round(rows, client, config.training, config.seed, number, phase=phase) for phase in range(phases)]

@@ -12,10 +12,10 @@ import torch
 
 from fedalt.config import RunConfig, parse_config
 from fedalt.errors import listed
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts
 from fedalt.federation.server import sample_clients
 from fedalt.files import filling, scratch_folder
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.methods.registry import refuse_session
 from fedalt.model.base import resolve_device
 from fedalt.model.state import load_tensors, save_tensors
@@ -33,11 +33,7 @@ Filed = dict[int, tuple[Path, float]]
 
 
 def check_devices(config: RunConfig) -> list[str]:
-    """A run's devices by their full names; none where it names none.
-
-    Raises:
-        UserError: This machine has no such device, or its process could not see what was defined in this session.
-    """
+    """A run's devices by their full names; none where it names none."""
     if config.federation.devices:
         refuse_session(config, "federation.devices")
     return [resolve_device(name, "federation.devices") for name in config.federation.devices or ()]
@@ -71,12 +67,12 @@ def fitting_cohort(experiment: Experiment, pool: Pool | None) -> int:
 
 @dataclass(frozen=True)
 class Devices:
-    """The crew of a run on several devices. Training and scoring are spread; this process aggregates.
+    """The clients of a run on several devices. Training and scoring are spread; this process aggregates.
 
     The others read states from the last checkpoint and write new ones into the next, as this process would.
 
     Attributes:
-        here: The crew of this process, whose own base writes the clients' folders at the end.
+        here: The clients of this process, whose own base writes the clients' folders at the end.
         pool: A process per device.
     """
 
@@ -117,7 +113,7 @@ class Devices:
         messages: Mapping[int, Message],
         *checkpoints: Checkpoint,
     ) -> list[Any]:
-        """Results of ``do(crew, clients, messages in files, *checkpoints)``, cohort by cohort."""
+        """Results of ``do(here, clients, messages in files, *checkpoints)``, cohort by cohort."""
         size, new = cohort_size(self.here.experiment.config.federation, len(clients)), checkpoints[-1]
         count = -(-len(clients) // size)
         progress: dict[int, float] = {}
@@ -138,12 +134,7 @@ class Devices:
 
 
 class Outbox:
-    """Messages in files of a folder: one file for all who are told the same, made when they are asked for.
-
-    Args:
-        folder: Where they go.
-        messages: What each client is told, if anything.
-    """
+    """Messages in files of a folder: one file for all who are told the same, made when they are asked for."""
 
     def __init__(self, folder: Path, messages: Mapping[int, Message]) -> None:
         self._folder, self._messages = folder, messages
@@ -175,25 +166,25 @@ def read(filed: Filed) -> dict[int, Message]:
 
 
 def _work(settings: tuple[dict[str, Any], Path], sink: Sink) -> Callable[[tuple[Any, ...]], Any]:
-    """Load a base; tasks are functions of the crew, with their other arguments."""
+    """Load a base; tasks are functions of this process's clients, with their other arguments."""
     config, folder = parse_config(settings[0], "settings"), RunFolder(settings[1])
     device = torch.device(config.model.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-    crew = LocalClients(prepare(config), folder, EventLog(folder.events, sink))
-    return lambda task: task[0](crew, *task[1:])
+    here = LocalClients(prepare(config), folder, EventLog(folder.events, sink))
+    return lambda task: task[0](here, *task[1:])
 
 
-def _fitting(crew: LocalClients) -> int:
-    return crew.experiment.fitting_cohort
+def _fitting(here: LocalClients) -> int:
+    return here.experiment.fitting_cohort
 
 
 def _train(
-    crew: LocalClients, clients: Sequence[int], filed: Filed, last: Checkpoint, new: Checkpoint
+    here: LocalClients, clients: Sequence[int], filed: Filed, last: Checkpoint, new: Checkpoint
 ) -> list[ClientReport]:
     with filling(new.path):
-        return crew.trained(clients, read(filed), last, new)
+        return here.trained(clients, read(filed), last, new)
 
 
-def _score(crew: LocalClients, clients: Sequence[int], filed: Filed, new: Checkpoint) -> Points:
-    return crew.scored(clients, new, read(filed))
+def _score(here: LocalClients, clients: Sequence[int], filed: Filed, new: Checkpoint) -> Points:
+    return here.scored(clients, new, read(filed))

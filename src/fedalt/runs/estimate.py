@@ -10,8 +10,7 @@ from typing import Any
 
 from fedalt.data.batches import Plan
 from fedalt.evaluation.evaluate import evaluate
-from fedalt.federation.client import run_clients
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts, run_clients
 from fedalt.federation.server import PerClient, sample_clients
 from fedalt.runs.clients import plans_of
 from fedalt.runs.machine import peak_memory
@@ -107,7 +106,7 @@ def _train(experiment: Experiment, plans: Sequence[Plan]) -> int:
     def each(client: int) -> list[Plan]:
         return [by_client[client]] * phases
 
-    for _ in run_clients(model, list(by_client), states, {}, each, settings, number, count):
+    for _ in run_clients(model, list(by_client), states, {}, each, settings=settings, round_=number, cohort=count):
         pass
     return phases
 
@@ -122,7 +121,7 @@ def _scoring_seconds(experiment: Experiment) -> float:
     started = time.perf_counter()
     states = experiment.personalised([experiment.initial_state(c) for c in clients])
     placement = experiment.settings.answering
-    evaluate(resident.model, resident.base.tokenizer, states, rows, placement, config.evaluation)
+    evaluate(resident.model, resident.base.tokenizer, states, rows, placement, config=config.evaluation)
     each = (time.perf_counter() - started) / sum(map(len, rows.values()))
     points = len(config.evaluation.points) if experiment.method.upload(experiment.initial_state(clients[0])) else 1
     scored = sum(points * len(mine.test) + len(mine.validation) for mine in experiment.examples.values())

@@ -15,12 +15,7 @@ Sink = Callable[[Event], None]
 
 
 class EventLog:
-    """Appends events to a file and passes them on.
-
-    Args:
-        path: The file.
-        sink: Called with every event, for a progress bar for example.
-    """
+    """Appends events to a file and passes them on."""
 
     def __init__(self, path: Path, sink: Sink = lambda event: None) -> None:
         self.path = path

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from fedalt.config import RunConfig, load_config, outside_code
+from fedalt.compat import as_recorded
+from fedalt.config import RunConfig, load_config, outside_code, read_yaml
 from fedalt.errors import UserError, listed
 from fedalt.files import disk_errors, read_json, write_json, write_json_lines, write_text
 from fedalt.runs.events import first_start, read_events
@@ -19,45 +19,18 @@ from fedalt.runs.events import first_start, read_events
 IfExists = Literal["ask", "resume", "overwrite"]
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run, with the file names of the official README.
+    """Paths of a run, with the file names of the official README."""
 
-    Attributes:
-        path: The folder.
-    """
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """Resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def partition(self) -> Path:
-        """Which row went to which client."""
-        return self.path / "partition.json"
-
-    @property
-    def events(self) -> Path:
-        """One line per event."""
-        return self.path / "events.jsonl"
-
-    @property
-    def final_scores(self) -> Path:
-        """Scores of the last round and of the best round on validation rows."""
-        return self.path / "results" / "final_scores.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where to resume."""
-        return self.path / "checkpoints"
-
-    @property
-    def report(self) -> Path:
-        """One HTML file."""
-        return self.path / "report.html"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"  # all settings
+        self.partition = path / "partition.json"  # which row went to which client
+        self.events = path / "events.jsonl"
+        self.final_scores = path / "results" / "final_scores.json"  # of the last round, and of the best on validation
+        self.onboarding = path / "results" / "onboarding.json"  # of newcomers to a run
+        self.checkpoints = path / "checkpoints"
+        self.report = path / "report.html"
 
     def client(self, client: int) -> Path:
         """A client's adapters as PEFT folders, and its mixer."""
@@ -95,44 +68,32 @@ def settings_of(
     if_exists: IfExists,
     typed: Mapping[str, str] | None = None,
 ) -> RunConfig:
-    """The settings of a YAML file with some replaced; a run that is resumed without one takes those of its own folder.
-
-    Args:
-        path: The file; the defaults when not given.
-        overrides: Dotted key → value.
-        if_exists: What is to be done with a run that is there.
-        typed: Dotted key → how the user has given it, for errors.
-
-    Raises:
-        UserError: See ``load_config``.
-    """
+    """The settings of a YAML file with some replaced; a run that is resumed without one takes those of its folder."""
     out = dict(overrides).get("out")
     if path is None and if_exists == "resume" and out and (Path(out) / "config.yaml").is_file():
         path = Path(out) / "config.yaml"
-    return load_config(path, overrides, typed)
+    config = load_config(path, overrides, typed)
+    if if_exists == "resume":
+        kept = (file for depth in ("", "*/", "*/*/") for file in sorted(config.folder.glob(f"{depth}config.yaml")))
+        older = next(((values := read_yaml(file)) != as_recorded(values) for file in kept), False)
+        config = load_config(path, overrides, typed, recorded=True) if older else config
+    return config
 
 
 def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
-    """An existing run and its configuration.
-
-    Raises:
-        UserError: No run there, or its code from outside the package has changed or is gone.
-    """
+    """An existing run and its configuration."""
     folder = RunFolder(path)
     if not folder.config.is_file():
         raise UserError(f"{path}: not a run folder (no config.yaml)")
-    config = load_config(folder.config)
+    config = load_config(folder.config, recorded=True)
     check_code(folder, config)
     return folder, config
 
 
 def check_code(folder: RunFolder, config: RunConfig) -> None:
-    """Refuse to go on with a run whose methods, metrics and so on from outside are not those that it was made with.
-
-    Raises:
-        UserError: The code behind a name has changed since.
-    """
-    known = (first_start(read_events(folder.events)) or {}).get("code") or {}
+    """Refuse to go on with a run whose methods, metrics and so on from outside are not those that it was made with."""
+    start = first_start(read_events(folder.events)) or (folder.onboarding.is_file() and read_json(folder.onboarding))
+    known = (start or {}).get("code")
     if not known:
         return
     try:
@@ -145,11 +106,7 @@ def check_code(folder: RunFolder, config: RunConfig) -> None:
 
 
 def finished_run(path: Path) -> tuple[RunFolder, RunConfig]:
-    """An existing run that has reached its end.
-
-    Raises:
-        UserError: No run there, or one that has not finished.
-    """
+    """An existing run that has reached its end."""
     folder, config = open_run(path)
     if not folder.final_scores.is_file():
         raise UserError(f"{path}: this run has not finished; continue it with: fedalt run --out {path} --resume")
@@ -157,11 +114,7 @@ def finished_run(path: Path) -> tuple[RunFolder, RunConfig]:
 
 
 def check_folder(path: Path, if_exists: IfExists) -> RunFolder:
-    """Say whether a run may go into a folder, and touch nothing.
-
-    Raises:
-        UserError: It holds something and neither ``--resume`` nor ``--overwrite`` was given; or it is no run.
-    """
+    """Say whether a run may go into a folder, and touch nothing."""
     folder = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, not a folder")
@@ -174,11 +127,7 @@ def check_folder(path: Path, if_exists: IfExists) -> RunFolder:
 
 
 def claim_folder(path: Path, if_exists: IfExists) -> RunFolder:
-    """Make the folder ready for a new run, or leave it as it is to be resumed.
-
-    Raises:
-        UserError: As ``check_folder``; or nothing can be written there.
-    """
+    """Make the folder ready for a new run, or leave it as it is to be resumed."""
     folder = check_folder(path, if_exists)
     with disk_errors(path):
         if if_exists == "overwrite":

@@ -38,11 +38,7 @@ class History:
 
 
 def read_history(run: Path) -> History:
-    """Read ``events.jsonl`` of a run.
-
-    Raises:
-        UserError: No run there, or one that has not begun.
-    """
+    """Read ``events.jsonl`` of a run."""
     folder, _ = open_run(run)
     events = list(read_events(folder.events))
     start = first_start(events)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.evaluation.metrics import group_mean, metrics_in, over_clients
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts
 from fedalt.model.state import ClientState
 from fedalt.runs.events import EventLog
 from fedalt.runs.folder import RunFolder
@@ -51,13 +51,7 @@ Points = dict[str, dict[int, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the clients of one run are scored.
-
-    Attributes:
-        experiment: Rows, model, settings.
-        folder: Where answers and scores go.
-        log: Where the scores go, too.
-    """
+    """How the clients of one run are scored."""
 
     experiment: Experiment
     folder: RunFolder
@@ -69,7 +63,7 @@ class Scoring:
         """Score clients and write answers, scores and events of a round; arguments as for ``points``.
 
         Returns:
-            Mean score on validation rows, or nothing when there are none.
+            Mean score on validation rows, or None when there are none.
         """
         points = self.points(number, before, after, changed)
         return log_points(self.log, number, points, self.experiment.config.metric)
@@ -77,14 +71,7 @@ class Scoring:
     def points(
         self, number: int, before: Mapping[int, ClientState], after: Mapping[int, ClientState], changed: bool
     ) -> Points:
-        """Score clients and write answers and scores, but no events.
-
-        Args:
-            number: The round.
-            before: States as they left training.
-            after: States with the server's aggregate installed.
-            changed: Whether the two differ at all.
-        """
+        """Score clients and write answers and scores, but no events."""
         config = self.experiment.config
         points: Points = {"after": {}, "before": {}, "validation": {}}
         clients = list(after)
@@ -113,13 +100,7 @@ class Scoring:
 
 
 def scored_on(experiment: Experiment, states: Sequence[ClientState], split: str) -> list[Evaluation]:
-    """Answers and scores of a cohort's models on one split of their own rows; clients without such rows are left out.
-
-    Args:
-        experiment: Rows, model, settings.
-        states: Models that answer, see ``Experiment.personalised``.
-        split: ``test`` or ``validation``.
-    """
+    """Answers and scores of a cohort's models on one split of their own rows; clients without any are left out."""
     rows = {state.client: getattr(experiment.examples[state.client], split) for state in states}
     return evaluate(
         experiment.resident.model,
@@ -127,12 +108,12 @@ def scored_on(experiment: Experiment, states: Sequence[ClientState], split: str)
         [state for state in states if rows[state.client]],
         rows,
         experiment.settings.answering,
-        experiment.config.evaluation,
+        config=experiment.config.evaluation,
     )
 
 
 def log_points(log: EventLog, number: int, points: Points, metric: str) -> float | None:
-    """Log the scores of a round; their mean on validation rows, or nothing when there are none."""
+    """Log the scores of a round; their mean on validation rows, or None when there are none."""
     for point, clients in points.items():
         for client, scores in clients.items():
             log.emit("scores", round=number, client=client, point=point, **metrics_in(scores))

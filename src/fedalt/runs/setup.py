@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from fedalt.config import RunConfig, used_code
+from fedalt.config.data import DataConfig
 from fedalt.data.encode import (
+    CHAT,
     AnswerEncoder,
     ClientExamples,
     Encoder,
@@ -21,16 +23,16 @@ from fedalt.data.encode import (
     ImageEncoder,
     TextEncoder,
     encode_federation,
+    left_out,
     template_text,
 )
 from fedalt.data.federation import Federation, check_labels, labels_of
 from fedalt.data.load import Rows
 from fedalt.data.record import digests, record
-from fedalt.errors import UserError
+from fedalt.errors import UserError, listed
 from fedalt.evaluation.choices import options_of
-from fedalt.evaluation.metrics import metric_of
-from fedalt.federation.client import RoundSettings
-from fedalt.federation.cohort import fitting_cohort
+from fedalt.evaluation.metrics import is_latin, metric_of
+from fedalt.federation.client import RoundSettings, fitting_cohort
 from fedalt.methods.base import Method, trainable
 from fedalt.methods.registry import build, configured
 from fedalt.model.adapted import AdaptedModel
@@ -81,10 +83,6 @@ class RunInfo:
         return tuple(self.samples)
 
 
-_MOST_NOTES = 20
-"""Clients whose skipped rows get a note of their own."""
-
-
 @dataclass(frozen=True)
 class Resident:
     """The one base model in memory, wrapped for adapters; runs of several methods share it."""
@@ -94,13 +92,10 @@ class Resident:
 
     def encoder(self, config: RunConfig) -> Encoder:
         """What makes examples of rows, by the task."""
-        read, data, labels = self.base.tokenizer, config.data, config.model.labels or ()
         if config.model.task == "image_classification":
             channels = getattr(self.base.model.config, "num_channels", 3)
-            return ImageEncoder(read, labels, channels, self.model.image_tokens)
-        if labels:
-            return TextEncoder(read, labels, data.cutoff)
-        return AnswerEncoder(read, data.template, data.cutoff, data)
+            return ImageEncoder(self.base.tokenizer, config.model.labels or (), channels, self.model.image_tokens)
+        return text_encoder(config, self.base.tokenizer)
 
     def heads(self, seed: int, client: int) -> dict[Key, Tensor]:
         """What a client's heads start from: the checkpoint's, or drawn where it has none."""
@@ -109,6 +104,14 @@ class Resident:
         stems = tuple(f"{path}." for path in self.base.new)
         new = {key: value for key, value in start.items() if f"{key.module}.".startswith(stems)}
         return start | drawn_heads(new, std, lambda key: rng(seed, "head", client, str(key)))
+
+
+def text_encoder(config: RunConfig, tokenizer: Any) -> TextEncoder | AnswerEncoder:
+    """What makes examples of rows of text."""
+    data, labels = config.data, config.model.labels
+    if labels:
+        return TextEncoder(tokenizer, labels, data.cutoff)
+    return AnswerEncoder(tokenizer, data.template, data.cutoff, data)
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class Experiment:
         return hashlib.sha256(json.dumps(digests(self.federation)).encode()).hexdigest()
 
     @property
-    def facts(self) -> RunInfo:
+    def info(self) -> RunInfo:
         """What the rounds know of this run."""
         config, rows = self.config, self.federation.clients
         some = config.data.held_out or config.data.partition.file
@@ -188,7 +191,9 @@ class Experiment:
         """What a client starts from, made from the seed."""
         lora, seed = self.config.lora, self.config.seed
         rank = self.method.rank_of(client)
-        state = initial_state(self.shape, client, seed, lora.init, lora.mixer_init, self.method.frozen, rank)
+        state = initial_state(
+            self.shape, client, seed, lora.init, lora.mixer_init, frozen=self.method.frozen, rank=rank
+        )
         return replace(state, heads=self.resident.heads(seed, start_group(lora.init, client)))
 
     @property
@@ -227,24 +232,21 @@ class Experiment:
 
 
 def load_resident(config: RunConfig) -> Resident:
-    """Load the base model and wrap its targets.
-
-    Raises:
-        UserError: See ``load_base`` and ``find_targets``.
-    """
+    """Load the base model and wrap its targets."""
     base = load_base(config.model)
     checkpointing = config.model.gradient_checkpointing
     pooling = config.model.pooling
-    model = AdaptedModel(base.model, config.lora.targets, checkpointing, heads=base.heads, pooling=pooling)
+    model = AdaptedModel(
+        base.model, targets=config.lora.targets, gradient_checkpointing=checkpointing, heads=base.heads, pooling=pooling
+    )
+    if config.model.task == "causal_lm" and not model.causal:
+        kind = type(base.model).__name__
+        raise UserError(f"model.name: in {kind} a token sees those after it, so it cannot learn to write answers")
     return Resident(base, model)
 
 
 def load_rows(config: RunConfig, rows: Rows) -> tuple[RunConfig, Federation]:
-    """The rows; and the settings with the classes that training rows have, where rows are classified and none are set.
-
-    Raises:
-        UserError: See ``load_both``, ``labels_of`` and ``check_labels``.
-    """
+    """The rows; and the settings, with the classes of training rows where rows are classified and none are set."""
     federation, held_out = rows.both(config.data, config.seed)
     if not config.classifies:
         return config, federation
@@ -262,31 +264,25 @@ def prepare(
     clients: int | None = None,
     rows: Rows | None = None,
 ) -> Experiment:
-    """Check the method, read the rows, load the base, tokenise.
-
-    Args:
-        config: The settings.
-        resident: The base, where it is in memory.
-        federation: The rows, where they are in memory.
-        clients: Clients that the method counts, if not those with rows.
-        rows: Where rows are had from, if other runs share them.
-
-    Raises:
-        UserError: Anything that is wrong with the settings, the rows or the model.
-    """
+    """Check the method, read the rows, load the base, tokenise."""
     config = configured(config, config.method)
     rows = rows or Rows()
     if federation is None:
         config, federation = load_rows(config, rows)
     resident = resident or load_resident(config)
-    config, shortened = _fit_positions(config, resident)
+    config, shortened = read_settings(config, federation, resident.base.model, resident.base.tokenizer)
     examples = encode_federation(federation, _encoder(rows, resident, config), config.data)
     if metric_of(config.metric).reads == "option":
         _check_options(config.metric, examples)
     method = build(config, clients or len(federation.clients), resident.model.layer_sizes)
     method.rank_of(0)  # refuses ranks where there is no rule for them
     settings = RoundSettings(method, config.training, method.centralised or config.federation.heads == "shared")
-    notes = (*shortened, *_padding(config, resident.model), *_notes(config, federation, examples, method))
+    notes = (
+        *federation.notes[:1],
+        *shortened,
+        *_padding(config, resident.model),
+        *_notes(config, federation, examples, method),
+    )
     return Experiment(config, federation, examples, resident, method, settings, notes, rows)
 
 
@@ -294,7 +290,14 @@ def _encoder(rows: Rows, resident: Resident, config: RunConfig) -> Encoder:
     """What makes examples of rows; runs that read them alike share it."""
     name = config.data.template
     template = None if config.classifies else (name, template_text(name), used_code(config).get(f"template {name}"))
-    settings = (config.model.task, config.model.labels, template, config.data.own, config.data.cutoff)
+    settings = (
+        config.model.task,
+        config.model.labels,
+        template,
+        config.data.own,
+        config.data.cutoff,
+        config.data.boundary,
+    )
     return rows.encoder(resident.base.tokenizer, settings, lambda: resident.encoder(config))
 
 
@@ -304,11 +307,30 @@ def _check_options(metric: str, examples: Mapping[int, ClientExamples]) -> None:
             raise UserError(f"evaluation.metric: {metric} asked for, but no test row of client {client} lists OPTIONS")
 
 
-def _fit_positions(config: RunConfig, resident: Resident) -> tuple[RunConfig, tuple[str, ...]]:
-    """Lower the cut-off so that a prompt of that length and its answer fit the model's positions."""
+def read_settings(
+    config: RunConfig, federation: Federation, model: Any, tokenizer: Any
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """The settings by which rows become tokens, as they hold for a model and for these rows, with notes.
+
+    Args:
+        config: As given.
+        federation: The rows.
+        model: The model, or whatever has its ``config``.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        UserError: No prompt would fit.
+    """
     if config.model.task == "image_classification":
         return config, ()
-    limit = positions(resident.base.model, resident.base.tokenizer if config.classifies else None)
+    config, shortened = _fit_positions(config, model, tokenizer)
+    config, talked = _conversing(config, federation, tokenizer)
+    return config, (*shortened, *talked)
+
+
+def _fit_positions(config: RunConfig, model: Any, tokenizer: Any) -> tuple[RunConfig, tuple[str, ...]]:
+    """Lower the cut-off so that a prompt of that length and its answer fit the model's positions."""
+    limit = positions(model, tokenizer if config.classifies else None)
     longest = 0 if config.classifies else config.evaluation.max_new_tokens
     if limit is None or config.data.cutoff + longest <= limit:
         return config, ()
@@ -319,7 +341,30 @@ def _fit_positions(config: RunConfig, resident: Resident) -> tuple[RunConfig, tu
     return config.model_copy(update={"data": config.data.model_copy(update={"cutoff": cutoff})}), (note,)
 
 
+def _conversing(config: RunConfig, federation: Federation, tokenizer: Any) -> tuple[RunConfig, tuple[str, ...]]:
+    """Conversations go through the tokenizer's own template, if it has one, where no other one is asked for."""
+    rows = (row for data in federation.clients.values() for row in (*data.train, *data.test))
+    if config.classifies or config.data.template == CHAT or not any(row.turns for row in rows):
+        return config, ()
+    name, default = config.data.template, DataConfig.model_fields["template"].default
+    if name == default and getattr(tokenizer, "chat_template", None):
+        note = "conversations: data.template=chat, the tokenizer's own; data.template=alpaca or a file lays turns out"
+        return config.model_copy(update={"data": config.data.model_copy(update={"template": CHAT})}), (note,)
+    return config, (f"conversations: data.template={name} lays out every question, one after another",)
+
+
+def _script(config: RunConfig, examples: Mapping[int, ClientExamples]) -> tuple[str, ...]:
+    """A note on references that Google's ROUGE cannot read."""
+    found = [client for client, mine in examples.items() if not all(is_latin(e.row.output) for e in mine.test)]
+    if config.classifies or not found:
+        return ()
+    who = listed([f"client {client}" for client in found], 5)
+    return (f"answers of {who} are not in Latin letters: ROUGE counts words of any script, characters of CJK and Thai",)
+
+
 def _padding(config: RunConfig, model: AdaptedModel) -> tuple[str, ...]:
+    if not model.pads:
+        return ("rows of unlike length are read apart: padding changes what this model makes of them",)
     if not model.unpacked:
         return ()
     advice = "" if config.training.order == "bucketed" else "; training.order=bucketed wastes less"
@@ -329,16 +374,7 @@ def _padding(config: RunConfig, model: AdaptedModel) -> tuple[str, ...]:
 def _notes(
     config: RunConfig, federation: Federation, examples: dict[int, ClientExamples], method: Method
 ) -> tuple[str, ...]:
-    notes, short = list(federation.notes), list[str]()
-    for client, mine in examples.items():
-        skipped = ", ".join(f"{count} {split}" for split, count in mine.skipped.items() if count)
-        if skipped:
-            short.append(
-                f"client {client}: {skipped} rows skipped, their prompt fills data.cutoff={config.data.cutoff}"
-            )
-    notes += short[:_MOST_NOTES]
-    if len(short) > _MOST_NOTES:
-        notes.append(f"rows of {len(short) - _MOST_NOTES} more clients skipped, too")
+    notes = [*federation.notes[1:], *left_out(examples, config.data.cutoff), *_script(config, examples)]
     if method.leave_one_out and method.clients == 2:
         notes.append("two clients: each one's RoW LoRA is the other client's individual LoRA, nothing is hidden")
     if method.leave_one_out and method.clients == 1:

@@ -11,10 +11,9 @@ from fedalt.config import RunConfig
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metrics_in
-from fedalt.federation.client import installed, run_clients
-from fedalt.federation.cohort import cohort_size, cohorts
+from fedalt.federation.client import cohort_size, cohorts, installed, run_clients
 from fedalt.federation.server import Server, sample_clients
-from fedalt.methods.exchange import Message
+from fedalt.methods.base import Message
 from fedalt.methods.registry import configured
 from fedalt.model.state import ClientState
 from fedalt.names import Tensors
@@ -51,20 +50,7 @@ class Round:
 
 
 class Rounds:
-    """A run in memory that is taken round by round. All clients' adapters are held at a time.
-
-    Args:
-        config: All settings.
-        bases: Where the base may be in memory already.
-        rows: Where the rows may be in memory already.
-
-    Attributes:
-        number: Rounds that have finished.
-        states: Client → its state.
-
-    Raises:
-        UserError: As for a run.
-    """
+    """A run in memory that is taken round by round. All clients' adapters are held at a time."""
 
     def __init__(self, config: RunConfig, bases: Bases, rows: Rows) -> None:
         config = configured(config, config.method)
@@ -83,10 +69,6 @@ class Rounds:
 
         Args:
             count: How many; those that the settings ask for and that are left when not given.
-
-        Raises:
-            UserError: The method plans by the number of rounds, and some have been taken already; or every client
-                failed.
         """
         asked = self.experiment.config.federation.rounds
         total = asked if count is None else self.number + count
@@ -127,9 +109,9 @@ class Rounds:
             self.states,
             self.server.messages(chosen),
             lambda client: plans_of(experiment, client, number),
-            experiment.settings,
-            number,
-            cohort_size(config.federation, len(chosen)),
+            settings=experiment.settings,
+            round_=number,
+            cohort=cohort_size(config.federation, len(chosen)),
         )
         results = {result.state.client: result for result in trained}
         failures = {client: result.failure for client, result in results.items() if result.failure}
@@ -137,7 +119,8 @@ class Rounds:
         self.states = self.states | {client: result.state for client, result in results.items()}
         uploads = {client: result.upload for client, result in results.items() if result.upload}
         self._uploads = {**self._uploads, **uploads}
+        self.server = copy.copy(self.server)  # a round keeps the one that it had
         self.server.receive(uploads, self._uploads.__getitem__, number)
         self.number = number
         losses = {client: result.stats.loss for client, result in results.items() if not result.failure}
-        return Round(number, losses, dict(uploads), dict(self.states), failures, copy.copy(self.server))
+        return Round(number, losses, dict(uploads), dict(self.states), failures, self.server)

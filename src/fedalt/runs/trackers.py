@@ -34,11 +34,7 @@ PROJECT = "fedalt"
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Say what to install.
-
-    Raises:
-        UserError: A tracker's package is not installed.
-    """
+    """Say what to install."""
     for name in names:
         if issubclass(TRACKERS.get(name), _Accelerated) and find_spec(name) is None:
             raise UserError(f'report.trackers: "{name}" is not installed; pip install {name}')
@@ -46,14 +42,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def tracked(names: Sequence[str], out: Path, sink: Sink, config: Named | None = None) -> Iterator[Sink]:
-    """A sink that passes events on and tells the trackers; they are closed however the block ends.
-
-    Args:
-        names: Trackers.
-        out: Folder of the run, or of the runs of a comparison; TensorBoard's files go to ``tensorboard/`` there.
-        sink: Where events go, too.
-        config: The section ``report``, which knows a tracker's own settings.
-    """
+    """A sink that passes events on and tells the trackers; they are closed however the block ends."""
     if not names:
         yield sink
         return

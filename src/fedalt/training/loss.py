@@ -14,6 +14,7 @@ from torch import Tensor
 from fedalt.data.batches import Batch
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.batch_layout import MixerProbe
+from fedalt.model.targets import backbone_of
 
 _LOGITS = {"cpu": 1 << 22, "cuda": 1 << 24}
 """Logits at a time (16 MiB in fp32): on a CPU larger pieces cost fresh memory and gain nothing. A guess for GPUs."""
@@ -58,7 +59,7 @@ def logits(base: Any, out: Any, hidden: Float[Tensor, "s d"]) -> Float[Tensor, "
         hidden: The states to put in its place.
     """
     replaced = type(out)(last_hidden_state=hidden[None])
-    backbone, ids = base.get_decoder(), torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    backbone, ids = backbone_of(base), torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     with patch.object(backbone, "forward", lambda *args, **kwargs: replaced):
         scores: Tensor = base(input_ids=ids).logits
     return scores.squeeze(0)  # an index would fill its gradient with zeros first

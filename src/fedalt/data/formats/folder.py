@@ -1,32 +1,43 @@
-"""Federations in a folder: one training and one test file per client, in the layout of the FedALT README.
+"""Federations in a folder: files of clients, in the layout of the FedALT README or under names of their own.
 
     DIR/train/local_training_{i}.json     or  DIR/local_training_{i}.json
     DIR/test/local_testing_{i}.jsonl
     DIR/validation/local_validation_{i}.jsonl          optional, for all clients or none
 
-Every file may be a JSON list or JSON lines, whatever its ending.
+    DIR/ann.csv, DIR/ben.jsonl, …                      a client each; test rows are held out of its own
+    DIR/ann_train.csv, DIR/ann_test.csv, …             the same with splits
+    DIR/train/ann.csv, DIR/test/ann.csv, …             the same
+    DIR/ann/train.csv, DIR/ann/test.csv, …             the same
+
+Every JSON file may be a list or lines, whatever its ending.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from fedalt.data.federation import FIELDS, ClientData, Federation, Row
-from fedalt.errors import UserError, did_you_mean
+from fedalt.config.data import DataConfig
+from fedalt.data.federation import SPLITS, Federation
+from fedalt.data.formats.columns import Record, to_federation
+from fedalt.data.formats.files import ending, read_records, stem, tables_in
+from fedalt.data.formats.table import NAMES, is_shard, split_of
+from fedalt.errors import UserError
 
-_REQUIRED = FIELDS[:2]
+_SUFFIX = re.compile(
+    r"(.+?)[-_.](?:(?P<train>train|training)|(?P<validation>validation|valid|val|dev)|(?P<test>test|testing))",
+    re.IGNORECASE,
+)
+Files = dict[str, dict[str, Path]]
+"""Client's name → split → its file."""
 
 
-def read_folder(folder: Path) -> Federation:
-    """Read every client's rows.
+def read_folder(folder: Path, config: DataConfig | None = None) -> Federation:
+    """Read the rows of every client of the seed's layout.
 
     Raises:
-        UserError: No training files, a client index twice or missing, a client without a test file,
-            an empty file, broken JSON, or a row that is not a mapping of strings with ``instruction`` and ``output``.
+        UserError: No training files, a client index twice or missing, a client without a test file, and what a file
+            or a row may be refused for.
     """
     inside = folder / "train"
     train = _by_client(inside if inside.is_dir() else folder, "local_training")
@@ -42,48 +53,89 @@ def read_folder(folder: Path) -> Federation:
         missing = next((client for client in train if client not in files), None)
         if missing is not None:
             raise UserError(f"client {missing}: {folder}/{name}_{missing}.jsonl is missing")
-    clients = {
-        client: ClientData(
-            train=read_rows(path),
-            validation=read_rows(validation[client]) if validation else (),
-            test=read_rows(test[client]),
-        )
-        for client, path in train.items()
-    }
-    return Federation(clients, str(folder))
+    parts = {"train": train, "validation": validation, "test": test}
+    clients = {str(c): {split: files[c] for split, files in parts.items() if files} for c in train}
+    return _read(clients, folder, "client files", config or DataConfig(), named=False)
 
 
-def read_rows(path: Path) -> tuple[Row, ...]:
-    """Read one file of rows."""
-    rows = tuple(_row(value, where) for where, value in json_values(read_text(path), path))
-    if not rows:
-        raise UserError(f"{path}: no rows; every client needs at least one")
-    return rows
+def read_named(folder: Path, config: DataConfig) -> Federation:
+    """Read the rows of clients that are named after their files.
+
+    Raises:
+        UserError: What a file or a row may be refused for.
+    """
+    return _read(named_clients(folder), folder, "a client per file", config)
 
 
 def is_client_folder(folder: Path) -> bool:
-    """Whether there is any client file in it."""
+    """Whether there is any client file of the seed's layout in it."""
     return any(
         True for inside in (folder, folder / "train", folder / "test") for _ in inside.glob("local_*ing_*.json*")
     )
 
 
-def read_text(path: Path) -> str:
-    """Read a text file; one that is none is a ``UserError``."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+def named_clients(folder: Path) -> Files:
+    """Files of clients by their names; none where the files are something else, or there are less than two clients."""
+    if is_client_folder(folder):
+        return {}
+    files = tables_in(folder)
+    found = _side_by_side(files) if files else _in_folders(folder)
+    return found if len(found) > 1 and all("train" in mine for mine in found.values()) else {}
 
 
-def _by_client(folder: Path, stem: str) -> dict[int, Path]:
+def _side_by_side(files: list[Path]) -> Files:
+    matches = [_SUFFIX.fullmatch(stem(path)) for path in files]
+    found: Files = {}
+    if not all(matches) and any(split_of(path) or is_shard(path) for path in files):
+        return found
+    for path, match in zip(files, matches, strict=True):
+        name, split = (match[1], match.lastgroup or "") if match and all(matches) else (stem(path), "train")
+        _put(found.setdefault(name, {}), split, path)
+    return found
+
+
+def _in_folders(folder: Path) -> Files:
+    """A folder for each split with a file of the same name for each client, or a folder for each client."""
+    below = {split: tables_in(inside) for split in NAMES if (inside := _below(folder, split))}
+    found: Files = {}
+    if below.get("train"):
+        if any({stem(path) for path in mine} != {stem(path) for path in below["train"]} for mine in below.values()):
+            return found
+        pairs = [(stem(path), split, path) for split, mine in below.items() for path in mine]
+    else:
+        parts = [(path.name, tables_in(path)) for path in sorted(folder.iterdir()) if path.is_dir()]
+        pairs = [(name, split_of(path), path) for name, mine in parts for path in mine]
+        if not all(split for _, split, _ in pairs):
+            return found
+    for name, split, path in pairs:
+        _put(found.setdefault(name, {}), split, path)
+    return found
+
+
+def _put(mine: dict[str, Path], split: str, path: Path) -> None:
+    if split in mine:
+        raise UserError(f"{path.parent}: {split} rows of {stem(path)} twice, in {mine[split].name} and {path.name}")
+    mine[split] = path
+
+
+def _below(folder: Path, split: str) -> Path | None:
+    return next((folder / name for name in NAMES[split] if (folder / name).is_dir()), None)
+
+
+def _read(clients: Files, folder: Path, kind: str, config: DataConfig, named: bool = True) -> Federation:
+    records: dict[str, dict[str, list[Record]]] = {
+        f"{folder}: client {name}": {split: read_records(files[split], config) for split in SPLITS if split in files}
+        for name, files in clients.items()
+    }
+    return to_federation(config, records, str(folder), kind, list(clients) if named else ())
+
+
+def _by_client(folder: Path, start: str) -> dict[int, Path]:
     found: dict[int, Path] = {}
-    for path in sorted(folder.glob(f"{stem}_*.json*")):
-        match = re.fullmatch(rf"{stem}_(\d+)\.jsonl?", path.name)
+    for path in sorted(folder.glob(f"{start}_*")):
+        match = re.fullmatch(rf"{start}_(\d+)", stem(path)) if ending(path) else None
         if not match:
-            raise UserError(f"{path}: not a client file; names are {stem}_<number>.json or .jsonl")
+            raise UserError(f"{path}: not a client file; names are {start}_<number>.json or .jsonl")
         client = int(match[1])
         if client in found:
             raise UserError(f"client {client} twice: {found[client]} and {path}")
@@ -98,44 +150,3 @@ def _check_indices(files: dict[int, Path], folder: Path) -> None:
         raise UserError(
             f"{folder}: client {names} is missing; indices run from 0 without gaps, and there is a client {max(files)}"
         )
-
-
-def json_values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """Every value of a JSON list or of JSON lines, after where it stands."""
-    if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from None
-        yield from ((f"{path}: row {i}", value) for i, value in enumerate(values))
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: broken JSON ({error.msg})") from None
-
-
-def _row(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: a row is a mapping with {' and '.join(_REQUIRED)}, found {type(value).__name__}")
-    for name in _REQUIRED:
-        if name not in value:
-            raise UserError(
-                f'{where}: no "{name}"{did_you_mean(name, value)}; the row has: {", ".join(value) or "nothing"}'
-            )
-    for name in FIELDS:
-        if not isinstance(value.get(name, ""), str):
-            raise UserError(f'{where}: "{name}" is {type(value[name]).__name__}, expected text')
-    for name in FIELDS:
-        check_text(value.get(name, ""), name, where, name in _REQUIRED)
-    return Row(**{name: value.get(name, "") for name in FIELDS})
-
-
-def check_text(text: str, name: str, where: str, required: bool = True) -> None:
-    """Refuse half characters, and nothing but blanks where there must be something."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(f'{where}: "{name}" holds half a character (a lone surrogate), which is no text')
-    if required and not text.strip():
-        raise UserError(f'{where}: "{name}" is empty')

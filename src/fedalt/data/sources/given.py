@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.config.data import DataConfig
-from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, check_names
-from fedalt.data.formats.columns import Record, has_header, to_pool
-from fedalt.data.formats.table import mappings
+from fedalt.data.federation import SPLITS, Federation, Pool, check_names
+from fedalt.data.formats.columns import Record, has_header, mappings, named_clients, of_pools, to_pool
 from fedalt.data.record import row_digest
 from fedalt.data.sources.hub import from_datasets
 from fedalt.errors import UserError, listed
@@ -56,11 +55,11 @@ class Given:
         if not self.rows:
             raise UserError("load_data: no clients")
         pools = {str(name): _client(str(name), rows, config) for name, rows in self.rows.items()}
-        first, *_ = pools.values()
-        labels = frozenset(label for pool in pools.values() for label in pool.labels)
-        check_names(config.label_names or {}, Pool((), (), (), config.source, labels=labels))
-        clients = {i: ClientData(*map(pool.split, SPLITS)) for i, pool in enumerate(pools.values())}
-        return Federation(clients, config.source, first.notes)
+        told = dict.fromkeys(note.partition('": ')[2] for pool in pools.values() for note in pool.notes[1:])
+        notes = (f"{config.source}: rows in memory; {named_clients(len(pools), list(pools))}", *told)
+        federation = of_pools(list(pools.values()), config.source, notes)
+        check_names(config.label_names or {}, federation)
+        return federation
 
 
 def given_source(found: Federation | Pool) -> str:

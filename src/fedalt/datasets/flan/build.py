@@ -35,15 +35,7 @@ def check_installed() -> None:
 
 
 def open_splits(task: Task, local: Path | None) -> Splits:
-    """All splits of a task that have the columns it needs under the names it knows.
-
-    Args:
-        task: The task.
-        local: Folder with a copy of every data set under its task's name; the hub and its cache when not given.
-
-    Raises:
-        UserError: The data set is not there or cannot be read, or has other columns.
-    """
+    """All splits of a task that have the columns it needs under the names it knows."""
     place = task.hub if local is None else local / task.name
     if isinstance(place, Path) and not place.is_dir():
         raise UserError(f"{place} is no folder; --from looks for a copy of every data set under its task's name")
@@ -174,23 +166,11 @@ def build(
     out: Path,
     sizes: Mapping[str, int],
     seed: int,
+    *,
     local: Path | None = None,
     tell: Callable[[Prepared], None] = lambda done: None,
 ) -> list[Prepared]:
-    """Write the rows of some tasks, client i having the i-th of those that can be had.
-
-    Args:
-        names: Tasks.
-        out: New folder.
-        sizes: Rows per task for ``train``, ``test`` and ``validation``.
-        seed: Decides which rows, their order and their wording.
-        local: Folder with copies of the data sets; the hub when not given.
-        tell: Called after every task.
-
-    Raises:
-        UserError: An unknown task or one given twice, a folder that holds something, ``datasets`` is not installed, or
-            no task could be prepared.
-    """
+    """Write the rows of some tasks, client i having the i-th of those that can be had."""
     check_installed()
     tasks = _known(names)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -219,9 +199,6 @@ def draw(
     """Rows of one task by split, and notes on what is less than was asked for.
 
     Nothing is asked twice, in one split or in two. Labels are equally frequent as far as there are records.
-
-    Raises:
-        UserError: A record is not as it should be, or no row is left for training or testing.
     """
     seen: set[tuple[str, ...]] = set()
     found: dict[str, list[Row]] = {}

@@ -20,7 +20,7 @@ class Sample:
         fields: What the wordings of its task name.
         answer: The reference answer.
         options: What may be answered; empty for free text.
-        label: What rows are balanced by: the class, or the place of the right option; nothing for free text.
+        label: What rows are balanced by: the class, or the place of the right option; None for free text.
     """
 
     fields: Mapping[str, str]
@@ -46,7 +46,7 @@ class Task:
         test: Splits that test rows are drawn from.
         columns: What records must hold.
         labels: How many labels there are to balance by; 1 for none.
-        read: Makes a sample of a record; nothing of one that has no label or no text.
+        read: Makes a sample of a record; None of one that has no label or no text.
         config: Configuration of the data set.
         revision: Branch of the hub's repository; its own Parquet files where the data set is a script, which
             ``datasets`` no longer runs.

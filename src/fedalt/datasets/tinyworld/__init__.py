@@ -50,6 +50,7 @@ def generate(
     train: int = SIZES["train"],
     validation: int = SIZES["validation"],
     test: int = SIZES["test"],
+    *,
     clients: int = CLIENTS,
 ) -> Federation:
     """Clients with one task each; the same arguments give the same rows on every machine.
@@ -71,9 +72,6 @@ def generate(
 
     Returns:
         Clients 0, 1, …. No instruction occurs twice, in any split of any client.
-
-    Raises:
-        UserError: ``clash`` outside [0, 1], a size outside [0, 5000], or more rows than the world holds.
     """
     if not 0 <= clash <= 1:
         raise UserError(f"clash = {clash}: must be a number from 0 (one convention) to 1 (every client its own)")
@@ -81,7 +79,8 @@ def generate(
     sizes = {"train": train, "validation": validation, "test": test}
     rows = {client: _client(client, seed, clash, sizes, seen) for client in range(clients)}
     source = f"tinyworld (seed {seed}, clash {clash:g})"
-    return Federation(rows, source, ("synthetic rows of a closed world; letters follow each client's convention",))
+    note = f"{source}: {clients} clients; synthetic rows of a closed world; letters follow each client's convention"
+    return Federation(rows, source, (note,))
 
 
 def _client(client: int, seed: int, clash: float, sizes: dict[str, int], seen: set[str]) -> ClientData:

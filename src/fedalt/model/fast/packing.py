@@ -73,6 +73,7 @@ def attend(
     value: Float[Tensor, "1 g t c"],
     how: Layout,
     scaling: float | None,
+    *,
     causal: bool,
     bias: Bias | None = None,
 ) -> Float[Tensor, "1 t h c"]:
@@ -88,7 +89,7 @@ def attend(
         bias: What is added to a group's scores, or where they count, with the causal mask in it.
     """
     if bias is None and _has_kernel(query, value):
-        return attend_by_kernel(query, key, value, how, scaling, causal)
+        return attend_by_kernel(query, key, value, how, scaling, causal=causal)
     sizes = [group.rows * group.width for group in how.groups]
     spread = [_spread(x[0].transpose(0, 1).flatten(1), how).split(sizes) for x in (query, key, value)]
     out = []
@@ -121,6 +122,7 @@ def attend_by_kernel(
     value: Float[Tensor, "1 g t c"],
     how: Layout,
     scaling: float | None,
+    *,
     causal: bool,
 ) -> Float[Tensor, "1 t h c"]:
     """``attend`` in one call, without groups or padding: flash attention's kernel finds the rows by their starts."""
@@ -147,7 +149,7 @@ def enable_packing(model: Any, context: BatchContext) -> Callable[[bool], bool]:
     """
     config = model.config.get_text_config()
     own, mine = config._attn_implementation, f"fedalt_{id(context)}"
-    attention = partial(_interface, context)
+    attention = partial(_interface, context=context)
     AttentionInterface.register(mine, attention)
     fuse_rotary(model, context, attention)
     for module in model.modules():
@@ -164,12 +166,13 @@ def enable_packing(model: Any, context: BatchContext) -> Callable[[bool], bool]:
 
 
 def _interface(
-    context: BatchContext,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    *,
+    context: BatchContext,
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
@@ -178,11 +181,20 @@ def _interface(
     """Attention as Hugging Face's attention interface calls it."""
     rows = context.current
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if sliding_window is not None:
+        context.windows.add(sliding_window)
     windowed = sliding_window is not None and sliding_window < max(rows.lengths)
     if (windowed and not causal) or any(options.get(name) is not None for name in _MISSING):
         raise NotPackable(f"a bidirectional window, or one of {', '.join(_MISSING)}")
     bias = partial(_window, sliding_window, query.device) if windowed and sliding_window else None
-    return attend(query, key, value, rows.layout(query.device), scaling, causal, bias), None
+    return attend(query, key, value, rows.layout(query.device), scaling, causal=causal, bias=bias), None
+
+
+def smallest_window(config: Any) -> int | None:
+    """The fewest tokens that some layer looks back, by the configuration; None where all look back to the start."""
+    names = ("sliding_window", "attention_chunk_size", "window_size", "local_attention", "keep_window_size")
+    found = [getattr(config, name, None) for name in names[not getattr(config, "use_sliding_window", True) :]]
+    return min((size for size in found if isinstance(size, int) and size > 0), default=None)
 
 
 def _window(size: int, device: torch.device, group: Group) -> Tensor:
@@ -196,6 +208,7 @@ def _bloom(
     context: BatchContext,
     hidden_states: Tensor,
     residual: Tensor,
+    *,
     alibi: Tensor,
     attention_mask: Tensor | None,
     **options: Any,
@@ -211,5 +224,5 @@ def _bloom(
         return alibi[:, :, :width].to(query.dtype)[None] + future  # [1, heads, width, width]
 
     rows = context.current
-    y = attend(query, key, value, rows.layout(query.device), module.inv_norm_factor, True, bias)
+    y = attend(query, key, value, rows.layout(query.device), module.inv_norm_factor, causal=True, bias=bias)
     return module.dense(y.flatten(2)) + residual, None

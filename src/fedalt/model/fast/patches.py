@@ -141,7 +141,9 @@ def fuse_rotary(model: nn.Module, context: BatchContext, attention: Attention) -
     """Let packed rows' queries and keys be turned where they come out of their layers, without transposed copies."""
     for module in model.modules():
         if window := _ATTENTIONS.get(_name(module)):
-            module.forward = partial(_attend, module, module.forward, context, attention, window(module))
+            module.forward = partial(
+                _attend, module, module.forward, context, attention=attention, window=window(module)
+            )
 
 
 class RmsNorm(torch.autograd.Function):
@@ -209,11 +211,11 @@ def _attend(
     module: Any,
     own: Callable[..., Any],
     context: BatchContext,
-    attention: Attention,
-    window: int | None,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     *rest: Any,
+    attention: Attention,
+    window: int | None,
     **options: Any,
 ) -> Any:
     if not context.current.packed:

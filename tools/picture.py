@@ -1,4 +1,4 @@
-"""``python -m fedalt.benchmarks.picture BENCH.json PICTURE.svg`` draws what ``fedalt bench --out BENCH.json`` measured.
+"""``python -m tools.picture BENCH.json PICTURE.svg`` draws what ``fedalt bench --out BENCH.json`` measured.
 
 Two panels over the number of clients K: seconds and memory, each side's median with a bar from its smallest to its
 largest run. Lines are light on dark and dark on light, as the reader's browser is set.
@@ -102,7 +102,7 @@ def _panel(
 def main(arguments: Sequence[str]) -> int:
     """Exit code 2 and one line when a file is missing."""
     if len(arguments) != 2 or not Path(arguments[0]).is_file():
-        sys.stderr.write("error: give two files: python -m fedalt.benchmarks.picture BENCH.json PICTURE.svg\n")
+        sys.stderr.write("error: give two files: python -m tools.picture BENCH.json PICTURE.svg\n")
         return 2
     result = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     Path(arguments[1]).write_text(picture(result), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How rows are dealt to clients, as objects: each fills the ``data.partition`` settings and does nothing else."""
+"""Ways to partition rows among clients, as objects that fill the settings of ``data.partition``, and do no more."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deal:
+class Partition:
     """What all ways have in common.
 
     Attributes:
@@ -31,7 +31,18 @@ class Deal:
 
 
 @dataclass(frozen=True)
-class Iid(Deal):
+class _Drawn(Partition):
+    """Shares are drawn from Dir(alpha).
+
+    Attributes:
+        alpha: Concentration: small is uneven.
+    """
+
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class Iid(Partition):
     """Rows at random, the same number for everybody.
 
     >>> import fedalt as fa
@@ -44,24 +55,20 @@ class Iid(Deal):
 
 
 @dataclass(frozen=True)
-class Dirichlet(Deal):
-    """Rows of each label in shares drawn from Dir(alpha), for every label anew.
+class Dirichlet(_Drawn):
+    """Rows of each label in shares drawn from Dir(alpha), for every label anew; alpha is 0.5 when not given.
 
     >>> import fedalt as fa
     >>> data = fa.load_data("tinyworld", clients=4, partition=fa.Dirichlet(0.5), seed=0)
     >>> len(data.clients)
     4
-
-    Attributes:
-        alpha: Concentration: small is uneven. 0.5 when not given.
     """
 
     by = "dirichlet"
-    alpha: float | None = None
 
 
 @dataclass(frozen=True)
-class Pathological(Deal):
+class Pathological(Partition):
     """A few labels for each client (McMahan et al., AISTATS 2017).
 
     >>> import fedalt as fa
@@ -78,16 +85,13 @@ class Pathological(Deal):
 
 
 @dataclass(frozen=True)
-class Column(Deal):
+class Column(Partition):
     """A client for every value of a column.
 
     >>> import fedalt as fa
     >>> data = fa.load_data("tinyworld", partition=fa.Column("category"))
     >>> len({row.category for row in data.clients[0].train})
     1
-
-    Attributes:
-        column: The column.
     """
 
     by = "column"
@@ -95,55 +99,45 @@ class Column(Deal):
 
 
 @dataclass(frozen=True)
-class Quantity(Deal):
-    """Rows at random, in numbers drawn from Dir(alpha) (NIID-Bench).
+class Quantity(_Drawn):
+    """Rows at random, in numbers drawn from Dir(alpha), 0.5 when not given (NIID-Bench).
 
     >>> import fedalt as fa
     >>> data = fa.load_data("tinyworld", clients=4, partition=fa.Quantity(1.0), seed=0)
     >>> len({len(rows.train) for rows in data.clients.values()}) > 1
     True
-
-    Attributes:
-        alpha: Concentration: small is uneven. 0.5 when not given.
     """
 
     by = "quantity"
-    alpha: float | None = None
 
 
 @dataclass(frozen=True)
-class GLDirichlet(Deal):
-    """Rows of each label in shares drawn from Dir(alpha); GL-Dir of HiLoRA (arXiv 2603.02785).
+class GLDirichlet(_Drawn):
+    """Rows of each label in shares drawn from Dir(alpha), 0.3 when not given; GL-Dir of HiLoRA (arXiv 2603.02785).
 
     >>> import fedalt as fa
     >>> len(fa.load_data("tinyworld", clients=4, partition=fa.GLDirichlet(), seed=0).clients)
     4
-
-    Attributes:
-        alpha: Concentration: small is uneven. 0.3 when not given.
     """
 
     by = "gl_dir"
-    alpha: float | None = None
 
 
 @dataclass(frozen=True)
-class SCDirichlet(Deal):
+class SCDirichlet(_Drawn):
     """Categories are handed out, and the rows of each shared by Dir(alpha) among the clients that hold it.
 
     >>> import fedalt as fa
     >>> len(fa.load_data("tinyworld", clients=4, partition=fa.SCDirichlet(superclasses_per_client=2), seed=0).clients)
     4
 
-    SC-Dir of HiLoRA (arXiv 2603.02785).
+    SC-Dir of HiLoRA (arXiv 2603.02785); alpha is 3 when not given.
 
     Attributes:
-        alpha: Concentration: small is uneven. 3 when not given.
         superclasses_per_client: Categories of each client; 1 or 2, drawn, when not given.
         dir_level: What is shared by one draw: a category, or each label within it.
     """
 
     by = "sc_dir"
-    alpha: float | None = None
     superclasses_per_client: int | None = None
     dir_level: Literal["superclass", "class_in_superclass"] | None = None

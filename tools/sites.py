@@ -1,4 +1,4 @@
-"""``python -m fedalt.benchmarks.sites``: a round across sites beside its training, and a server's cost per site.
+"""``python -m tools.sites``: a round across sites beside its training, and a server's cost per site.
 
 Two things, printed as JSON:
 

@@ -1,0 +1,5 @@
+"""``python -m fedalt`` is the command ``fedalt``."""
+
+from fedalt.cli import main
+
+main()

@@ -1,0 +1,190 @@
+"""Files of rows → records: JSON in every layout, CSV, TSV and Parquet, perhaps gzipped; UTF-16 by its mark."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedalt.config.data import DataConfig
+from fedalt.data.formats.columns import Record, has_header, mappings
+from fedalt.errors import UserError, needs
+
+ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
+POSSIBLE = f"{', '.join(ENDINGS)}, each also with .gz"
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte order mark → encoding; the longer ones first, since one begins with another."""
+_WRAPPERS = ("data", "rows", "examples", "instances")
+"""Keys of an object that holds a list of all rows, as in ``{"data": […]}``."""
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files beside tables that describe them, of ``datasets`` and LLaMA-Factory."""
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+def ending(path: Path) -> str:
+    """The ending that says how a file is read; empty for a file that is no table."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((one for one in ENDINGS if name.endswith(one)), "")
+
+
+def stem(path: Path) -> str:
+    """A table's name without its endings."""
+    name = path.name.removesuffix(".gz").removesuffix(".GZ")
+    return name[: -len(ending(path))] if ending(path) else name
+
+
+def tables_in(folder: Path) -> list[Path]:
+    """The tables that lie directly in a folder, by name."""
+    if not folder.is_dir():
+        return []
+    files = (path for path in folder.iterdir() if ending(path) and path.is_file())
+    return sorted(path for path in files if not path.name.startswith((".", "_")) and path.name not in _DESCRIPTIONS)
+
+
+def read_records(path: Path, config: DataConfig) -> list[Record]:
+    """All rows of one file.
+
+    Raises:
+        UserError: It cannot be read, is not what its ending says, or holds no rows.
+    """
+    kind = ending(path)
+    if kind in (".csv", ".tsv"):
+        records = _cells(path, config, tabs=kind == ".tsv")
+    else:
+        has_header(config, str(path))
+        records = mappings(_parquet(path) if kind == ".parquet" else json_values(read_text(path), path))
+    if not records:
+        raise UserError(f"{path}: no rows; every file of rows needs at least one")
+    return records
+
+
+def read_text(path: Path) -> str:
+    """Read a text file; one that is none is a ``UserError``."""
+    data = _bytes(path)
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not {encoding.upper()} text (byte {error.start})") from None
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise UserError(f"{path}: a broken gzip file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def json_values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """Every value after where it stands: of a list, lines, objects over several lines, or ``{"data": […]}``."""
+    if text.lstrip().startswith("["):
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from None
+        yield from ((f"{path}: row {i}", value) for i, value in enumerate(values))
+        return
+    found = list(_stream(text, path))
+    if len(found) == 1 and isinstance(found[0][1], dict):
+        whole = found[0][1]
+        for name in _WRAPPERS:
+            if isinstance(whole.get(name), list) and all(isinstance(row, dict) for row in whole[name]):
+                yield from ((f"{path}: {name} row {i}", row) for i, row in enumerate(whole[name]))
+                return
+    yield from found
+
+
+def _stream(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """Values one after another, with nothing but blanks between them."""
+    decoder, at, line, counted = json.JSONDecoder(), 0, 1, 0
+    while (at := _BLANK.match(text, at).end()) < len(text):  # type: ignore[union-attr]
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{line}: broken JSON ({error.msg})") from None
+        yield f"{path}:{line}", value
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    with needs("datasets", "Parquet files"):
+        import pyarrow as pa
+        from pyarrow import parquet
+    try:
+        rows = parquet.read_table(pa.BufferReader(_bytes(path))).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: no Parquet file, or a broken one ({str(error).splitlines()[0][:100]})") from None
+    return ((f"{path}: row {i}", row) for i, row in enumerate(rows))
+
+
+def _cells(path: Path, config: DataConfig, tabs: bool) -> list[Record]:
+    """Rows of cells. In a CSV quotes hold commas and newlines together; in a TSV they are letters like others.
+
+    A TSV whose lines have unequal cells so is read with quotes, as pandas writes it.
+    """
+    text = read_text(path)
+    if not tabs:
+        return _lines(text, path, config, delimiter=_delimiter(text), strict=True)
+    try:
+        return _lines(text, path, config, delimiter="\t", quoting=csv.QUOTE_NONE)
+    except UserError:
+        with_quotes = _quoted(text, path, config)
+        if with_quotes is None:
+            raise
+        return with_quotes
+
+
+def _quoted(text: str, path: Path, config: DataConfig) -> list[Record] | None:
+    try:
+        return _lines(text, path, config, delimiter="\t", strict=True)
+    except UserError:
+        return None
+
+
+def _delimiter(text: str) -> str:
+    """Spreadsheets of some countries separate cells by semicolons."""
+    first = text.partition("\n")[0]
+    return ";" if ";" in first and "," not in first else ","
+
+
+def _lines(text: str, path: Path, config: DataConfig, **dialect: Any) -> list[Record]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+    names = list(config.columns or ())
+    records = []
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if not names:
+                names = _header(cells, path)
+                continue
+            where = f"{path}:{reader.line_num}"
+            if len(cells) != len(names):
+                raise UserError(f"{where}: {len(cells)} cells, but {len(names)} columns: {', '.join(names)}")
+            records.append(Record(dict(zip(names, cells, strict=True)), where))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: broken line ({error})") from None
+    return records
+
+
+def _header(cells: list[str], path: Path) -> list[str]:
+    twice = next((name for i, name in enumerate(cells) if name in cells[:i]), None)
+    if twice is not None:
+        raise UserError(f'{path}:1: column "{twice}" twice; where a file has no header line, name them in data.columns')
+    return cells
