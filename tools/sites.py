@@ -111,7 +111,7 @@ def _federation(folder: Path, sites: int) -> Iterator[tuple[str, subprocess.Pope
             time.sleep(0.1)
         for site in range(sites):
             state = str(folder / f"state{site}")
-            command = ["site", "--server", address, "--client", str(site), "--state", state]
+            command = ["site", "--server", address, "--client", str(site), "--state", state, "--set", "min_rows=1"]
             processes.append(_start(folder, f"site{site}", command))
         yield address, processes[0]
     finally:

@@ -29,7 +29,7 @@ class Deployment:
     """One server and some sites; all of it ends with the ``with`` block, and may serve several runs before."""
 
     def __init__(self, folder: Path, clients: int = 3, tls: Path | None = None) -> None:
-        self.folder, self.clients, self.tls = folder, clients, tls
+        self.folder, self.clients, self.tls, self.rows = folder, clients, tls, micro.shared_data()
         self.address = f"127.0.0.1:{free_port()}"
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self._from: dict[str, int] = {}
@@ -54,6 +54,15 @@ class Deployment:
             if not self.runs(f"site{client}"):
                 self.start_site(client)
 
+    def give(self, rows: Path) -> None:
+        """Let all sites have other rows, and start whatever does not run."""
+        if rows != self.rows:
+            self.rows = rows
+            for client in range(self.clients):
+                if self.runs(f"site{client}"):
+                    self.end(f"site{client}")
+        self.restore()
+
     def runs(self, name: str) -> bool:
         return name in self.processes and self.processes[name].poll() is None
 
@@ -62,14 +71,16 @@ class Deployment:
         self._start("server", ["server", "--address", self.address, "--state", str(self.folder / "server"), *trust])
         self.wait_for("server", "at site N: fedalt site")
 
-    def start_site(self, client: int, *extra: str, spoilt: str = "") -> None:
-        trust = ["--ca", f"{self.tls}/ca.crt", "--key", f"{self.tls}/keys/client_{client}"] if self.tls else []
-        state = str(self.state(client))
-        self._start(
-            f"site{client}",
-            ["site", "--server", self.address, "--client-id", str(client), "--state", state, *trust, *extra],
-            (*SPOILT, spoilt) if spoilt else FEDALT,
-        )
+    def start_site(
+        self, client: int, *extra: str, spoilt: str = "", key: int | None = None, server: str = "", data: str = ""
+    ) -> None:
+        """Start a site, with its own key unless it is another's; all its scores may be known."""
+        holds = client if key is None else key
+        trust = ["--ca", f"{self.tls}/ca.crt", "--key", f"{self.tls}/keys/client_{holds}"] if self.tls else []
+        own = ["--data", data or str(self.rows), "--model", str(micro.shared_model()), "--set", "min_rows=1"]
+        own += ["--set", f"task=task{client}", "--set", "categories=compare,copy", *trust]
+        place = ["--server", server or self.address, "--client-id", str(client), "--state", str(self.state(holds))]
+        self._start(f"site{holds}", ["site", *place, *own, *extra], (*SPOILT, spoilt) if spoilt else FEDALT)
 
     def state(self, client: int) -> Path:
         return self.folder / f"state{client}"

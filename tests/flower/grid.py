@@ -18,8 +18,9 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 import micro
+from fedalt.flower.certs import PrivateKey
 from fedalt.flower.consent import Consent
-from fedalt.flower.messages import reply_in, request_in, to_server
+from fedalt.flower.messages import request_in, to_server
 from fedalt.flower.requests import Reply, Request
 from fedalt.flower.site import Site
 from fedalt.runs.setup import Bases
@@ -60,6 +61,7 @@ class LocalGrid(Grid):
         self.node = {client: 100 + client for client in self.sites}
         self.fault: Fault = lambda client, request: None
         self.tamper: Callable[[int, Request, Reply], Reply] = lambda client, request, reply: reply
+        self.keys: dict[int, PrivateKey] = {}
         self.seen: list[tuple[int, Request]] = []
         self.sent: list[tuple[int, Request, Reply]] = []
         self.ttls: set[float] = set()
@@ -68,7 +70,7 @@ class LocalGrid(Grid):
         self._count = 0
 
     def site(self, client: int, **named: Any) -> Site:
-        return Site(client, self.folder / str(client), self.bases, **{"consent": self.consent, **named})
+        return Site(client, self.folder / str(client), self.bases, **{"consent": self.consent, "alone": True, **named})
 
     def models(self) -> dict[str, torch.Tensor]:
         """Every client's saved model, of the one run."""
@@ -122,11 +124,11 @@ class LocalGrid(Grid):
             self._inbox[name] = Message(Error(code=5, reason="Node Unavailable"), reply_to=message)
         if client is None or fault in ("gone", "lost"):
             return name
-        reply = Reply({"client": client}) if request.do == "who" else self.sites[client].answer(request)
+        reply = Reply.to(request, client) if request.do == "who" else self.sites[client].answer(request)
         reply = self.tamper(client, request, reply)
         if fault != "late":
-            answer = to_server(reply, message)
+            answer = to_server(reply, message, self.keys.get(client))
             self.messages.append((client, message, answer))
-            self.sent.append((client, request, reply_in(answer)))
+            self.sent.append((client, request, reply))
             self._inbox[name] = answer
         return name

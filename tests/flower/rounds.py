@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 
 import micro
 from fedalt.config import parse_config
+from fedalt.flower.certs import PublicKey
 from fedalt.flower.consent import Consent
+from fedalt.flower.own import SiteRows
 from fedalt.flower.requests import Request
 from fedalt.flower.server_app import serve
-from fedalt.flower.site import SiteRows
 from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 
@@ -28,12 +29,13 @@ def run(
     if_exists: Any = "ask",
     sink: Callable[[dict[str, Any]], None] = lambda event: None,
     consent: Consent | None = None,
+    keys: Mapping[int, PublicKey] | None = None,
     **changes: Any,
 ) -> tuple[LocalGrid, list[dict[str, Any]]]:
     grid = LocalGrid(folder / "sites", range(3), bases, consent)
     arrange(grid)
     values = micro.settings(folder / "run", data__clients=3, **QUICK | changes)
-    serve(grid, parse_config(values, "s").model_dump(mode="json"), if_exists, sink)
+    serve(grid, parse_config(values, "s").model_dump(mode="json"), if_exists, sink, keys)
     return grid, micro.events(folder / "run")
 
 

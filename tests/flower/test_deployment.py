@@ -39,7 +39,7 @@ def without_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment
 @pytest.fixture
 def plain(without_tls: Deployment) -> Deployment:
     """Sites that may come back at once after a kill, as they have no keys."""
-    without_tls.restore()
+    without_tls.give(micro.shared_data())
     return without_tls
 
 
@@ -82,6 +82,7 @@ def test_the_same_run_with_tls_and_authenticated_sites(method: str, deployed: De
 
 def test_a_site_killed_while_training_and_started_again_misses_nothing(plain: Deployment, tmp_path: Path) -> None:
     changes = {"data__source": str(with_much_at(1, tmp_path / "rows"))}
+    plain.give(tmp_path / "rows")
     submitted = plain.submit(values(tmp_path, "killed", **changes))
     plain.wait_for("site1", "Receiving: train message", times=2)
     plain.wait_for_training(1)
@@ -96,6 +97,7 @@ def test_a_site_killed_while_training_and_started_again_misses_nothing(plain: De
 
 def test_a_server_killed_between_rounds_and_in_a_round_goes_on_with_resume(plain: Deployment, tmp_path: Path) -> None:
     changes = {"data__source": str(with_much_at(1, tmp_path / "rows"))}
+    plain.give(tmp_path / "rows")
     settings, run = values(tmp_path, "resumed", **changes), tmp_path / "resumed"
     sites = {name: process for name, process in plain.processes.items() if name.startswith("site")}
     submitted = plain.submit(settings)
@@ -162,7 +164,10 @@ def test_what_a_spoilt_site_sends_is_left_out_and_the_rest_go_on(plain: Deployme
     plain.start_site(1, spoilt="lies")
     plain.finish(values(tmp_path, "spoilt", federation__rounds=6, evaluation__every=6))
     plain.end("site1")
-    expected = [*((number, reason) for number, (_, reason) in LIES.items()), (REPLAYED, "answer to round 1 of spoilt-")]
+    expected = [
+        *((number, reason) for number, (_, reason) in LIES.items()),
+        (REPLAYED, "answer to train, round 1 of spoilt-"),
+    ]
     said = failures(tmp_path / "spoilt")
     assert [(number, client) for number, client, _ in said] == [(number, 1) for number, _ in expected]
     for (_, _, line), (_, reason) in zip(said, expected, strict=True):

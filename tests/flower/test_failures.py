@@ -127,6 +127,10 @@ def test_a_server_that_ended_inside_a_round_is_resumed_without_a_trace(
     assert same(grid.models(), undisturbed)
 
 
+def failed(reply: Reply, code: str) -> Reply:
+    return replace(reply, body=None, block=b"", error=code)
+
+
 BAD: dict[str, tuple[Callable[[Reply], Reply], str]] = {
     "nan": NAN,
     "another rank": RANK,
@@ -136,10 +140,10 @@ BAD: dict[str, tuple[Callable[[Reply], Reply], str]] = {
         "upload has other tensors than this run",
     ),
     "no tensors": (lambda r: replace(r, block=b"hello"), "are no tensors"),
-    "another round": (lambda r: replace(r, body={**r.body, "round": 1}), "answer to round 1"),
-    "another run": (lambda r: replace(r, body={**r.body, "run": "other"}), "of other, not 2 of run-"),
-    "nonsense": (lambda r: replace(r, body={"run": r.body["run"], "round": 2}), "no such answer is known"),
-    "its own error": (lambda r: Reply(error="disk full"), "disk full"),
+    "another round": (lambda r: replace(r, round=1), "answer to train, round 1"),
+    "another run": (lambda r: replace(r, run="other"), "round 2 of other, not to train, round 2 of run-"),
+    "nonsense": (lambda r: replace(r, body=None), "does not hold what was asked for"),
+    "its own error": (lambda r: failed(r, "disk"), "disk full"),
 }
 
 
@@ -221,11 +225,11 @@ def test_a_refused_site_that_went_and_came_as_it_should_be_is_let_in(
 def test_a_model_that_a_site_could_not_save_is_said_with_its_own_error(tmp_path: Path, bases: Bases) -> None:
     def arrange(grid: LocalGrid) -> None:
         grid.tamper = lambda client, request, reply: (
-            Reply(error="disk full") if (client, request.do) == (1, "save") else reply
+            failed(reply, "disk") if (client, request.do) == (1, "save") else reply
         )
 
     _, events = run(tmp_path, bases, arrange)
-    assert list(failures(events)) == [(3, 1, "model not saved: disk full")]
+    assert list(failures(events)) == [(3, 1, "model not saved: cannot write its state: disk full, or not permitted")]
 
 
 def test_a_request_is_forgotten_a_minute_after_its_deadline(tmp_path: Path, bases: Bases) -> None:
@@ -245,7 +249,7 @@ def test_too_few_sites_end_the_run_with_a_line(tmp_path: Path, bases: Bases) -> 
 def test_a_round_with_too_few_uploads_ends_the_run_with_a_line(tmp_path: Path, bases: Bases) -> None:
     def arrange(grid: LocalGrid) -> None:
         grid.tamper = lambda client, request, reply: (
-            Reply(error="out of memory") if request.do == "train" and request.round == 2 and client else reply
+            failed(reply, "memory") if request.do == "train" and request.round == 2 and client else reply
         )
 
     with pytest.raises(UserError, match=r"round 2: 1 sites delivered, flower.min_sites asks for 2 \(out of memory\)"):

@@ -13,17 +13,17 @@ import micro
 from fedalt.config import parse_config
 from fedalt.errors import UserError
 from fedalt.flower.members import rule_of
-from fedalt.flower.requests import Reply
+from fedalt.flower.requests import Common, Member, Reply
 from fedalt.methods.registry import build, configured
 from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
 from flower.rounds import failures, run
 
 pytestmark = pytest.mark.usefixtures("clock")
-SAYS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+SAYS: dict[str, tuple[Callable[[Common], Any], str]] = {
     "base": (lambda common: "0" * 64, "its base model is 000000000000, this run's is "),
     "method": (lambda common: "0" * 64, "its method and settings are 000000000000, this run's are "),
-    "shapes": (lambda common: common["shapes"][1:], "its uploads would have other shapes than this run's"),
+    "shapes": (lambda common: common.shapes[1:], "its uploads would have other shapes than this run's"),
     "fedalt": (lambda common: "0.0.1", "it has fedalt 0.0.1, this run "),
     "trainable": (lambda common: 1, "its adapters are of another size"),
 }
@@ -41,8 +41,9 @@ def saying(what: str, clients: set[int]) -> Callable[[LocalGrid], None]:
     def tamper(client: int, request: Any, reply: Reply) -> Reply:
         if client not in clients or request.do != "join":
             return reply
-        common = reply.body["common"]
-        return replace(reply, body={**reply.body, "common": {**common, what: other(common)}})
+        assert isinstance(reply.body, Member)
+        common = reply.body.common
+        return replace(reply, body=replace(reply.body, common=replace(common, **{what: other(common)})))
 
     return lambda grid: setattr(grid, "tamper", tamper)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import micro
 from fedalt.config import parse_config, parse_received
 from fedalt.errors import UserError
-from fedalt.flower.requests import Reply, Request
+from fedalt.flower.requests import Member, Reply, Request
 from fedalt.flower.server_app import serve
 from fedalt.registry import HELD, METHODS, hold_plugins
 from fedalt.runs.setup import Bases
@@ -114,7 +115,9 @@ def test_a_site_whose_file_is_another_is_refused_in_a_line(
 
     def other(client: int, request: Request, reply: Reply) -> Reply:
         if client == 2 and request.do == "join":
-            reply.body["common"]["code"] = [["method pulled_odd", "f" * 64]]
+            assert isinstance(reply.body, Member)
+            common = replace(reply.body.common, code=(("method pulled_odd", "f" * 64),))
+            return replace(reply, body=replace(reply.body, common=common))
         return reply
 
     values = micro.settings(tmp_path / "run", data__clients=3, method="pulled_odd", flower__min_sites=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 
 import micro
 from fedalt.config import RunConfig, parse_config
+from fedalt.errors import UserError
 from fedalt.flower.consent import Consent
-from fedalt.flower.requests import Reply, Request
-from fedalt.flower.site import Site, SiteRows
+from fedalt.flower.own import SiteRows
+from fedalt.flower.requests import Member, Reply, Request
+from fedalt.flower.site import Site
 from fedalt.flower.wire import pack, unpack
 from fedalt.names import INDIVIDUAL
 from fedalt.runs import setup
@@ -38,13 +41,24 @@ def good(reply: Reply) -> Reply:
     return reply
 
 
+def joined(reply: Reply) -> Member:
+    assert isinstance(reply.body, Member)
+    return reply.body
+
+
 def told(request: Request, upload: bytes, share: float = 1 / 3, counts: int = 1) -> Request:
     """A later request whose mean is, for simplicity, this upload of round 1."""
     return replace(request, told=True, share=share, counts=counts, block=upload)
 
 
 def site(tmp_path: Path, bases: Bases, client: int = 1, **named: Any) -> Site:
-    return Site(client, tmp_path / "state", bases, **named)
+    return Site(client, tmp_path / "state", bases, **{"alone": True, **named})
+
+
+def lines_of(reply: Callable[[Callable[[str], None]], Reply]) -> tuple[Reply, str]:
+    """What the server hears, and what stays in the site's log."""
+    lines: list[str] = []
+    return reply(lines.append), "\n".join(lines)
 
 
 def test_a_round_that_is_done_is_not_trained_again(tmp_path: Path, bases: Bases) -> None:
@@ -65,7 +79,7 @@ def test_a_site_remembers_what_the_server_received(wire: str, tmp_path: Path, ba
 
     checkpoint = load_checkpoint(tmp_path / "state/run-1/checkpoints")
     assert checkpoint is not None
-    state, received = checkpoint.state(1), unpack(reply.block)
+    state, received = checkpoint.state(1), unpack(reply.block, wire)  # type: ignore[arg-type]
     assert state.sent is not None and state.sent.keys() == received.keys()
     assert all(torch.equal(value, received[key]) for key, value in state.sent.items())
     own = {key: value for key, value in state.tensors.items() if key.slot == INDIVIDUAL}
@@ -77,8 +91,10 @@ def test_a_request_of_an_earlier_round_changes_nothing(tmp_path: Path, bases: Ba
     one = good(mine.answer(asking("train", tmp_path, 1)))
     good(mine.answer(told(asking("train", tmp_path, 2), one.block)))
     files = micro.tree(tmp_path / "state/run-1/checkpoints")
-    assert mine.answer(asking("train", tmp_path, 1)).error == "client 1: round 1 is over, round 2 is done"
-    assert "asked for round 1" in (mine.answer(asking("score", tmp_path, 1)).error or "")
+    for do in ("train", "score"):
+        reply = mine.answer(asking(do, tmp_path, 1))
+        assert (reply.error, reply.count) == ("round", 2)
+        assert reply.why == "asked for a round that is over, round 2 is done"
     assert micro.tree(tmp_path / "state/run-1/checkpoints") == files
 
 
@@ -106,8 +122,8 @@ def test_the_base_is_loaded_once_for_all_rounds(tmp_path: Path, monkeypatch: pyt
 def test_rounds_may_be_missed(tmp_path: Path, bases: Bases) -> None:
     mine = site(tmp_path, bases)
     one = good(mine.answer(asking("train", tmp_path, 1)))
-    assert good(mine.answer(told(asking("train", tmp_path, 4), one.block))).body["round"] == 4
-    assert good(mine.answer(asking("join", tmp_path))).body["holds"] == 4
+    assert good(mine.answer(told(asking("train", tmp_path, 4), one.block))).round == 4
+    assert joined(mine.answer(asking("join", tmp_path))).holds == 4
 
 
 def test_uploads_hold_the_shared_factors_and_nothing_else(tmp_path: Path, bases: Bases) -> None:
@@ -135,23 +151,24 @@ def test_what_a_site_saved_answers_there(tmp_path: Path, bases: Bases) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "clients", "message"),
+    ("changes", "clients", "code", "line"),
     [
-        ({"method": "fedalt_averaged_mixer"}, 3, "would upload this site's mixer"),
-        ({"method": "fedit_split"}, 3, "would upload this site's mixer"),
-        ({"method": "centralized"}, 3, "trains on everybody's rows"),
-        ({}, 2, "lets each one have the LoRA that the other shares"),
-        ({"method": "fedit"}, 2, "lets each one have the LoRA that the other shares"),
-        ({"flower__allow_two": True}, 3, "a site that agrees is started with --allow-two"),
-        ({"method": "no_such"}, 3, 'method "no_such" is not held here'),
-        ({"data__clients": 1}, 3, "client 1 is not among clients [0]"),
+        ({"method": "fedalt_averaged_mixer"}, 3, "mixer", "would upload this site's mixer"),
+        ({"method": "fedit_split"}, 3, "mixer", "would upload this site's mixer"),
+        ({"method": "centralized"}, 3, "pooled", "trains on everybody's rows"),
+        ({}, 2, "two", "lets each one have the LoRA that the other shares"),
+        ({"method": "fedit"}, 2, "two", "lets each one have the LoRA that the other shares"),
+        ({"flower__allow_two": True}, 3, "allow_two", "a site that agrees is started with --allow-two"),
+        ({"method": "no_such"}, 3, "settings", 'method "no_such" is not held here'),
+        ({"data__clients": 1}, 3, "client", "client 1 is not among clients [0]"),
     ],
 )
 def test_settings_that_are_refused(
-    changes: dict[str, Any], clients: int, message: str, tmp_path: Path, bases: Bases
+    changes: dict[str, Any], clients: int, code: str, line: str, tmp_path: Path, bases: Bases
 ) -> None:
     request = asking("train", tmp_path, 1, clients, **changes)
-    assert message in (site(tmp_path, bases).answer(request).error or "")
+    reply, said = lines_of(lambda note: site(tmp_path, bases, note=note).answer(request))
+    assert reply.error == code and line in said
     assert not list((tmp_path / "state").rglob("*.safetensors"))
 
 
@@ -164,7 +181,7 @@ def test_shared_heads_need_consent(tmp_path: Path) -> None:
         "federation__heads": "shared",
     }
     request, bases = asking("train", tmp_path, 1, **changes), Bases()
-    assert "would upload this site's heads" in (site(tmp_path, bases).answer(request).error or "")
+    assert site(tmp_path, bases).answer(request).error == "heads"
     agreed = site(tmp_path, bases, consent=Consent(frozenset(("heads",))))
     assert "head" in {key.slot for key in unpack(good(agreed.answer(request)).block)}
 
@@ -187,18 +204,17 @@ def test_two_clients_are_two_if_the_site_agrees(tmp_path: Path, bases: Bases) ->
     good(site(tmp_path, bases, consent=Consent(allow_two=True)).answer(asking("train", tmp_path, 1, 2)))
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "", "a/b", ".hidden", "x\0"])
-def test_a_run_is_a_folder_of_the_state_and_no_other(name: str, tmp_path: Path, bases: Bases) -> None:
-    reply = site(tmp_path, bases).answer(replace(asking("join", tmp_path), run=name))
-    assert "is no name of a folder" in (reply.error or "")
-    assert not (tmp_path / "state").exists() and not (tmp_path / "elsewhere").exists()
+@pytest.mark.parametrize("name", ["../elsewhere", "", "a/b", ".hidden", "x\0", "x\n", "x" * 256])
+def test_a_run_is_a_folder_of_the_state_and_no_other(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not what it must be \(run: "):
+        Request.parse(replace(asking("join", tmp_path), run=name).header, b"")
 
 
 def test_other_rows_are_another_run(tmp_path: Path, bases: Bases) -> None:
     good(site(tmp_path, bases).answer(asking("train", tmp_path, 1)))
     other = micro.data_folder(tmp_path / "other", clients=1, train=5)
     changed = site(tmp_path, bases, rows=SiteRows(data=str(other)))
-    assert "checkpoint of another run" in (changed.answer(asking("train", tmp_path, 2)).error or "")
+    assert changed.answer(asking("train", tmp_path, 2)).error == "state"
 
 
 @pytest.mark.parametrize("changes", [{"training__lr": 0.01}, {"method": "fedit"}, {"data__cutoff": 60}])
@@ -206,7 +222,7 @@ def test_other_settings_are_another_run(changes: dict[str, Any], tmp_path: Path,
     """Or the upload that was made under the first ones would be given again."""
     good(site(tmp_path, bases).answer(asking("train", tmp_path, 1)))
     again = site(tmp_path, bases).answer(asking("train", tmp_path, 1, **changes))
-    assert "checkpoint of another run" in (again.error or "")
+    assert again.error == "state"
 
 
 def test_how_long_the_server_waits_is_no_matter_of_the_run(tmp_path: Path, bases: Bases) -> None:
@@ -221,7 +237,7 @@ def test_a_site_with_one_client_of_its_own_is_whatever_client_it_is(tmp_path: Pa
     alone = tmp_path / "alone"
     micro.write_rows(alone / "train/local_training_0.json", micro.rows(1, micro.TRAIN), False)
     micro.write_rows(alone / "test/local_testing_0.jsonl", micro.rows(1, micro.TEST, 100), True)
-    elsewhere = Site(1, tmp_path / "second", bases, SiteRows(data=str(alone)))
+    elsewhere = Site(1, tmp_path / "second", bases, SiteRows(data=str(alone), model=str(micro.shared_model())))
     request = asking("train", tmp_path, 1, data__source="somewhere else")
     assert good(elsewhere.answer(request)).block == whole.block
 
@@ -231,8 +247,8 @@ def test_a_client_whose_loss_is_not_finite_keeps_its_state(tmp_path: Path, bases
     one = good(mine.answer(asking("train", tmp_path, 1)))
     files = micro.tree(tmp_path / "state/run-1/checkpoints")
     bad = pack({key: torch.full_like(value, float("inf")) for key, value in unpack(one.block).items()})
-    reply = good(mine.answer(told(asking("train", tmp_path, 2), bad)))
-    assert reply.body["failure"] and reply.block == b"" and reply.body["stats"]["loss"] is None
+    reply = mine.answer(told(asking("train", tmp_path, 2), bad))
+    assert (reply.error, reply.body, reply.block) == ("not_finite", None, b"")
     assert micro.tree(tmp_path / "state/run-1/checkpoints") == files
 
 
@@ -247,6 +263,6 @@ def test_a_full_disk_is_said_and_the_round_can_be_done_again(tmp_path: Path, bas
         reply = mine.answer(second)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "disk full" in (reply.error or "")
+    assert reply.error == "disk"
     assert micro.tree(tmp_path / "state/run-1/checkpoints") == files
-    assert good(mine.answer(second)).body["failure"] is None
+    assert good(mine.answer(second)).block

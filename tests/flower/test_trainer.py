@@ -25,6 +25,7 @@ import micro
 from fedalt.config import parse_config
 from fedalt.errors import UserError
 from fedalt.flower import trainer
+from fedalt.flower.own import SiteRows
 from fedalt.flower.requests import Reply, Request
 from fedalt.flower.site import Site
 from fedalt.runs.setup import Bases
@@ -53,7 +54,9 @@ def requests(folder: Path) -> list[Request]:
 
 def state(folder: Path) -> Path:
     folder.mkdir()
-    (folder / "site.json").write_text(json.dumps({"client": CLIENT}))
+    own = {"min_rows": 1, "task": "task1", "categories": ["compare", "copy"]}
+    said = {"client": CLIENT, "data": str(micro.shared_data()), "model": str(micro.shared_model()), "own": own}
+    (folder / "site.json").write_text(json.dumps(said))
     return folder
 
 
@@ -85,7 +88,8 @@ def as_text(replies: list[Reply]) -> list[tuple[str, bytes]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[str, bytes]], dict[str, bytes]]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    site = Site(CLIENT, folder / "state", Bases())
+    rows = SiteRows(data=str(micro.shared_data()), model=str(micro.shared_model()), min_rows=1)
+    site = Site(CLIENT, folder / "state", Bases(), rows)
     replies = rounds(site.answer, folder.parent / "any")
     return as_text(replies), micro.tree(folder / "state/run-1/checkpoints")
 
@@ -106,7 +110,7 @@ def test_a_killed_trainer_answers_as_if_nothing_had_happened(
 def test_a_trainer_ends_with_whoever_started_it(tmp_path: Path) -> None:
     home = state(tmp_path / "state")
     with running(sys.executable, "-P", "-m", "fedalt.flower.trainer", home) as process:
-        assert "no name of a folder" in (trainer.ask(home, Request("join", run="../x")).error or "")
+        assert trainer.ask(home, Request("join", settings="[]")).error == "message"
         socket = Path(json.loads((home / "trainer.json").read_text())["socket"])
         assert socket.exists()
         assert socket.parent.stat().st_mode & 0o777 == 0o700
@@ -134,11 +138,11 @@ def test_a_trainer_that_dies_after_hours_of_training_is_waited_for(
                     if dies:
                         clock.sleep(3600)
                     else:
-                        trainer._send(line, Reply({"done": True}).header, b"")
+                        trainer._send(line, Reply("save", "run", 1, CLIENT).header, b"")
 
         thread = Thread(target=serve, daemon=True)
         thread.start()
-        assert trainer.ask(home, Request("join")).body == {"done": True}
+        assert trainer.ask(home, Request("save")).round == 1
         thread.join()
 
 

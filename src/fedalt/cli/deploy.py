@@ -16,7 +16,7 @@ from rich.text import Text
 from fedalt.cli import complete, show
 from fedalt.cli.recipes import config_path
 from fedalt.cli.show import print_json, say
-from fedalt.config import load_config
+from fedalt.config import load_config, parse_override
 from fedalt.errors import UserError, did_you_mean, needs
 from fedalt.flower.waits import LONGEST
 from fedalt.registry import held_plugins, hold_plugins
@@ -178,10 +178,20 @@ def site(
     ] = LONGEST,
     plugins: Plugins = None,
     log_json: LogJson = False,
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="what is this site's to say: task, min_rows, categories, label_column, text_columns, columns, "
+            "label_names, config; repeatable",
+        ),
+    ] = None,
 ) -> None:
     """Take part as one client: Flower's SuperNode, and a trainer that holds the base model, until Ctrl-C."""
     with needs("flower", NEEDS):
         from fedalt.flower.deploy.supervisor import Site, supervise
+        from fedalt.flower.own import site_rows
 
     if insecure and ca:
         raise UserError("--insecure and --ca exclude each other")
@@ -189,7 +199,11 @@ def site(
     at, agreed = connection(server, ca), _shared(share)
     hold_plugins(plugins or ())
     held = held_plugins()
-    asked = Site(at, client, state, poll, key, _rows(data), model, device, allow_two, agreed, held)
+    rows, said = _rows(data), dict(parse_override(text) for text in own or ())
+    if flags := said.keys() & {"data", "model", "device"}:
+        raise UserError(f"--set {min(flags)}: --{min(flags)} says this")
+    site_rows({"data": rows, **said})
+    asked = Site(at, client, state, poll, key, rows, model, device, allow_two, agreed, held, said)
     asked.check()
     tell = _logged(log_json)
     tell(f"$ {shlex.join(asked.command())}")

@@ -45,8 +45,8 @@ class PartitionConfig(Section):
     )
 
 
-def _text_keys(value: Any) -> Any:
-    """YAML reads ``0: negative`` as a number."""
+def text_keys(value: Any) -> Any:
+    """The keys as text: YAML reads ``0: negative`` as a number."""
     return {str(key): name for key, name in value.items()} if isinstance(value, dict) else value
 
 
@@ -81,7 +81,7 @@ class DataConfig(Named):
     columns: tuple[str, ...] | None = Field(
         None, min_length=1, description="names of the columns of a CSV or TSV file that has no header line"
     )
-    label_names: Annotated[dict[str, str], BeforeValidator(_text_keys)] | None = Field(
+    label_names: Annotated[dict[str, str], BeforeValidator(text_keys)] | None = Field(
         None, description="label → what it is called, for example {0: negative, 1: positive}"
     )
     tasks: tuple[str, ...] | None = Field(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedalt.config import FederationConfig
-from fedalt.errors import UserError
+from fedalt.errors import UserError, shortened
 from fedalt.federation.client import finite
 from fedalt.methods.algebra import mean_of
 from fedalt.methods.base import Gathered, Message, Method
@@ -218,16 +218,22 @@ class Server:
 
     def check(self, client: int, tensors: Tensors) -> None:
         """Refuse an upload with other keys or shapes than the run's, or with a value that is not finite."""
-        if tensors.keys() != self.shapes.keys():
-            odd = sorted(str(key) for key in tensors.keys() ^ self.shapes.keys())
-            raise UserError(f"client {client}: upload has other tensors than this run ({odd[0]}, {len(odd)} in all)")
+        self.check_shapes(client, {key: tuple(value.shape) for key, value in tensors.items()})
         for key, value in tensors.items():
-            if not self._fits(key, tuple(value.shape)):
-                raise UserError(f"client {client}: {key} is {tuple(value.shape)}, this run has {self.shapes[key]}")
             if value.dtype != torch.float32:
                 raise UserError(f"client {client}: {key} is {value.dtype}, this run has torch.float32")
             if not finite(value):
                 raise UserError(f"client {client}: {key} is not finite")
+
+    def check_shapes(self, client: int, shapes: Mapping[Key, tuple[int, ...]]) -> None:
+        """Refuse other keys or shapes than the run's."""
+        if shapes.keys() != self.shapes.keys():
+            odd = shortened(min(map(str, shapes.keys() ^ self.shapes.keys())))
+            count = len(shapes.keys() ^ self.shapes.keys())
+            raise UserError(f"client {client}: upload has other tensors than this run ({odd}, {count} in all)")
+        for key, shape in shapes.items():
+            if not self._fits(key, shape):
+                raise UserError(f"client {client}: {key} is {shape}, this run has {self.shapes[key]}")
 
     def _fits(self, key: Key, shape: tuple[int, ...]) -> bool:
         most = self.shapes[key]

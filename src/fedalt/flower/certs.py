@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TypeAlias
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -28,7 +31,12 @@ CA = "ca.crt"
 CERTIFICATE = "server.pem"
 KEY = "server.key"
 SITE_KEYS = "keys"
+TLS = "FEDALT_TLS"
+"""In the environment of a server's processes: the folder with the public keys of its sites, if they have keys."""
 _FORM = (Encoding.OpenSSH, PublicFormat.OpenSSH)
+_OF_CLIENT = re.compile(r"client_(0|[1-9]\d{0,6})")
+PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey
+PublicKey: TypeAlias = ec.EllipticCurvePublicKey
 
 
 def check_server(folder: Path, hosts: Sequence[str]) -> None:
@@ -75,8 +83,8 @@ def check_ca(path: Path) -> x509.Certificate:
     return certificate
 
 
-def check_site_key(path: Path) -> None:
-    """Check a site's private key.
+def check_site_key(path: Path) -> PrivateKey:
+    """Check a site's private key, and return it.
 
     Raises:
         UserError: It is missing, broken, of a kind that Flower does not take, or the public half.
@@ -87,20 +95,46 @@ def check_site_key(path: Path) -> None:
         raise UserError(f"{path}: no private key in OpenSSH's format without a password ({error})") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise UserError(f"{path}: an elliptic-curve key (ECDSA P-384, as fedalt certs makes them) is needed")
+    return key
+
+
+def sign(key: PrivateKey, data: bytes) -> str:
+    """A signature, in hexadecimal digits."""
+    return key.sign(data, ec.ECDSA(hashes.SHA384())).hex()
+
+
+def is_signed(key: PublicKey, data: bytes, signature: str) -> bool:
+    """Whether a signature is this key's, over these bytes."""
+    try:
+        key.verify(bytes.fromhex(signature), data, ec.ECDSA(hashes.SHA384()))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def client_keys(folder: Path) -> dict[int, PublicKey]:
+    """Client → the public key of its site, by the names of the files."""
+    found = {site: load_ssh_public_key(text.encode()) for site, text in site_keys(folder).items()}
+    return {int(site.removeprefix("client_")): key for site, key in found.items() if isinstance(key, PublicKey)}
 
 
 def site_keys(folder: Path) -> dict[str, str]:
     """The public keys of the sites that may take part: file name without ``.pub`` → the key, in OpenSSH's format.
 
     Raises:
-        UserError: There is none, one is broken, or there twice.
+        UserError: There is none, one is broken, there twice, or its file does not say which client's it is.
     """
     keys: dict[str, str] = {}
     for path in sorted((folder / SITE_KEYS).glob("*.pub")):
+        if not _OF_CLIENT.fullmatch(path.stem):
+            raise UserError(f"{path}: call it client_N.pub; a key says which client a site is")
         try:
-            key = load_ssh_public_key(_read(path)).public_bytes(*_FORM).decode()
+            public = load_ssh_public_key(_read(path))
+            key = public.public_bytes(*_FORM).decode()
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: no public key in OpenSSH's format ({error})") from None
+        if not isinstance(public, PublicKey):
+            raise UserError(f"{path}: an elliptic-curve key (ECDSA P-384, as fedalt certs makes them) is needed")
         twin = next((name for name, other in keys.items() if other == key), None)
         if twin is not None:
             raise UserError(f"{path}: the same key as {twin}.pub; every site needs one of its own")

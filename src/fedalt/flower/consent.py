@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedalt.config import RunConfig
-from fedalt.errors import UserError
+from fedalt.flower.requests import SiteError
 from fedalt.methods.base import Method
 from fedalt.methods.registry import build
 from fedalt.names import HEAD, MIXER, Key
@@ -34,43 +34,40 @@ class Consent:
         """Refuse what needs its rows elsewhere, a federation of two, and settings that let single uploads be told.
 
         Raises:
-            UserError: It is refused.
+            SiteError: It is refused.
         """
         method = build(config, clients)
         check_pooled(method)
         check_two(method, self.allow_two)
         if config.flower.allow_two and _shares(method) and not self.allow_two:
-            raise UserError(
-                "refused: flower.allow_two lets a client be told what is made of one other upload alone; a site that "
-                "agrees is started with --allow-two"
-            )
+            raise SiteError("allow_two")
 
     def check_uploads(self, keys: Iterable[Key]) -> None:
         """Refuse to upload what is private.
 
         Raises:
-            UserError: Settings would upload it, and this site has not agreed.
+            SiteError: Settings would upload it, and this site has not agreed.
         """
         for slot in {key.slot for key in keys} & _NAMES.keys():
             if _NAMES[slot] not in self.share:
-                raise UserError(
-                    f"refused: these settings would upload this site's {_NAMES[slot]}; "
-                    f"a site that agrees is started with --share {_NAMES[slot]}"
-                )
+                raise SiteError(_NAMES[slot])
 
 
 def check_pooled(method: Method) -> None:
     """Refuse a method that trains on everybody's rows."""
     if method.centralised:
-        raise UserError(f"method: {method.name} trains on everybody's rows in one place; here rows stay at their sites")
+        raise SiteError(
+            "pooled", f"method: {method.name} trains on everybody's rows in one place; here rows stay at their sites"
+        )
 
 
 def check_two(method: Method, allowed: bool) -> None:
     """Refuse to hand a client's LoRA to the only other one, as it is or by subtraction, unless that is wanted."""
     if method.clients == 2 and _shares(method) and not allowed:
-        raise UserError(
+        raise SiteError(
+            "two",
             f"refused: with two clients {method.name} lets each one have the LoRA that the other shares; "
-            "add a third, or --allow-two at the server and at both sites"
+            "add a third, or --allow-two at the server and at both sites",
         )
 
 

@@ -8,6 +8,7 @@ reply of a finished round again.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,8 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from fedalt.errors import shortened
+from fedalt.errors import UserError, shortened
+from fedalt.flower.certs import PublicKey
 from fedalt.flower.messages import reply_in, to_node
 from fedalt.flower.requests import Reply, Request
 
@@ -35,7 +37,9 @@ class Nodes:
     Attributes:
         grid: Flower's end of the line.
         clients: Number of clients in the run.
+        keys: Client → the public key of its site; None where sites have no keys.
         note: Called with (client, what happened) when a site comes, comes back or is not heard of.
+        refused: Called with a line about a node that is not who it says.
         ttl: Seconds after which a site that has not taken a message does not get it any more.
         node_of: Client → its present node.
         came: Client → how often a site has said to be this client.
@@ -43,11 +47,13 @@ class Nodes:
 
     grid: Grid
     clients: int
+    keys: Mapping[int, PublicKey] | None = None
     note: Callable[[int, str], None] = lambda client, line: None
+    refused: Callable[[str], None] = lambda line: None
     ttl: float | None = None
     node_of: dict[int, int] = field(default_factory=dict)
     came: Counter[int] = field(default_factory=Counter)
-    _asked: dict[str, int] = field(default_factory=dict)
+    _asked: dict[str, tuple[int, Request]] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
     _refused: str = ""
     _looked: float = 0.0
@@ -55,7 +61,7 @@ class Nodes:
     def ask(
         self, requests: Mapping[int, Request], until: Callable[[int], float], again: float = 1.0
     ) -> Iterator[tuple[int, Reply]]:
-        """Ask clients, each its own, and yield (client, reply) as they come.
+        """Ask clients, each its own, and yield (client, reply) as they come; one that does not fit is ``unfit``.
 
         Ends when everybody has replied, or when the time is over that ``until`` gives for the number of replies so far,
         in the seconds of ``time.monotonic``.
@@ -80,16 +86,29 @@ class Nodes:
                 if client is None:
                     continue
                 if message.has_error() and message.error.code in LOST:
-                    self.note(client, message.error.reason or "lost")
+                    self.note(client, f"lost (Flower's error {message.error.code})")
                     self._forget(client)
                     after[client] = time.monotonic() + again
                     continue
-                del waiting[client]
-                reply = Reply(error=message.error.reason or "failed") if message.has_error() else reply_in(message)
-                got += reply.error is None
+                reply = self._read(message, waiting.pop(client), client)
+                got += not reply.why
                 yield client, reply
             if not replies:
                 time.sleep(_POLL)
+
+    def _read(self, message: Message, request: Request, client: int | None = None) -> Reply:
+        """An answer to a request, of a client or of whoever it is; ``unfit`` says what is wrong with it."""
+        try:
+            if message.has_error():
+                raise UserError(f"failed (Flower's error {message.error.code})")
+            reply = reply_in(message, self.keys)
+            reply.check(request, reply.client if client is None else client)
+            return reply
+        except UserError as error:
+            line = str(error)
+        except Exception as error:  # a reply may be anything, and ends no run
+            line = f"no answer that can be read ({type(error).__name__})"
+        return Reply.to(request, client or 0, unfit=line)
 
     def _push(self, requests: Mapping[int, Request], to: Mapping[int, int]) -> dict[str, int]:
         """Send requests by whom they are for, to these nodes; message id → whom. What Flower refuses is left out."""
@@ -106,9 +125,9 @@ class Nodes:
         now = time.monotonic()
         if self._asked:
             for message in self.grid.pull_messages(list(self._asked)):
-                node = self._asked.pop(str(message.metadata.reply_to_message_id), None)
-                if node is not None:
-                    self._introduce(node, message)
+                asked = self._asked.pop(str(message.metadata.reply_to_message_id), None)
+                if asked is not None:
+                    self._introduce(*asked, message)
         if now - self._looked < _LOOK:
             return
         self._looked = now
@@ -118,12 +137,14 @@ class Nodes:
                 self.note(client, "not heard of")
                 del self.node_of[client]
         self._known &= online
-        self._asked = {m: node for m, node in self._asked.items() if node in online}
-        new = sorted(online - self._known - set(self._asked.values()))
+        self._asked = {m: (node, asked) for m, (node, asked) in self._asked.items() if node in online}
+        new = sorted(online - self._known - {node for node, _ in self._asked.values()})
         if new:
-            self._asked |= self._push(dict.fromkeys(new, Request("who")), {node: node for node in new})
+            who = {node: Request("who", secrets.token_hex(16)) for node in new}
+            sent = self._push(who, {node: node for node in new})
+            self._asked |= {message: (node, who[node]) for message, node in sent.items()}
 
-    def _introduce(self, node: int, message: Message) -> None:
+    def _introduce(self, node: int, asked: Request, message: Message) -> None:
         self._known.add(node)
         if message.has_error():
             if message.error.code != ErrorCode.INVALID_FAB:
@@ -132,8 +153,12 @@ class Nodes:
                 self._refused = shortened(message.error.reason or "", 300)
                 _log.error("a site: %s", self._refused)
             return
-        client = reply_in(message).body.get("client")
-        if not isinstance(client, int) or not 0 <= client < self.clients:
+        reply = self._read(message, asked)
+        if reply.unfit:
+            self.refused(f"node {node} is refused: {reply.unfit}")
+            return
+        client = reply.client
+        if client >= self.clients:
             return  # no site of this run
         before = self.node_of.get(client)
         if before is not None and before != node:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
@@ -18,10 +20,12 @@ from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of
 from fedalt.federation.server import Server
 from fedalt.files import read_json, write_json
+from fedalt.flower.certs import TLS, PublicKey, client_keys
 from fedalt.flower.consent import check_pooled, check_two
-from fedalt.flower.members import Common, Member, common_to, facts_of, rule_of
+from fedalt.flower.inflate import bound
+from fedalt.flower.members import common_to, facts_of, member_of, rule_of
 from fedalt.flower.nodes import Nodes
-from fedalt.flower.requests import Reply
+from fedalt.flower.requests import Common, Member, Reply, strict
 from fedalt.flower.sites import RemoteClients, joining
 from fedalt.flower.waits import retry_soon
 from fedalt.methods.base import Method
@@ -47,16 +51,31 @@ def main(grid: Grid, context: Context) -> None:
     given = context.run_config
     exists: IfExists = "resume" if given["resume"] else "overwrite" if given["overwrite"] else "ask"
     settings = json.loads(str(given["settings"]))
+    bound(GRID, errors=True)
     retry_soon(GRID, "pull_objects", settings["flower"]["round_deadline"])
     try:
-        serve(grid, settings, exists, _tell)
+        folder = os.environ.get(TLS)
+        serve(grid, settings, exists, _tell, client_keys(Path(folder)) if folder else None)
     except UserError as error:
         _log.error("error: %s", error)
         raise
 
 
-def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink) -> dict[str, Any]:
+def serve(
+    grid: Grid,
+    settings: dict[str, Any],
+    if_exists: IfExists,
+    sink: Sink,
+    keys: Mapping[int, PublicKey] | None = None,
+) -> dict[str, Any]:
     """Run the rounds to the end, in the run folder that the settings name.
+
+    Args:
+        grid: Flower's end of the line.
+        settings: The run's.
+        if_exists: What to do with a run that is there already.
+        sink: Called with every event.
+        keys: Client → the public key of its site, which must have signed what counts as the client's.
 
     Returns:
         The content of ``final_scores.json``.
@@ -68,8 +87,10 @@ def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink)
     folder = claim_folder(config.folder, if_exists)
     folder.path.chmod(0o700)  # it will hold uploads
     log = EventLog(folder.events, sink)
-    nodes = Nodes(grid, method.clients, ttl=config.flower.round_deadline + LATE)
+    nodes = Nodes(grid, method.clients, keys, ttl=config.flower.round_deadline + LATE)
     nodes.note = lambda client, line: sink({"event": "node", "client": client, "text": line})
+    refused = list[str]()
+    nodes.refused = refused.append
     of = run_id(frozen_settings(config, method), "", "")
     name, common = _known(folder, of) or (f"{folder.path.name}-{secrets.token_hex(4)}", None)
     replies = _gather(nodes, config, name, method.clients)
@@ -82,6 +103,9 @@ def serve(grid: Grid, settings: dict[str, Any], if_exists: IfExists, sink: Sink)
     server = Server(method, config.federation, facts.samples, facts.shapes)
     sites = RemoteClients(facts, name, nodes, folder, log, server, common)
     loop = start(facts, sites, folder, log, run_, checkpoint=checkpoint, server=server)
+    nodes.refused = lambda line: log.emit("note", round=server.round, text=line)
+    for line in refused:
+        nodes.refused(line)
     write_json(folder.path / RUN, {"run": name, "settings": of, "common": asdict(common)})
     for client, reply in replies.items():
         sites.admit(client, reply)
@@ -127,7 +151,7 @@ def _known(folder: RunFolder, settings: str) -> tuple[str, Common] | None:
     path = folder.path / RUN
     known = read_json(path) if path.is_file() else {}
     if known.get("settings") == settings:
-        return known["run"], Common.parse(known["common"])
+        return known["run"], strict(Common, json.dumps(known["common"]))
     load_checkpoint(folder.checkpoints, settings)  # what finished is of other settings
     return None
 
@@ -144,7 +168,7 @@ def _members(replies: dict[int, Reply]) -> dict[int, Member]:
     members, why = {}, ["none answered"]
     for client, reply in replies.items():
         try:
-            members[client] = Member.parse(client, reply)
+            members[client] = member_of(reply)
         except UserError as error:
             why.append(f"client {client}: {error}")
     if not members:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fedalt.runtime import usual_priority
 SITES = "sites"
 """Folder of a simulated run with the state of every site; results and models are in the run's own folder."""
 _CLUSTER = "RAY_ADDRESS"
+_log = logging.getLogger("flwr")
 _EVERYTHING = Consent(frozenset(PRIVATE), allow_two=True)
 
 
@@ -87,7 +89,7 @@ def handle(message: Message, context: Context) -> Message:
     """Answer for whichever client this actor is now; the state of all is on the disk."""
     request, client = request_in(message), int(context.node_config["partition-id"])
     if request.do == "who":
-        return to_server(Reply({"client": client}), message)
+        return to_server(Reply.to(request, client), message)
     return to_server(_site(Path(json.loads(request.settings)["out"]) / SITES, client).answer(request), message)
 
 
@@ -107,7 +109,8 @@ def _bases() -> Bases:
 @cache
 def _site(state: Path, client: int) -> Site:
     """A site in an actor; whichever actor is asked finds its state on the disk."""
-    return Site(client, state / str(client), _bases(), consent=_EVERYTHING, results=_run_folder)
+    note = partial(_log.info, "client %d: %s", client)
+    return Site(client, state / str(client), _bases(), consent=_EVERYTHING, results=_run_folder, alone=True, note=note)
 
 
 def _run_folder(own: RunFolder, config: RunConfig) -> RunFolder:

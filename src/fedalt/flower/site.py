@@ -12,27 +12,33 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedalt.config import RunConfig, parse_received, used_code, with_settings
-from fedalt.data.federation import Federation
+from fedalt.data.encode import Example
+from fedalt.data.federation import Federation, Row
 from fedalt.data.load import elsewhere, load_as_it_is, load_federation
 from fedalt.errors import UserError
+from fedalt.evaluation.choices import options_of
 from fedalt.evaluation.metrics import metric_of, metrics_in, over_clients
 from fedalt.federation.client import client_round, installed
 from fedalt.federation.diagnostics import row_lora_drift
-from fedalt.files import read_json, write_bytes, write_json
+from fedalt.files import disk_errors, read_json, write_bytes, write_json
 from fedalt.flower.consent import Consent
-from fedalt.flower.members import Common, Member, rule_of
-from fedalt.flower.requests import ApartError, Reply, Request
-from fedalt.flower.wire import pack, unpack
+from fedalt.flower.members import rule_of
+from fedalt.flower.own import COLUMNS, SiteRows
+from fedalt.flower.requests import Common, Member, Part, Reply, Request, Scored, Scores, SiteError, Trained
+from fedalt.flower.wire import Shape, pack, unpack
 from fedalt.methods.base import Message
+from fedalt.model.source import TINY_BASE
 from fedalt.model.state import ClientState
-from fedalt.names import REST_OF_WORLD, parted
+from fedalt.names import HEAD, INDIVIDUAL, LOCAL, MIXER, PERSONAL, PRIVATE, REST_OF_WORLD, A, B, G, Key, W, parted
+from fedalt.registry import SOURCES, TEMPLATES
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
 from fedalt.runs.client_folder import write_client
 from fedalt.runs.clients import plans_of, states_in
@@ -43,46 +49,80 @@ from fedalt.runs.rounds import frozen_settings
 from fedalt.runs.scoring import Scoring
 from fedalt.runs.setup import Bases, Experiment, RunInfo, prepare
 
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
-@dataclass(frozen=True)
-class SiteRows:
-    """What a site says for itself; whatever it leaves out is as in the run's settings.
 
-    Attributes:
-        data: Its rows, in any form that ``data.source`` takes.
-        model: Where its copy of the base model is.
-        device: Where it trains.
+def _load(rows: SiteRows, config: RunConfig, client: int) -> tuple[RunConfig, Federation]:
+    """The run's settings as they hold here, and this client's rows alone.
+
+    A source of the site's own with one client is that client, whatever its number; one with more must have this
+    client among them. Tables and other sources without clients are all this client's.
+
+    Raises:
+        UserError: As for a run on one machine; or this client is not in the source.
     """
-
-    data: str | None = None
-    model: str | None = None
-    device: str | None = None
-
-    def load(self, settings: dict[str, Any], client: int) -> tuple[RunConfig, Federation]:
-        """The run's settings as they hold here, and this client's rows alone.
-
-        A source of the site's own with one client is that client, whatever its number; one with more must have this
-        client among them. Tables and other sources without clients are all this client's.
-
-        Raises:
-            UserError: As for a run on one machine; or this client is not in the source.
-        """
-        config = parse_received(settings, "the server's settings")
-        own = {"model.name": self.model, "model.device": self.device}
-        config = with_settings(config, {key: value for key, value in own.items() if value is not None})
-        if self.data is None:
-            federation = load_federation(config.data, config.seed)
-        else:
-            config = config.model_copy(update={"data": elsewhere(config.data, self.data)})
-            federation = load_as_it_is(config.data, config.seed)
-        mine = federation.clients.get(client)
-        if self.data is not None and len(federation.clients) == 1:
-            [mine] = federation.clients.values()
-        if mine is None:
-            raise UserError(f"{config.data.source}: client {client} is not among clients {list(federation.ids)}")
-        return config, Federation({client: mine}, federation.source, federation.notes)
+    own = {"model.name": rows.model, "model.device": rows.device}
+    config = with_settings(config, {key: value for key, value in own.items() if value is not None})
+    if rows.data is None:
+        federation = load_federation(config.data, config.seed)
+    else:
+        read = {name: getattr(rows, name) for name in COLUMNS}
+        read["label_names"] = rows.label_names or config.data.label_names
+        data = elsewhere(config.data, rows.data).model_copy(update=read)
+        config = config.model_copy(update={"data": data})
+        federation = load_as_it_is(config.data, config.seed)
+    mine = federation.clients.get(client)
+    if rows.data is not None and len(federation.clients) == 1:
+        [mine] = federation.clients.values()
+    if mine is None:
+        line = f"{config.data.source}: client {client} is not among clients {list(federation.ids)}"
+        raise SiteError("client", line, len(federation.clients))
+    return config, Federation({client: mine}, federation.source, federation.notes)
 
 
+def _check_paths(rows: SiteRows, config: RunConfig) -> None:
+    """Refuse settings of a server that would choose files here.
+
+    Raises:
+        SiteError: They name a path, or what may be one.
+    """
+    data, model = config.data, config.model.name
+    named = {
+        "data.source": rows.data is None and (data.source not in SOURCES or Path(data.source).exists()),
+        "model.name": rows.model is None and model != TINY_BASE and _may_be_path(model),
+        "data.template": data.template not in TEMPLATES,
+        "data.partition.file": data.partition.file is not None,
+    }
+    if wrong := [name for name, is_path in named.items() if is_path]:
+        raise SiteError(
+            "path",
+            f"the server's settings: refused: {wrong[0]} names a file or folder of this machine, which only "
+            "its own --data and --model may",
+        )
+
+
+def _unused(rows: SiteRows, config: RunConfig) -> list[str]:
+    """Columns in the server's settings, which do not count here."""
+    return [f"data.{name}" for name in COLUMNS[:-1] if rows.data and getattr(config.data, name) is not None]
+
+
+def _may_be_path(model: str) -> bool:
+    return not _HUB_NAME.fullmatch(model) or Path(model).exists()
+
+
+@contextmanager
+def _coded(code: str) -> Iterator[None]:
+    """What goes wrong inside is told to the server as this and no more."""
+    try:
+        yield
+    except SiteError:
+        raise
+    except UserError as error:
+        raise SiteError(code, str(error)) from None
+
+
+_OWN = (INDIVIDUAL, LOCAL, PRIVATE, PERSONAL)
+"""Slots that only their client trains, and no server fills."""
 _REPLY, _BLOCK = "reply.json", "reply.safetensors"
 
 
@@ -97,6 +137,7 @@ class Site:
         rows: Where its rows come from, and other settings that are the site's own.
         consent: What may leave it.
         results: Gives the folder of a run's results, if not the site's own.
+        alone: Whether server and sites are one user's on one machine, who may name any file.
         note: Called with a line about everything it does.
     """
 
@@ -106,6 +147,7 @@ class Site:
     rows: SiteRows = field(default_factory=SiteRows)
     consent: Consent = field(default_factory=Consent)
     results: Callable[[RunFolder, RunConfig], RunFolder] = lambda own, config: own
+    alone: bool = False
     note: Callable[[str], None] = lambda line: None
     _work: _Work | None = field(default=None, init=False)
 
@@ -115,13 +157,14 @@ class Site:
         A round that has finished is not trained again: its reply is given once more.
         """
         try:
-            work = self._working(request)
-            work.check(request)
-            done: Reply = getattr(work, request.do)(request)
-        except UserError as error:
+            with _coded(_OTHERWISE.get(request.do, "failed")):
+                work = self._working(request)
+                work.check(request)
+                done: Reply = getattr(work, request.do)(request)
+                return done
+        except SiteError as error:
             self.note(f"{request.do}: {error}")
-            return Reply({"apart": True} if isinstance(error, ApartError) else {}, str(error))
-        return replace(done, body={**done.body, "run": request.run, "round": request.round})
+            return Reply.failed(request, self.client, error)
 
     def _working(self, request: Request) -> _Work:
         if self._work is None or self._work.key != (request.run, request.settings, request.clients):
@@ -130,23 +173,62 @@ class Site:
         return self._work
 
     def _begin(self, request: Request) -> _Work:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", request.run):
-            raise UserError(f"run: {request.run!r} is no name of a folder")
-        config, federation = self.rows.load(json.loads(request.settings), self.client)
-        self.consent.check_settings(config, request.clients)
-        experiment = prepare(config, self.bases.of(config), federation, request.clients)
+        rows = self.rows
+        with _coded("settings"):
+            config = parse_received(_settings(request), "the server's settings")
+            if not self.alone:
+                _check_paths(rows, config)
+            self.consent.check_settings(config, request.clients)
+        if unused := _unused(rows, config):
+            self.note(f"{', '.join(unused)} of the server's settings do not count here; --set {unused[0][5:]}=… does")
+        with _coded("rows"):
+            config, federation = _load(rows, config, self.client)
+            least, data = 1 if self.alone else rows.min_rows, federation.clients[self.client]
+            if len(data.train) < least:
+                raise SiteError("few_rows", f"{len(data.train)} training rows; min_rows is {least}", len(data.train))
+            if odd := _odd_labels(config, [*data.train, *data.validation, *data.test]):
+                raise SiteError(
+                    "labels", f"{len(odd)} rows have labels such as {odd[0]!r}, not in model.labels", len(odd)
+                )
+        with _coded("model"):
+            resident = self.bases.of(config)
+        with _coded("rows"):
+            experiment = prepare(config, resident, federation, request.clients)
         self.consent.check_uploads(experiment.upload_shapes)
+        for line in experiment.notes:
+            self.note(line)
         own = RunFolder(self.state / request.run)
-        own.path.mkdir(parents=True, exist_ok=True)
-        own.write_config(experiment.config, [f"{name}: {value}" for name, value in versions().items()])
+        with _coded("disk"), disk_errors(own.path):
+            own.path.mkdir(parents=True, exist_ok=True)
+            own.write_config(experiment.config, [f"{name}: {value}" for name, value in versions().items()])
         folder = self.results(own, experiment.config)
         key = (request.run, request.settings, request.clients)
-        return _Work(key, self.client, experiment, own, folder, EventLog(own.events), self.note)
+        told = None if self.alone else rows
+        return _Work(key, self.client, experiment, own, folder, EventLog(own.events), self.note, told)
+
+
+def _settings(request: Request) -> dict[str, Any]:
+    try:
+        values = json.loads(request.settings)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise SiteError("message", "the server's settings are no mapping in JSON")
+    return values
+
+
+def _odd_labels(config: RunConfig, rows: Sequence[Row]) -> list[str]:
+    known = set(config.model.labels or ())
+    return [row.output for row in rows if config.classifies and known and row.output not in known]
+
+
+_OTHERWISE = {"train": "training", "score": "scoring", "save": "disk"}
+"""Request → the code of what goes wrong over it and has no other."""
 
 
 @dataclass
 class _Work:
-    """A site in one run."""
+    """A site in one run; without ``rows`` the server may know all scores."""
 
     key: tuple[str, str, int]
     client: int
@@ -155,6 +237,7 @@ class _Work:
     folder: RunFolder
     log: EventLog
     note: Callable[[str], None]
+    rows: SiteRows | None
 
     @property
     def identity(self) -> str:
@@ -183,27 +266,25 @@ class _Work:
     def check(self, request: Request) -> None:
         """Refuse to go on as another site than the one that joined."""
         if request.common and request.common != self.common.digest:
-            raise UserError(
-                f"client {self.client}: refused: this site's base model, shapes, method or version are no longer those "
-                f"with which it joined (base {self.common.base[:12]}, fedalt {self.common.fedalt}); start it as it was"
-            )
+            raise SiteError("changed")
 
     def join(self, request: Request) -> Reply:
         """Say what the server must know before the first round; nothing of it tells a row."""
         facts, last = self.facts, self._last()
-        task = facts.tasks[str(self.client)]
-        member = Member(facts.samples[self.client], task, self._holds(last), self.common, facts.notes)
+        task = facts.tasks[str(self.client)] if self.rows is None else self.rows.task or str(self.client)
+        skipped = sum(self.experiment.examples[self.client].skipped.values())
+        member = Member(facts.samples[self.client], task, self._holds(last), self.common, skipped)
         self.note(f"joined {request.run}: {facts.config.method}, {request.clients} clients, round {last.round} done")
-        return Reply({"client": self.client, **member.to_json()})
+        return Reply.to(request, self.client, body=member)
 
     def train(self, request: Request) -> Reply:
         """Train a round and have it on disk before replying."""
         last = self._last()
         if last.round == request.round:
             self.note(f"round {request.round}: done before, replied again")
-            return self._reply(last)
+            return self._reply(last, request)
         if last.round > request.round:
-            raise UserError(f"client {self.client}: round {request.round} is over, round {last.round} is done")
+            raise SiteError("round", f"round {request.round} is over, round {last.round} is done", last.round)
         started, experiment = time.perf_counter(), self.experiment
         plans = plans_of(experiment, self.client, request.round)
         [result] = client_round(
@@ -216,14 +297,12 @@ class _Work:
         )
         if result.failure:
             self.log.emit("client_failed", round=request.round, client=self.client, reason=result.failure)
-            self.note(f"round {request.round}: {result.failure}")
-            return Reply({"stats": {**asdict(result.stats), "loss": None}, "failure": result.failure})
-        block = pack(result.upload, experiment.config.flower.wire)
-        holds = request.round if block else self._holds(last)
-        stats = asdict(result.stats)
-        body = {"stats": stats, "failure": None, "holds": holds}
-        with next_checkpoint(last, request.round) as new:
-            new.put_state(replace(result.state, sent=parted(unpack(block))[0] or None))
+            raise SiteError("not_finite", f"round {request.round}: {result.failure}")
+        wire = experiment.config.flower.wire
+        block, stats = pack(result.upload, wire), asdict(result.stats)
+        body = {**stats, "holds": request.round if block else self._holds(last)}
+        with _coded("disk"), next_checkpoint(last, request.round) as new:
+            new.put_state(replace(result.state, sent=parted(unpack(block, wire))[0] or None))
             write_bytes(new.path / _BLOCK, block)
             write_json(new.path / _REPLY, body)
             new.write_manifest(self.identity)
@@ -231,7 +310,7 @@ class _Work:
         seconds = time.perf_counter() - started
         self.log.emit("client", round=request.round, client=self.client, seconds=seconds, **stats)
         self.note(f"round {request.round}: loss {result.stats.loss:.4f}, {seconds:.1f} s, {len(block):,} bytes up")
-        return Reply(body, block=block)
+        return self._reply(new, request)
 
     def score(self, request: Request) -> Reply:
         """Score the client as it left training and as it would start the next round; answers stay at the site."""
@@ -243,7 +322,38 @@ class _Work:
         scores = read_json(self.folder.scores(client, number))
         metric = metric_of(self.experiment.config.metric)
         self.note(f"round {number}: {metric.name} {scores[metric.name]:.{max(2, metric.digits)}f}")
-        return Reply({"scores": scores, "row_lora_drift": drift})
+        examples = self.experiment.examples[client]
+        main = self._told_of(scores, examples.test)
+        if main is None:
+            raise SiteError(
+                "few_rows", f"{len(examples.test)} test rows; no score of so few leaves", len(examples.test)
+            )
+        validation = scores["validation"] and self._told_of(scores["validation"], examples.validation)
+        earlier = scores["before_aggregation"] and self._told_of(scores["before_aggregation"], examples.test)
+        return Reply.to(request, client, body=Scored(main, earlier or None, validation or None, drift))
+
+    def _told_of(self, scores: Mapping[str, Any], rows: Sequence[Example]) -> Scores | None:
+        """What the server is told of scores: of no fewer rows than the site wants, and of categories that it names."""
+        told: dict[str, Part] = {}
+        for name, part in scores["categories"].items():
+            mine = [example for example in rows if example.row.category == name]
+            if (self.rows is None or name in self.rows.categories) and (kept := self._part(part, mine)):
+                told[name] = kept
+        found = self._part(scores, rows)
+        if found is None or self.experiment.config.metric not in found.metrics:
+            return None
+        rest = len(rows) - sum(part.rows for part in told.values())
+        few = 0 < rest < (self.rows.min_rows if self.rows else 1)  # whose score would follow from the others'
+        return Scores(found.rows, found.metrics, {} if few else told, scores.get("rouge_tokenizer"))
+
+    def _part(self, scores: Mapping[str, Any], rows: Sequence[Example]) -> Part | None:
+        least = self.rows.min_rows if self.rows else 1
+        choosing, known = sum(bool(options_of(example.row.instruction)) for example in rows), metrics_in(scores)
+        counts = {
+            name: choosing if metric_of(name).reads == "option" else len(rows) for name in scores if name in known
+        }
+        metrics = {name: float(scores[name]) for name, count in counts.items() if count >= least}
+        return Part(len(rows), metrics) if metrics else None
 
     def save(self, request: Request) -> Reply:
         """Write the personal model."""
@@ -259,17 +369,18 @@ class _Work:
             final = {"method": config.method, "metric": config.metric, "last": last, "best_validation": None}
             write_json(self.own.final_scores, final)
         self.note(f"wrote {path}")
-        return Reply()
+        return Reply.to(request, self.client)
 
     def _last(self) -> Checkpoint:
-        found = load_checkpoint(self.own.checkpoints, self.identity)
+        with _coded("state"):
+            found = load_checkpoint(self.own.checkpoints, self.identity)
         return found or Checkpoint(self.own.checkpoints / "round_0000", 0)
 
     def _states(self, request: Request) -> tuple[ClientState, ClientState]:
         """The client's state as it left training, and as it would start the next round."""
         last = self._last()
         if last.round > request.round:
-            raise UserError(f"client {self.client}: asked for round {request.round}, but round {last.round} is done")
+            raise SiteError("round", f"asked for round {request.round}, but round {last.round} is done", last.round)
         state = states_in(last, self.experiment)[self.client]
         return state, installed(self.experiment.method, state, self._told(request, last))
 
@@ -279,15 +390,46 @@ class _Work:
             return None
         holds = self._holds(last)
         if self.experiment.method.leave_one_out and request.share > 0 and holds != request.counts:
-            raise ApartError(
-                f"client {self.client}: holds the upload of round {holds}, and that of round {request.counts} counts; "
-                "its state was lost or is an older copy"
+            raise SiteError(
+                "apart", f"holds the upload of round {holds}, and that of round {request.counts} counts", holds
             )
-        return Message(unpack(request.block), request.share)
+        with _coded("message"):
+            tensors = unpack(request.block, self.experiment.config.flower.wire, self._check_told)
+            if not tensors:
+                self._check_told({})
+        return Message(tensors, request.share)
+
+    def _check_told(self, shapes: Mapping[Key, Shape]) -> None:
+        """Refuse what the server cannot have to tell.
+
+        A mean has the names and shapes of uploads. What a method makes of single uploads is of this run's layers, and
+        of no higher rank than all clients' ranks together.
+        """
+        experiment, method = self.experiment, self.experiment.method
+        if not (method.needs_uploads or method.has_server_state):
+            fit = shapes == experiment.upload_shapes
+        else:
+            fit = all(self._may_be_told(key, shape) for key, shape in shapes.items())
+        if not fit:
+            raise UserError("the server tells tensors of other names or shapes than this run's")
+
+    def _may_be_told(self, key: Key, shape: Shape) -> bool:
+        experiment, method = self.experiment, self.experiment.method
+        if key.slot in (HEAD, MIXER):
+            return experiment.upload_shapes.get(key) == shape
+        if key.slot in _OWN or key.module not in method.layers or len(shape) != 2:
+            return False
+        d_in, d_out = method.layers[key.module]
+        highest = method.clients * max(method.ranks.values(), default=1)
+        forms = {A: (shape[0], d_in), B: (d_out, shape[1]), G: (shape[0], d_in), W: (d_out, d_in)}
+        rank = {A: shape[0], B: shape[1], G: shape[0]}.get(key.factor, 1)
+        return forms.get(key.factor) == shape and rank <= highest
 
     def _holds(self, last: Checkpoint) -> int:
         """The round of what it uploaded last, which is what it takes out of a mean."""
         return int(read_json(last.path / _REPLY)["holds"]) if last.round else 0
 
-    def _reply(self, last: Checkpoint) -> Reply:
-        return Reply(read_json(last.path / _REPLY), block=(last.path / _BLOCK).read_bytes())
+    def _reply(self, last: Checkpoint, request: Request) -> Reply:
+        body = read_json(last.path / _REPLY)
+        trained = Trained(**{**body, "alpha": tuple(body["alpha"])})
+        return Reply.to(request, self.client, body=trained, block=(last.path / _BLOCK).read_bytes())

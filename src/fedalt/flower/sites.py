@@ -10,17 +10,20 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
+import torch
+
 from fedalt.config import RunConfig
 from fedalt.errors import UserError, listed
-from fedalt.evaluation.metrics import metrics_in
 from fedalt.federation.server import Server
 from fedalt.files import write_json
-from fedalt.flower.members import Common, Member
+from fedalt.flower.members import member_of
 from fedalt.flower.nodes import Nodes
-from fedalt.flower.requests import Do, Reply, Request
-from fedalt.flower.wire import pack, unpack
-from fedalt.methods.base import Message
-from fedalt.names import Tensors
+from fedalt.flower.requests import Common, Do, Member, Part, Reply, Request, Scored, Scores, Trained
+from fedalt.flower.wire import Shape, pack, unpack
+from fedalt.methods.base import Message, Method
+from fedalt.model.state import ClientState
+from fedalt.names import Key, Tensors
+from fedalt.registry import METRICS
 from fedalt.runs.checkpoint import Checkpoint
 from fedalt.runs.clients import ClientReport
 from fedalt.runs.events import EventLog
@@ -97,7 +100,7 @@ class RemoteClients:
     def admit(self, client: int, reply: Reply) -> None:
         """Take a site in, or refuse it and say why in the log."""
         try:
-            member = Member.parse(client, reply)
+            member = member_of(reply)
             if odd := member.common.differs(self.common):
                 raise UserError(f"refused: {odd}")
         except UserError as error:
@@ -135,66 +138,82 @@ class RemoteClients:
         """Let every site score its client; answers stay there."""
         points: Points = {"after": {}, "before": {}, "validation": {}}
         for client, reply in self._answers("score", messages, new.round):
-            scores = None if reply.error else _scores_in(reply)
-            if scores is None:
-                reason = f"not scored: {reply.error or 'no scores in its answer'}"
+            try:
+                scored = self._scores(reply)
+            except UserError as error:
+                reason = f"not scored: {error}"
                 self.log.emit("client_failed", round=new.round, client=client, reason=reason)
                 continue
-            write_json(self.folder.scores(client, new.round), scores)
-            points["after"][client] = scores
-            for point, name in (("before", "before_aggregation"), ("validation", "validation")):
-                if scores.get(name):
-                    points[point][client] = scores[name]
+            found = {"before": scored.before, "validation": scored.validation}
+            parts = {point: part and self._as_in_file(client, part) for point, part in found.items()}
+            after, others = self._as_in_file(client, scored.after), {"before_aggregation": parts["before"]}
+            others["validation"] = parts["validation"]
+            write_json(self.folder.scores(client, new.round), {"round": new.round, **after, **others})
+            for point, part in {"after": after, **parts}.items():
+                if part:
+                    points[point][client] = part
         return log_points(self.log, new.round, points, self.facts.config.metric)
+
+    def _scores(self, reply: Reply) -> Scored:
+        if not isinstance(reply.body, Scored):
+            raise UserError(reply.why)
+        wholes = [whole for whole in (reply.body.after, reply.body.before, reply.body.validation) if whole]
+        for part in (part for whole in wholes for part in (whole, *whole.categories.values())):
+            if not part.metrics.keys() <= set(METRICS.names()):
+                raise UserError("scores by metrics that are not known here")
+        if any(self.facts.config.metric not in whole.metrics for whole in wholes):
+            raise UserError(f"no {self.facts.config.metric} among its scores")
+        return reply.body
+
+    def _as_in_file(self, client: int, scores: Scores) -> dict[str, Any]:
+        """Scores as a run on one machine writes them."""
+        config = self.facts.config
+        how = {"stemmer": config.evaluation.stemmer, "rouge_tokenizer": scores.rouge_tokenizer}
+        about = {} if config.classifies else how
+        parts = {name: _flat(part) for name, part in scores.categories.items()}
+        return {"client_id": client, **about, **_flat(scores), "categories": parts}
 
     def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
         """Let every site write its client's personal model."""
         for client, reply in self._answers("save", messages, last.round):
-            if reply.error:
-                reason = f"model not saved: {reply.error}"
+            if reply.why:
+                reason = f"model not saved: {reply.why}"
                 self.log.emit("client_failed", round=last.round, client=client, reason=reason)
 
     def _answers(self, do: Do, messages: Mapping[int, Message], round_: int) -> Iterator[tuple[int, Reply]]:
         """Every client's answer, in order, or the error that it is away."""
         clients = self.facts.clients
         answered = dict(self._ask(self._requests(do, clients, messages, round_), messages, 1))
-        return ((client, answered.get(client, Reply(error="its site is away"))) for client in clients)
+        away = {client: Reply(do, self.run, round_, client, unfit="its site is away") for client in clients}
+        return iter((away | answered).items())
 
     def _take(self, client: int, reply: Reply, new: Checkpoint, down: int) -> tuple[ClientReport, float]:
         """One answer to a round: an upload that fits goes into the checkpoint."""
         try:
-            stats, failure, upload = self._read(client, reply, new.round)
+            said, upload = self._read(client, reply, new.round)
         except UserError as error:
             return ClientReport(client, _NO_STATS, False, reply.size, down, str(error)), 0.0
-        if failure is None:
-            new.put_upload(client, upload)
-        delivered = failure is None and bool(upload)
-        return ClientReport(client, stats, delivered, reply.size, down, failure), _norm(upload)
+        new.put_upload(client, upload)
+        stats = TrainingStats(said.loss, said.steps, said.tokens, said.alpha)
+        return ClientReport(client, stats, bool(upload), reply.size, down), _norm(upload)
 
-    def _read(self, client: int, reply: Reply, round_: int) -> tuple[TrainingStats, str | None, Tensors]:
-        if reply.error:
-            raise UserError(reply.error)
-        body = reply.body
-        if body.get("run") != self.run or body.get("round") != round_:
-            raise UserError(
-                f"client {client}: answer to round {body.get('round')} of {body.get('run')}, not {round_} of {self.run}"
-            )
-        try:
-            said, failure = dict(body["stats"]), body["failure"]
-            stats = TrainingStats(
-                float("nan") if said["loss"] is None else float(said["loss"]),
-                int(said["steps"]),
-                int(said["tokens"]),
-                tuple(map(float, said["alpha"])),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"client {client}: no such answer is known ({error!r})") from None
-        if failure:
-            return stats, str(failure), {}
-        upload = unpack(reply.block)
+    def _read(self, client: int, reply: Reply, round_: int) -> tuple[Trained, Tensors]:
+        if not isinstance(reply.body, Trained):
+            raise UserError(reply.why)
+        method = self.facts.method
+        if len(reply.body.alpha) not in (0, len(method.layers)):
+            raise UserError(f"client {client}: {len(reply.body.alpha)} mixer weights, of {len(method.layers)} layers")
+        due = uploads_in(method, round_)
+        if due is not None and due != bool(reply.block):
+            raise UserError(f"client {client}: {'no upload' if due else 'an upload'}, unlike others in this round")
+
+        def fit(shapes: Mapping[Key, Shape]) -> None:
+            self.server.check_shapes(client, shapes)
+
+        upload = unpack(reply.block, self.facts.config.flower.wire, fit)
         if upload:
             self.server.check(client, upload)
-        return stats, None, upload
+        return reply.body, upload
 
     def _oversized(self, norms: Mapping[int, float]) -> dict[int, float]:
         """Clients whose upload dwarfs the others', and how far; three uploads at least make a median."""
@@ -250,11 +269,15 @@ class RemoteClients:
         deadline, good = time.monotonic() + self.facts.config.flower.round_deadline, 0
         apart = list[int]()
         for client, reply in self.nodes.ask(requests, lambda got: deadline if got >= least else float("inf")):
-            if reply.body.get("apart"):
+            if reply.error == "apart":
                 apart.append(client)
-                self.log.emit("note", round=requests[client].round, text=f"{reply.error}; its row comes from here")
+                text = f"client {client}: holds the upload of round {reply.count}, and that of round "
+                text += (
+                    f"{requests[client].counts} counts; its state was lost or is an older copy; its row comes from here"
+                )
+                self.log.emit("note", round=requests[client].round, text=text)
             else:
-                good += reply.error is None
+                good += not reply.why
                 yield client, reply
         if apart:
             self.server.apart.update(apart)
@@ -280,6 +303,15 @@ def _norm(tensors: Tensors) -> float:
     return math.sqrt(sum(float(value.double().square().sum()) for value in tensors.values()))
 
 
-def _scores_in(reply: Reply) -> dict[str, Any] | None:
-    scores = reply.body.get("scores")
-    return scores if isinstance(scores, dict) and metrics_in(scores) else None
+def _flat(part: Part) -> dict[str, Any]:
+    return {"rows": part.rows, **part.metrics}
+
+
+def uploads_in(method: Method, round_: int) -> bool | None:
+    """Whether clients upload in a round; None where it cannot be told from outside."""
+    shapes, [first, *_] = method.shape.shapes(), method.layers
+    state = ClientState(0, round_, {key: torch.zeros(shape) for key, shape in shapes.items() if key.module == first})
+    try:
+        return bool(method.uploaded(state).sent)
+    except Exception:  # a method of somebody's own may need more of a state
+        return None

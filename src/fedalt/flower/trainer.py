@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from fedalt.errors import UserError
 from fedalt.files import read_json, write_json
-from fedalt.flower.requests import Reply, Request
+from fedalt.flower.requests import Reply, Request, SiteError
 
 SITE, TRAINER = "site.json", "trainer.json"
 PATIENCE = 120.0
@@ -37,19 +37,22 @@ def ask(state: Path, request: Request) -> Reply:
     """Ask the trainer of a site; where it dies over it, ask the one that follows.
 
     Raises:
-        UserError: There is no trainer, and none comes.
+        UserError: There is no trainer, and none comes; or its answer is not one that may leave the site.
     """
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
+        got = None
         with suppress(OSError, UserError, EOFError, KeyError), socket.socket(socket.AF_UNIX) as line:
             line.connect(read_json(state / TRAINER)["socket"])
             try:
                 _send(line, request.header, request.block)
-                return Reply.parse(*_receive(line))
+                got = _receive(line)
             finally:
                 until = time.monotonic() + PATIENCE
+        if got:
+            return Reply.parse(*got)
         time.sleep(0.2)
-    raise UserError(f"{state}: no trainer answers; is fedalt site running?")
+    raise SiteError("trainer", f"{state}: no trainer answers; is fedalt site running?")
 
 
 def main() -> NoReturn:
@@ -91,13 +94,14 @@ def _short_folder() -> str:
 
 def _site(state: Path) -> Any:
     from fedalt.flower.consent import Consent
-    from fedalt.flower.site import Site, SiteRows
+    from fedalt.flower.own import site_rows
+    from fedalt.flower.site import Site
     from fedalt.registry import hold_plugins
     from fedalt.runs.setup import Bases
 
     said = read_json(state / SITE)
     hold_plugins(said.get("plugins", ()))
-    rows = SiteRows(said.get("data"), said.get("model"), said.get("device"))
+    rows = site_rows({name: said.get(name) for name in ("data", "model", "device")} | said.get("own", {}))
     consent = Consent(frozenset(said.get("share", ())), said.get("allow_two", False))
     return Site(said["client"], state, Bases(), rows, consent, note=_say)
 
@@ -105,9 +109,8 @@ def _site(state: Path) -> Any:
 def _serve(listener: socket.socket, site: Any) -> NoReturn:
     while True:
         line, _ = listener.accept()
-        with line, suppress(OSError, EOFError):  # who asked is gone; it will ask again
-            request = Request.parse(*_receive(line))
-            reply = _answered(site, request)
+        with line, suppress(OSError, EOFError, UserError):  # who asked is gone, and will ask again, or asks nonsense
+            reply = _answered(site, Request.parse(*_receive(line)))
             _send(line, reply.header, reply.block)
 
 
@@ -116,7 +119,7 @@ def _answered(site: Any, request: Request) -> Reply:
         answered: Reply = site.answer(request)
     except Exception as error:
         traceback.print_exc()
-        return Reply(error=f"{type(error).__name__}: {error}")
+        return Reply.failed(request, site.client, error)
     return answered
 
 

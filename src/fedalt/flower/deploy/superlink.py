@@ -12,7 +12,7 @@ from typing import Any
 
 from fedalt.errors import UserError, listed
 from fedalt.files import read_json, write_json
-from fedalt.flower.certs import CA, CERTIFICATE, KEY, SITE_KEYS, check_server, server_names, site_keys
+from fedalt.flower.certs import CA, CERTIFICATE, KEY, SITE_KEYS, TLS, check_server, server_names, site_keys
 from fedalt.flower.deploy.address import WILDCARDS, Address, Connection, check_free
 from fedalt.flower.deploy.control import control
 from fedalt.flower.deploy.folders import check_private, locked, make_private
@@ -105,6 +105,7 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
     """
     name, *arguments = server.command()
     environment = flower_environment(server.state.absolute() / "flwr")
+    environment |= {TLS: str(server.tls.absolute())} if server.tls else {}
     with locked(server.state, "another server"), Watch() as watch:
         make_private(server.state, DATABASE, tell)
         # on this process's death SIGKILL, because after SIGTERM a SuperLink waits for whoever reads a log

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedalt.errors import UserError
@@ -50,6 +50,7 @@ class Site:
         allow_two: Whether to take part in a federation of two.
         share: Private parts that it lets the server have.
         plugins: Files of code that runs may use here.
+        own: Other settings that are the site's; see ``fedalt.flower.own.SiteRows``.
     """
 
     connection: Connection
@@ -63,6 +64,7 @@ class Site:
     allow_two: bool = False
     share: tuple[str, ...] = ()
     plugins: tuple[str, ...] = ()
+    own: Mapping[str, object] = field(default_factory=dict)
 
     def check(self) -> None:
         """Check the files.
@@ -84,7 +86,8 @@ class Site:
         """The content of ``site.json``, for the trainer."""
         names = ("client", "data", "model", "device", "allow_two")
         lists = {"share": list(self.share), "plugins": list(self.plugins)}
-        return {name: getattr(self, name) for name in names} | lists
+        key = str(self.key.absolute()) if self.key else None
+        return {name: getattr(self, name) for name in names} | lists | {"key": key, "own": dict(self.own)}
 
     def command(self) -> list[str]:
         """The plain ``flower-supernode`` line, but for its own port and how often it looks for messages."""
