@@ -154,13 +154,54 @@ class TrainingConfig(Section):
     local_epochs: int = Field(5, ge=1, description="epochs per round (paper: 5; 5 and 10 studied)")
     batch_size: int = Field(8, ge=1, description="rows per client and step (paper code: 8)")
     lr: float = Field(3e-4, gt=0, description="peak learning rate (paper code: 3e-4)")
-    schedule: Literal["linear", "constant"] = Field("linear", description="linear to 0 in each round (paper code)")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW, on LoRA and mixer (paper code: .05)")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="batches whose gradients make one step: exactly a batch so many times as large, in less memory",
+    )
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimiser steps of a client in each round, in place of local_epochs; rows are gone through again",
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="learning rate after warm-up: linear to 0 (paper code), half a cosine to 0, or constant"
+    )
+    warmup: float = Field(
+        0, ge=0, description="steps in which the learning rate rises from 0; below 1, a share of the schedule's steps"
+    )
+    schedule_scope: Literal["round", "run"] = Field(
+        "round",
+        description="one schedule per round (paper code), or one over all rounds; absent clients skip their part",
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="optimiser of a client (paper code: adamw)")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="AdamW's decay of its two moments"
+    )
+    eps: float = Field(1e-8, gt=0, description="AdamW's addend to the denominator")
+    momentum: float = Field(0, ge=0, lt=1, description="SGD's momentum")
+    optimizer_state: Literal["reset", "persist"] = Field(
+        "reset",
+        description="moments start anew in every round (paper code), or a client keeps its own; they are never sent",
+    )
+    weight_decay: float = Field(
+        0.05, ge=0, description="on LoRA and mixer (paper code: .05); with SGD, added to the gradient"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm limit of each client (paper code: 1.0)")
     order: Literal["strict", "bucketed"] = Field(
         "strict", description="seeded row order, or rows of like length together within 16 batches"
     )
     repeat_order: bool = Field(False, description="same row order in every round, as the paper's code does")
+
+    @model_validator(mode="after")
+    def _one_optimizer(self) -> TrainingConfig:
+        other = {"adamw": ("momentum",), "sgd": ("betas", "eps")}[self.optimizer]
+        unused = next((key for key in other if getattr(self, key) != type(self).model_fields[key].default), None)
+        if unused:
+            raise ValueError(f"training.{unused}: {self.optimizer} has none; leave it out, or take the other optimizer")
+        if self.warmup > 1 and not self.warmup.is_integer():
+            raise ValueError(f"training.warmup: {self.warmup:g} is no whole number of steps, and a share is below 1")
+        return self
 
 
 class FederationConfig(Section):

@@ -110,6 +110,8 @@ class BatchLayout:
         packed: Whether the rows stand one after another as one long row, instead of padded to one length.
         wanted: Positions, the same in every row of the input, whose final states are asked for; all when not given.
         weights: Weights of the slots, row by row, for placements that mix by instance.
+        drawn: For rows that are a part of a step: per client, the tokens of its step before them and in all, so that
+            the dropout is that of the whole step.
     """
 
     sizes: tuple[int, ...]
@@ -118,6 +120,7 @@ class BatchLayout:
     packed: bool = False
     wanted: Int[Tensor, " s"] | None = None
     weights: Float[Tensor, "rows m"] | None = None
+    drawn: tuple[tuple[int, int], ...] = ()
 
     def token_weights(self, tokens: int) -> Float[Tensor, "tokens m"] | None:
         """The weights of every token's row; beams of a row have the weights of that row."""
@@ -172,9 +175,13 @@ class BatchLayout:
         tokens, width = sum(self.client_tokens), x.shape[1]
         bits = torch.empty(tokens, -(-width // 4), dtype=torch.int64, device=x.device)
         generator = torch.Generator(x.device)
-        for part, key in zip(bits.split(list(self.client_tokens)), self.keys, strict=True):
+        for client, (part, key) in enumerate(zip(bits.split(list(self.client_tokens)), self.keys, strict=True)):
             generator.manual_seed(derive_seed(key, layer))
-            part.random_(-(1 << 63), None, generator=generator)
+            before, whole = self.drawn[client] if self.drawn else (0, len(part))
+            all_ = part if whole == len(part) else part.new_empty(whole, part.shape[1])
+            all_.random_(-(1 << 63), None, generator=generator)
+            if all_ is not part:
+                part.copy_(all_[before : before + len(part)])
         dropped = round(p * _STEPS)
         kept = bits.view(torch.int16)[:, :width] >= dropped - _STEPS // 2
         if tokens < len(x):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ class ClientState:
         tensors: Its adapters and mixer, fp32 on the CPU.
         sent: Exactly what the server last received from it, or nothing yet; what it subtracts from a mean.
         heads: Its classification head, fp32 on the CPU; empty for a language model.
+        optimizer: What its optimiser remembers, by the name of a moment; empty where it starts anew every round.
     """
 
     client: int
@@ -34,6 +36,7 @@ class ClientState:
     tensors: Tensors
     sent: Tensors | None = None
     heads: Tensors = field(default_factory=dict)
+    optimizer: Mapping[str, Tensors] = field(default_factory=dict)
 
     def with_tensors(self, changes: Tensors, heads: Tensors | None = None) -> ClientState:
         """The same state with some adapter tensors, and some of the head's, replaced."""
@@ -113,11 +116,16 @@ def initial_state(
     return ClientState(client, 0, tensors)
 
 
+_OPTIMIZER = "optimizer-"
+
+
 def save_state(state: ClientState, path: Path) -> None:
     """Write a state as one safetensors file, atomically."""
     tensors = {f"own.{key}": value.contiguous() for key, value in state.tensors.items()}
     tensors |= {f"sent.{key}": value.clone() for key, value in (state.sent or {}).items()}
     tensors |= {f"head.{key}": value.contiguous() for key, value in state.heads.items()}
+    for name, part in state.optimizer.items():
+        tensors |= {f"{_OPTIMIZER}{name}.{key}": value.contiguous() for key, value in part.items()}
     header = {"client": state.client, "round": state.round, "has_sent": state.sent is not None}
     write_bytes(path, save(tensors, metadata={"fedalt": json.dumps(header)}))
 
@@ -126,12 +134,13 @@ def load_state(path: Path) -> ClientState:
     """Map what ``save_state`` wrote into memory; numbers are read when they are used."""
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["fedalt"])
-        parts: dict[str, dict[Key, torch.Tensor]] = {"own": {}, "sent": {}, "head": {}}
+        parts = defaultdict[str, dict[Key, torch.Tensor]](dict)
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
             part, key = name.split(".", 1)
             parts[part][Key.parse(key)] = file.get_tensor(name)
     sent = parts["sent"] if header["has_sent"] else None
-    return ClientState(header["client"], header["round"], parts["own"], sent, parts["head"])
+    optimizer = {name.removeprefix(_OPTIMIZER): part for name, part in parts.items() if name.startswith(_OPTIMIZER)}
+    return ClientState(header["client"], header["round"], parts["own"], sent, parts["head"], optimizer)
 
 
 def save_tensors(tensors: Tensors, path: Path) -> None:
