@@ -193,16 +193,6 @@ class TrainingConfig(Section):
     )
     repeat_order: bool = Field(False, description="same row order in every round, as the paper's code does")
 
-    @model_validator(mode="after")
-    def _one_optimizer(self) -> TrainingConfig:
-        other = {"adamw": ("momentum",), "sgd": ("betas", "eps")}[self.optimizer]
-        unused = next((key for key in other if getattr(self, key) != type(self).model_fields[key].default), None)
-        if unused:
-            raise ValueError(f"training.{unused}: {self.optimizer} has none; leave it out, or take the other optimizer")
-        if self.warmup > 1 and not self.warmup.is_integer():
-            raise ValueError(f"training.warmup: {self.warmup:g} is no whole number of steps, and a share is below 1")
-        return self
-
 
 class FederationConfig(Section):
     """Rounds, participation, aggregation."""
@@ -257,6 +247,22 @@ class EvaluationConfig(Named):
         "metric, or FILE.py:Name, or module:Name; rouge1 or accuracy by task when not given",
     )
     metrics: _MetricNames = Field((), description="more metrics to measure, besides those that fedalt has for the task")
+    loss: bool = Field(
+        False,
+        description="also measure answer_loss: mean nats per token of the reference answers; far less noisy than ROUGE",
+    )
+    early_stop: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many evaluations that are no better on validation rows; the best round's adapters "
+        "are the ones that clients keep",
+    )
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether a metric that is asked for reads the loss of the reference answers."""
+        asked = (name for name in (self.metric, *self.metrics) if name)
+        return self.loss or any(getattr(METRICS.get(name), "reads", None) == "loss" for name in asked)
 
     @field_validator("points")
     @classmethod
@@ -350,6 +356,19 @@ class RunConfig(Section):
                 raise ValueError(f"evaluation.{key}: {name} does not suit the task {self.model.task}; use {allowed}")
             if getattr(METRICS.get(name), "reads", None) == "option" and given.options is None:
                 raise ValueError(f"evaluation.{key}: {name} needs evaluation.options=sum or mean")
+        if given.loss and self.classifies:
+            raise ValueError("evaluation.loss: classes have log_loss, which is always measured; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_has_its_own(self) -> RunConfig:
+        given = self.training
+        other = {"adamw": ("momentum",), "sgd": ("betas", "eps")}[given.optimizer]
+        unused = next((key for key in other if getattr(given, key) != TrainingConfig.model_fields[key].default), None)
+        if unused:
+            raise ValueError(f"training.{unused}: training.optimizer={given.optimizer} has none; leave it out")
+        if given.warmup > 1 and not given.warmup.is_integer():
+            raise ValueError(f"training.warmup: {given.warmup:g} is no number of steps; a share of them is below 1")
         return self
 
     def _suitable(self) -> Iterator[str]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ from fedalt.methods.exchange import Message
 from fedalt.model.state import ClientState
 from fedalt.names import REST_OF_WORLD, parted
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
-from fedalt.runs.client_folder import write_client
+from fedalt.runs.client_folder import save_client
 from fedalt.runs.clients import plans_of, states_in
 from fedalt.runs.events import EventLog
 from fedalt.runs.folder import RunFolder
@@ -227,7 +227,7 @@ class _Work:
             write_bytes(new.path / _BLOCK, block)
             write_json(new.path / _REPLY, body)
             new.write_manifest(self.identity)
-        prune(self.own.checkpoints, None)
+        prune(self.own.checkpoints, self._scored(request.round))
         seconds = time.perf_counter() - started
         self.log.emit("client", round=request.round, client=self.client, seconds=seconds, **stats)
         self.note(f"round {request.round}: loss {result.stats.loss:.4f}, {seconds:.1f} s, {len(block):,} bytes up")
@@ -249,17 +249,24 @@ class _Work:
         """Write the personal model."""
         _, state = self._states(request)
         [personal] = self.experiment.personalised([state])
-        path = self.folder.client(self.client)
-        write_client(path, personal, self.experiment, request.round)
+        best, config = self._last().round > request.round, self.experiment.config
+        save_client(self.folder, personal, self.experiment, request.round, best)
         scored = self.folder.scores(self.client, request.round)
         if self.folder == self.own and scored.is_file():  # a finished run with one client
-            scores, config = metrics_in(read_json(scored)), self.experiment.config
+            scores = metrics_in(read_json(scored))
             means = over_clients([scores[config.metric]], config.metric)
-            last = {"round": request.round, **means, "clients": {self.client: scores}}
-            final = {"method": config.method, "metric": config.metric, "last": last, "best_validation": None}
-            write_json(self.own.final_scores, final)
-        self.note(f"wrote {path}")
+            block = {"round": request.round, **means, "clients": {self.client: scores}}
+            early = {"best_validation": block, "kept": "best_validation"}
+            final = {"method": config.method, "metric": config.metric, "last": block, "best_validation": None}
+            final = read_json(self.own.final_scores) if best else final
+            write_json(self.own.final_scores, final | (early if config.evaluation.early_stop else {}))
+        self.note(f"wrote {self.folder.client(self.client)}")
         return Reply()
+
+    def _scored(self, number: int) -> Iterable[int]:
+        """Rounds of which one may turn out to be the best; the server knows which."""
+        evaluation = self.experiment.config.evaluation
+        return range(0, number, evaluation.every) if evaluation.early_stop else ()
 
     def _last(self) -> Checkpoint:
         found = load_checkpoint(self.own.checkpoints, self.identity)
@@ -269,7 +276,12 @@ class _Work:
         """The client's state as it left training, and as it would start the next round."""
         last = self._last()
         if last.round > request.round:
-            raise UserError(f"client {self.client}: asked for round {request.round}, but round {last.round} is done")
+            found = load_checkpoint(self.own.checkpoints, self.identity, number=request.round)
+            if request.do != "save" or found is None:
+                raise UserError(
+                    f"client {self.client}: asked for round {request.round}, but round {last.round} is done"
+                )
+            last = found
         state = states_in(last, self.experiment)[self.client]
         return state, installed(self.experiment.method, state, self._told(request, last))
 

@@ -147,12 +147,14 @@ class RemoteClients:
                     points[point][client] = scores[name]
         return log_points(self.log, new.round, points, self.facts.config.metric)
 
-    def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
-        """Let every site write its client's personal model."""
-        for client, reply in self._answers("save", messages, last.round):
+    def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message], best: bool = False) -> None:
+        """Let every site write its client's personal model; sites keep the best round's state with early stopping."""
+        if best and self.facts.config.evaluation.early_stop is None:
+            return
+        for client, reply in self._answers("save", messages, checkpoint.round):
             if reply.error:
                 reason = f"model not saved: {reply.error}"
-                self.log.emit("client_failed", round=last.round, client=client, reason=reason)
+                self.log.emit("client_failed", round=checkpoint.round, client=client, reason=reason)
 
     def _answers(self, do: Do, messages: Mapping[int, Message], round_: int) -> Iterator[tuple[int, Reply]]:
         """Every client's answer, in order, or the error that it is away."""

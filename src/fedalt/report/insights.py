@@ -16,7 +16,7 @@ from fedalt.personal.insight import BINS, write_insight
 from fedalt.report.page import paragraph
 from fedalt.report.shown import shown
 from fedalt.report.theme import PATTERNS, SEQUENTIAL, Drawing, again, cells, colour, decimals, labels, styled
-from fedalt.runs.folder import RunFolder, final_scores
+from fedalt.runs.folder import RunFolder, final_scores, kept_scores
 from fedalt.runs.setup import Bases, Resident
 
 Insight = Mapping[str, Any]
@@ -28,8 +28,7 @@ _CATEGORIES = 16
 
 def look(folder: RunFolder, count: int, resident: Resident | None = None, rows: Rows | None = None) -> None:
     """Write a finished run's insight for the clients that its report shows; see ``write_insight``."""
-    scores = final_scores(folder)
-    name, found = scores["metric"], scores["last"]["clients"]
+    name, found = final_scores(folder)["metric"], kept_scores(folder)["clients"]
     clients = [int(c) for c in shown({c: v[name] for c, v in found.items()}, metric_of(name).higher_is_better)]
     write_insight(folder, load_config(folder.config), clients, count, resident, rows)
 

@@ -105,9 +105,9 @@ class Devices:
                 points.setdefault(point, {}).update(scores)
         return log_points(self.here.log, new.round, points, self.here.experiment.config.metric)
 
-    def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
+    def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message], best: bool = False) -> None:
         """Write every client's folder."""
-        self.here.save(last, messages)
+        self.here.save(checkpoint, messages, best)
 
     def _spread(
         self,

@@ -81,6 +81,7 @@ class RunInfo:
         return tuple(self.samples)
 
 
+NO_VALIDATION = "evaluation.early_stop: no client has validation rows; hold some out with data.validation_rows"
 _MOST_NOTES = 20
 """Clients whose skipped rows get a note of their own."""
 
@@ -281,6 +282,8 @@ def prepare(
     resident = resident or load_resident(config)
     config, shortened = _fit_positions(config, resident)
     examples = encode_federation(federation, _encoder(rows, resident, config), config.data)
+    if config.evaluation.early_stop and clients is None and not any(mine.validation for mine in examples.values()):
+        raise UserError(NO_VALIDATION)  # a site knows its own rows only
     if metric_of(config.metric).reads == "option":
         _check_options(config.metric, examples)
     method = build(config, clients or len(federation.clients), resident.model.layer_sizes)
@@ -330,6 +333,8 @@ def _notes(
     config: RunConfig, federation: Federation, examples: dict[int, ClientExamples], method: Method
 ) -> tuple[str, ...]:
     notes, short = list(federation.notes), list[str]()
+    if config.training.max_steps:
+        notes.append(f"training.max_steps={config.training.max_steps} stands in place of training.local_epochs")
     for client, mine in examples.items():
         skipped = ", ".join(f"{count} {split}" for split, count in mine.skipped.items() if count)
         if skipped:

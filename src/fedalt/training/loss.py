@@ -72,9 +72,10 @@ class PartLosses(torch.autograd.Function):
         for loss in losses:
             with torch.set_grad_enabled(needed):
                 value = loss()
+                total = value.sum()
             values.append(value.detach())
             if needed:
-                found = torch.autograd.grad(value.sum(), parameters, allow_unused=True)
+                found = torch.autograd.grad(total, parameters, allow_unused=True)
                 grads = [
                     new if old is None else old if new is None else old + new
                     for old, new in zip(grads, found, strict=True)
