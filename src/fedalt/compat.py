@@ -56,7 +56,8 @@ _SECTIONS_0_1: dict[str, dict[str, Any]] = {
 }
 """All sections of methods of fedalt 0.1 with their defaults: a run was known by all of them."""
 _LATER: dict[str, dict[str, Any]] = {
-    "lora": {"rslora": False, "layers": None, "exclude": None, "distribution": "uniform"},
+    "model": {"adapter": None, "adapter_as": "merged"},
+    "lora": {"rslora": False, "layers": None, "exclude": [], "distribution": "uniform"},
     "training": {
         "accumulate": 1,
         "max_steps": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -125,6 +126,18 @@ class ModelConfig(Section):
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     load_in: Literal["8bit", "4bit"] | None = Field(None, description="bitsandbytes quantisation (paper: 8bit)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    adapter: Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))] | None = Field(
+        None, description="folder of a PEFT adapter that is there before the first round"
+    )
+    adapter_as: Literal["merged", "start"] = Field(
+        "merged", description="merged into the frozen base, or where the first LoRA of every client starts"
+    )
+
+
+def _no_distribution(value: Any) -> Any:
+    if value == "gaussian":
+        raise ValueError("says who starts alike: shared, code_like or per_client; write lora.distribution=gaussian")
+    return value
 
 
 class LoraConfig(Section):
@@ -142,10 +155,22 @@ class LoraConfig(Section):
         description="linear layers with adapters, for example q_proj,v_proj, or all-linear; by architecture when not "
         "given",
     )
-    init: Literal["shared", "code_like", "per_client"] = Field(
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_names)] | None = Field(
+        None, min_length=1, description="blocks with adapters, by number from 0, for example 0,1,2; all when not given"
+    )
+    exclude: Names = Field((), description="linear layers without adapters, although targets names them")
+    rslora: bool = Field(False, description="scale alpha over the root of r (rank-stabilised LoRA), not over r")
+    init: Annotated[Literal["shared", "code_like", "per_client"], BeforeValidator(_no_distribution)] = Field(
         "shared", description="who starts from the same A and mixer: all, all but client 0 (paper code), nobody"
     )
+    distribution: Literal["uniform", "gaussian"] = Field(
+        "uniform", description="what A is drawn from: uniform within 1/√d_in (PEFT's default), or normal with sd 1/r"
+    )
     mixer_init: Literal["kaiming", "zeros"] = Field("kaiming", description="kaiming (paper code) or exact 0.5/0.5")
+
+    def scale(self, rank: int) -> float:
+        """The scale of a LoRA of this rank."""
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 class TrainingConfig(Section):

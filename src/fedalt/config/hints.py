@@ -44,6 +44,9 @@ ALIASES = {
 """What Hugging Face, PEFT, Flower and federated LoRA scripts call a key."""
 
 
+_DORA = "DoRA is not supported: its magnitudes are no mean of clients'; lora.rslora=true helps large ranks"
+_REFUSED = {"dora": _DORA, "use_dora": _DORA}
+"""What others have and there is none of, and why."""
 _KINDS = {
     "int": "must be a whole number",
     "float": "must be a number",
@@ -76,6 +79,8 @@ def explain(error: Any, root: type[BaseModel], where: str, typed: Mapping[str, s
     known = (typed or {}).get(key)
     subject = known or f"{where}: {key}"
     if error["type"] == "extra_forbidden":
+        if last in _REFUSED:
+            return f"{known or where}: {key}: {_REFUSED[last]}"
         return f'{known or where}: unknown key "{shortened(key)}"{_meant(last, path, root)}'
     problem = _problem(error, key, root)
     if not key:

@@ -201,7 +201,7 @@ class Method:
     @property
     def scale(self) -> float:
         """s, on every slot."""
-        return self.config.lora.alpha / self.config.lora.r
+        return self.config.lora.scale(self.config.lora.r)
 
     def rank_of(self, client: int) -> int | None:
         """The client's own rank, or None where all have the slots'.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -88,6 +89,14 @@ def start_group(init: Literal["shared", "code_like", "per_client"], client: int)
     return {"shared": 0, "code_like": min(client, 1), "per_client": client}[init]
 
 
+def drawn(rows: int, columns: int, generator: torch.Generator, normal: int | None = None) -> torch.Tensor:
+    """U(−1/√columns, 1/√columns), or N(0, 1/r²) for a rank that is given as ``normal``."""
+    if normal is not None:
+        return torch.randn(rows, columns, generator=generator) / normal
+    draw = torch.rand(rows, columns, generator=generator)
+    return (2 * draw - 1) / float(columns**0.5)
+
+
 def initial_state(
     shape: AdapterShape,
     client: int,
@@ -96,8 +105,11 @@ def initial_state(
     mixer_init: Literal["kaiming", "zeros"],
     frozen: Sequence[str] = (),
     rank: int | None = None,
+    distribution: Literal["uniform", "gaussian"] = "uniform",
 ) -> ClientState:
     """Start values: A and G kaiming-uniform, that is U(−1/√d_in, 1/√d_in), and B zero, as in PEFT and the paper's code.
+
+    A is normal of standard deviation 1/r with the distribution ``gaussian``, as PEFT has it.
 
     ``shared`` gives every client the same A and G; ``code_like`` is what the official code does by a side effect of
     its seeding (client 0 differs, all others are equal); ``per_client`` gives everybody its own, which makes factor
@@ -109,8 +121,9 @@ def initial_state(
     for key, (rows, columns) in shape.shapes().items():
         zero = key.factor in (B, W) or key.slot in frozen or (key.slot == MIXER and mixer_init == "zeros")
         place = shape.slots.index(key.slot) if key.slot in shape.slots else MIXER  # not its name: methods start alike
-        draw = torch.rand(rows, columns, generator=rng(seed, "init", group, key.module, place, key.factor))
-        tensors[key] = torch.zeros(rows, columns) if zero else (2 * draw - 1) / columns**0.5
+        own = rng(seed, "init", group, key.module, place, key.factor)
+        normal = (rank or rows) if distribution == "gaussian" and key.factor == A else None
+        tensors[key] = torch.zeros(rows, columns) if zero else drawn(rows, columns, own, normal)
         if key.factor == A and rank is not None:
             tensors[key][rank:] = 0
     return ClientState(client, 0, tensors)
@@ -148,6 +161,12 @@ def save_tensors(tensors: Tensors, path: Path) -> None:
     write_bytes(
         path, save({str(key): value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()})
     )
+
+
+def digest(tensors: Tensors) -> str:
+    """SHA-256 of all numbers."""
+    named = {str(key): value.contiguous() for key, value in sorted(tensors.items())}
+    return hashlib.sha256(save(named)).hexdigest()
 
 
 def load_tensors(path: Path) -> Tensors:

@@ -20,6 +20,8 @@ from fedalt.runs.folder import RunFolder, Which, final_scores
 from fedalt.runs.setup import Experiment
 
 CONFIG = "fedalt_config.json"
+MERGED_FIRST = "merged_first"
+"""Folder of the adapter that was merged into the base before the first round, and must be before these are added."""
 
 
 def write_client(path: Path, state: ClientState, experiment: Experiment, round_: int) -> None:
@@ -31,6 +33,9 @@ def write_client(path: Path, state: ClientState, experiment: Experiment, round_:
         if placement.mixed:
             write_mixer(folder, state.tensors)
         write_extras(folder, state.tensors)
+        how = experiment.config.model
+        if how.adapter and how.adapter_as == "merged":
+            shutil.copytree(how.adapter, folder / MERGED_FIRST)
         write_json(folder / CONFIG, client_config(experiment, state, round_))
 
 
@@ -59,8 +64,9 @@ def lora_folder(experiment: Experiment, slot: str) -> LoraFolder:
     ranks = experiment.shape.ranks
     rank = ranks.get(slot) or max(ranks.values())  # a fused slot has the rank of what it is made of
     conv = any(type(layer.base_layer).__name__ == "Conv1D" for layer in resident.model.layers.values())
-    alpha = experiment.settings.answering.scale * rank
-    return LoraFolder(resident.base.source, rank, alpha, lora.dropout, conv, experiment.config.model.task)
+    scale = experiment.settings.answering.scale
+    alpha = round(scale * rank**0.5, 9) if lora.rslora else scale * rank
+    return LoraFolder(resident.base.source, rank, alpha, lora.dropout, conv, experiment.config.model.task, lora.rslora)
 
 
 def client_config(experiment: Experiment, state: ClientState, round_: int) -> dict[str, Any]:

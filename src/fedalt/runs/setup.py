@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -36,8 +37,9 @@ from fedalt.methods.registry import build, configured
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.base import Base, load_base, positions
 from fedalt.model.classifier import drawn_heads
-from fedalt.model.state import AdapterShape, ClientState, initial_state, start_group
-from fedalt.names import Key
+from fedalt.model.peft_files import read_plain_lora
+from fedalt.model.state import AdapterShape, ClientState, digest, initial_state, start_group
+from fedalt.names import B, Key, Tensors
 from fedalt.seeding import rng
 
 
@@ -125,6 +127,7 @@ class Experiment:
         settings: What ``client_round`` needs besides states.
         notes: What the user should know: skipped rows, a federation of two.
         rows: Where the rows came from; other runs may share it.
+        start: What every client starts from instead of what is drawn, from ``model.adapter``.
     """
 
     config: RunConfig
@@ -135,6 +138,7 @@ class Experiment:
     settings: RoundSettings
     notes: tuple[str, ...]
     rows: Rows
+    start: Tensors = field(default_factory=dict)
 
     @property
     def shape(self) -> AdapterShape:
@@ -147,6 +151,12 @@ class Experiment:
         return hashlib.sha256(json.dumps(digests(self.federation)).encode()).hexdigest()
 
     @property
+    def base_digest(self) -> str:
+        """Fingerprint of the base, and of the adapter that clients start from."""
+        base = self.resident.base.sha256
+        return hashlib.sha256(f"{base} {digest(self.start)}".encode()).hexdigest() if self.start else base
+
+    @property
     def facts(self) -> RunInfo:
         """What the rounds know of this run."""
         config, rows = self.config, self.federation.clients
@@ -155,7 +165,7 @@ class Experiment:
         return RunInfo(
             config,
             self.method,
-            self.resident.base.sha256,
+            self.base_digest,
             self.rows_digest,
             {client: len(mine.train) for client, mine in self.examples.items()},
             self.trainers,
@@ -189,7 +199,10 @@ class Experiment:
         """What a client starts from, made from the seed."""
         lora, seed = self.config.lora, self.config.seed
         rank = self.method.rank_of(client)
-        state = initial_state(self.shape, client, seed, lora.init, lora.mixer_init, self.method.frozen, rank)
+        frozen = self.method.frozen
+        state = initial_state(
+            self.shape, client, seed, lora.init, lora.mixer_init, frozen, rank, lora.distribution
+        ).with_tensors(self.start)
         return replace(state, heads=self.resident.heads(seed, start_group(lora.init, client)))
 
     @property
@@ -234,9 +247,16 @@ def load_resident(config: RunConfig) -> Resident:
         UserError: See ``load_base`` and ``find_targets``.
     """
     base = load_base(config.model)
-    checkpointing = config.model.gradient_checkpointing
-    pooling = config.model.pooling
-    model = AdaptedModel(base.model, config.lora.targets, checkpointing, heads=base.heads, pooling=pooling)
+    how, lora = config.model, config.lora
+    model = AdaptedModel(
+        base.model,
+        lora.targets,
+        how.gradient_checkpointing,
+        heads=base.heads,
+        pooling=how.pooling,
+        layers=lora.layers,
+        exclude=lora.exclude,
+    )
     return Resident(base, model)
 
 
@@ -290,7 +310,34 @@ def prepare(
     method.rank_of(0)  # refuses ranks where there is no rule for them
     settings = RoundSettings(method, config.training, method.centralised or config.federation.heads == "shared")
     notes = (*shortened, *_padding(config, resident.model), *_notes(config, federation, examples, method))
-    return Experiment(config, federation, examples, resident, method, settings, notes, rows)
+    start = _adapter_start(config, method) if config.model.adapter_as == "start" else {}
+    return Experiment(config, federation, examples, resident, method, settings, notes, rows, start)
+
+
+def _adapter_start(config: RunConfig, method: Method) -> Tensors:
+    """The tensors of ``model.adapter`` as those of the first LoRA that is no mean of others', at this run's scale.
+
+    Raises:
+        UserError: There is no such adapter, it is no plain LoRA, or its rank or layers are not the run's.
+    """
+    if config.model.adapter is None:
+        raise UserError("model.adapter_as: start, but no model.adapter is given")
+    slot = next(name for name in method.slot_names if name not in method.frozen)
+    rank, scale, tensors = read_plain_lora(Path(config.model.adapter))
+    if method.client_ranks is not None or rank != method.ranks[slot]:
+        own = "clients' own ranks" if method.client_ranks else f"{method.ranks[slot]} of {slot}"
+        raise UserError(f"model.adapter: {config.model.adapter} has rank {rank}, which is not {own}; set lora.r={rank}")
+    outside = next((module for module, _ in tensors if module not in method.layers), None)
+    if outside:
+        raise UserError(
+            f"model.adapter: {config.model.adapter} adapts {outside}, which is no target here; lora.targets"
+        )
+    found = {Key(module, slot, factor): value for (module, factor), value in tensors.items()}
+    shapes = method.shape.shapes()
+    wrong = next((key for key, value in found.items() if tuple(value.shape) != shapes[key]), None)
+    if wrong:
+        raise UserError(f"model.adapter: {wrong} is {tuple(found[wrong].shape)}, and {shapes[wrong]} here")
+    return {key: value * (scale / method.scale) if key.factor == B else value for key, value in found.items()}
 
 
 def _encoder(rows: Rows, resident: Resident, config: RunConfig) -> Encoder:
@@ -360,7 +407,7 @@ class Bases:
 
     def of(self, config: RunConfig) -> Resident:
         """The base of a run, wrapped for its targets."""
-        wanted = (config.model, config.lora.targets)
+        wanted = (config.model, config.lora.targets, config.lora.layers, config.lora.exclude)
         if self._resident is None or wanted != self._wanted:
             self._resident = None  # two bases at a time may not fit
             self._resident, self._wanted = load_resident(config), wanted

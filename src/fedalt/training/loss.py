@@ -14,6 +14,7 @@ from torch import Tensor
 from fedalt.data.batches import Batch
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.batch_layout import MixerProbe
+from fedalt.training.optimizer import columns
 
 _LOGITS = {"cpu": 1 << 22, "cuda": 1 << 24}
 """Logits at a time (16 MiB in fp32): on a CPU larger pieces cost fresh memory and gain nothing. A guess for GPUs."""
@@ -86,11 +87,7 @@ class PartLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, " k"]) -> tuple[Tensor | None, ...]:
         """Each client's slices by its own factor."""
-        factors = (
-            (kept, grad.to(kept.dtype).view(-1, *[1] * (kept.dim() - 1))) if kept is not None else None
-            for kept in ctx.saved_tensors
-        )
-        return None, *(None if pair is None else pair[0] * pair[1] for pair in factors)
+        return None, *(None if kept is None else kept * columns(grad, kept) for kept in ctx.saved_tensors)
 
 
 def _class_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None) -> Float[Tensor, " s"]:

@@ -20,6 +20,11 @@ _TOGETHER = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Numbers that are moved together: a CPU keeps a megabyte near by, a GPU waits for every launch."""
 
 
+def columns(values: Float[Tensor, " k"], like: Float[Tensor, "k ..."]) -> Tensor:
+    """One number per client, to go with a tensor of them all."""
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
 class Stacked(ABC):
     """An optimiser of tensors ``[k, …]`` as if each of the k slices had one of its own.
 
@@ -308,7 +313,7 @@ class Bilevel:
         values = losses()
         slopes = torch.autograd.grad(values.sum(), y)
         before = [value.detach().clone() for value in y]
-        after = [value - _column(beta, value) * slope for value, slope in zip(before, slopes, strict=True)]
+        after = [value - columns(beta, value) * slope for value, slope in zip(before, slopes, strict=True)]
         _set(y, after)
         grads = torch.autograd.grad(losses().sum(), [*x, *y])
         upper, v = list(grads[: len(x)]), grads[len(x) :]
@@ -317,20 +322,16 @@ class Bilevel:
             epsilon = self.reach / size.clamp(min=torch.finfo(size.dtype).tiny)
             ends = []
             for sign in (1, -1):
-                _set(y, [b + sign * _column(epsilon, b) * part for b, part in zip(before, v, strict=True)])
+                _set(y, [b + sign * columns(epsilon, b) * part for b, part in zip(before, v, strict=True)])
                 ends.append(torch.autograd.grad(losses().sum(), x))
             for i, (plus, minus) in enumerate(zip(*ends, strict=True)):
-                curved = _column(beta / (2 * epsilon), plus) * (plus - minus)
-                upper[i] = upper[i] - torch.where(_column(size, curved) > 0, curved, 0)
+                curved = columns(beta / (2 * epsilon), plus) * (plus - minus)
+                upper[i] = upper[i] - torch.where(columns(size, curved) > 0, curved, 0)
             _set(y, after)
         for value, grad in zip(x, upper, strict=True):
             value.grad = grad
         optimizer.step(lr, active)
         return values.detach()
-
-
-def _column(values: Float[Tensor, " k"], like: Tensor) -> Tensor:
-    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 @torch.no_grad()
