@@ -155,14 +155,10 @@ def learning_rates(
     """
     now, total = (turn[0] - 1) * lengths + step, turn[1] * lengths
     share = 0 < config.warmup < 1
-    warm = (total.double() * config.warmup).ceil() if share else torch.full_like(total, int(config.warmup))
-    past = ((now - warm) / (total - warm).clamp(min=1)).clamp(max=1).float()
-    shapes = {
-        "linear": lambda: 1 - past,
-        "cosine": lambda: (1 + (pi * past).cos()) / 2,
-        "constant": lambda: 1 + 0 * past,
-    }
-    return config.lr * torch.where(now < warm, (now / warm.clamp(min=1)).float(), shapes[config.schedule]())
+    warm = (total.double() * config.warmup).ceil() if share else torch.full_like(total, int(config.warmup)).double()
+    past = ((now - warm) / (total - warm).clamp(min=1)).clamp(max=1)
+    falls = {"linear": 1 - past.float(), "cosine": (1 + (pi * past).cos()) / 2, "constant": torch.ones_like(past)}
+    return config.lr * torch.where(now < warm, now / warm.clamp(min=1), falls[config.schedule]).float()
 
 
 def _tokens(plan: Plan) -> int:
