@@ -64,7 +64,7 @@ def adapter(folder: Path, **options: Any) -> Path:
     return folder
 
 
-# -------------------------------------------------------------------------------------------------------- where they are
+# ----------------------------------------------------------------------------------------------------- where they are
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_targets_blocks_and_exclusions(settings_: dict[str, Any], kept: Any) -> 
     lora = parse_config({"lora": settings_}, "x").lora
     every = set(AdaptedModel(llama(), ["all-linear"]).layers)
     if kept is None:
-        with pytest.raises(UserError, match='lora.exclude: "lm_head" is none of the targets'):
+        with pytest.raises(UserError, match=r'lora\.exclude: "lm_head" is none of the targets'):
             AdaptedModel(llama(), lora.targets, layers=lora.layers, exclude=lora.exclude)
         return
     found = AdaptedModel(llama(), lora.targets, layers=lora.layers, exclude=lora.exclude).layers

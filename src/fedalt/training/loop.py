@@ -156,8 +156,12 @@ def learning_rates(
     now, total = (turn[0] - 1) * lengths + step, turn[1] * lengths
     share = 0 < config.warmup < 1
     warm = (total.double() * config.warmup).ceil() if share else torch.full_like(total, int(config.warmup)).double()
-    past = ((now - warm) / (total - warm).clamp(min=1)).clamp(max=1)
-    falls = {"linear": 1 - past.float(), "cosine": (1 + (pi * past).cos()) / 2, "constant": torch.ones_like(past)}
+    left, past = (total - warm).clamp(min=1), now - warm
+    falls = {
+        "linear": (1 - left.float().reciprocal() * past.float()).clamp(min=0),  # rounded as runs always were
+        "cosine": (1 + (pi * (past / left).clamp(max=1)).cos()) / 2,
+        "constant": torch.ones_like(past),
+    }
     return config.lr * torch.where(now < warm, now / warm.clamp(min=1), falls[config.schedule]).float()
 
 
