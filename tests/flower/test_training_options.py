@@ -36,9 +36,12 @@ EARLY: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("changes", "parts"), [(ALL, ("clients",)), (EARLY, ("clients", "last"))], ids=["all", "early"]
-)
+RESTING = EARLY | {"federation__fraction": 0.7, "flower__allow_two": True, "flower__min_sites": 1}
+"""Two of three take part, so that a site may have trained last some rounds before the best one."""
+CASES = {"all": (ALL, ("clients",)), "early": (EARLY, ("clients", "last")), "resting": (RESTING, ("clients", "last"))}
+
+
+@pytest.mark.parametrize(("changes", "parts"), CASES.values(), ids=CASES)
 def test_sites_end_as_one_machine_does(changes: dict[str, Any], parts: tuple[str, ...], tmp_path: Path) -> None:
     """With early stopping the server alone knows which round was the best, and sites have its state."""
     values = settings(tmp_path / "far", data=shared_data(4), data__clients=3, **changes)

@@ -160,6 +160,7 @@ def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:
         "reference": reference,
         "below": [name for name in methods if name in REFERENCE_ROWS],
         "budget": members[0].budget,
+        "early_stop": config.evaluation.early_stop is not None,
         "methods": methods,
     }
 

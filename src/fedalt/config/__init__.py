@@ -94,7 +94,9 @@ Device = Annotated[str, AfterValidator(_device)]
 
 
 def _names(value: Any) -> Any:
-    """A command line has ``cuda:0,cuda:1``."""
+    """A command line has ``cuda:0,cuda:1``, or a single number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
@@ -173,6 +175,9 @@ class LoraConfig(Section):
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainingConfig(Section):
     """What a client does with its rows in one round."""
 
@@ -200,7 +205,7 @@ class TrainingConfig(Section):
         description="one schedule per round (paper code), or one over all rounds; absent clients skip their part",
     )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="optimiser of a client (paper code: adamw)")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+    betas: Annotated[tuple[_Decay, _Decay], BeforeValidator(_names)] = Field(
         (0.9, 0.999), description="AdamW's decay of its two moments"
     )
     eps: float = Field(1e-8, gt=0, description="AdamW's addend to the denominator")

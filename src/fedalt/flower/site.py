@@ -33,7 +33,7 @@ from fedalt.flower.wire import pack, unpack
 from fedalt.methods.exchange import Message
 from fedalt.model.state import ClientState
 from fedalt.names import REST_OF_WORLD, parted
-from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
+from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune, rounds_for
 from fedalt.runs.client_folder import save_client
 from fedalt.runs.clients import plans_of, states_in
 from fedalt.runs.events import EventLog
@@ -249,39 +249,43 @@ class _Work:
         """Write the personal model."""
         _, state = self._states(request)
         [personal] = self.experiment.personalised([state])
-        best, config = self._last().round > request.round, self.experiment.config
-        save_client(self.folder, personal, self.experiment, request.round, best)
+        config = self.experiment.config
+        save_client(self.folder, personal, self.experiment, request.round)
         scored = self.folder.scores(self.client, request.round)
         if self.folder == self.own and scored.is_file():  # a finished run with one client
             scores = metrics_in(read_json(scored))
             means = over_clients([scores[config.metric]], config.metric)
             block = {"round": request.round, **means, "clients": {self.client: scores}}
-            early = {"best_validation": block, "kept": "best_validation"}
-            final = {"method": config.method, "metric": config.metric, "last": block, "best_validation": None}
-            final = read_json(self.own.final_scores) if best else final
-            write_json(self.own.final_scores, final | (early if config.evaluation.early_stop else {}))
+            final: dict[str, Any] = {"method": config.method, "metric": config.metric, "last": block}
+            final["best_validation"] = None
+            if config.evaluation.early_stop:  # after the last round the best one, if that is another
+                old = read_json(self.own.final_scores) if self.own.final_scores.is_file() else final
+                last = max(old["last"], block, key=lambda one: int(one["round"]))
+                final |= {"last": last, "best_validation": block, "kept": "best_validation"}
+            write_json(self.own.final_scores, final)
         self.note(f"wrote {self.folder.client(self.client)}")
         return Reply()
 
     def _scored(self, number: int) -> Iterable[int]:
         """Rounds of which one may turn out to be the best; the server knows which."""
         evaluation = self.experiment.config.evaluation
-        return range(0, number, evaluation.every) if evaluation.early_stop else ()
+        asked = range(0, number + 1, evaluation.every) if evaluation.early_stop else ()
+        return rounds_for(self.own.checkpoints, asked)
 
     def _last(self) -> Checkpoint:
-        found = load_checkpoint(self.own.checkpoints, self.identity)
-        return found or Checkpoint(self.own.checkpoints / "round_0000", 0)
+        return load_checkpoint(self.own.checkpoints, self.identity) or self._none
+
+    @property
+    def _none(self) -> Checkpoint:
+        return Checkpoint(self.own.checkpoints / "round_0000", 0)
 
     def _states(self, request: Request) -> tuple[ClientState, ClientState]:
         """The client's state as it left training, and as it would start the next round."""
         last = self._last()
-        if last.round > request.round:
-            found = load_checkpoint(self.own.checkpoints, self.identity, number=request.round)
-            if request.do != "save" or found is None:
-                raise UserError(
-                    f"client {self.client}: asked for round {request.round}, but round {last.round} is done"
-                )
-            last = found
+        if last.round > request.round and request.do == "save":  # the best round was an earlier one
+            last = load_checkpoint(self.own.checkpoints, self.identity, upto=request.round) or self._none
+        elif last.round > request.round:
+            raise UserError(f"client {self.client}: asked for round {request.round}, but round {last.round} is done")
         state = states_in(last, self.experiment)[self.client]
         return state, installed(self.experiment.method, state, self._told(request, last))
 

@@ -147,10 +147,13 @@ class RemoteClients:
                     points[point][client] = scores[name]
         return log_points(self.log, new.round, points, self.facts.config.metric)
 
-    def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message], best: bool = False) -> None:
-        """Let every site write its client's personal model; sites keep the best round's state with early stopping."""
-        if best and self.facts.config.evaluation.early_stop is None:
-            return
+    @property
+    def keeps_best(self) -> bool:
+        """Sites keep the states of scored rounds for early stopping only."""
+        return self.facts.config.evaluation.early_stop is not None
+
+    def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message]) -> None:
+        """Let every site write its client's personal model."""
         for client, reply in self._answers("save", messages, checkpoint.round):
             if reply.error:
                 reason = f"model not saved: {reply.error}"

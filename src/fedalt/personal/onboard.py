@@ -59,7 +59,7 @@ def onboard(
     """
     folder, config = finished_run(path)
     members = client_ids(folder)
-    checkpoint = load_checkpoint(folder.checkpoints, number=kept_scores(folder)["round"])
+    checkpoint = load_checkpoint(folder.checkpoints, upto=kept_scores(folder)["round"])
     if checkpoint is None:
         raise UserError(f"{path}: no checkpoint left, so nobody can be told what the run has learnt")
     newcomers = _newcomers(config, data, members)

@@ -127,18 +127,18 @@ def prune(folder: Path, rounds: Iterable[int] = ()) -> None:
             shutil.rmtree(path)
 
 
-def load_checkpoint(folder: Path, *runs: str, number: int | None = None) -> Checkpoint | None:
-    """The newest checkpoint, or that of a round; nothing where there is none.
+def load_checkpoint(folder: Path, *runs: str, upto: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint; nothing where there is none.
 
     Args:
         folder: Where checkpoints are.
         runs: What the run that it is of may be known by; any if none is given.
-        number: The round; the newest when not given.
+        upto: A round, after which none is looked at.
 
     Raises:
         UserError: The checkpoint is of another run, or damaged.
     """
-    path = next((path for path in reversed(_rounds(folder)) if number is None or path.name == _name(number)), None)
+    path = next((path for path in reversed(_rounds(folder)) if upto is None or _number(path) <= upto), None)
     if path is None:
         return None
     try:
@@ -162,6 +162,16 @@ def load_checkpoint(folder: Path, *runs: str, number: int | None = None) -> Chec
             f"{path}: checkpoint of another run (other settings, base weights or rows); nothing was changed"
         )
     return checkpoint
+
+
+def rounds_for(folder: Path, asked: Iterable[int]) -> set[int]:
+    """The checkpoints that hold what was so after some rounds."""
+    numbers = list(map(_number, _rounds(folder)))
+    return {max((mine for mine in numbers if mine <= number), default=0) for number in asked}
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("round_"))
 
 
 def _name(number: int) -> str:

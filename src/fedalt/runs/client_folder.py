@@ -39,19 +39,20 @@ def write_client(path: Path, state: ClientState, experiment: Experiment, round_:
         write_json(folder / CONFIG, client_config(experiment, state, round_))
 
 
-def save_client(run: RunFolder, state: ClientState, experiment: Experiment, round_: int, best: bool = False) -> None:
+def save_client(run: RunFolder, state: ClientState, experiment: Experiment, round_: int) -> None:
     """Write a client's folder: of a run's last round, and after it of its best one, if that is another.
 
     With early stopping it is the best round's that ``clients/`` keeps, and the last round's goes to ``last/``.
     """
     path = run.client(state.client)
+    there = read_json(path / CONFIG)["round"] if (path / CONFIG).is_file() else 0
     others: dict[Which, Path] = {which: run.other_round(state.client, which) for which in get_args(Which)}
-    if not best:
+    if there < round_:  # a last round that is new
         for other in others.values():
             shutil.rmtree(other, ignore_errors=True)
-    elif experiment.config.evaluation.early_stop is None:
+    elif there > round_ and experiment.config.evaluation.early_stop is None:
         path = others["best"]
-    elif read_json(path / CONFIG)["round"] != round_:
+    elif there > round_:
         shutil.rmtree(others["last"], ignore_errors=True)
         others["last"].parent.mkdir(exist_ok=True)
         path.rename(others["last"])

@@ -60,8 +60,12 @@ class ClientBackend(Protocol):
     def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
         """Score every client into the run's folder and log; the mean on validation rows, if there are any."""
 
-    def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message], best: bool = False) -> None:
+    def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message]) -> None:
         """Write every client's personal model: of the last round, and after it of the best one, if that is another."""
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best round's states are still there at the end."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +137,18 @@ class LocalClients:
         scoring = Scoring(self.experiment, self.folder, self.log)
         return scoring.points(new.round, before, after, changed=len(messages) > 0)
 
-    def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message], best: bool = False) -> None:
+    @property
+    def keeps_best(self) -> bool:
+        """In the best round's checkpoint."""
+        return True
+
+    def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message]) -> None:
         """Write every client's folder."""
         states = self._installed(states_in(checkpoint, self.experiment), messages)
         clients = self.experiment.federation.ids
         for part in cohorts(clients, cohort_size(self.experiment.config.federation, len(clients))):
             for state in self.experiment.personalised([states[client] for client in part]):
-                save_client(self.folder, state, self.experiment, checkpoint.round, best)
+                save_client(self.folder, state, self.experiment, checkpoint.round)
 
     def _installed(self, states: Mapping[int, ClientState], messages: Mapping[int, Message]) -> PerClient[ClientState]:
         """Every client as it would start the next round: what is scored, saved and chatted with."""

@@ -79,7 +79,7 @@ class Loop:
             self._evaluate(self.checkpoint, messages)  # resumed to fewer rounds, or a site was away
         self.crew.save(self.checkpoint, messages)
         best = self.checkpoint.best
-        if best and best["round"] != number:
+        if best and best["round"] != number and self.crew.keeps_best:
             self._save_best(best["round"])
         early = self.facts.config.evaluation.early_stop is not None
         scores = {
@@ -96,11 +96,11 @@ class Loop:
 
     def _save_best(self, number: int) -> None:
         """Write the models of the best round, as its checkpoint has them."""
-        found = load_checkpoint(self.folder.checkpoints, number=number)
-        if found is None:
+        found = load_checkpoint(self.folder.checkpoints, upto=number)
+        if found is None or found.round != number:
             return
         found.restore(self.server)
-        self.crew.save(found, self.server.messages(self.facts.clients), best=True)
+        self.crew.save(found, self.server.messages(self.facts.clients))
         self.checkpoint.restore(self.server)
 
     def _train(self, new: Checkpoint) -> list[ClientReport]:
