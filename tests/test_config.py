@@ -216,7 +216,7 @@ WRONG: list[tuple[str, Any]] = [
     ("training.weight_decay", -1),
     ("training.weight_decay", NAN),
     ("training.max_grad_norm", 0),
-    ("training.schedule", "cosine"),
+    ("training.schedule", "polynomial"),
     ("federation.rounds", 0),
     ("federation.fraction", 0),
     ("federation.fraction", 1.01),

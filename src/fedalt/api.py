@@ -33,7 +33,7 @@ from fedalt.report.html import write_comparison_report, write_report, write_repo
 from fedalt.report.insights import look
 from fedalt.runs.client_folder import client_ids
 from fedalt.runs.events import Sink
-from fedalt.runs.folder import IfExists, RunFolder, final_scores, finished_run, open_run, settings_of
+from fedalt.runs.folder import IfExists, RunFolder, finished_run, kept_scores, open_run, settings_of
 from fedalt.runs.history import History, read_history
 from fedalt.runs.scoring import Scores
 from fedalt.runs.setup import Bases
@@ -314,14 +314,14 @@ class Run:
 
     @property
     def scores(self) -> Scores:
-        """Scores after the last round.
+        """Scores of the models that clients keep: after the last round, or with early stopping the best one.
 
         Raises:
             UserError: The run has not finished.
         """
         folder, config = finished_run(self.folder)
-        last = final_scores(folder)["last"]
-        return Scores.of(config.metric, last["round"], {int(c): scores for c, scores in last["clients"].items()})
+        final = kept_scores(folder)
+        return Scores.of(config.metric, final["round"], {int(c): scores for c, scores in final["clients"].items()})
 
     @property
     def clients(self) -> tuple[int, ...]:

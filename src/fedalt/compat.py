@@ -55,7 +55,23 @@ _SECTIONS_0_1: dict[str, dict[str, Any]] = {
     "lora_fair": {"solver": "sgd", "weight": 0.01, "lr": 0.01, "steps": 1000},
 }
 """All sections of methods of fedalt 0.1 with their defaults: a run was known by all of them."""
-_LATER: dict[str, dict[str, Any]] = {"data": {"files": None, "boundary": "apart", "limit_by": "first"}}
+_LATER: dict[str, dict[str, Any]] = {
+    "model": {"adapter": None, "adapter_as": "merged"},
+    "data": {"files": None, "boundary": "apart", "limit_by": "first"},
+    "lora": {"rslora": False, "layers": None, "exclude": [], "distribution": "uniform"},
+    "training": {
+        "accumulate": 1,
+        "max_steps": None,
+        "warmup": 0.0,
+        "schedule_scope": "round",
+        "optimizer": "adamw",
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "momentum": 0.0,
+        "optimizer_state": "reset",
+    },
+    "evaluation": {"loss": False},
+}
 """Section → settings that came after fedalt 0.1, with the value that changes nothing."""
 
 

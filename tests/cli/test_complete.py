@@ -91,6 +91,6 @@ def test_settings_and_their_choices() -> None:
     assert {"lora.r=", "data.partition.alpha=", "feddpa.samples=", "seed="} <= set(keys)
     assert not [key for key in keys if key.startswith("sections")]
     assert names(complete.settings("evaluation.stemmer=")) == ["evaluation.stemmer=true", "evaluation.stemmer=false"]
-    assert names(complete.settings("training.schedule=c")) == ["training.schedule=linear", "training.schedule=constant"]
+    assert names(complete.settings("training.order=s")) == ["training.order=strict", "training.order=bucketed"]
     assert "fedalt.rest_of_world_aggregator=krum" in names(complete.settings("fedalt.rest_of_world_aggregator="))
     assert names(complete.settings("nonsense=")) == names(complete.settings("lora.r=")) == []

@@ -122,7 +122,7 @@ def _complaint(values: dict[Any, Any]) -> list[str]:
         (
             "training.schedule",
             "linaer",
-            'x.yaml: training.schedule = "linaer": must be linear or constant (did you mean "linear"?)',
+            'x.yaml: training.schedule = "linaer": must be linear, cosine or constant (did you mean "linear"?)',
         ),
         (
             "report.trackers",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -41,6 +41,10 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)]
 Client = Annotated[int, typer.Option("--client", metavar="N", help="client id")]
+Round = Annotated[
+    Literal["best", "last"] | None,
+    typer.Option("--round", help="the best round on validation rows, or the last; the one in clients/ when not given"),
+]
 
 
 def _version(asked: bool) -> None:
@@ -77,28 +81,31 @@ def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
 def evaluate(
     run: RunPath,
     client: Annotated[int | None, typer.Option("--client", metavar="N", help="only this client")] = None,
+    *,
     data: Annotated[str | None, typer.Option("--data", metavar="DATA", help="other rows than the run's own")] = None,
     central: Annotated[
         bool, typer.Option("--central", help="every client's model on the test rows of all clients together")
     ] = False,
+    which: Round = None,
     as_json: Json = False,
 ) -> None:
     """Score a run's saved adapters again."""
     from fedalt.evaluation.metrics import metrics_in
     from fedalt.personal.rescore import rescore
-    from fedalt.runs.folder import final_scores
+    from fedalt.runs.folder import final_scores, kept
 
-    scored = rescore(run, client, data, central)
+    scored = rescore(run, client, data, central, which)
     scores = {str(c): evaluation.scores for c, evaluation in scored.items()}
     if as_json:
         print_json({"run": str(run), "clients": scores})
         return
-    own = final_scores(_folder(run))
-    last = {"round": own["last"]["round"], "clients": scores}
-    block = {"title": str(run), "metric": own["metric"], "last": last, "best_validation": None}
+    final = final_scores(_folder(run))
+    own = kept(final) if which is None else final["last" if which == "last" else "best_validation"]
+    last = {"round": own["round"], "clients": scores}
+    block = {"title": str(run), "metric": final["metric"], "last": last, "best_validation": None}
     show.out.print(show.run_table(block, {c: ", ".join(s["categories"]) for c, s in scores.items()}))
     if data is None and not central:
-        same = all(own["last"]["clients"][c] == metrics_in(s) for c, s in scores.items())
+        same = all(own["clients"][c] == metrics_in(s) for c, s in scores.items())
         show.out.print("equal to the run's own scores" if same else "[red]not equal to the run's own scores[/]")
 
 
@@ -109,11 +116,12 @@ def generate(
         str | None, typer.Argument(metavar="[PROMPT]", help="an instruction; a chat loop when not given")
     ] = None,
     show_alpha: Annotated[bool, typer.Option("--show-alpha", help="shade each token by the mixer's weights")] = False,
+    which: Round = None,
 ) -> None:
     """Answer as one client's model."""
     from fedalt.personal.chat import Chat
 
-    chat = Chat(run, client)
+    chat = Chat(run, client, which=which)
     if show_alpha and not chat.placement.mixed:
         raise UserError(f"{run}: --show-alpha needs a mixer, and this method has none")
     for instruction in [prompt] if prompt is not None else _ask(client):
@@ -132,16 +140,17 @@ def export(
     static: Annotated[
         bool, typer.Option("--static", help="one LoRA with the mixer frozen, and what that costs")
     ] = False,
+    which: Round = None,
 ) -> None:
     """Take one client's model away: PEFT folders and mixer, or one static LoRA."""
     from fedalt.evaluation.metrics import metric_of
     from fedalt.personal.export import export_folders, export_static
 
     if not static:
-        export_folders(run, client, out)
+        export_folders(run, client, out, which)
         say(f"wrote {out}")
         return
-    cost = export_static(run, client, out)
+    cost = export_static(run, client, out, which)
     say(f"wrote {out}")
     text = metric_of(cost.metric).text
     show.out.print(

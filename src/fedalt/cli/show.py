@@ -14,6 +14,7 @@ from rich.table import Table
 from fedalt.evaluation.metrics import metric_of, metrics_in
 from fedalt.progress import on_terminal
 from fedalt.report.theme import MOST, groups
+from fedalt.runs.folder import kept
 
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
     from fedalt.runs.estimate import Estimate
@@ -54,7 +55,7 @@ def live(rounds: int) -> AbstractContextManager[Callable[[Mapping[str, Any]], No
 
 def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
     """Final scores of one run, a line per client as long as there are not too many."""
-    last, best = scores["last"], scores["best_validation"]
+    last, best = kept(scores), scores["best_validation"]
     table = Table(title=f"{_plain(scores['title'])}: scores after round {last['round']}", title_justify="left")
     table.add_column("client")
     table.add_column("task")
@@ -72,7 +73,9 @@ def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
     table.add_row("mean", f"of {count} clients" if count > MOST else "", *means, style="bold")
     for title, percent in (("worst", 0), ("10th percentile", 10)):
         table.add_row(title, "", *(m.text(m.tail(values, percent)) for m, values in columns))
-    if best and best["round"] != last["round"]:
+    if scores["last"]["round"] != last["round"]:
+        table.caption = f"the best round on validation rows; stopped after round {scores['last']['round']}"
+    elif best and best["round"] != last["round"]:
         table.caption = f"best round on validation rows: {best['round']}, mean {main.title} {main.text(best['mean'])}"
     return table
 

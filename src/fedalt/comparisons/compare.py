@@ -21,7 +21,7 @@ from fedalt.methods.registry import Variant, build, configured, method_names, re
 from fedalt.registry import split_reference
 from fedalt.runs.devices import check_devices
 from fedalt.runs.events import Sink, read_events
-from fedalt.runs.folder import IfExists, check_folder, final_scores
+from fedalt.runs.folder import IfExists, check_folder, kept_scores
 from fedalt.runs.setup import Bases
 
 REFERENCE = "fedalt"
@@ -150,6 +150,7 @@ def collect(members: Sequence[Member], config: RunConfig) -> dict[str, Any]:
         "reference": reference,
         "below": [name for name in methods if name in REFERENCE_ROWS],
         "budget": members[0].budget,
+        "early_stop": config.evaluation.early_stop is not None,
         "methods": methods,
     }
 
@@ -169,7 +170,7 @@ def _gains(block: dict[str, Any], local: dict[str, Any] | None, federated: bool,
 
 
 def _method(members: Sequence[Member], metric: Metric) -> dict[str, Any]:
-    runs = [final_scores(member.folder)["last"] for member in members]
+    runs = [kept_scores(member.folder) for member in members]
     means = [one["mean"] for one in runs]
     clients = {c: mean(one["clients"][c][metric.name] for one in runs) for c in runs[0]["clients"]}
     return {

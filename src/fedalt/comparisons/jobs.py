@@ -107,7 +107,8 @@ def matched(
     target = sum(config.lora.r * (d_in + d_out) for d_in, d_out in layers.values())
     best: tuple[int, RunConfig] | None = None
     for rank in range(1, 4 * config.lora.r + 1):
-        alpha = config.lora.alpha * rank / config.lora.r
+        lora = config.lora
+        alpha = lora.alpha * (rank / lora.r) ** 0.5 if lora.rslora else lora.alpha * rank / lora.r
         candidate = configured(with_settings(config, {"lora.r": rank, "lora.alpha": alpha}), name)
         method = build(candidate, clients, layers)
         try:

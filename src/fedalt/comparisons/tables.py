@@ -14,6 +14,7 @@ from fedalt.files import write_json, write_text
 
 INTERVAL = "± is half of the 95 % interval over seeds (Student's t)"
 EQUAL = "equal are rounds and local epochs, not trained parameters or bytes: see --match-budget"
+STOPPED = "every run has stopped by itself, and its best round on validation rows is compared; rounds are not equal"
 LOWER = "lower is better; a gain over Local is Local's score less the method's"
 NOTHING = "–"
 LOCAL = "local"
@@ -112,7 +113,7 @@ def conditions(comparison: Mapping[str, Any]) -> list[str]:
     if comparison["budget"]:
         notes.append(f"ranks are chosen for equal {comparison['budget']}")
     elif len(comparison["methods"]) > 1:
-        notes.append(EQUAL)
+        notes.append(STOPPED if comparison.get("early_stop") else EQUAL)
     return notes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -93,7 +94,9 @@ Device = Annotated[str, AfterValidator(_device)]
 
 
 def _names(value: Any) -> Any:
-    """A command line has ``cuda:0,cuda:1``."""
+    """A command line has ``cuda:0,cuda:1``, or a single number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
@@ -125,6 +128,18 @@ class ModelConfig(Section):
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     load_in: Literal["8bit", "4bit"] | None = Field(None, description="bitsandbytes quantisation (paper: 8bit)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    adapter: Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))] | None = Field(
+        None, description="folder of a PEFT adapter that is there before the first round"
+    )
+    adapter_as: Literal["merged", "start"] = Field(
+        "merged", description="merged into the frozen base, or where the first LoRA of every client starts"
+    )
+
+
+def _no_distribution(value: Any) -> Any:
+    if value == "gaussian":
+        raise ValueError("says who starts alike: shared, code_like or per_client; write lora.distribution=gaussian")
+    return value
 
 
 class LoraConfig(Section):
@@ -142,10 +157,25 @@ class LoraConfig(Section):
         description="linear layers with adapters, for example q_proj,v_proj, or all-linear; by architecture when not "
         "given",
     )
-    init: Literal["shared", "code_like", "per_client"] = Field(
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_names)] | None = Field(
+        None, min_length=1, description="blocks with adapters, by number from 0, for example 0,1,2; all when not given"
+    )
+    exclude: Names = Field((), description="linear layers without adapters, although targets names them")
+    rslora: bool = Field(False, description="scale alpha over the root of r (rank-stabilised LoRA), not over r")
+    init: Annotated[Literal["shared", "code_like", "per_client"], BeforeValidator(_no_distribution)] = Field(
         "shared", description="who starts from the same A and mixer: all, all but client 0 (paper code), nobody"
     )
+    distribution: Literal["uniform", "gaussian"] = Field(
+        "uniform", description="what A is drawn from: uniform within 1/√d_in (PEFT's default), or normal with sd 1/r"
+    )
     mixer_init: Literal["kaiming", "zeros"] = Field("kaiming", description="kaiming (paper code) or exact 0.5/0.5")
+
+    def scale(self, rank: int) -> float:
+        """The scale of a LoRA of this rank."""
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingConfig(Section):
@@ -154,8 +184,39 @@ class TrainingConfig(Section):
     local_epochs: int = Field(5, ge=1, description="epochs per round (paper: 5; 5 and 10 studied)")
     batch_size: int = Field(8, ge=1, description="rows per client and step (paper code: 8)")
     lr: float = Field(3e-4, gt=0, description="peak learning rate (paper code: 3e-4)")
-    schedule: Literal["linear", "constant"] = Field("linear", description="linear to 0 in each round (paper code)")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW, on LoRA and mixer (paper code: .05)")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="batches whose gradients make one step: exactly a batch so many times as large, in less memory",
+    )
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimiser steps of a client in each round, in place of local_epochs; rows are gone through again",
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="learning rate after warm-up: linear to 0 (paper code), half a cosine to 0, or constant"
+    )
+    warmup: float = Field(
+        0, ge=0, description="steps in which the learning rate rises from 0; below 1, a share of the schedule's steps"
+    )
+    schedule_scope: Literal["round", "run"] = Field(
+        "round",
+        description="one schedule per round (paper code), or one over all rounds; absent clients skip their part",
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="optimiser of a client (paper code: adamw)")
+    betas: Annotated[tuple[_Decay, _Decay], BeforeValidator(_names)] = Field(
+        (0.9, 0.999), description="AdamW's decay of its two moments"
+    )
+    eps: float = Field(1e-8, gt=0, description="AdamW's addend to the denominator")
+    momentum: float = Field(0, ge=0, lt=1, description="SGD's momentum")
+    optimizer_state: Literal["reset", "persist"] = Field(
+        "reset",
+        description="moments start anew in every round (paper code), or a client keeps its own; they are never sent",
+    )
+    weight_decay: float = Field(
+        0.05, ge=0, description="on LoRA and mixer (paper code: .05); with SGD, added to the gradient"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm limit of each client (paper code: 1.0)")
     order: Literal["strict", "bucketed"] = Field(
         "strict", description="seeded row order, or rows of like length together within 16 batches"
@@ -216,6 +277,22 @@ class EvaluationConfig(Named):
         "metric, or FILE.py:Name, or module:Name; rouge1 or accuracy by task when not given",
     )
     metrics: _MetricNames = Field((), description="more metrics to measure, besides those that fedalt has for the task")
+    loss: bool = Field(
+        False,
+        description="also measure answer_loss: mean nats per token of the reference answers; far less noisy than ROUGE",
+    )
+    early_stop: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many evaluations that are no better on validation rows; the best round's adapters "
+        "are the ones that clients keep",
+    )
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether a metric that is asked for reads the loss of the reference answers."""
+        asked = (name for name in (self.metric, *self.metrics) if name)
+        return self.loss or any(getattr(METRICS.get(name), "reads", None) == "loss" for name in asked)
 
     @field_validator("points")
     @classmethod
@@ -309,6 +386,19 @@ class RunConfig(Section):
                 raise ValueError(f"evaluation.{key}: {name} does not suit the task {self.model.task}; use {allowed}")
             if getattr(METRICS.get(name), "reads", None) == "option" and given.options is None:
                 raise ValueError(f"evaluation.{key}: {name} needs evaluation.options=sum or mean")
+        if given.loss and self.classifies:
+            raise ValueError("evaluation.loss: classes have log_loss, which is always measured; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_has_its_own(self) -> RunConfig:
+        given = self.training
+        other = {"adamw": ("momentum",), "sgd": ("betas", "eps")}[given.optimizer]
+        unused = next((key for key in other if getattr(given, key) != TrainingConfig.model_fields[key].default), None)
+        if unused:
+            raise ValueError(f"training.{unused}: training.optimizer={given.optimizer} has none; leave it out")
+        if given.warmup > 1 and not given.warmup.is_integer():
+            raise ValueError(f"training.warmup: {given.warmup:g} is no number of steps; a share of them is below 1")
         return self
 
     def _suitable(self) -> Iterator[str]:

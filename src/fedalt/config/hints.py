@@ -19,10 +19,20 @@ ALIASES = {
     "lora.alpha": {"lora_alpha"},
     "lora.dropout": {"lora_dropout"},
     "lora.targets": {"target_modules", "lora_target_modules"},
+    "lora.rslora": {"use_rslora"},
+    "lora.layers": {"layers_to_transform"},
+    "lora.exclude": {"exclude_modules"},
+    "lora.distribution": {"init_lora_weights"},
     "training.lr": {"learning_rate"},
     "training.local_epochs": {"epochs", "num_train_epochs", "local_num_epochs"},
     "training.batch_size": {"per_device_train_batch_size", "local_batch_size", "micro_batch_size"},
-    "training.schedule": {"lr_scheduler_type"},
+    "training.accumulate": {"gradient_accumulation_steps", "accumulation_steps", "grad_accum"},
+    "training.schedule": {"lr_scheduler_type", "lr_scheduler"},
+    "training.warmup": {"warmup_steps", "warmup_ratio"},
+    "training.betas": {"adam_beta1", "adam_beta2"},
+    "training.eps": {"adam_epsilon", "adam_eps"},
+    "training.optimizer": {"optim"},
+    "evaluation.early_stop": {"early_stopping_patience", "early_stopping", "patience"},
     "federation.rounds": {"num_rounds", "num_server_rounds", "communication_rounds", "num_communication_rounds"},
     "federation.fraction": {"fraction_fit", "fraction_train", "client_selection_frac"},
     "data.clients": {"num_clients", "num_supernodes", "client_num"},
@@ -34,6 +44,9 @@ ALIASES = {
 """What Hugging Face, PEFT, Flower and federated LoRA scripts call a key."""
 
 
+_DORA = "DoRA is not supported: its magnitudes are no mean of clients'; lora.rslora=true helps large ranks"
+_REFUSED = {"dora": _DORA, "use_dora": _DORA}
+"""What others have and there is none of, and why."""
 _KINDS = {
     "int": "must be a whole number",
     "float": "must be a number",
@@ -62,6 +75,8 @@ def explain(error: Any, root: type[BaseModel], where: str, typed: Mapping[str, s
     known = (typed or {}).get(key)
     subject = known or f"{where}: {key}"
     if error["type"] == "extra_forbidden":
+        if last in _REFUSED:
+            return f"{known or where}: {key}: {_REFUSED[last]}"
         return f'{known or where}: unknown key "{shortened(key)}"{_meant(last, path, root)}'
     problem = _problem(error, key, root)
     if not key:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from jaxtyping import Float, Int
@@ -39,25 +40,28 @@ def plan_round(
     """Shuffle a client's rows anew for every epoch, from (seed, round, client, phase) alone.
 
     ``repeat_order`` restarts the same permutations every round, as the official code does because each round's
-    trainer reseeds with 42. With the order ``bucketed``, rows of like length share a batch: of every 16 batches' rows
+    trainer reseeds with 42. A step has the rows of ``accumulate`` batches; with ``max_steps``, epochs go on for so many
+    steps. With the order ``bucketed``, rows of like length share a batch: of every 16 batches' rows
     in the shuffled order, sorted by length, batches are cut and put into an order that is the same for all clients,
     so that long batches meet long ones. Only models that cannot pack rows are faster by it.
     """
     steps: list[tuple[Example, ...]] = []
     later = (phase,) if phase else ()
-    for epoch in range(config.local_epochs):
+    size, most = config.batch_size * config.accumulate, config.max_steps
+    for epoch in count() if most else range(config.local_epochs):
+        if most and len(steps) >= most:
+            break
         turn = (0 if config.repeat_order else round_, epoch, *later)
         order = torch.randperm(len(examples), generator=rng(seed, "order", turn[0], client, epoch, *later)).tolist()
         rows = [examples[i] for i in order]
         if config.order == "bucketed":
-            for at in range(0, len(rows), _WINDOW * config.batch_size):
-                window = sorted(rows[at : at + _WINDOW * config.batch_size], key=len)
-                batches = list(_batches(window, config.batch_size))
+            for at in range(0, len(rows), _WINDOW * size):
+                batches = list(_batches(sorted(rows[at : at + _WINDOW * size], key=len), size))
                 shuffled = torch.randperm(len(batches), generator=rng(seed, "buckets", *turn, at))
                 steps += [batches[i] for i in shuffled.tolist()]
         else:
-            steps += _batches(rows, config.batch_size)
-    return Plan(client, tuple(steps), derive_seed(seed, "dropout", round_, client, *later))
+            steps += _batches(rows, size)
+    return Plan(client, tuple(steps[:most]), derive_seed(seed, "dropout", round_, client, *later))
 
 
 def _batches(rows: Sequence[Example], size: int) -> Iterator[tuple[Example, ...]]:
@@ -105,11 +109,23 @@ def collate(groups: Sequence[Sequence[Example]], keys: Sequence[int] = ()) -> Ba
     return Batch(inputs, rows, place, target, owner_)
 
 
-def cohort_steps(plans: Sequence[Plan]) -> Iterator[Batch]:
-    """Step s of the cohort is step s of every client that has one; the others have no rows in it."""
+def cohort_steps(plans: Sequence[Plan], size: int) -> Iterator[list[Batch]]:
+    """Step s of the cohort is step s of every client that has one; the others have no rows in it.
+
+    A step comes in parts of ``size`` rows per client.
+    """
     for step in range(max(len(plan.steps) for plan in plans)):
         groups = [plan.steps[step] if step < len(plan.steps) else () for plan in plans]
-        yield collate(groups, [derive_seed(plan.key, step) for plan in plans])
+        keys = [derive_seed(plan.key, step) for plan in plans]
+        yield [_part(groups, keys, at, size) for at in range(0, max(map(len, groups)), size)]
+
+
+def _part(groups: Sequence[Sequence[Example]], keys: Sequence[int], at: int, size: int) -> Batch:
+    batch = collate([rows[at : at + size] for rows in groups], keys)
+    if max(map(len, groups)) <= size:
+        return batch
+    drawn = tuple((sum(map(len, rows[:at])), sum(map(len, rows))) for rows in groups)
+    return replace(batch, rows=replace(batch.rows, drawn=drawn))
 
 
 def pad_prompts(prompts: Sequence[Prompt], pad: int) -> tuple[Int[Tensor, "n t"], Int[Tensor, "n t"]]:

@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: which of the options that an instruction lists a client's model finds likeliest.
+"""Likelihoods: of reference answers, and of the options that an instruction lists, whose likeliest one is chosen.
 
 The score of an option o after a prompt p is
 
@@ -87,16 +87,8 @@ def option_scores(
         [(i, answer) for i, options in enumerate(mine) for answer in dict.fromkeys(options.values())]
         for mine in answers
     ]
-    whole = [[rows[k][i].prompt + answer for i, answer in mine] for k, mine in enumerate(asked)]
-    scores: dict[tuple[int, int, Answer], float] = {}
-    for chunk in chunks(whole, config.batch_size):
-        groups: list[list[Example]] = [[] for _ in rows]
-        for k, j in chunk:
-            i, answer = asked[k][j]
-            groups[k].append(replace(rows[k][i], answer=answer, spans=()))
-        mine = None if weights is None else torch.stack([weights[k][asked[k][j][0]] for k, j in chunk])
-        found = log_likelihoods(model, groups, mine).tolist()
-        scores |= {(k, *asked[k][j]): value for (k, j), value in zip(chunk, found, strict=True)}
+    found = likelihoods(model, rows, asked, config.batch_size, weights)
+    scores = {(k, *one): value for k, mine in enumerate(asked) for one, value in zip(mine, found[k], strict=True)}
     return [
         [
             {option: scores[k, i, ids] / (len(ids) if normalise else 1) for option, ids in options.items()}
@@ -104,6 +96,35 @@ def option_scores(
         ]
         for k, mine in enumerate(answers)
     ]
+
+
+def reference_losses(
+    model: AdaptedModel, rows: Sequence[Sequence[Example]], config: EvaluationConfig, weights: Weights = None
+) -> list[list[float]]:
+    """Nats of every row's reference answer under its client's own adapters, which are on the model."""
+    asked = [[(i, example.answer) for i, example in enumerate(mine)] for mine in rows]
+    return [[-value for value in mine] for mine in likelihoods(model, rows, asked, config.batch_size, weights)]
+
+
+def likelihoods(
+    model: AdaptedModel,
+    rows: Sequence[Sequence[Example]],
+    asked: Sequence[Sequence[tuple[int, Answer]]],
+    size: int,
+    weights: Weights = None,
+) -> list[list[float]]:
+    """Log-likelihood of answers to every client's rows, each with its row's place; ``size`` per client at a time."""
+    whole = [[rows[k][i].prompt + answer for i, answer in mine] for k, mine in enumerate(asked)]
+    scores = [[0.0] * len(mine) for mine in asked]
+    for chunk in chunks(whole, size):
+        groups: list[list[Example]] = [[] for _ in rows]
+        for k, j in chunk:
+            i, answer = asked[k][j]
+            groups[k].append(replace(rows[k][i], answer=answer))
+        mine = None if weights is None else torch.stack([weights[k][asked[k][j][0]] for k, j in chunk])
+        for (k, j), value in zip(chunk, log_likelihoods(model, groups, mine).tolist(), strict=True):
+            scores[k][j] = value
+    return scores
 
 
 @torch.no_grad()

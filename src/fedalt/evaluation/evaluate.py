@@ -8,7 +8,7 @@ from typing import Any
 
 from fedalt.config import EvaluationConfig
 from fedalt.data.encode import Example
-from fedalt.evaluation.choices import choose
+from fedalt.evaluation.choices import choose, reference_losses
 from fedalt.evaluation.classify import classify
 from fedalt.evaluation.generate import answer_all
 from fedalt.evaluation.metrics import measures, rouge_tokenizer, score
@@ -25,7 +25,8 @@ class Evaluation:
     Attributes:
         client: Client id.
         lines: One mapping per row: ``text, answer, reference, category, client_id``; for classes, ``probability``
-            of the reference, too; for rows with options, the most likely ``option``.
+            of the reference, too; for rows with options, the most likely ``option``; where it is measured, the ``loss``
+            of the reference in nats, over so many ``tokens``.
         scores: Every metric over all rows, and by category.
     """
 
@@ -88,6 +89,10 @@ def _answered(
         for part, options in zip(lines, chosen, strict=True):
             for line, option in zip(part, options, strict=True):
                 line.update({} if option is None else {"option": option})
+    if config.measures_loss:
+        for part, mine, losses in zip(lines, rows, reference_losses(model, rows, config, weights), strict=True):
+            for line, example, nats in zip(part, mine, losses, strict=True):
+                line.update(loss=nats, tokens=len(example.answer))
     return lines
 
 

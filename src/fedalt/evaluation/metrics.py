@@ -42,7 +42,8 @@ class Metric:
         task: ``text`` or ``class`` where it suits answers or classes alone.
         corpus: Whether it is a function of all of a client's rows, and not of one.
         reads: What is compared with the reference: the answer or the class that the model chose, the likeliest
-            ``option``, or the ``probability`` that the model gave the right class. Rows without it are left out.
+            ``option``, or the ``probability`` that the model gave the right class. Rows without it are left out. A
+            metric that reads ``loss`` gets the nats of reference answers, and how many tokens they have.
         higher_is_better: Whether more is better.
         points: Whether it runs from 0 to 100.
         unit: What it is counted in, for people; usually nothing.
@@ -53,7 +54,7 @@ class Metric:
     title: str
     task: Literal["text", "class"] | None = None
     corpus: bool = False
-    reads: Literal["answer", "option", "probability"] = "answer"
+    reads: Literal["answer", "option", "probability", "loss"] = "answer"
     higher_is_better: bool = True
     points: bool = False
     unit: str = ""
@@ -159,7 +160,8 @@ def score(lines: Sequence[Mapping[str, Any]], asked: Sequence[Measure]) -> dict[
 
 
 def _pair(measure: Measure, line: Mapping[str, Any]) -> tuple[Any, Any]:
-    return line[measure.metric.reads], line["reference"]
+    reads = measure.metric.reads
+    return line[reads], line["tokens" if reads == "loss" else "reference"]
 
 
 class _Rouge:
@@ -242,6 +244,24 @@ def option_accuracy(option: str, reference: str) -> float:
     tokens are added up.
     """
     return float(exact_match(option, reference))
+
+
+@METRICS.register(
+    "answer_loss",
+    title="answer loss",
+    task="text",
+    corpus=True,
+    reads="loss",
+    higher_is_better=False,
+    unit="nats",
+    digits=3,
+)
+def answer_loss(nats: Sequence[float], tokens: Sequence[int]) -> float:
+    """Mean of -log p over the tokens of all reference answers, the end of sequence included, as in training.
+
+    ``evaluation.loss=true`` measures it.
+    """
+    return sum(nats) / sum(tokens)
 
 
 def metrics_in(scores: Mapping[str, Any]) -> dict[str, float]:

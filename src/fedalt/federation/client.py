@@ -20,8 +20,8 @@ from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
 from fedalt.names import Tensors, parted
 from fedalt.runtime import release_freed_memory
-from fedalt.training.loop import OnStep, TrainingStats, train
-from fedalt.training.optimizer import Penalty
+from fedalt.training.loop import OnStep, TrainingStats, Turn, moved, train
+from fedalt.training.optimizer import Penalty, optimizer_of, recall, remember
 
 
 def finite(value: Tensor) -> bool:
@@ -61,6 +61,11 @@ class RoundSettings:
         scale = self.method.scale
         return Placement(phase.slots, phase.mixing, scale, self.method.config.lora.dropout, phase.detached)
 
+    def turn(self, round_: int | None) -> Turn:
+        """Where the schedule of the learning rate is in a round; a newcomer has one of its own."""
+        whole = self.training.schedule_scope == "run" and round_ is not None
+        return (round_, self.method.config.federation.rounds) if round_ and whole else (1, 1)
+
     @property
     def answering(self) -> Placement:
         """How adapters sit on the model for answers."""
@@ -87,7 +92,7 @@ def client_round(
     method = settings.method
     starts = starts or [installed(method, *client) for client in zip(states, messages, strict=True)]
     now = [method.before_training(state, round_) for state in starts]
-    trained, stats = train_phases(model, now, method.phases(round_), plans, settings, on_step=on_step)
+    trained, stats = train_phases(model, now, method.phases(round_), plans, settings, on_step=on_step, round_=round_)
     down = [message.bytes if message else 0 for message in messages]
     clients = zip(states, now, trained, zip(stats, down, strict=True), strict=True)
     return [_result(settings, *client, round_=round_) for client in clients]
@@ -101,8 +106,9 @@ def train_phases(
     settings: RoundSettings,
     *,
     on_step: OnStep = lambda done, total: None,
+    round_: int | None = None,
 ) -> tuple[list[ClientState], list[TrainingStats]]:
-    """Train a cohort on its own rows, phase by phase; arguments as in ``client_round``."""
+    """Train a cohort on its own rows, phase by phase; arguments as in ``client_round``, no round for newcomers."""
     now, stats = list(states), [TrainingStats(0.0, 0, 0) for _ in states]
     penalty = _penalty(settings, states, model)
     for number, phase in enumerate(phases):
@@ -110,7 +116,14 @@ def train_phases(
         model.load(now, settings.placement(phase), trainable)
         mine = [plan[number] for plan in plans]
         rule = phase.rule if penalty is None else phase.rule.with_penalty(penalty)
-        done = train(model, mine, settings.training, partial(_step, on_step, number, len(phases)), rule)
+        trains = moved(model, rule)
+        optimizer = optimizer_of(settings.training, list(trains.values()))
+        recall(optimizer, trains, [state.optimizer for state in now])
+        step = partial(_step, on_step, number, len(phases))
+        done = train(model, mine, settings.training, step, rule=rule, optimizer=optimizer, turn=settings.turn(round_))
+        if settings.training.optimizer_state == "persist":
+            memories = remember(optimizer, trains, [state.optimizer for state in now])
+            now = [replace(state, optimizer=memory) for state, memory in zip(now, memories, strict=True)]
         now = [state.with_tensors(*parted(tensors)) for state, tensors in zip(now, model.unstack(), strict=True)]
         stats = [new.following(old) for new, old in zip(done, stats, strict=True)]
     return now, stats

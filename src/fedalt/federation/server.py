@@ -121,12 +121,16 @@ class Server:
         kept = self.uploads if self.remembers or not arrived else {}
         self.uploads = {**kept, **{client: Upload(self._weight(client), round_) for client in sorted(arrived)}}
         self.read, self.round = read, round_
-        for found in ("_answer", "_heads", "_mean"):
-            self.__dict__.pop(found, None)
+        self.forget()
         if arrived:
             self.seen = {**self.seen, **dict.fromkeys(arrived, round_)}
             if self.method.has_server_state:
                 self.memory = self.method.server_update(self._gathered())
+
+    def forget(self) -> None:
+        """Find out anew what is told, since uploads have changed."""
+        for found in ("_answer", "_heads"):
+            self.__dict__.pop(found, None)
 
     @property
     def remembers(self) -> bool:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -39,8 +39,8 @@ from fedalt.model.source import TINY_BASE
 from fedalt.model.state import ClientState
 from fedalt.names import HEAD, INDIVIDUAL, LOCAL, MIXER, PERSONAL, PRIVATE, REST_OF_WORLD, A, B, G, Key, W, parted
 from fedalt.registry import SOURCES, TEMPLATES
-from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune
-from fedalt.runs.client_folder import write_client
+from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune, rounds_for
+from fedalt.runs.client_folder import save_client
 from fedalt.runs.clients import plans_of, states_in
 from fedalt.runs.events import EventLog
 from fedalt.runs.folder import RunFolder
@@ -306,7 +306,7 @@ class _Work:
             write_bytes(new.path / _BLOCK, block)
             write_json(new.path / _REPLY, body)
             new.write_manifest(self.identity)
-        prune(self.own.checkpoints, None)
+        prune(self.own.checkpoints, self._scored(request.round))
         seconds = time.perf_counter() - started
         self.log.emit("client", round=request.round, client=self.client, seconds=seconds, **stats)
         self.note(f"round {request.round}: loss {result.stats.loss:.4f}, {seconds:.1f} s, {len(block):,} bytes up")
@@ -359,27 +359,44 @@ class _Work:
         """Write the personal model."""
         _, state = self._states(request)
         [personal] = self.experiment.personalised([state])
-        path = self.folder.client(self.client)
-        write_client(path, personal, self.experiment, request.round)
+        config = self.experiment.config
+        save_client(self.folder, personal, self.experiment, request.round)
         scored = self.folder.scores(self.client, request.round)
         if self.folder == self.own and scored.is_file():  # a finished run with one client
-            scores, config = metrics_in(read_json(scored)), self.experiment.config
+            scores = metrics_in(read_json(scored))
             means = over_clients([scores[config.metric]], config.metric)
-            last = {"round": request.round, **means, "clients": {self.client: scores}}
-            final = {"method": config.method, "metric": config.metric, "last": last, "best_validation": None}
+            block = {"round": request.round, **means, "clients": {self.client: scores}}
+            final: dict[str, Any] = {"method": config.method, "metric": config.metric, "last": block}
+            final["best_validation"] = None
+            if config.evaluation.early_stop:  # after the last round the best one, if that is another
+                old = read_json(self.own.final_scores) if self.own.final_scores.is_file() else final
+                last = max(old["last"], block, key=lambda one: int(one["round"]))
+                final |= {"last": last, "best_validation": block, "kept": "best_validation"}
             write_json(self.own.final_scores, final)
-        self.note(f"wrote {path}")
+        self.note(f"wrote {self.folder.client(self.client)}")
         return Reply.to(request, self.client)
+
+    def _scored(self, number: int) -> Iterable[int]:
+        """Rounds of which one may turn out to be the best; the server knows which."""
+        evaluation = self.experiment.config.evaluation
+        asked = range(0, number + 1, evaluation.every) if evaluation.early_stop else ()
+        return rounds_for(self.own.checkpoints, asked)
 
     def _last(self) -> Checkpoint:
         with _coded("state"):
             found = load_checkpoint(self.own.checkpoints, self.identity)
-        return found or Checkpoint(self.own.checkpoints / "round_0000", 0)
+        return found or self._none
+
+    @property
+    def _none(self) -> Checkpoint:
+        return Checkpoint(self.own.checkpoints / "round_0000", 0)
 
     def _states(self, request: Request) -> tuple[ClientState, ClientState]:
         """The client's state as it left training, and as it would start the next round."""
         last = self._last()
-        if last.round > request.round:
+        if last.round > request.round and request.do == "save":  # the best round was an earlier one
+            last = load_checkpoint(self.own.checkpoints, self.identity, upto=request.round) or self._none
+        elif last.round > request.round:
             raise SiteError("round", f"asked for round {request.round}, but round {last.round} is done", last.round)
         state = states_in(last, self.experiment)[self.client]
         return state, installed(self.experiment.method, state, self._told(request, last))

@@ -154,6 +154,11 @@ class RemoteClients:
                     points[point][client] = part
         return log_points(self.log, new.round, points, self.facts.config.metric)
 
+    @property
+    def keeps_best(self) -> bool:
+        """Sites keep the states of scored rounds for early stopping only."""
+        return self.facts.config.evaluation.early_stop is not None
+
     def _scores(self, reply: Reply) -> Scored:
         if not isinstance(reply.body, Scored):
             raise UserError(reply.why)
@@ -173,12 +178,12 @@ class RemoteClients:
         parts = {name: _flat(part) for name, part in scores.categories.items()}
         return {"client_id": client, **about, **_flat(scores), "categories": parts}
 
-    def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
+    def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message]) -> None:
         """Let every site write its client's personal model."""
-        for client, reply in self._answers("save", messages, last.round):
+        for client, reply in self._answers("save", messages, checkpoint.round):
             if reply.why:
                 reason = f"model not saved: {reply.why}"
-                self.log.emit("client_failed", round=last.round, client=client, reason=reason)
+                self.log.emit("client_failed", round=checkpoint.round, client=client, reason=reason)
 
     def _answers(self, do: Do, messages: Mapping[int, Message], round_: int) -> Iterator[tuple[int, Reply]]:
         """Every client's answer, in order, or the error that it is away."""

@@ -162,6 +162,10 @@ class Method:
         bound.clients, bound.config, bound.layers = clients, config, layers or {}
         bound.client_ranks = config.lora.ranks
         bound.setup()
+        if config.evaluation.early_stop and bound.depends_on_rounds:
+            raise UserError(
+                f"evaluation.early_stop: {bound.name} plans by the number of rounds, so none can be left out"
+            )
         return bound
 
     def setup(self) -> None:
@@ -187,7 +191,7 @@ class Method:
     @property
     def scale(self) -> float:
         """s, on every slot."""
-        return self.config.lora.alpha / self.config.lora.r
+        return self.config.lora.scale(self.config.lora.r)
 
     def rank_of(self, client: int) -> int | None:
         """The client's own rank, or None where all have the slots'."""
@@ -207,6 +211,11 @@ class Method:
     def phases(self, round_: int) -> tuple[Phase, ...]:
         """What a client trains in a round, one after the other."""
         return (Phase(self.slot_names, {slot.name: BOTH for slot in self.slots}, self.mixing),)
+
+    @property
+    def plans_by_rounds(self) -> bool:
+        """Whether a run's rounds differ with their number: by the method, or by a schedule over all of them."""
+        return self.depends_on_rounds or self.config.training.schedule_scope == "run"
 
     def fraction(self, round_: int) -> float:
         """Share of the clients that take part in a round."""

@@ -57,7 +57,7 @@ class FedITSplit(Method):
     def scale(self) -> float:
         """alpha/r, or alpha over each part's rank."""
         lora = self.config.lora
-        return lora.alpha / (lora.r if self.settings.scaling == "rank" else self.ranks[self.slots[0].name])
+        return lora.scale(lora.r if self.settings.scaling == "rank" else self.ranks[self.slots[0].name])
 
     def phases(self, round_: int) -> tuple[Phase, ...]:
         """All parts, and the router."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedalt.methods.algebra import stacked
 from fedalt.methods.base import Gathered, Message
 from fedalt.methods.unequal import Unequal
-from fedalt.model.state import AdapterShape, ClientState
+from fedalt.model.state import AdapterShape, ClientState, drawn
 from fedalt.names import GLOBAL, MERGED, A, B, Key, Tensors, W
 from fedalt.registry import METHODS
 from fedalt.seeding import rng
@@ -69,8 +69,7 @@ class FLoRA(Unequal):
             if key.slot == GLOBAL:
                 changes[key] = torch.zeros_like(old)
                 if key.factor == A:
-                    draw = torch.rand(
-                        rank, old.shape[1], generator=rng(seed, "init", state.round, state.client, key.module)
-                    )
-                    changes[key][:rank] = (2 * draw - 1) / old.shape[1] ** 0.5
-        return state.with_tensors(changes)
+                    own = rng(seed, "init", state.round, state.client, key.module)
+                    gaussian = self.config.lora.distribution == "gaussian"
+                    changes[key][:rank] = drawn(rank, old.shape[1], own, rank if gaussian else None)
+        return replace(state.with_tensors(changes), optimizer={})  # whose moments are of a LoRA that is gone

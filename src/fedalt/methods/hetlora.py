@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from pydantic import Field
@@ -15,6 +16,7 @@ from fedalt.methods.unequal import Unequal
 from fedalt.model.state import ClientState
 from fedalt.names import RANK_AXIS, A, B, Tensors
 from fedalt.registry import METHODS
+from fedalt.training.optimizer import STEPS
 
 
 @METHODS.register("hetlora")
@@ -62,7 +64,10 @@ class HetLoRA(Unequal):
         kept = max(1, int(self.settings.tail * rank))
         if not self.settings.prune or kept == rank or self._tail(state, kept) >= self._tail(began, kept):
             return state
-        return state.with_tensors(padded(cut(state.tensors, kept), state.tensors))
+        moments = {
+            name: part if name == STEPS else padded(cut(part, kept), part) for name, part in state.optimizer.items()
+        }
+        return replace(state.with_tensors(padded(cut(state.tensors, kept), state.tensors)), optimizer=moments)
 
     def _tail(self, state: ClientState, start: int) -> float:
         parts = {}

@@ -58,9 +58,9 @@ class PF2LoRA(Method):
 
     def setup(self) -> None:
         """How the two LoRAs are weighed."""
-        r = self.config.lora.r
-        own = self.settings.private_scale == "own_rank"
-        self.mixing = Mixing("fixed", (1.0, r / self.ranks[PRIVATE])) if own else SUM
+        lora, own = self.config.lora, self.settings.private_scale == "own_rank"
+        larger = (lora.r / self.ranks[PRIVATE]) ** (0.5 if lora.rslora else 1)
+        self.mixing = Mixing("fixed", (1.0, larger)) if own else SUM
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -21,7 +21,7 @@ from fedalt.model.fast.packing import enable_packing, smallest_window
 from fedalt.model.fast.patches import enable_trimming, fuse, pack_weights
 from fedalt.model.layer import AdaptedLinear, Placement, features
 from fedalt.model.state import ClientState
-from fedalt.model.targets import backbone_of, find_targets, is_linear
+from fedalt.model.targets import backbone_of, find_targets, is_linear, narrowed
 from fedalt.names import Key
 
 _KEPT, _KEPT_BY_KERNELS = 3, 2
@@ -40,6 +40,8 @@ class AdaptedModel:
         packing: Whether rows may be packed instead of padded, where that is exact for this model.
         heads: Paths of the modules that every client has its own of; a classifier has at least one.
         pooling: Whether heads see what the model's own do, or the mean of all tokens' states, past any pooler.
+        layers: Blocks whose targets are adapted; all when not given.
+        exclude: Targets that are not.
 
     Attributes:
         packs: Whether rows are packed.
@@ -64,6 +66,8 @@ class AdaptedModel:
         packing: bool = True,
         heads: Sequence[str] = (),
         pooling: Literal["own", "mean"] = "own",
+        layers: Sequence[int] | None = None,
+        exclude: Sequence[str] = (),
     ) -> None:
         self.base = base
         self.base.requires_grad_(False)
@@ -80,7 +84,8 @@ class AdaptedModel:
         self.backbone = backbone_of(base)
         if self.pooler is not None:
             self.backbone.pooler = None
-        self.layers = {path: self._wrap(path, index) for index, path in enumerate(find_targets(base, targets))}
+        paths = narrowed(find_targets(base, targets), layers, exclude)
+        self.layers = {path: self._wrap(path, index) for index, path in enumerate(paths)}
         self.clients = 1
         self.trainable: dict[Key, nn.Parameter] = {}
         self._accepted = frozenset(signature(self.backbone.forward).parameters)

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,6 +16,7 @@ from torch import nn
 from fedalt.config import ModelConfig
 from fedalt.errors import UserError
 from fedalt.model.classifier import head_paths
+from fedalt.model.peft_files import read_adapter_config
 from fedalt.model.source import resolve_source
 
 
@@ -99,6 +101,8 @@ def load_base(config: ModelConfig) -> Base:
     lacking = sorted(key for key in missing if not _inside(key, heads))
     if lacking:
         raise UserError(f"model.name: {config.name} is not {kind} that can be loaded (no weights for {lacking[0]})")
+    if config.adapter and config.adapter_as == "merged":
+        model = _with_adapter(model, config)
     if not config.load_in:
         model.to(device)
     keep_trainable_through(model)
@@ -107,6 +111,20 @@ def load_base(config: ModelConfig) -> Base:
         model.config.get_text_config().pad_token_id = read.pad_token_id
     new = tuple(path for path in heads if any(_inside(key, (path,)) for key in missing))
     return Base(model.eval(), read, source, fingerprint(model, heads), heads, new)
+
+
+def _with_adapter(model: Any, config: ModelConfig) -> Any:
+    """The model with ``model.adapter`` merged into its weights by PEFT."""
+    from peft import PeftModel
+
+    folder = Path(str(config.adapter))
+    read_adapter_config(folder)
+    if config.load_in:
+        raise UserError(f"model.adapter: {config.load_in} weights cannot take a merge exactly; leave model.load_in out")
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except Exception as error:  # whatever an adapter of another model makes PEFT raise
+        raise UserError(f"model.adapter: {folder} cannot be merged into {config.name} ({_first(error)})") from None
 
 
 def _inside(name: str, paths: Collection[str]) -> bool:

@@ -111,6 +111,8 @@ class BatchLayout:
         wanted: Positions, the same in every row of the input, whose final states are asked for; all when not given.
         weights: Weights of the slots, row by row, for placements that mix by instance.
         part: The batch that these rows are a part of, and where their tokens stand in it; dropout is drawn for all.
+        drawn: For rows that are a part of a step: per client, the tokens of its step before them and in all, so that
+            the dropout is that of the whole step.
     """
 
     sizes: tuple[int, ...]
@@ -120,6 +122,7 @@ class BatchLayout:
     wanted: Int[Tensor, " s"] | None = None
     weights: Float[Tensor, "rows m"] | None = None
     part: tuple[BatchLayout, Int[Tensor, " t"]] | None = None
+    drawn: tuple[tuple[int, int], ...] = ()
 
     def by_length(self) -> Iterator[BatchLayout]:
         """The rows of each length as a batch of their own."""
@@ -186,9 +189,13 @@ class BatchLayout:
         tokens, width = sum(whole.client_tokens), x.shape[1]
         bits = torch.empty(tokens, -(-width // 4), dtype=torch.int64, device=x.device)
         generator = torch.Generator(x.device)
-        for part, key in zip(bits.split(list(whole.client_tokens)), self.keys, strict=True):
+        for client, (part, key) in enumerate(zip(bits.split(list(whole.client_tokens)), self.keys, strict=True)):
             generator.manual_seed(derive_seed(key, layer))
-            part.random_(-(1 << 63), None, generator=generator)
+            before, count = whole.drawn[client] if whole.drawn else (0, len(part))
+            every = part if count == len(part) else part.new_empty(count, part.shape[1])
+            every.random_(-(1 << 63), None, generator=generator)
+            if every is not part:
+                part.copy_(every[before : before + len(part)])
         if mine is not None:
             bits, tokens = bits[mine.to(x.device)], len(mine)
         dropped = round(p * _STEPS)

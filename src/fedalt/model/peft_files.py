@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -41,6 +42,7 @@ class LoraFolder:
         dropout: Dropout in training.
         fan_in_fan_out: Whether the base layers are GPT-2's Conv1D.
         task: What the model is for.
+        rslora: Whether the scale is alpha over the root of r.
     """
 
     base: str
@@ -49,6 +51,7 @@ class LoraFolder:
     dropout: float
     fan_in_fan_out: bool
     task: Task = "causal_lm"
+    rslora: bool = False
 
 
 def write_lora(folder: Path, tensors: Tensors, slot: str, lora: LoraFolder) -> None:
@@ -65,6 +68,7 @@ def write_lora(folder: Path, tensors: Tensors, slot: str, lora: LoraFolder) -> N
         base_model_name_or_path=lora.base,
         r=lora.r,
         lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # type: ignore[arg-type]
+        use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
         target_modules=sorted({key.module for key in keys}),
         fan_in_fan_out=lora.fan_in_fan_out,
@@ -116,6 +120,52 @@ def read_folder(folder: Path, slots: Sequence[str], mixed: bool) -> dict[Key, Te
     if (folder / EXTRA_FILE).is_file():
         tensors |= {Key.parse(name): value for name, value in _load(folder / EXTRA_FILE).items()}
     return tensors
+
+
+_PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "use_dora": False,
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+}
+"""What the configuration of a LoRA says that is nothing but factors of one rank."""
+
+
+def read_plain_lora(folder: Path) -> tuple[int, float, dict[tuple[str, str], Tensor]]:
+    """Rank, scale and factors, by module path and A or B, of a LoRA that PEFT has written.
+
+    Raises:
+        UserError: There is none, or it is more than a plain LoRA.
+    """
+    about = read_adapter_config(folder)
+    odd = next((key for key, plain in _PLAIN.items() if (about.get(key) or plain) != plain), None)
+    if odd:
+        kind = "a DoRA" if odd == "use_dora" else f"no plain LoRA ({odd} is {about[odd]})"
+        raise UserError(
+            f"model.adapter: {folder} is {kind}, so no LoRA can start from it; model.adapter_as=merged may do"
+        )
+    tensors = {
+        (key.module, key.factor): value.float() for key, value in read_folder(folder, (".",), mixed=False).items()
+    }
+    if {factor for _, factor in tensors} != {A, B}:
+        raise UserError(f"model.adapter: {folder} holds other tensors than a LoRA's")
+    rank = int(about["r"])
+    return rank, about["lora_alpha"] / (rank**0.5 if about.get("use_rslora") else rank), tensors
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The ``adapter_config.json`` of ``model.adapter``.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"model.adapter: {folder} is no folder of a PEFT adapter (no adapter_config.json)")
+    about: dict[str, Any] = read_json(path)
+    return about
 
 
 def _head(name: str) -> Key:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +29,7 @@ class ClientState:
         tensors: Its adapters and mixer, fp32 on the CPU.
         sent: Exactly what the server last received from it, or None yet; what it subtracts from a mean.
         heads: Its classification head, fp32 on the CPU; empty for a language model.
+        optimizer: What its optimiser remembers, by the name of a moment; empty where it starts anew every round.
     """
 
     client: int
@@ -34,6 +37,7 @@ class ClientState:
     tensors: Tensors
     sent: Tensors | None = None
     heads: Tensors = field(default_factory=dict)
+    optimizer: Mapping[str, Tensors] = field(default_factory=dict)
 
     def with_tensors(self, changes: Tensors, heads: Tensors | None = None) -> ClientState:
         """The same state with some adapter tensors, and some of the head's, replaced."""
@@ -85,6 +89,14 @@ def start_group(init: Literal["shared", "code_like", "per_client"], client: int)
     return {"shared": 0, "code_like": min(client, 1), "per_client": client}[init]
 
 
+def drawn(rows: int, columns: int, generator: torch.Generator, normal: int | None = None) -> torch.Tensor:
+    """U(−1/√columns, 1/√columns), or N(0, 1/r²) for a rank that is given as ``normal``."""
+    if normal is not None:
+        return torch.randn(rows, columns, generator=generator) / normal
+    draw = torch.rand(rows, columns, generator=generator)
+    return (2 * draw - 1) / float(columns**0.5)
+
+
 def initial_state(
     shape: AdapterShape,
     client: int,
@@ -94,8 +106,11 @@ def initial_state(
     *,
     frozen: Sequence[str] = (),
     rank: int | None = None,
+    distribution: Literal["uniform", "gaussian"] = "uniform",
 ) -> ClientState:
     """Start values: A and G kaiming-uniform, that is U(−1/√d_in, 1/√d_in), and B zero, as in PEFT and the paper's code.
+
+    A is normal of standard deviation 1/r with the distribution ``gaussian``, as PEFT has it.
 
     ``shared`` gives every client the same A and G; ``code_like`` is what the official code does by a side effect of
     its seeding (client 0 differs, all others are equal); ``per_client`` gives everybody its own, which makes factor
@@ -107,11 +122,15 @@ def initial_state(
     for key, (rows, columns) in shape.shapes().items():
         zero = key.factor in (B, W) or key.slot in frozen or (key.slot == MIXER and mixer_init == "zeros")
         place = shape.slots.index(key.slot) if key.slot in shape.slots else MIXER  # not its name: methods start alike
-        draw = torch.rand(rows, columns, generator=rng(seed, "init", group, key.module, place, key.factor))
-        tensors[key] = torch.zeros(rows, columns) if zero else (2 * draw - 1) / columns**0.5
+        own = rng(seed, "init", group, key.module, place, key.factor)
+        normal = (rank or rows) if distribution == "gaussian" and key.factor == A else None
+        tensors[key] = torch.zeros(rows, columns) if zero else drawn(rows, columns, own, normal)
         if key.factor == A and rank is not None:
             tensors[key][rank:] = 0
     return ClientState(client, 0, tensors)
+
+
+_OPTIMIZER = "optimizer-"
 
 
 def save_state(state: ClientState, path: Path) -> None:
@@ -119,6 +138,8 @@ def save_state(state: ClientState, path: Path) -> None:
     tensors = {f"own.{key}": value.contiguous() for key, value in state.tensors.items()}
     tensors |= {f"sent.{key}": value.clone() for key, value in (state.sent or {}).items()}
     tensors |= {f"head.{key}": value.contiguous() for key, value in state.heads.items()}
+    for name, part in state.optimizer.items():
+        tensors |= {f"{_OPTIMIZER}{name}.{key}": value.contiguous() for key, value in part.items()}
     header = {"client": state.client, "round": state.round, "has_sent": state.sent is not None}
     write_bytes(path, save(tensors, metadata={"fedalt": json.dumps(header)}))
 
@@ -127,12 +148,13 @@ def load_state(path: Path) -> ClientState:
     """Map what ``save_state`` wrote into memory; numbers are read when they are used."""
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["fedalt"])
-        parts: dict[str, dict[Key, torch.Tensor]] = {"own": {}, "sent": {}, "head": {}}
+        parts = defaultdict[str, dict[Key, torch.Tensor]](dict)
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
             part, key = name.split(".", 1)
             parts[part][Key.parse(key)] = file.get_tensor(name)
     sent = parts["sent"] if header["has_sent"] else None
-    return ClientState(header["client"], header["round"], parts["own"], sent, parts["head"])
+    optimizer = {name.removeprefix(_OPTIMIZER): part for name, part in parts.items() if name.startswith(_OPTIMIZER)}
+    return ClientState(header["client"], header["round"], parts["own"], sent, parts["head"], optimizer)
 
 
 def save_tensors(tensors: Tensors, path: Path) -> None:
@@ -140,6 +162,12 @@ def save_tensors(tensors: Tensors, path: Path) -> None:
     write_bytes(
         path, save({str(key): value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()})
     )
+
+
+def digest(tensors: Tensors) -> str:
+    """SHA-256 of all numbers."""
+    named = {str(key): value.contiguous() for key, value in sorted(tensors.items())}
+    return hashlib.sha256(save(named)).hexdigest()
 
 
 def load_tensors(path: Path) -> Tensors:

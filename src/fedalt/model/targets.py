@@ -73,6 +73,25 @@ def backbone_of(model: Any) -> Any:
     return next(module for module in model.children() if isinstance(module, PreTrainedModel))
 
 
+def narrowed(paths: Sequence[str], layers: Sequence[int] | None = None, exclude: Sequence[str] = ()) -> tuple[str, ...]:
+    """The targets in some blocks, without those that are excluded by the last part of their path or by all of it."""
+    blocks = {path: next((int(part) for part in path.split(".") if part.isdecimal()), None) for path in paths}
+    known = {block for block in blocks.values() if block is not None}
+    for block in layers or ():
+        if block not in known:
+            there = f"blocks 0 to {max(known)} have targets" if known else "no target is in a numbered block"
+            raise UserError(f"lora.layers: no block {block}; {there}")
+    for name in exclude:
+        if not any(_matches(path, name) for path in paths):
+            hint = did_you_mean(name, {path.rsplit(".", 1)[-1] for path in paths})
+            raise UserError(f'lora.exclude: "{name}" is none of the targets{hint}')
+    kept = [path for path in paths if layers is None or blocks[path] in layers]
+    kept = [path for path in kept if not any(_matches(path, name) for name in exclude)]
+    if not kept:
+        raise UserError("lora.exclude: no target is left")
+    return tuple(kept)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether adapters can stand beside this module: ``nn.Linear`` and its quantised kin, GPT-2's ``Conv1D``."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -15,7 +15,7 @@ from fedalt.evaluation.generate import answer
 from fedalt.evaluation.prompt_similarity import load_to_answer
 from fedalt.model.base import positions
 from fedalt.runs.client_folder import read_client
-from fedalt.runs.folder import finished_run
+from fedalt.runs.folder import Which, finished_run
 from fedalt.runs.setup import Resident, load_resident
 from fedalt.training.loop import mixer_weights
 
@@ -39,12 +39,12 @@ class Answer:
 
 
 class Chat:
-    """A finished run's client, loaded once, asked often."""
+    """A finished run's client, loaded once, asked often; the round that is kept, or ``which``."""
 
-    def __init__(self, run: Path, client: int, resident: Resident | None = None) -> None:
+    def __init__(self, run: Path, client: int, resident: Resident | None = None, which: Which | None = None) -> None:
         folder, self.config = finished_run(run)
         self.resident = resident or load_resident(self.config)
-        personal = read_client(folder, client, self.resident.base)
+        personal = read_client(folder, client, self.resident.base, which)
         self.placement = personal.placement
         self.encoder = self.resident.encoder(self.config)
         self.state = personal.state

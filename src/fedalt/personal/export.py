@@ -19,7 +19,7 @@ from fedalt.model.peft_files import LoraFolder, write_lora
 from fedalt.model.state import ClientState
 from fedalt.names import MERGED, A, B, Key
 from fedalt.runs.client_folder import PersonalModel, client_folder, read_client
-from fedalt.runs.folder import finished_run
+from fedalt.runs.folder import Which, finished_run
 from fedalt.runs.setup import Resident, load_resident
 from fedalt.training.loop import mixer_weights
 
@@ -44,17 +44,17 @@ class StaticExport:
     alpha: dict[str, float]
 
 
-def export_folders(run: Path, client: int, to: Path) -> None:
-    """Copy a client's PEFT folders, mixer and configuration."""
+def export_folders(run: Path, client: int, to: Path, which: Which | None = None) -> None:
+    """Copy a client's PEFT folders, mixer and configuration, of the round that is kept or of another."""
     folder, _ = finished_run(run)
-    source = client_folder(folder, client)
+    source = client_folder(folder, client, which)
     _check_free(to)
     for path in sorted(source.rglob("*")):
         if path.is_file():
             write_bytes(to / path.relative_to(source), path.read_bytes())
 
 
-def export_static(run: Path, client: int, to: Path) -> StaticExport:
+def export_static(run: Path, client: int, to: Path, which: Which | None = None) -> StaticExport:
     """Write one ordinary LoRA of rank m·r with the mixer frozen at its mean over training prompts.
 
         A = [A_1; …; A_m],   B = [ᾱ_1 B_1, …, ᾱ_m B_m],   alpha·m over rank m·r keeps the scale
@@ -64,7 +64,7 @@ def export_static(run: Path, client: int, to: Path) -> StaticExport:
     folder, config = finished_run(run)
     _check_free(to)
     resident = load_resident(config)
-    personal = read_client(folder, client, resident.base)
+    personal = read_client(folder, client, resident.base, which)
     if any(key.slot == MERGED for key in personal.state.tensors):
         raise UserError(f"{run}: {config.method} merges full matrices into the base; one LoRA cannot hold them")
     examples = _examples(config, resident, client)

@@ -26,7 +26,7 @@ from fedalt.files import read_json, write_json
 from fedalt.model.peft_files import read_folder
 from fedalt.names import INDIVIDUAL, REST_OF_WORLD, A, B, Tensors
 from fedalt.runs.client_folder import CONFIG, PersonalModel, client_folder, read_client
-from fedalt.runs.folder import RunFolder, final_scores
+from fedalt.runs.folder import RunFolder, kept_scores
 from fedalt.runs.setup import Resident, load_resident
 from fedalt.training.loop import mixer_weights
 
@@ -84,7 +84,7 @@ def read_insight(folder: RunFolder) -> dict[str, Any] | None:
     if not folder.final_scores.is_file() or not insight_file(folder).is_file():
         return None
     insight: dict[str, Any] = read_json(insight_file(folder))
-    return insight if insight["round"] == final_scores(folder)["last"]["round"] else None
+    return insight if insight["round"] == kept_scores(folder)["round"] else None
 
 
 def write_insight(
@@ -106,7 +106,7 @@ def write_insight(
         raise UserError(f"{federation.source}: no rows for client {missing[0]} any more")
     alike = similarity(folder, clients)
     insight = {
-        "round": final_scores(folder)["last"]["round"],
+        "round": kept_scores(folder)["round"],
         "rows": count,
         "clients": [str(client) for client in clients],
         "partition": {str(client): _counts(federation.clients[client], config.classifies) for client in clients},

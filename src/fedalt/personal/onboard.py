@@ -23,7 +23,7 @@ from fedalt.model.state import ClientState
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint
 from fedalt.runs.client_folder import client_ids, read_client, write_client
 from fedalt.runs.clients import plan_phases
-from fedalt.runs.folder import IfExists, RunFolder, claim_folder, finished_run
+from fedalt.runs.folder import IfExists, RunFolder, claim_folder, finished_run, kept_scores
 from fedalt.runs.setup import Experiment, load_resident, prepare
 
 FOLDER = "newcomers"
@@ -55,7 +55,7 @@ def onboard(
     """
     folder, config = finished_run(path)
     members = client_ids(folder)
-    checkpoint = load_checkpoint(folder.checkpoints)
+    checkpoint = load_checkpoint(folder.checkpoints, upto=kept_scores(folder)["round"])
     if checkpoint is None:
         raise UserError(f"{path}: no checkpoint left, so nobody can be told what the run has learnt")
     newcomers = _newcomers(config, data, members)
@@ -102,8 +102,9 @@ def _newcomers(config: RunConfig, data: str | None, members: list[int]) -> Feder
 
 
 def _settings(config: RunConfig, epochs: int) -> RunConfig:
-    training = config.training.model_copy(update={"local_epochs": max(epochs, 1)})
-    return config.model_copy(update={"training": training})
+    training = config.training.model_copy(update={"local_epochs": max(epochs, 1), "max_steps": None})
+    evaluation = config.evaluation.model_copy(update={"early_stop": None})
+    return config.model_copy(update={"training": training, "evaluation": evaluation})
 
 
 def _join(

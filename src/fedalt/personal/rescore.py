@@ -12,12 +12,16 @@ from fedalt.errors import UserError, listed
 from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.federation.client import cohort_size, cohorts
 from fedalt.runs.client_folder import client_ids, read_client
-from fedalt.runs.folder import finished_run
+from fedalt.runs.folder import Which, finished_run
 from fedalt.runs.setup import load_resident
 
 
 def rescore(
-    path: Path, client: int | None = None, data: str | None = None, central: bool = False
+    path: Path,
+    client: int | None = None,
+    data: str | None = None,
+    central: bool = False,
+    which: Which | None = None,
 ) -> dict[int, Evaluation]:
     """Score the clients of a run from their folders.
 
@@ -27,6 +31,7 @@ def rescore(
         data: Other rows in place of the run's own, all test rows of their clients; rows that are nobody's are scored by
             every model, those of a source without test rows all.
         central: Score every model on the test rows of all clients together.
+        which: The best round on validation rows, or the last one; the one that is kept when not given.
     """
     folder, config = finished_run(path)
     clients = client_ids(folder) if client is None else [client]
@@ -43,7 +48,7 @@ def rescore(
     everything = [example for mine in examples.values() for example in mine.test] if central else []
     scored: dict[int, Evaluation] = {}
     for cohort in cohorts(clients, cohort_size(config.federation, len(clients))):
-        personal = [read_client(folder, c, resident.base) for c in cohort]
+        personal = [read_client(folder, c, resident.base, which) for c in cohort]
         evaluations = evaluate(
             resident.model,
             resident.base.tokenizer,

@@ -18,7 +18,7 @@ from fedalt.report import figures, insights
 from fedalt.report.page import Section, page, paragraph, table
 from fedalt.report.theme import Drawing, caption, shown
 from fedalt.runs.events import Event, first_start, read_events
-from fedalt.runs.folder import RunFolder, open_run
+from fedalt.runs.folder import RunFolder, kept_scores, open_run
 
 if TYPE_CHECKING:
     from fedalt.runs.setup import Bases
@@ -30,7 +30,9 @@ def write_report(folder: RunFolder) -> Path:
     start = first_start(events)
     if start is None:
         raise UserError(f"{folder.path}: no run to report on (no run_started in events.jsonl)")
-    latest = {str(e["client"]): e for e in events if e["event"] == "scores" and e["point"] == "after"}
+    kept = kept_scores(folder)["round"] if folder.final_scores.is_file() else None
+    after = [e for e in events if e["event"] == "scores" and e["point"] == "after"]
+    latest = {str(e["client"]): e for e in after if kept is None or e["round"] <= kept}
     scores = {c: latest[c][start["metric"]] if c in latest else 0.0 for c in start["tasks"]}
     tasks = {client: start["tasks"][client] for client in shown(scores, metric_of(start["metric"]).higher_is_better)}
     insight = read_insight(folder) or {}

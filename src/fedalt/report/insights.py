@@ -15,7 +15,7 @@ from fedalt.evaluation.metrics import metric_of
 from fedalt.personal.insight import BINS, write_insight
 from fedalt.report.page import paragraph
 from fedalt.report.theme import PATTERNS, SEQUENTIAL, Drawing, again, cells, colour, decimals, labels, shown, styled
-from fedalt.runs.folder import RunFolder, final_scores
+from fedalt.runs.folder import RunFolder, final_scores, kept_scores
 from fedalt.runs.setup import Bases, Resident
 
 Insight = Mapping[str, Any]
@@ -27,8 +27,7 @@ _CATEGORIES = 16
 
 def look(folder: RunFolder, count: int, resident: Resident | None = None, rows: Rows | None = None) -> None:
     """Write a finished run's insight for the clients that its report shows; see ``write_insight``."""
-    scores = final_scores(folder)
-    name, found = scores["metric"], scores["last"]["clients"]
+    name, found = final_scores(folder)["metric"], kept_scores(folder)["clients"]
     clients = [int(c) for c in shown({c: v[name] for c, v in found.items()}, metric_of(name).higher_is_better)]
     config = load_config(folder.config, recorded=True)
     write_insight(folder, config, clients, count, resident=resident, rows=rows)

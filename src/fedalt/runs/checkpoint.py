@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,6 +53,11 @@ class Checkpoint:
     seen: Mapping[int, int] = field(default_factory=dict)
     memory: Tensors = field(default_factory=dict)
 
+    @property
+    def best_round(self) -> list[int]:
+        """The best round, if one is known."""
+        return [self.best["round"]] if self.best else []
+
     def state(self, client: int) -> ClientState:
         """A client's state."""
         return load_state(self._file(STATES, client))
@@ -65,6 +70,7 @@ class Checkpoint:
         """Put the server back to where it was."""
         server.uploads, server.read, server.round = self.uploads, self.upload, self.round
         server.seen, server.memory = self.seen, self.memory
+        server.forget()
 
     def put_state(self, state: ClientState) -> None:
         """Write a client's state."""
@@ -100,7 +106,7 @@ class Checkpoint:
 def next_checkpoint(previous: Checkpoint, number: int | None = None) -> Iterator[Checkpoint]:
     """The next round's checkpoint, or a later one's, to be filled; there when the block ends well, else not at all."""
     number = previous.round + 1 if number is None else number
-    path = previous.path.with_name(f"round_{number:04d}")
+    path = previous.path.with_name(_name(number))
     with new_folder(path) as temporary:
         checkpoint = Checkpoint(temporary, number, best=previous.best, cohort=previous.cohort)
         yield checkpoint
@@ -113,20 +119,19 @@ def run_id(settings: Mapping[str, Any], base: str, rows: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def prune(folder: Path, best: Mapping[str, Any] | None) -> None:
-    """Keep the last two checkpoints and the best round's; drop the others, and what a kill left half written."""
-    keep = {path.name for path in _rounds(folder)[-2:]} | ({f"round_{best['round']:04d}"} if best else set())
+def prune(folder: Path, rounds: Iterable[int] = ()) -> None:
+    """Keep the last two checkpoints and some others; drop the rest, and what a kill left half written."""
+    keep = {path.name for path in _rounds(folder)[-2:]} | set(map(_name, rounds))
     for path in folder.glob("*round_*"):
         if path.name not in keep:
             shutil.rmtree(path)
 
 
-def load_checkpoint(folder: Path, *runs: str) -> Checkpoint | None:
-    """The newest checkpoint, of one of these runs if any is named; None when no round has finished."""
-    rounds = _rounds(folder)
-    if not rounds:
+def load_checkpoint(folder: Path, *runs: str, upto: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint, of one of these runs if any is named, no later than a round; None if there is none."""
+    path = next((path for path in reversed(_rounds(folder)) if upto is None or _number(path) <= upto), None)
+    if path is None:
         return None
-    path = rounds[-1]
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         uploads = {int(client): Upload(**known) for client, known in manifest["uploads"].items()}
@@ -148,6 +153,20 @@ def load_checkpoint(folder: Path, *runs: str) -> Checkpoint | None:
             f"{path}: checkpoint of another run (other settings, base weights or rows); nothing was changed"
         )
     return checkpoint
+
+
+def rounds_for(folder: Path, asked: Iterable[int]) -> set[int]:
+    """The checkpoints that hold what was so after some rounds."""
+    numbers = list(map(_number, _rounds(folder)))
+    return {max((mine for mine in numbers if mine <= number), default=0) for number in asked}
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("round_"))
+
+
+def _name(number: int) -> str:
+    return f"round_{number:04d}"
 
 
 def _rounds(folder: Path) -> list[Path]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fedalt.compat import slot_today
 from fedalt.data.encode import template_text
@@ -15,10 +16,12 @@ from fedalt.model.layer import Mixing, Placement
 from fedalt.model.peft_files import LoraFolder, read_folder, write_extras, write_lora, write_mixer
 from fedalt.model.state import ClientState
 from fedalt.names import Key, parted
-from fedalt.runs.folder import RunFolder
+from fedalt.runs.folder import RunFolder, Which, final_scores
 from fedalt.runs.setup import Experiment
 
 CONFIG = "fedalt_config.json"
+MERGED_FIRST = "merged_first"
+"""Folder of the adapter that was merged into the base before the first round, and must be before these are added."""
 
 
 def write_client(path: Path, state: ClientState, experiment: Experiment, round_: int) -> None:
@@ -30,7 +33,30 @@ def write_client(path: Path, state: ClientState, experiment: Experiment, round_:
         if placement.mixed:
             write_mixer(folder, state.tensors)
         write_extras(folder, state.tensors)
+        how = experiment.config.model
+        if how.adapter and how.adapter_as == "merged":
+            shutil.copytree(how.adapter, folder / MERGED_FIRST)
         write_json(folder / CONFIG, client_config(experiment, state, round_))
+
+
+def save_client(run: RunFolder, state: ClientState, experiment: Experiment, round_: int) -> None:
+    """Write a client's folder: of a run's last round, and after it of its best one, if that is another.
+
+    With early stopping it is the best round's that ``clients/`` keeps, and the last round's goes to ``last/``.
+    """
+    path = run.client(state.client)
+    there = read_json(path / CONFIG)["round"] if (path / CONFIG).is_file() else 0
+    others: dict[Which, Path] = {which: run.other_round(state.client, which) for which in get_args(Which)}
+    if there < round_:  # a last round that is new
+        for other in others.values():
+            shutil.rmtree(other, ignore_errors=True)
+    elif there > round_ and experiment.config.evaluation.early_stop is None:
+        path = others["best"]
+    elif there > round_:
+        shutil.rmtree(others["last"], ignore_errors=True)
+        others["last"].parent.mkdir(exist_ok=True)
+        path.rename(others["last"])
+    write_client(path, state, experiment, round_)
 
 
 def lora_folder(experiment: Experiment, slot: str) -> LoraFolder:
@@ -39,8 +65,9 @@ def lora_folder(experiment: Experiment, slot: str) -> LoraFolder:
     ranks = experiment.shape.ranks
     rank = ranks.get(slot) or max(ranks.values())  # a fused slot has the rank of what it is made of
     conv = any(type(layer.base_layer).__name__ == "Conv1D" for layer in resident.model.layers.values())
-    alpha = experiment.settings.answering.scale * rank
-    return LoraFolder(resident.base.source, rank, alpha, lora.dropout, conv, experiment.config.model.task)
+    scale = experiment.settings.answering.scale
+    alpha = round(scale * rank**0.5, 9) if lora.rslora else scale * rank
+    return LoraFolder(resident.base.source, rank, alpha, lora.dropout, conv, experiment.config.model.task, lora.rslora)
 
 
 def client_config(experiment: Experiment, state: ClientState, round_: int) -> dict[str, Any]:
@@ -80,9 +107,9 @@ class PersonalModel:
     placement: Placement
 
 
-def read_client(run: RunFolder, client: int, base: Base) -> PersonalModel:
-    """Load a client's folder."""
-    path = client_folder(run, client)
+def read_client(run: RunFolder, client: int, base: Base, which: Which | None = None) -> PersonalModel:
+    """Load a client's folder, of the round that is kept or of another; see ``client_folder``."""
+    path = client_folder(run, client, which)
     about = read_json(path / CONFIG)
     if about["base"]["sha256"] != base.sha256:
         raise UserError(f"{path}: made for another base model ({about['base']['source']}); the weights differ")
@@ -93,11 +120,20 @@ def read_client(run: RunFolder, client: int, base: Base) -> PersonalModel:
     return PersonalModel(ClientState(about["client_id"], about["round"], tensors, heads=heads), placement)
 
 
-def client_folder(run: RunFolder, client: int) -> Path:
-    """A client's folder."""
+def client_folder(run: RunFolder, client: int, which: Which | None = None) -> Path:
+    """A client's folder, of the round that is kept, or of the best or the last one."""
     if not (run.client(client) / CONFIG).is_file():
         raise UserError(f"{run.path}: no client {client} here; known: {listed(client_ids(run)) or 'none'}")
-    return run.client(client)
+    if which is None:
+        return run.client(client)
+    scores = final_scores(run)
+    asked = scores["last" if which == "last" else "best_validation"]
+    if asked is None:
+        raise UserError(f"{run.path}: --round best: no client has validation rows (data.validation_rows)")
+    for path in (run.client(client), run.other_round(client, which)):
+        if (path / CONFIG).is_file() and read_json(path / CONFIG)["round"] == asked["round"]:
+            return path
+    raise UserError(f"{run.path}: the adapters of round {asked['round']} were not kept")
 
 
 def client_ids(run: RunFolder) -> list[int]:

@@ -16,7 +16,7 @@ from fedalt.methods.base import Message
 from fedalt.model.state import ClientState
 from fedalt.names import REST_OF_WORLD
 from fedalt.runs.checkpoint import Checkpoint
-from fedalt.runs.client_folder import write_client
+from fedalt.runs.client_folder import save_client
 from fedalt.runs.events import EventLog
 from fedalt.runs.folder import RunFolder
 from fedalt.runs.scoring import Points, Scoring, log_points
@@ -59,8 +59,12 @@ class ClientBackend(Protocol):
     def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
         """Score every client into the run's folder and log; the mean on validation rows, if there are any."""
 
-    def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
-        """Write every client's personal model."""
+    def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message]) -> None:
+        """Write every client's personal model: of the last round, and after it of the best one, if that is another."""
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best round's states are still there at the end."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +131,18 @@ class LocalClients:
         scoring = Scoring(self.experiment, self.folder, self.log)
         return scoring.points(new.round, states_in(new, self.experiment), after, changed=len(messages) > 0)
 
-    def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
+    @property
+    def keeps_best(self) -> bool:
+        """In the best round's checkpoint."""
+        return True
+
+    def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message]) -> None:
         """Write every client's folder."""
-        states = self._starts(last, messages)
+        states = self._starts(checkpoint, messages)
         clients = self.experiment.federation.ids
         for part in cohorts(clients, cohort_size(self.experiment.config.federation, len(clients))):
             for state in self.experiment.personalised([states[client] for client in part]):
-                write_client(self.folder.client(state.client), state, self.experiment, last.round)
+                save_client(self.folder, state, self.experiment, checkpoint.round)
 
     def _starts(self, last: Checkpoint, messages: Mapping[int, Message]) -> PerClient[ClientState]:
         """Every client as it starts the next round: what is scored, saved, chatted with, and trained on.

@@ -101,9 +101,14 @@ class Devices:
                 points.setdefault(point, {}).update(scores)
         return log_points(self.here.log, new.round, points, self.here.experiment.config.metric)
 
-    def save(self, last: Checkpoint, messages: Mapping[int, Message]) -> None:
+    @property
+    def keeps_best(self) -> bool:
+        """In the best round's checkpoint."""
+        return True
+
+    def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message]) -> None:
         """Write every client's folder."""
-        self.here.save(last, messages)
+        self.here.save(checkpoint, messages)
 
     def _spread(
         self,

@@ -17,6 +17,8 @@ from fedalt.files import disk_errors, read_json, write_json, write_json_lines, w
 from fedalt.runs.events import first_start, read_events
 
 IfExists = Literal["ask", "resume", "overwrite"]
+Which = Literal["best", "last"]
+"""The best round on validation rows, or the last one."""
 
 
 class RunFolder:
@@ -33,8 +35,12 @@ class RunFolder:
         self.report = path / "report.html"
 
     def client(self, client: int) -> Path:
-        """A client's adapters as PEFT folders, and its mixer."""
+        """A client's adapters as PEFT folders, and its mixer, of the round that is kept."""
         return self.path / "clients" / str(client)
+
+    def other_round(self, client: int, which: Which) -> Path:
+        """The same of the best round, or of the last one, where that is not the one that is kept."""
+        return self.path / which / str(client)
 
     def answers(self, client: int, round_: int) -> Path:
         """A client's answers to its test rows."""
@@ -134,6 +140,17 @@ def claim_folder(path: Path, if_exists: IfExists) -> RunFolder:
             shutil.rmtree(path, ignore_errors=not path.exists())
         path.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def kept_scores(folder: RunFolder) -> dict[str, Any]:
+    """The final scores of the models that clients keep: those of the last round, or with early stopping of the best."""
+    return kept(final_scores(folder))
+
+
+def kept(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of the content of ``final_scores.json``."""
+    chosen: dict[str, Any] = scores[scores.get("kept", "last")]
+    return chosen
 
 
 def final_scores(folder: RunFolder) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint,
 from fedalt.runs.clients import ClientBackend, ClientReport, LocalClients
 from fedalt.runs.devices import Devices, fitting_cohort, started
 from fedalt.runs.events import EventLog, Sink
-from fedalt.runs.folder import RunFolder, check_code
+from fedalt.runs.folder import RunFolder, check_code, kept
 from fedalt.runs.machine import commit, peak_memory, versions
-from fedalt.runs.setup import Experiment, RunInfo
+from fedalt.runs.setup import NO_VALIDATION, Experiment, RunInfo
 
 
 @dataclass
@@ -51,7 +51,16 @@ class Loop:
                 self._evaluate(new, messages)
             new.write_manifest(self.run)
         self.checkpoint = new
-        prune(self.folder.checkpoints, new.best)
+        prune(self.folder.checkpoints, new.best_round)
+
+    @property
+    def over(self) -> bool:
+        """Whether all rounds are done, or so many evaluations have been no better on validation rows as is allowed."""
+        evaluation, now, best = self.info.config.evaluation, self.checkpoint.round, self.checkpoint.best
+        if now >= self.info.config.federation.rounds:
+            return True
+        since = sum(map(self._evaluates, range(best["round"] + 1, now + 1))) if best else 0
+        return evaluation.early_stop is not None and since >= evaluation.early_stop
 
     def finish(self) -> dict[str, Any]:
         """Write every client's folder and the final scores."""
@@ -60,16 +69,30 @@ class Loop:
             self._evaluate(self.checkpoint, messages)  # resumed to fewer rounds, or a site was away
         self.backend.save(self.checkpoint, messages)
         last, best = self._final(number), self.checkpoint.best
+        if best and best["round"] != number and self.backend.keeps_best:
+            self._save_best(best["round"])
+        early = self.info.config.evaluation.early_stop is not None
         scores = {
             "method": self.info.method.name,
             "metric": self.info.config.metric,
             "last": last,
             "best_validation": self._final(best["round"]) if best else None,
+            **({"kept": "best_validation"} if best and early else {}),
         }
         write_json(self.folder.final_scores, scores)
-        means = {"metric": scores["metric"], "mean": last["mean"], "worst": last["worst"]}
+        final = kept(scores)
+        means = {"metric": scores["metric"], "mean": final["mean"], "worst": final["worst"]}
         self.log.emit("run_finished", round=number, **means)
         return scores
+
+    def _save_best(self, number: int) -> None:
+        """Write the models of the best round, as its checkpoint has them."""
+        found = load_checkpoint(self.folder.checkpoints, upto=number)
+        if found is None or found.round != number:
+            return
+        found.restore(self.server)
+        self.backend.save(found, self.server.messages(self.info.clients))
+        self.checkpoint.restore(self.server)
 
     def _train(self, new: Checkpoint) -> list[ClientReport]:
         config, number = self.info.config, new.round
@@ -128,6 +151,8 @@ class Loop:
         self.log.emit("evaluated", round=checkpoint.round, seconds=seconds, peak_memory=peak_memory())
         best = checkpoint.best
         metric = metric_of(self.info.config.metric)
+        if validation is None and best is None and self.info.config.evaluation.early_stop:
+            raise UserError(NO_VALIDATION)
         if validation is not None and (best is None or metric.better(validation, best["score"])):
             checkpoint.best = {"round": checkpoint.round, "score": validation}
 
@@ -155,6 +180,7 @@ _FREE: dict[str, Any] = {
     "report": True,
     "plugins": True,
     "federation": {"cohort", "devices"},
+    "evaluation": {"early_stop"},
     "flower": {"min_sites", "round_deadline", "allow_two", "client_gpus"},
 }
 """Settings that may differ when a run is resumed; rounds may be raised, too, unless the method plans by them."""
@@ -186,8 +212,12 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
 
 def go(loop: Loop) -> dict[str, Any]:
     """All rounds that are left, and the end."""
-    while loop.checkpoint.round < loop.info.config.federation.rounds:
+    while not loop.over:
         loop.round()
+    number, best = loop.checkpoint.round, loop.checkpoint.best
+    if best and number < loop.info.config.federation.rounds:
+        text = f"stopped after round {number}: no better score on validation rows since round {best['round']}"
+        loop.log.emit("note", round=number, text=text)
     return loop.finish()
 
 
@@ -219,7 +249,7 @@ def frozen_settings(config: RunConfig, method: Method) -> dict[str, Any]:
 def _frozen(config: RunConfig, method: Method) -> dict[str, Any]:
     """The settings without those that are free, with the sections of all methods."""
     values = config.model_dump(mode="json", exclude=_FREE)
-    if not method.depends_on_rounds:
+    if not method.plans_by_rounds:
         del values["federation"]["rounds"]
     if not config.evaluation.metrics:
         del values["evaluation"]["metrics"]  # as before there was such a setting
@@ -253,8 +283,8 @@ def _write_start(loop: Loop, resumed: bool) -> None:
     if resumed:
         loop.log.truncate(done)
         folder.clean_results(done)
-        prune(folder.checkpoints, loop.checkpoint.best)
-        if done < info.config.federation.rounds:
+        prune(folder.checkpoints, loop.checkpoint.best_round)
+        if not loop.over:
             folder.final_scores.unlink(missing_ok=True)  # until it has finished again
     else:
         folder.events.unlink(missing_ok=True)

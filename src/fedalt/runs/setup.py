@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -38,8 +39,9 @@ from fedalt.methods.registry import build, configured
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.base import Base, load_base, positions
 from fedalt.model.classifier import drawn_heads
-from fedalt.model.state import AdapterShape, ClientState, initial_state, start_group
-from fedalt.names import Key
+from fedalt.model.peft_files import read_plain_lora
+from fedalt.model.state import AdapterShape, ClientState, digest, initial_state, start_group
+from fedalt.names import B, Key, Tensors
 from fedalt.seeding import rng
 
 
@@ -81,6 +83,9 @@ class RunInfo:
     def clients(self) -> tuple[int, ...]:
         """Ids of all clients."""
         return tuple(self.samples)
+
+
+NO_VALIDATION = "evaluation.early_stop: no client has validation rows; hold some out with data.validation_rows"
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ class Experiment:
         settings: What ``client_round`` needs besides states.
         notes: What the user should know: skipped rows, a federation of two.
         rows: Where the rows came from; other runs may share it.
+        start: What every client starts from instead of what is drawn, from ``model.adapter``.
     """
 
     config: RunConfig
@@ -137,6 +143,7 @@ class Experiment:
     settings: RoundSettings
     notes: tuple[str, ...]
     rows: Rows
+    start: Tensors = field(default_factory=dict)
 
     @property
     def shape(self) -> AdapterShape:
@@ -149,6 +156,12 @@ class Experiment:
         return hashlib.sha256(json.dumps(digests(self.federation)).encode()).hexdigest()
 
     @property
+    def base_digest(self) -> str:
+        """Fingerprint of the base, and of the adapter that clients start from."""
+        base = self.resident.base.sha256
+        return hashlib.sha256(f"{base} {digest(self.start)}".encode()).hexdigest() if self.start else base
+
+    @property
     def info(self) -> RunInfo:
         """What the rounds know of this run."""
         config, rows = self.config, self.federation.clients
@@ -157,7 +170,7 @@ class Experiment:
         return RunInfo(
             config,
             self.method,
-            self.resident.base.sha256,
+            self.base_digest,
             self.rows_digest,
             {client: len(mine.train) for client, mine in self.examples.items()},
             self.trainers,
@@ -192,8 +205,15 @@ class Experiment:
         lora, seed = self.config.lora, self.config.seed
         rank = self.method.rank_of(client)
         state = initial_state(
-            self.shape, client, seed, lora.init, lora.mixer_init, frozen=self.method.frozen, rank=rank
-        )
+            self.shape,
+            client,
+            seed,
+            lora.init,
+            lora.mixer_init,
+            frozen=self.method.frozen,
+            rank=rank,
+            distribution=lora.distribution,
+        ).with_tensors(self.start)
         return replace(state, heads=self.resident.heads(seed, start_group(lora.init, client)))
 
     @property
@@ -234,12 +254,17 @@ class Experiment:
 def load_resident(config: RunConfig) -> Resident:
     """Load the base model and wrap its targets."""
     base = load_base(config.model)
-    checkpointing = config.model.gradient_checkpointing
-    pooling = config.model.pooling
+    how, lora = config.model, config.lora
     model = AdaptedModel(
-        base.model, targets=config.lora.targets, gradient_checkpointing=checkpointing, heads=base.heads, pooling=pooling
+        base.model,
+        targets=lora.targets,
+        gradient_checkpointing=how.gradient_checkpointing,
+        heads=base.heads,
+        pooling=how.pooling,
+        layers=lora.layers,
+        exclude=lora.exclude,
     )
-    if config.model.task == "causal_lm" and not model.causal:
+    if how.task == "causal_lm" and not model.causal:
         kind = type(base.model).__name__
         raise UserError(f"model.name: in {kind} a token sees those after it, so it cannot learn to write answers")
     return Resident(base, model)
@@ -272,6 +297,8 @@ def prepare(
     resident = resident or load_resident(config)
     config, shortened = read_settings(config, federation, resident.base.model, resident.base.tokenizer)
     examples = encode_federation(federation, _encoder(rows, resident, config), config.data)
+    if config.evaluation.early_stop and clients is None and not any(mine.validation for mine in examples.values()):
+        raise UserError(NO_VALIDATION)  # a site knows its own rows only
     if metric_of(config.metric).reads == "option":
         _check_options(config.metric, examples)
     method = build(config, clients or len(federation.clients), resident.model.layer_sizes)
@@ -283,7 +310,30 @@ def prepare(
         *_padding(config, resident.model),
         *_notes(config, federation, examples, method),
     )
-    return Experiment(config, federation, examples, resident, method, settings, notes, rows)
+    start = _adapter_start(config, method) if config.model.adapter_as == "start" else {}
+    return Experiment(config, federation, examples, resident, method, settings, notes, rows, start)
+
+
+def _adapter_start(config: RunConfig, method: Method) -> Tensors:
+    """The tensors of ``model.adapter`` as those of the first LoRA that is no mean of others', at this run's scale."""
+    if config.model.adapter is None:
+        raise UserError("model.adapter_as: start, but no model.adapter is given")
+    slot = next(name for name in method.slot_names if name not in method.frozen)
+    rank, scale, tensors = read_plain_lora(Path(config.model.adapter))
+    if method.client_ranks is not None or rank != method.ranks[slot]:
+        own = "clients' own ranks" if method.client_ranks else f"{method.ranks[slot]} of {slot}"
+        raise UserError(f"model.adapter: {config.model.adapter} has rank {rank}, which is not {own}; set lora.r={rank}")
+    outside = next((module for module, _ in tensors if module not in method.layers), None)
+    if outside:
+        raise UserError(
+            f"model.adapter: {config.model.adapter} adapts {outside}, which is no target here; lora.targets"
+        )
+    found = {Key(module, slot, factor): value for (module, factor), value in tensors.items()}
+    shapes = method.shape.shapes()
+    wrong = next((key for key, value in found.items() if tuple(value.shape) != shapes[key]), None)
+    if wrong:
+        raise UserError(f"model.adapter: {wrong} is {tuple(found[wrong].shape)}, and {shapes[wrong]} here")
+    return {key: value * (scale / method.scale) if key.factor == B else value for key, value in found.items()}
 
 
 def _encoder(rows: Rows, resident: Resident, config: RunConfig) -> Encoder:
@@ -375,6 +425,8 @@ def _notes(
     config: RunConfig, federation: Federation, examples: dict[int, ClientExamples], method: Method
 ) -> tuple[str, ...]:
     notes = [*federation.notes[1:], *left_out(examples, config.data.cutoff), *_script(config, examples)]
+    if config.training.max_steps:
+        notes.append(f"training.max_steps={config.training.max_steps} stands in place of training.local_epochs")
     if method.leave_one_out and method.clients == 2:
         notes.append("two clients: each one's RoW LoRA is the other client's individual LoRA, nothing is hidden")
     if method.leave_one_out and method.clients == 1:
@@ -391,7 +443,7 @@ class Bases:
 
     def of(self, config: RunConfig) -> Resident:
         """The base of a run, wrapped for its targets."""
-        wanted = (config.model, config.lora.targets)
+        wanted = (config.model, config.lora.targets, config.lora.layers, config.lora.exclude)
         if self._resident is None or wanted != self._wanted:
             self._resident = None  # two bases at a time may not fit
             self._resident, self._wanted = load_resident(config), wanted

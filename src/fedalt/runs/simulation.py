@@ -54,6 +54,8 @@ class Rounds:
 
     def __init__(self, config: RunConfig, bases: Bases, rows: Rows) -> None:
         config = configured(config, config.method)
+        if config.evaluation.early_stop:
+            raise UserError("evaluation.early_stop: rounds by hand are not scored by themselves; stop asking for them")
         config, self._federation = load_rows(config, rows)
         self._config, self._bases, self._rows = config, bases, rows
         self._uploads: dict[int, Tensors] = {}
@@ -73,9 +75,9 @@ class Rounds:
         asked = self.experiment.config.federation.rounds
         total = asked if count is None else self.number + count
         if total != asked:
-            if self.number and self.experiment.method.depends_on_rounds:
+            if self.number and self.experiment.method.plans_by_rounds:
                 raise UserError(
-                    f"{self.experiment.method.name} plans by the number of rounds, {asked} here; begin anew for another"
+                    f"{self._by_rounds} plans by the number of rounds, {asked} here; begin anew for another"
                 )
             self.experiment = self._prepared(total)
             self.server.method = self.experiment.method
@@ -92,6 +94,11 @@ class Rounds:
             for evaluation in scored_on(experiment, experiment.personalised(states), "test"):
                 details[evaluation.client] = metrics_in(evaluation.scores)
         return Scores.of(experiment.config.metric, self.number, details)
+
+    @property
+    def _by_rounds(self) -> str:
+        method = self.experiment.method
+        return method.name if method.depends_on_rounds else "training.schedule_scope=run"
 
     def _prepared(self, rounds: int) -> Experiment:
         federation = self._config.federation.model_copy(update={"rounds": rounds})

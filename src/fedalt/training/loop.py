@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import pi
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedalt.config import TrainingConfig
 from fedalt.data.batches import Plan, cohort_steps
 from fedalt.data.encode import Input, laid_out
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.batch_layout import BatchLayout, MixerProbe
-from fedalt.training.loss import client_losses
-from fedalt.training.optimizer import PLAIN, Rule, StackedAdamW
+from fedalt.names import Key
+from fedalt.training.loss import step_losses
+from fedalt.training.optimizer import PLAIN, Rule, Stacked, optimizer_of
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,13 @@ class MixerWeights:
     owners: Int[Tensor, " t"]
 
     @classmethod
-    def of(cls, probe: MixerProbe, rows: BatchLayout) -> MixerWeights:
-        """What a probe saw while these rows were read."""
-        layers = {path: alpha.float().cpu() for path, alpha in probe.weights.items()}
-        return cls(layers, torch.repeat_interleave(torch.arange(len(rows.sizes)), torch.tensor(rows.client_tokens)))
+    def of(cls, *seen: tuple[MixerProbe, BatchLayout]) -> MixerWeights:
+        """What probes saw while some rows were read."""
+        layers = {
+            path: torch.cat([probe.weights[path].float().cpu() for probe, _ in seen]) for path in seen[0][0].weights
+        }
+        owners = [torch.arange(len(r.sizes)).repeat_interleave(torch.tensor(r.client_tokens)) for _, r in seen]
+        return cls(layers, torch.cat(owners))
 
     def means(self, slot: int, clients: int) -> list[list[float]]:
         """Mean weight of one slot per client (outer) and layer (inner), over tokens."""
@@ -54,7 +59,7 @@ def mixer_weights(model: AdaptedModel, inputs: Sequence[Sequence[Input]]) -> Mix
     rows = BatchLayout(tuple(map(len, inputs)), tuple(map(len, flat)))
     probe = MixerProbe()
     model.hidden(laid_out(flat).to(model.device), rows, probe=probe)
-    return MixerWeights.of(probe, rows)
+    return MixerWeights.of((probe, rows))
 
 
 OnStep = Callable[[int, int], None]
@@ -87,25 +92,38 @@ def train(
     plans: Sequence[Plan],
     config: TrainingConfig,
     on_step: OnStep = lambda done, total: None,
+    *,
     rule: Rule = PLAIN,
+    optimizer: Stacked | None = None,
+    turn: Turn = (1, 1),
 ) -> list[TrainingStats]:
     """Train every client on the model for the steps of its plan; clients with fewer steps stop earlier, untouched.
 
-    The learning rate of a client falls linearly from ``lr`` to 0 over its own steps, as with the Hugging Face
-    Trainer that the official code starts anew every round.
+    By default, the learning rate of a client falls linearly from ``lr`` to 0 over its own steps, as with the Hugging
+    Face Trainer that the official code starts anew every round.
+
+    Args:
+        model: The model with the cohort's adapters on it.
+        plans: Rows of every client's steps.
+        config: The settings.
+        on_step: Told of every step.
+        rule: How a step is taken.
+        optimizer: Of what ``moved`` says; a new one when not given.
+        turn: See ``Turn``.
     """
-    moved = [parameter for key, parameter in model.trainable.items() if rule.by_optimizer(key)]
-    optimizer = StackedAdamW(moved, config.weight_decay, config.max_grad_norm)
+    optimizer = optimizer or optimizer_of(config, list(moved(model, rule).values()))
     lengths = torch.tensor([len(plan.steps) for plan in plans], device=model.device)
     totals = torch.zeros(len(plans), device=model.device)
     steps, alphas = int(lengths.max()), dict[int, tuple[float, ...]]()
     model.train()
-    for step, batch in enumerate(cohort_steps(plans)):
-        probe = MixerProbe() if any(len(plan.steps) == step + 1 for plan in plans) else None
-        losses = partial(client_losses, model, batch.to(model.device), probe)
-        totals += rule(losses, model.trainable, optimizer, learning_rates(config, step, lengths), step < lengths)
-        if probe and probe.weights:
-            weights = MixerWeights.of(probe, batch.rows).means(0, len(plans))
+    for step, parts in enumerate(cohort_steps(plans, config.batch_size)):
+        last = any(len(plan.steps) == step + 1 for plan in plans)
+        probes = [MixerProbe() if last else None for _ in parts]
+        losses = partial(step_losses, model, parts, probes)
+        totals += rule(losses, model.trainable, optimizer, learning_rates(config, step, lengths, turn), step < lengths)
+        seen = [(probe, part.rows) for probe, part in zip(probes, parts, strict=True) if probe and probe.weights]
+        if seen:
+            weights = MixerWeights.of(*seen).means(0, len(plans))
             alphas |= {k: tuple(weights[k]) for k, plan in enumerate(plans) if len(plan.steps) == step + 1}
         on_step(step + 1, steps)
     model.train(False)
@@ -116,10 +134,36 @@ def train(
     ]
 
 
-def learning_rates(config: TrainingConfig, step: int, lengths: torch.Tensor) -> torch.Tensor:
-    """Each client's learning rate at its own step."""
-    decay = (1 - step / lengths).clamp(min=0) if config.schedule == "linear" else torch.ones(len(lengths))
-    return config.lr * decay.to(lengths.device)
+def moved(model: AdaptedModel, rule: Rule) -> dict[Key, nn.Parameter]:
+    """What the optimiser moves of what trains."""
+    return {key: parameter for key, parameter in model.trainable.items() if rule.by_optimizer(key)}
+
+
+Turn = tuple[int, int]
+"""A round, from 1, and how many rounds share one schedule of the learning rate."""
+
+
+def learning_rates(
+    config: TrainingConfig, step: int, lengths: Int[Tensor, " k"], turn: Turn = (1, 1)
+) -> Float[Tensor, " k"]:
+    """Each client's learning rate at its own step, by the rules of ``transformers.get_scheduler``.
+
+    Args:
+        config: Its peak, shape and warm-up.
+        step: The step, from 0.
+        lengths: Steps of every client in each round.
+        turn: See ``Turn``; a client that was absent goes on where it would be.
+    """
+    now, total = (turn[0] - 1) * lengths + step, turn[1] * lengths
+    share = 0 < config.warmup < 1
+    warm = (total.double() * config.warmup).ceil() if share else torch.full_like(total, int(config.warmup)).double()
+    left, past = (total - warm).clamp(min=1), now - warm
+    falls = {
+        "linear": (1 - left.float().reciprocal() * past.float()).clamp(min=0),  # rounded as runs always were
+        "cosine": (1 + (pi * (past / left).clamp(max=1)).cos()) / 2,
+        "constant": torch.ones_like(past),
+    }
+    return config.lr * torch.where(now < warm, now / warm.clamp(min=1), falls[config.schedule]).float()
 
 
 def _tokens(plan: Plan) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +15,7 @@ from fedalt.data.batches import Batch
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.batch_layout import MixerProbe
 from fedalt.model.targets import backbone_of
+from fedalt.training.optimizer import columns
 
 _LOGITS = {"cpu": 1 << 22, "cuda": 1 << 24}
 """Logits at a time (16 MiB in fp32): on a CPU larger pieces cost fresh memory and gain nothing. A guess for GPUs."""
@@ -22,17 +23,72 @@ _TOKENS = 64
 """Tokens at a time at least, whatever the vocabulary: fewer would wait for the head's weights."""
 
 
-def client_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None = None) -> Float[Tensor, " k"]:
+def client_losses(
+    model: AdaptedModel, batch: Batch, probe: MixerProbe | None = None, counts: Int[Tensor, " k"] | None = None
+) -> Float[Tensor, " k"]:
     """Mean cross-entropy of each client's answer tokens, or rows' classes; 0 for a client without rows in the batch.
 
     The sum over clients is what is differentiated, so each client gets exactly the gradient of training alone.
     (The loss built into Hugging Face models averages over all tokens of a batch and would let long rows of one
-    client shrink the steps of another.)
+    client shrink the steps of another.) ``counts`` are the targets of each client's step, where these are a part of it.
     """
     losses = _class_losses(model, batch, probe) if model.heads else token_losses(model, batch, probe)
     clients = len(batch.rows.sizes)
-    counts = torch.bincount(batch.owner, minlength=clients).clamp(min=1)
-    return torch.zeros(clients, device=losses.device, dtype=losses.dtype).index_add(0, batch.owner, losses) / counts
+    counts = target_counts(batch) if counts is None else counts
+    total = torch.zeros(clients, device=losses.device, dtype=losses.dtype).index_add(0, batch.owner, losses)
+    return total / counts.clamp(min=1)
+
+
+def target_counts(batch: Batch) -> Int[Tensor, " k"]:
+    """What every client has to predict in a batch."""
+    return torch.bincount(batch.owner, minlength=len(batch.rows.sizes))
+
+
+def step_losses(
+    model: AdaptedModel, parts: Sequence[Batch], probes: Sequence[MixerProbe | None]
+) -> Float[Tensor, " k"]:
+    """The losses of a step's parts as those of one batch; only one part's activations are in memory at a time."""
+    if len(parts) == 1:
+        return client_losses(model, parts[0].to(model.device), probes[0])
+    counts = torch.stack([target_counts(part) for part in parts]).sum(0).to(model.device)
+    losses = (
+        partial(client_losses, model, part.to(model.device), probe, counts)
+        for part, probe in zip(parts, probes, strict=True)
+    )
+    total: Tensor = PartLosses.apply(losses, *model.trainable.values())  # type: ignore[no-untyped-call]
+    return total
+
+
+class PartLosses(torch.autograd.Function):
+    """The sum of several losses ``[k]`` whose gradients are found one after another.
+
+    Client i's loss depends on the i-th slice of every parameter ``[k, …]`` alone, so the gradients of all are kept as
+    those of the sum over clients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, losses: Iterable[Callable[[], Float[Tensor, " k"]]], *parameters: Tensor) -> Tensor:
+        """Forward and, where somebody will ask for it, backward, part by part."""
+        needed, values = any(ctx.needs_input_grad), list[Tensor]()
+        grads: list[Tensor | None] = [None] * len(parameters)
+        for loss in losses:
+            with torch.set_grad_enabled(needed):
+                value = loss()
+                total = value.sum()
+            values.append(value.detach())
+            if needed:
+                found = torch.autograd.grad(total, parameters, allow_unused=True)
+                grads = [
+                    new if old is None else old if new is None else old + new
+                    for old, new in zip(grads, found, strict=True)
+                ]
+        ctx.save_for_backward(*grads)
+        return torch.stack(values).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, " k"]) -> tuple[Tensor | None, ...]:
+        """Each client's slices by its own factor."""
+        return None, *(None if kept is None else kept * columns(grad, kept) for kept in ctx.saved_tensors)
 
 
 def _class_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None) -> Float[Tensor, " s"]:

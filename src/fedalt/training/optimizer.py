@@ -1,36 +1,39 @@
-"""AdamW over stacked clients, and the rules by which one step of a cohort is taken."""
+"""Optimisers over stacked clients, and the rules by which one step of a cohort is taken."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from fedalt.config import TrainingConfig
 from fedalt.errors import UserError
-from fedalt.names import Key
+from fedalt.names import Key, Tensors
 
 _TOGETHER = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Numbers that are moved together: a CPU keeps a megabyte near by, a GPU waits for every launch."""
 
 
-class StackedAdamW:
-    """AdamW on tensors ``[k, …]`` as if each of the k slices had an optimiser of its own.
+def columns(values: Float[Tensor, " k"], like: Float[Tensor, "k ..."]) -> Tensor:
+    """One number per client, to go with a tensor of them all."""
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
-    Per client: clip the gradient to ``max_grad_norm`` over all of its tensors, then
 
-        m ← β1 m + (1−β1) g,   v ← β2 v + (1−β2) g²,   p ← p − lr·(wd·p + m̂ / (√v̂ + ε))
+class Stacked(ABC):
+    """An optimiser of tensors ``[k, …]`` as if each of the k slices had one of its own.
 
-    A client that is not active in a step keeps its parameters, its moments and its step count bit for bit.
-    β = (.9, .999) and ε = 1e-8, as in the paper's code.
+    Per client, the gradient is clipped to ``max_grad_norm`` over all of its tensors. A client that is not active in a
+    step keeps its parameters, its moments and its step counts bit for bit.
     """
 
-    betas = (0.9, 0.999)
-    eps = 1e-8
+    moments: ClassVar[tuple[str, ...]]
+    """What is remembered of every parameter, besides its step count."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], weight_decay: float, max_grad_norm: float) -> None:
         self.parameters = list(parameters)
@@ -39,8 +42,8 @@ class StackedAdamW:
         alike = defaultdict[tuple[int, ...], list[nn.Parameter]](list)
         for parameter in self.parameters:
             alike[tuple(parameter.shape)].append(parameter)
-        self.groups = [Alike.of(part) for members in alike.values() for part in _parts(members)]
-        self.steps = torch.zeros(len(self.parameters[0]), device=self.parameters[0].device, dtype=torch.float64)
+        parts = [part for members in alike.values() for part in _parts(members)]
+        self.groups = [Alike.of(part, len(self.moments)) for part in parts]
 
     @torch.no_grad()
     def step(self, lr: Float[Tensor, " k"], active: Bool[Tensor, " k"]) -> None:
@@ -51,10 +54,12 @@ class StackedAdamW:
         """
         if any(p.grad is None for p in self.parameters):
             raise RuntimeError("an adapter got no gradient: the base model's layers do not pass gradients through")
-        self.steps += active
         clip = self.clip_factors()
         for group in self.groups:
-            self._update(group, clip, lr, active)
+            group.steps.add_(active)
+            moved = self.moved(group, group.grad() * group.column(clip), lr)
+            for old, new in zip((group.values, *group.moments), moved, strict=True):
+                old.copy_(torch.where(group.column(active), new, old))
             for parameter in group.members:
                 parameter.grad = None
 
@@ -64,21 +69,97 @@ class StackedAdamW:
         norms = torch.cat(squares).sum(0).sqrt()
         return (self.max_grad_norm / (norms + 1e-6)).clamp(max=1)
 
-    def _update(self, group: Alike, clip: Tensor, lr: Tensor, active: Tensor) -> None:
-        def column(values: Tensor) -> Tensor:
-            shaped = values.view(-1, *[1] * (group.values.dim() - 2))
-            return shaped.to(group.values.dtype) if values.is_floating_point() else shaped
+    @abstractmethod
+    def moved(self, group: Alike, grad: Float[Tensor, "p k ..."], lr: Float[Tensor, " k"]) -> tuple[Tensor, ...]:
+        """The group's values after a step of every client, and its moments."""
 
-        grad = group.grad() * column(clip)
-        beta1, beta2 = self.betas
-        m = group.first.lerp(grad, 1 - beta1)
-        v = group.second * beta2 + grad.square() * (1 - beta2)
-        corrected = column((1 - beta2**self.steps).sqrt())
-        denominator = v.sqrt() / corrected + self.eps
+    def memory(self, parameter: nn.Parameter) -> dict[str, Float[Tensor, "k ..."]]:
+        """What is remembered of a parameter, by name: its own storage, to be read or written."""
+        group, at = next((g, i) for g in self.groups for i, member in enumerate(g.members) if member is parameter)
+        return {**{name: m[at] for name, m in zip(self.moments, group.moments, strict=True)}, STEPS: group.steps[at]}
+
+
+STEPS = "steps"
+
+
+class StackedAdamW(Stacked):
+    """AdamW.
+
+        m ← β1 m + (1−β1) g,   v ← β2 v + (1−β2) g²,   p ← p − lr·(wd·p + m̂ / (√v̂ + ε))
+
+    β = (.9, .999) and ε = 1e-8, as in the paper's code, unless given.
+    """
+
+    moments = ("first", "second")
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        weight_decay: float,
+        max_grad_norm: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(parameters, weight_decay, max_grad_norm)
+        self.betas, self.eps = betas, eps
+
+    def moved(self, group: Alike, grad: Tensor, lr: Tensor) -> tuple[Tensor, ...]:
+        """A step of AdamW."""
+        column, (beta1, beta2), steps = group.column, self.betas, group.steps
+        m = group.moments[0].lerp(grad, 1 - beta1)
+        v = group.moments[1] * beta2 + grad.square() * (1 - beta2)
+        denominator = v.sqrt() / column((1 - beta2**steps).sqrt()) + self.eps
         decayed = group.values * (1 - column(lr) * self.weight_decay)
-        moved = decayed - column(lr / (1 - beta1**self.steps)) * m / denominator
-        for old, new in ((group.values, moved), (group.first, m), (group.second, v)):
-            old.copy_(torch.where(column(active), new, old))
+        return decayed - column(lr / (1 - beta1**steps)) * m / denominator, m, v
+
+
+class StackedSGD(Stacked):
+    """SGD with momentum, as torch has it: g ← g + wd·p, m ← μ m + g, p ← p − lr·m."""
+
+    moments = ("first",)
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], weight_decay: float, max_grad_norm: float, momentum: float = 0.0
+    ) -> None:
+        super().__init__(parameters, weight_decay, max_grad_norm)
+        self.momentum = momentum
+
+    def moved(self, group: Alike, grad: Tensor, lr: Tensor) -> tuple[Tensor, ...]:
+        """A step of SGD."""
+        m = self.momentum * group.moments[0] + (grad + self.weight_decay * group.values)
+        return group.values - group.column(lr) * m, m
+
+
+def optimizer_of(config: TrainingConfig, parameters: Sequence[nn.Parameter]) -> Stacked:
+    """The optimiser that the settings name."""
+    common = (parameters, config.weight_decay, config.max_grad_norm)
+    if config.optimizer == "sgd":
+        return StackedSGD(*common, config.momentum)
+    return StackedAdamW(*common, config.betas, config.eps)
+
+
+Trainable = Mapping[Key, nn.Parameter]
+Memory = Mapping[str, Tensors]
+"""What one client's optimiser remembers: the name of a moment → tensor of every key; empty before the first step."""
+
+
+def recall(optimizer: Stacked, moved: Trainable, memories: Sequence[Memory]) -> None:
+    """Put the clients' optimisers back to where they were; what one has never moved starts at zero."""
+    for key, parameter in moved.items():
+        for name, value in optimizer.memory(parameter).items():
+            for mine, memory in zip(value, memories, strict=True):
+                if key in memory.get(name, {}):
+                    mine.copy_(memory[name][key])
+
+
+def remember(optimizer: Stacked, moved: Trainable, memories: Sequence[Memory]) -> list[Memory]:
+    """Each client's memory with what its optimiser knows now of the tensors that it moves, on the CPU."""
+    new: list[dict[str, dict[Key, Tensor]]] = [{name: dict(part) for name, part in old.items()} for old in memories]
+    for key, parameter in moved.items():
+        for name, value in optimizer.memory(parameter).items():
+            for memory, mine in zip(new, value.cpu(), strict=True):
+                memory.setdefault(name, {})[key] = mine.clone()
+    return list(new)
 
 
 @dataclass(frozen=True)
@@ -88,21 +169,28 @@ class Alike:
     Attributes:
         members: The p parameters; what they hold are parts of ``values``.
         values: ``[p, k, …]``.
-        first, second: Moments, likewise.
+        moments: Likewise.
+        steps: Steps that each client has taken with each of them.
     """
 
     members: list[nn.Parameter]
     values: Float[Tensor, "p k ..."]
-    first: Float[Tensor, "p k ..."]
-    second: Float[Tensor, "p k ..."]
+    moments: tuple[Float[Tensor, "p k ..."], ...]
+    steps: Float[Tensor, "p k"]
 
     @classmethod
-    def of(cls, members: list[nn.Parameter]) -> Alike:
+    def of(cls, members: list[nn.Parameter], moments: int) -> Alike:
         """Move parameters next to each other."""
         values = torch.stack([parameter.detach() for parameter in members])
         for parameter, value in zip(members, values, strict=True):
             parameter.data = value
-        return cls(members, values, torch.zeros_like(values), torch.zeros_like(values))
+        steps = torch.zeros(values.shape[:2], device=values.device, dtype=torch.float64)
+        return cls(members, values, tuple(torch.zeros_like(values) for _ in range(moments)), steps)
+
+    def column(self, values: Float[Tensor, "*p k"]) -> Tensor:
+        """One number per client, or per parameter and client, to go with ``values``."""
+        shaped = values.view(*values.shape, *[1] * (self.values.dim() - 2))
+        return shaped.to(self.values.dtype) if values.is_floating_point() else shaped
 
     def grad(self) -> Float[Tensor, "p k ..."]:
         """Their gradients."""
@@ -122,7 +210,6 @@ def _parts(members: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 Losses = Callable[[], Float[Tensor, " k"]]
 """Computes every client's loss on the step's rows, with the adapters as they are now."""
-Trainable = Mapping[Key, nn.Parameter]
 Penalty = Callable[[Trainable], Float[Tensor, " k"] | None]
 """Adds to each client's loss something of what trains, or nothing."""
 
@@ -131,7 +218,7 @@ class Rule(Protocol):
     """A way to take a step."""
 
     def by_optimizer(self, key: Key) -> bool:
-        """Whether AdamW moves this tensor."""
+        """Whether the optimiser moves this tensor."""
 
     def with_penalty(self, penalty: Penalty) -> Rule:
         """The same with something added to every client's loss.
@@ -144,7 +231,7 @@ class Rule(Protocol):
         self,
         losses: Losses,
         trainable: Trainable,
-        optimizer: StackedAdamW,
+        optimizer: Stacked,
         lr: Float[Tensor, " k"],
         active: Bool[Tensor, " k"],
     ) -> Float[Tensor, " k"]:
@@ -153,7 +240,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Plain:
-    """Backward and AdamW.
+    """Backward and a step of the optimiser.
 
     Attributes:
         penalty: Added to every client's loss, if there is one.
@@ -169,9 +256,7 @@ class Plain:
         """Everything."""
         return True
 
-    def __call__(
-        self, losses: Losses, trainable: Trainable, optimizer: StackedAdamW, lr: Tensor, active: Tensor
-    ) -> Tensor:
+    def __call__(self, losses: Losses, trainable: Trainable, optimizer: Stacked, lr: Tensor, active: Tensor) -> Tensor:
         """One backward pass."""
         values = losses()
         total = values.sum()
@@ -187,7 +272,7 @@ PLAIN = Plain()
 
 @dataclass(frozen=True)
 class Bilevel:
-    """A step of SGD on the lower tensors y, then one of AdamW on the upper ones x, looking through the first.
+    """A step of SGD on the lower tensors y, then one of the optimiser on the upper ones x, looking through the first.
 
         y⁺ = y − β ∇_y f(x, y),   g = ∇_x f(x, y⁺) − β ∇²_xy f(x, y) ∇_y f(x, y⁺),   x ← AdamW(x, g),   y ← y⁺
 
@@ -220,9 +305,7 @@ class Bilevel:
         """The upper tensors."""
         return key.slot != self.lower
 
-    def __call__(
-        self, losses: Losses, trainable: Trainable, optimizer: StackedAdamW, lr: Tensor, active: Tensor
-    ) -> Tensor:
+    def __call__(self, losses: Losses, trainable: Trainable, optimizer: Stacked, lr: Tensor, active: Tensor) -> Tensor:
         """Two or four backward passes on the same rows."""
         x = [value for key, value in trainable.items() if key.slot != self.lower]
         y = [value for key, value in trainable.items() if key.slot == self.lower]
@@ -230,7 +313,7 @@ class Bilevel:
         values = losses()
         slopes = torch.autograd.grad(values.sum(), y)
         before = [value.detach().clone() for value in y]
-        after = [value - _column(beta, value) * slope for value, slope in zip(before, slopes, strict=True)]
+        after = [value - columns(beta, value) * slope for value, slope in zip(before, slopes, strict=True)]
         _set(y, after)
         grads = torch.autograd.grad(losses().sum(), [*x, *y])
         upper, v = list(grads[: len(x)]), grads[len(x) :]
@@ -239,20 +322,16 @@ class Bilevel:
             epsilon = self.reach / size.clamp(min=torch.finfo(size.dtype).tiny)
             ends = []
             for sign in (1, -1):
-                _set(y, [b + sign * _column(epsilon, b) * part for b, part in zip(before, v, strict=True)])
+                _set(y, [b + sign * columns(epsilon, b) * part for b, part in zip(before, v, strict=True)])
                 ends.append(torch.autograd.grad(losses().sum(), x))
             for i, (plus, minus) in enumerate(zip(*ends, strict=True)):
-                curved = _column(beta / (2 * epsilon), plus) * (plus - minus)
-                upper[i] = upper[i] - torch.where(_column(size, curved) > 0, curved, 0)
+                curved = columns(beta / (2 * epsilon), plus) * (plus - minus)
+                upper[i] = upper[i] - torch.where(columns(size, curved) > 0, curved, 0)
             _set(y, after)
         for value, grad in zip(x, upper, strict=True):
             value.grad = grad
         optimizer.step(lr, active)
         return values.detach()
-
-
-def _column(values: Float[Tensor, " k"], like: Tensor) -> Tensor:
-    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 @torch.no_grad()
