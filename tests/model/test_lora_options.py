@@ -85,12 +85,12 @@ def adapter(folder: Path, **options: Any) -> Path:
 )
 def test_targets_blocks_and_exclusions(settings_: dict[str, Any], kept: Any) -> None:
     lora = parse_config({"lora": settings_}, "x").lora
-    every = set(AdaptedModel(llama(), ["all-linear"]).layers)
+    every = set(AdaptedModel(llama(), targets=["all-linear"]).layers)
     if kept is None:
         with pytest.raises(UserError, match=r'lora\.exclude: "lm_head" is none of the targets'):
-            AdaptedModel(llama(), lora.targets, layers=lora.layers, exclude=lora.exclude)
+            AdaptedModel(llama(), targets=lora.targets, layers=lora.layers, exclude=lora.exclude)
         return
-    found = AdaptedModel(llama(), lora.targets, layers=lora.layers, exclude=lora.exclude).layers
+    found = AdaptedModel(llama(), targets=lora.targets, layers=lora.layers, exclude=lora.exclude).layers
     assert set(found) == {path for path in every if kept(path)} and found
 
 

@@ -17,13 +17,15 @@ from fedalt.data.batches import plan_round
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import load_state, save_state
 from fedalt.names import Key
-from fedalt.testing import TinyFederation, bitwise, distance
+from fedalt.testing import TinyFederation
 from fedalt.training.loop import learning_rates
 from oracle.reference import PlainClient
 from support import (
     MODELS,
     PAD,
     SCALE,
+    bitwise,
+    distance,
     examples,
     llama,
     method_of,

@@ -129,7 +129,7 @@ class Server:
 
     def forget(self) -> None:
         """Find out anew what is told, since uploads have changed."""
-        for found in ("_answer", "_heads"):
+        for found in ("_answer", "_heads", "_mean"):
             self.__dict__.pop(found, None)
 
     @property
