@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import click
 import typer
 from rich.markup import escape
 
@@ -40,6 +41,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)]
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"} | {
+    name: name for name in ("bfloat16", "float16", "float32")
+}
+"""Spelling of ``--dtype`` → its name in PyTorch."""
 Client = Annotated[int, typer.Option("--client", metavar="N", help="client id")]
 Round = Annotated[
     Literal["best", "last"] | None,
@@ -137,26 +142,58 @@ def export(
     run: RunPath,
     client: Client,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="new folder")],
+    *,
     static: Annotated[
         bool, typer.Option("--static", help="one LoRA with the mixer frozen, and what that costs")
     ] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="that LoRA merged into the base: a model folder that needs no PEFT")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            click_type=click.Choice(DTYPES),
+            help="of a merged model's weights (default: the run's own)",
+        ),
+    ] = None,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            "--gguf",
+            metavar="KIND",
+            click_type=click.Choice(("q8_0", "f16")),
+            help="the merged model as one file for llama.cpp and Ollama: q8_0 or f16; with --merge, beside the folder",
+        ),
+    ] = None,
     which: Round = None,
 ) -> None:
-    """Take one client's model away: PEFT folders and mixer, or one static LoRA."""
+    """Take one client's model away: PEFT folders and mixer, one static LoRA, a merged model, or a GGUF file."""
     from fedalt.evaluation.metrics import metric_of
-    from fedalt.personal.export import export_folders, export_static
+    from fedalt.personal.export import Form, export_folders, export_merged, export_static
 
-    if not static:
+    if static and (merge or gguf):
+        raise UserError(f"--static writes a LoRA, {'--merge' if merge else '--gguf'} a model; give one of them")
+    if dtype and not merge:
+        raise UserError("--dtype is for --merge")
+    if not (static or merge or gguf):
         export_folders(run, client, out, which)
         say(f"wrote {out}")
         return
-    cost = export_static(run, client, out, which)
+    if static:
+        cost = export_static(run, client, out, which)
+    else:
+        form = Form(dtype and DTYPES[dtype], gguf, model=merge)
+        cost = export_merged(run, client, out, which, form=form)
     say(f"wrote {out}")
     text = metric_of(cost.metric).text
     show.out.print(
         f"client {client}, own test rows: personal {text(cost.personal)}, static {text(cost.static)} "
         f"({text(cost.static - cost.personal, sign=True)})"
     )
+    for note in cost.notes:
+        say(f"note: {note}")
 
 
 def report(
