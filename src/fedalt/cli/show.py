@@ -115,6 +115,15 @@ def alpha_line(alpha: list[tuple[str, float]], slot: str) -> str:
     return "".join(parts) + f"\n[dim]mean weight of the {slot} LoRA: {mean:.2f}, of the others' {1 - mean:.2f}[/]"
 
 
+def answer_table(answers: Mapping[int, str]) -> Table:
+    """Several clients' answers side by side."""
+    table = Table()
+    for client in answers:
+        table.add_column(f"client {client}", ratio=1, overflow="fold")
+    table.add_row(*map(_plain, answers.values()))
+    return table
+
+
 def grouped(table: Table, scores: Mapping[str, float], highest: bool = True) -> Iterator[str]:
     """The clients to show, with a line above each group of them."""
     for title, clients in groups(scores, highest).items():

@@ -294,9 +294,11 @@ class AnswerEncoder:
         self._joint = config is not None and config.boundary == "joint"
         self._special = template != CHAT  # a chat template writes its own special tokens
 
-    def prompt(self, instruction: str) -> Prompt:
-        """Token ids of the prompt, without an end-of-sequence token."""
-        return _ids(self.tokenizer, self.template(instruction), self._special)
+    def prompt(self, asked: str | Sequence[Turn]) -> Prompt:
+        """Token ids of what an answer follows, an instruction or a conversation, without an end-of-sequence token."""
+        if not isinstance(asked, str):
+            return self._conversation(asked)[0]
+        return _ids(self.tokenizer, self.template(asked), self._special)
 
     def example(self, row: Row) -> Example | None:
         """The row in tokens, or nothing when no token of the answer fits under the cut-off."""

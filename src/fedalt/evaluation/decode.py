@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.streamers import BaseStreamer
 
 from fedalt.evaluation.beams import Beams
 from fedalt.model.fast.branching import additive
@@ -249,9 +250,13 @@ class Search:
         beams: 1 for greedy search.
         longest: Most new tokens.
         branched: Whether beams, more than one, share a row; that must be exact for this model.
+        streamer: Gets the tokens of a single prompt as greedy search finds them.
     """
 
-    def __init__(self, owners: Owners, beams: int, longest: int, branched: bool) -> None:
+    def __init__(
+        self, owners: Owners, beams: int, longest: int, branched: bool, streamer: BaseStreamer | None = None
+    ) -> None:
+        self.streamer = streamer
         self.owners, self.beams, self.longest, self.branched = owners, beams, longest, branched
 
     def __call__(
@@ -295,11 +300,15 @@ class Search:
         scores = batch.read_prompts()
         while True:
             tokens = scores.argmax(-1)
+            if self.streamer is not None:
+                self.streamer.put(tokens.cpu())
             for prompt, token, goes in zip(batch.prompts, tokens.tolist(), going.tolist(), strict=True):
                 if goes:
                     answers[prompt].append(token)
             going = going & ~torch.isin(tokens, self.ends)
             if not going.any() or max(map(len, answers)) == self.longest:
+                if self.streamer is not None:
+                    self.streamer.end()
                 return answers
             if (~going).float().mean() >= _LEAVE:
                 batch.keep(going)

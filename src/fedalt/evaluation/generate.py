@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from jaxtyping import Float
 from torch import Tensor
+from transformers import TextStreamer
 
 from fedalt.config import EvaluationConfig
 from fedalt.data.batches import pad_prompts
@@ -76,6 +78,21 @@ def fitting_prompts(model: AdaptedModel, longest: int, config: EvaluationConfig)
     return max(1, int(_SHARE * free_memory(model.device)) // each)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, where answers are not to be the likeliest.
+
+    Attributes:
+        temperature: Divides the scores.
+        top_p: The likeliest tokens with so much probability are drawn from.
+        seed: Of the draws.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
 @torch.no_grad()
 def answer(
     model: AdaptedModel,
@@ -85,8 +102,10 @@ def answer(
     config: EvaluationConfig,
     *,
     weights: Float[Tensor, "n m"] | None = None,
+    sampling: Sampling | None = None,
+    streamer: TextStreamer | None = None,
 ) -> list[str]:
-    """Answer one batch of prompts without sampling; special tokens and surrounding white space are stripped.
+    """Answer one batch of prompts; special tokens and surrounding white space are stripped.
 
     Args:
         model: The model with its adapters.
@@ -95,6 +114,8 @@ def answer(
         owners: Stack index of the client of every prompt.
         config: Beams, longest answer.
         weights: Weights of the slots for every prompt.
+        sampling: Draws tokens, without beams; greedy or beam search when not given.
+        streamer: Gets the tokens of a single prompt's answer as they come, where there are no beams.
     """
     lengths = [len(prompt) for prompt in prompts]
     if len(set(lengths)) > 1 and not model.pads_left:
@@ -121,22 +142,38 @@ def answer(
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
+    beams, new = 1 if sampling else config.num_beams, config.max_new_tokens
+    streamer = streamer if beams == 1 else None
     try:
-        beams, new = config.num_beams, config.max_new_tokens
-        search = Search(rows, beams, new, beams > 1 and model.branches(max(lengths) + beams * new))
+        if sampling:
+            raise Unsupported
+        search = Search(rows, beams, new, beams > 1 and model.branches(max(lengths) + beams * new), streamer)
         answers = model.base.generate(**options, num_beams=1, custom_generate=search)
         return _texts(tokenizer, answers)
     except Unsupported:
         texts = [""] * len(prompts)
         options["use_cache"] = model.caches
+        if streamer is not None:
+            options["streamer"], streamer.next_tokens_are_prompt = streamer, True
+        if sampling:
+            options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         for some in [list(range(len(prompts)))] if _IGNORES_PADDING else _alike(lengths):
             longest = max(len(prompts[row]) for row in some)
             part = {name: options[name][some, -longest:] for name in ("input_ids", "attention_mask")}
-            with rows(some):
-                answers = model.base.generate(**options | part, num_beams=config.num_beams)[:, longest:]
+            with rows(some), _seeded(sampling):
+                answers = model.base.generate(**options | part, num_beams=beams)[:, longest:]
             for row, text in zip(some, _texts(tokenizer, answers), strict=True):
                 texts[row] = text
         return texts
+
+
+@contextmanager
+def _seeded(sampling: Sampling | None) -> Iterator[None]:
+    """Draws of the enclosed block come from the seed, and nobody else's change."""
+    with torch.random.fork_rng(enabled=sampling is not None):
+        if sampling is not None:
+            torch.manual_seed(sampling.seed)
+        yield
 
 
 def _texts(tokenizer: Any, answers: Tensor) -> list[str]:

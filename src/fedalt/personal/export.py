@@ -1,9 +1,17 @@
-"""Taking one client's model away: its PEFT folders and mixer, or one static LoRA and what that costs."""
+"""Taking one client's model away: its PEFT folders and mixer, one static LoRA, or that LoRA merged into the base.
+
+The mixer looks at every token and cannot be merged exactly. It is frozen at its mean over rows of the client, and the
+test rows are scored with either.
+"""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,19 +20,24 @@ from fedalt.data.encode import ClientExamples, encode_federation
 from fedalt.data.load import load_federation
 from fedalt.errors import UserError
 from fedalt.evaluation.evaluate import evaluate
+from fedalt.evaluation.metrics import metric_of
 from fedalt.evaluation.prompt_similarity import load_to_answer
-from fedalt.files import disk_errors, write_bytes
-from fedalt.model.layer import SUM
+from fedalt.files import new_folder, scratch_folder, write_bytes, write_text
+from fedalt.model.base import load_base
+from fedalt.model.gguf_files import check_gguf, write_gguf
+from fedalt.model.layer import SUM, Placement
 from fedalt.model.peft_files import LoraFolder, write_lora
 from fedalt.model.state import ClientState
-from fedalt.names import MERGED, A, B, Key
+from fedalt.names import MERGED, A, B, Key, W
 from fedalt.runs.client_folder import PersonalModel, client_folder, read_client
-from fedalt.runs.folder import Which, finished_run
+from fedalt.runs.folder import RunFolder, Which, finished_run
 from fedalt.runs.setup import Resident, load_resident
+from fedalt.seeding import rng
 from fedalt.training.loop import mixer_weights
 
 STATIC = "static"
-_PROMPTS = 64
+_ROWS = 64
+"""Training rows that the mixer is averaged over."""
 
 
 @dataclass(frozen=True)
@@ -34,61 +47,128 @@ class StaticExport:
     Attributes:
         personal: Score of the personal model on the client's test rows.
         static: Score of the static LoRA on the same rows.
+        base: Score of the base alone; None for classifiers, which have no head of their own.
         metric: What the scores are.
         alpha: Layer path → the fixed weight of the first slot.
+        notes: What the user should know.
     """
 
     personal: float
     static: float
+    base: float | None
     metric: str
     alpha: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 def export_folders(run: Path, client: int, to: Path, which: Which | None = None) -> None:
     """Copy a client's PEFT folders, mixer and configuration, of the round that is kept or of another."""
-    folder, _ = finished_run(run)
-    source = client_folder(folder, client, which)
-    _check_free(to)
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            write_bytes(to / path.relative_to(source), path.read_bytes())
+    source = client_folder(finished_run(run)[0], client, which)
+    with _new(to) as folder:
+        for path in sorted(source.rglob("*")):
+            if path.is_file():
+                write_bytes(folder / path.relative_to(source), path.read_bytes())
 
 
 def export_static(run: Path, client: int, to: Path, which: Which | None = None) -> StaticExport:
-    """Write one ordinary LoRA of rank m·r with the mixer frozen at its mean over training prompts.
+    """Write one ordinary LoRA of rank m·r with the mixer frozen at its mean over training rows.
 
-        A = [A_1; …; A_m],   B = [ᾱ_1 B_1, …, ᾱ_m B_m],   alpha·m over rank m·r keeps the scale
-
-    The mixer depends on the input and cannot be merged exactly, so the test rows are scored both ways.
+    A = [A_1; …; A_m],   B = [ᾱ_1 B_1, …, ᾱ_m B_m],   alpha·m over rank m·r keeps the scale
     """
-    folder, config = finished_run(run)
-    _check_free(to)
-    resident = load_resident(config)
-    personal = read_client(folder, client, resident.base, which)
-    if any(key.slot == MERGED for key in personal.state.tensors):
-        raise UserError(f"{run}: {config.method} merges full matrices into the base; one LoRA cannot hold them")
-    examples = _examples(config, resident, client)
-    alpha = _mean_weights(personal, resident, examples)
-    static = freeze_mixer(personal.state, personal.placement.slots, alpha)
-    rank = next(value.shape[0] for key, value in static.tensors.items() if key.factor == A)
-    scale = personal.placement.scale
-    conv = any(type(layer.base_layer).__name__ == "Conv1D" for layer in resident.model.layers.values())
-    with disk_errors(to):
-        lora = LoraFolder(resident.base.source, rank, scale * rank, 0.0, conv, config.model.task)
-        write_lora(to, {**static.tensors, **static.heads}, STATIC, lora)
-    scores = [
-        _score(config, resident, examples, replace(personal, state=state, placement=placement))
-        for state, placement in (
-            (personal.state, personal.placement),
-            (static, replace(personal.placement, slots=(STATIC,), mixing=SUM)),
-        )
-    ]
-    return StaticExport(scores[0], scores[1], config.metric, {path: weights[0] for path, weights in alpha.items()})
+    with _new(to) as folder:
+        frozen = _Frozen(run, client, which)
+        state, scale, resident = frozen.state, frozen.placement.scale, frozen.resident
+        if any(key.slot == MERGED for key in state.tensors):
+            method = frozen.config.method
+            raise UserError(
+                f"{run}: {method} merges full matrices into the base; one LoRA cannot hold them; use --merge"
+            )
+        rank = next(value.shape[0] for key, value in state.tensors.items() if key.factor == A)
+        conv = any(_transposed(layer.base_layer) for layer in resident.model.layers.values())
+        lora = LoraFolder(resident.base.source, rank, scale * rank, 0.0, conv, frozen.config.model.task)
+        cost = frozen.cost()
+        model = frozen.config.model
+        if model.adapter and model.adapter_as == "merged":
+            note = f"the base is one with {model.adapter} merged into it; merge that first, or export with --merge"
+            cost = replace(cost, notes=(note,))
+        write_lora(folder, {**state.tensors, **state.heads}, STATIC, lora)
+    return cost
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a merged model is written as.
+
+    Attributes:
+        dtype: Of the weights; the run's own when not given.
+        gguf: What matrices are kept as in a GGUF file, if there shall be one.
+        model: Whether there shall be a model folder of Transformers.
+    """
+
+    dtype: str | None = None
+    gguf: str | None = None
+    model: bool = True
+
+    def __str__(self) -> str:
+        """As options."""
+        dtype, gguf = (self.dtype and f"--dtype {self.dtype}"), (self.gguf and f"--gguf {self.gguf}")
+        return " ".join(filter(None, ("--merge" if self.model else None, dtype, gguf)))
+
+
+def export_merged(run: Path, client: int, to: Path, which: Which | None = None, *, form: Form = Form()) -> StaticExport:
+    """Write the base with the static LoRA merged into it, its tokenizer and a model card: an ordinary model folder."""
+    with _new(to) as folder:
+        frozen = _Frozen(run, client, which)
+        config, base = frozen.config, frozen.resident.base
+        if config.classifies and config.model.pooling == "mean":
+            raise UserError(
+                f"{run}: heads on model.pooling=mean are no part of an ordinary model; export without --merge"
+            )
+        if form.gguf:
+            check_gguf(base.model, base.tokenizer)
+        cost = frozen.cost()
+        del frozen.resident, base  # two copies of a base are one too many
+        base = load_base(config.model.model_copy(update={"load_in": None, "device": "cpu"}))
+        merge(base.model, frozen.state, frozen.placement.scale)
+        if config.model.load_in:
+            note = (
+                f"the scores are those on the run's {config.model.load_in} base; this model has the weights before that"
+            )
+            cost = replace(cost, notes=(note,))
+        if form.gguf:
+            write_gguf(folder / f"model-{form.gguf}.gguf", base.model, base.tokenizer, form.gguf)
+        if form.model:
+            base.model.to(getattr(torch, form.dtype or config.model.dtype)).save_pretrained(folder)
+            base.tokenizer.save_pretrained(folder)
+        command = f"fedalt export {shlex.quote(str(run))} --client {client} --out {shlex.quote(str(to))} {form}"
+        command += f" --round {which}" if which else ""
+        write_text(folder / "README.md", _card(config, frozen.run, frozen.examples, cost, command))
+    return cost
+
+
+@torch.no_grad()
+def merge(model: Any, state: ClientState, scale: float) -> None:
+    """Add ``s·B A``, and what has been merged already, to the base's weights; put the client's heads in place."""
+    for path in dict.fromkeys(key.module for key in state.tensors):
+        layer = model.get_submodule(path)
+        delta = scale * torch.stack([*_deltas(state, path)]).sum(0)
+        whole = layer.weight.float() + (delta.T if _transposed(layer) else delta)
+        layer.weight.copy_(whole)
+    for key, value in state.heads.items():
+        model.get_parameter(f"{key.module}.{key.factor}").copy_(value)
+
+
+def _deltas(state: ClientState, path: str) -> Iterator[torch.Tensor]:
+    tensors = state.tensors
+    if (down := tensors.get(Key(path, STATIC, A))) is not None:
+        yield tensors[Key(path, STATIC, B)].float() @ down.float()
+    if (full := tensors.get(Key(path, MERGED, W))) is not None:
+        yield full.float()
 
 
 def freeze_mixer(state: ClientState, slots: tuple[str, ...], alpha: dict[str, list[float]]) -> ClientState:
     """One slot that equals all slots at fixed weights; without weights the slots are added up."""
-    tensors = {}
+    tensors = {key: value for key, value in state.tensors.items() if key.slot == MERGED}
     for path in dict.fromkeys(key.module for key in state.tensors if key.slot in slots):
         weights = alpha.get(path, [1.0] * len(slots))
         tensors[Key(path, STATIC, A)] = torch.cat([state.tensors[Key(path, slot, A)] for slot in slots])
@@ -97,19 +177,50 @@ def freeze_mixer(state: ClientState, slots: tuple[str, ...], alpha: dict[str, li
     return replace(state, tensors=tensors)
 
 
-def _mean_weights(personal: PersonalModel, resident: Resident, examples: ClientExamples) -> dict[str, list[float]]:
+class _Frozen:
+    """A client's model and the same with its mixer frozen."""
+
+    def __init__(self, run: Path, client: int, which: Which | None) -> None:
+        self.run, self.config = finished_run(run)
+        self.resident = load_resident(self.config)
+        self.personal = read_client(self.run, client, self.resident.base, which)
+        self.examples = _examples(self.config, self.resident, client)
+        self.alpha = _mean_weights(self.config, self.personal, self.resident, self.examples)
+        self.state = freeze_mixer(self.personal.state, self.personal.placement.slots, self.alpha)
+        self.placement = replace(self.personal.placement, slots=(STATIC,), mixing=SUM)
+
+    def cost(self) -> StaticExport:
+        """Score the client's test rows with either, and with the base alone."""
+        personal = self._score(self.personal.state, self.personal.placement)
+        static = self._score(self.state, self.placement)
+        nothing = {key: torch.zeros_like(value) for key, value in self.state.tensors.items()}
+        base = None if self.config.classifies else self._score(replace(self.state, tensors=nothing), self.placement)
+        first = {path: weights[0] for path, weights in self.alpha.items()}
+        return StaticExport(personal, static, base, self.config.metric, first)
+
+    def _score(self, state: ClientState, placement: Placement) -> float:
+        model, tokenizer = self.resident.model, self.resident.base.tokenizer
+        rows, config = {state.client: self.examples.test}, self.config.evaluation
+        (scored,) = evaluate(model, tokenizer, [state], rows, placement, config=config)
+        return float(scored.scores[self.config.metric])
+
+
+def _mean_weights(
+    config: RunConfig, personal: PersonalModel, resident: Resident, examples: ClientExamples
+) -> dict[str, list[float]]:
     """Layer path → weight of every slot; empty where the slots are added up."""
     mixing, paths = personal.placement.mixing, list(resident.model.layers)
     if mixing.kind == "sum":
         return {}
     if mixing.kind == "fixed":
         return {path: list(mixing.weights) for path in paths}
-    prompts = [example.input for example in examples.train[:_PROMPTS]]
-    chosen = load_to_answer(resident.model, [personal.state], [prompts], personal.placement)
+    order = torch.randperm(len(examples.train), generator=rng(config.seed, STATIC, personal.state.client))
+    rows = [examples.train[i] for i in order[:_ROWS].tolist()]
+    chosen = load_to_answer(resident.model, [personal.state], [[row.input for row in rows]], personal.placement)
     if chosen is not None:
         mean = chosen[0].mean(0).tolist()
         return {path: list(mean) for path in paths}
-    weights = mixer_weights(resident.model, [prompts])
+    weights = mixer_weights(resident.model, [[row.image or (*row.prompt, *row.answer) for row in rows]])
     by_slot = [weights.means(slot, 1)[0] for slot in range(len(personal.placement.slots))]
     return {path: [means[i] for means in by_slot] for i, path in enumerate(weights.layers)}
 
@@ -122,18 +233,51 @@ def _examples(config: RunConfig, resident: Resident, client: int) -> ClientExamp
     return encode_federation(mine, resident.encoder(config), config.data)[client]
 
 
-def _score(config: RunConfig, resident: Resident, examples: ClientExamples, personal: PersonalModel) -> float:
-    (scored,) = evaluate(
-        resident.model,
-        resident.base.tokenizer,
-        [personal.state],
-        {personal.state.client: examples.test},
-        personal.placement,
-        config=config.evaluation,
-    )
-    return float(scored.scores[config.metric])
+def _card(config: RunConfig, run: RunFolder, examples: ClientExamples, cost: StaticExport, command: str) -> str:
+    """A model card: base, rows, method, scores, and how it was made."""
+    scores = {"base alone": cost.base, "personal model": cost.personal, "this model": cost.static}
+    metric = metric_of(cost.metric)
+    lines = "\n".join(f"| {name} | {metric.text(value)} |" for name, value in scores.items() if value is not None)
+    tasks = ", ".join(sorted({example.row.task for example in examples.train if example.row.task}))
+    prompt = "" if config.classifies else f"- Prompts: template `{config.data.template}`\n"
+    notes = "".join(f"\nNote: {note}.\n" for note in cost.notes)
+    return f"""---
+library_name: transformers
+tags: [fedalt, federated-learning, lora]
+---
+
+# {config.model.name}, personalised
+
+One client's model of a federation, with its LoRAs merged into the base.
+
+- Base: `{config.model.name}`
+- Rows: `{config.data.source}`{f", {tasks}" if tasks else ""}; {len(examples.train)} for training
+- Method: `{config.method}`, LoRA of rank {config.lora.r}, {config.federation.rounds} rounds, seed {config.seed}; \
+the mixer, if any, is frozen at its mean over training rows
+{prompt}- The run: `fedalt run {shlex.quote(str(run.config))}`
+- This folder: `{command}`
+
+| {metric.title} on {len(examples.test)} test rows of the client | |
+|---|---|
+{lines}
+{notes}"""
 
 
-def _check_free(to: Path) -> None:
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+def _transposed(layer: Any) -> bool:
+    """Whether a layer is GPT-2's Conv1D, whose weight is ``[d_in, d_out]``."""
+    return type(layer).__name__ == "Conv1D"
+
+
+@contextmanager
+def _new(to: Path) -> Iterator[Path]:
+    """A folder that is whole or not there; one that is there and empty, perhaps the present one, stays the same."""
+    if not to.exists():
+        with new_folder(to.absolute()) as folder:
+            yield folder
+        return
+    if not to.is_dir() or any(to.iterdir()):
         raise UserError(f"{to}: exists and is not an empty folder; choose another --out")
+    with scratch_folder(to / ".export.tmp") as folder:
+        yield folder
+        for path in folder.iterdir():
+            path.rename(to / path.name)
