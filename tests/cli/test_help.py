@@ -41,7 +41,9 @@ def page(words: tuple[str, ...], columns: int) -> str:
 
 
 def test_there_are_as_many_commands_as_are_listed() -> None:
-    assert len(LEAVES) == sum(map(len, GROUPS.values())) + 3, "prepare flan, prepare smollm2 and data show are in groups"
+    assert len(LEAVES) == sum(map(len, GROUPS.values())) + 3, (
+        "prepare flan, prepare smollm2 and data show are in groups"
+    )
 
 
 @pytest.mark.parametrize("columns", [80, 120])
