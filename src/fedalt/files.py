@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -11,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedalt.errors import UserError
+import yaml
+
+from fedalt.errors import UserError, shortened
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _filling: set[Path] = set()
@@ -28,7 +32,9 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 f"{path}: disk full ({error.strerror}); finished rounds are safe, free some space and use --resume"
             ) from None
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or error.errno == errno.EROFS:
+        refused = isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
+        nowhere = isinstance(error, FileNotFoundError) and str(path.absolute()).startswith(str(error.filename))
+        if refused or nowhere or error.errno == errno.EROFS:
             raise UserError(f"{path}: cannot write here ({error.strerror})") from None
         raise
 
@@ -71,14 +77,134 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values))
 
 
+def read_bytes(path: Path) -> bytes:
+    """Read a file; what may have no end, a pipe or a device, is refused."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: no ordinary file")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{shortened(str(path), 200)}: cannot be read ({error.strerror})") from None
+
+
 def read_json(path: Path) -> Any:
     """Read JSON; broken JSON is a ``UserError`` with its line."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from None
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path).decode()
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    with json_errors(path):
+        return JSON.decode(text)
+
+
+@contextmanager
+def json_errors(path: Path, line: int | None = None) -> Iterator[None]:
+    """Turn whatever is wrong with JSON into one line."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{line or error.lineno}: broken JSON ({error.msg})") from None
+    except (RecursionError, ValueError) as error:
+        deep = isinstance(error, RecursionError)
+        why = "nested too deeply" if deep else "a number too long" if "digits" in str(error) else str(error)
+        raise UserError(f"{path}{f':{line}' if line else ''}: broken JSON ({why})") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'"{shortened(next(key for key in keys if keys.count(key) > 1))}" twice')
+    return found
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_unique)
+"""JSON in which no object has a key twice."""
+
+
+@contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """Around the use of what fedalt has written: anything that is not there, or of another type, is damage."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else shortened(str(error))
+        raise UserError(f"{path}: damaged ({what})") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------- YAML
+
+_DEEP, _MANY = 50, 100_000
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text; one in which a key stands twice, or that swells by aliases, is none.
+
+    Raises:
+        yaml.YAMLError: It is not valid, with its line.
+        ValueError: A date or a number in it cannot be.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, 0, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, depth: int, known: dict[yaml.Node, int]) -> int:
+    """How many values there are in a node once its aliases are written out."""
+    if node in known:
+        return known[node]
+    if depth > _DEEP:
+        raise _unfit(node, "nested too deeply")
+    inside = []
+    if isinstance(node, yaml.MappingNode):
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for i, (key, _) in enumerate(node.value) if (key.tag, key.value) in keys[:i]), None):
+            raise _unfit(twice, f'"{shortened(twice.value)}" twice')
+        inside = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        inside = node.value
+    size = 1 + sum(_size(part, depth + 1, known) for part in inside)
+    if size > _MANY:
+        raise _unfit(node, f"more than {_MANY:,} values")
+    known[node] = size
+    return size
+
+
+def _unfit(node: yaml.Node, why: str) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, why, node.start_mark)
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Have a folder to oneself; the lock is the folder's own, and ends with this process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process uses this folder now; wait for its end") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -107,6 +233,8 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a folder under a temporary name; it is made durable and renamed, in one step, when the block ends well."""
+    if path.name in ("", ".."):
+        raise UserError(f"{path}: give the new folder a name")
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with disk_errors(path):

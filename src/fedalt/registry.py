@@ -32,6 +32,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import AfterValidator
 
 from fedalt.errors import UserError, alternatives, did_you_mean, listed, shortened
+from fedalt.files import read_bytes
 
 T = TypeVar("T")
 OURS, SESSION = "fedalt", "session"
@@ -303,7 +304,7 @@ def import_plugin(place: str) -> ModuleType:
     path = Path(place).expanduser().resolve()
     if not path.is_file():
         raise UserError(f"{place}: no such file")
-    text = path.read_bytes()
+    text = read_bytes(path)
     digest = hashlib.sha256(text).hexdigest()
     module, old = sys.modules.get(_FILES + digest) or _run(place, path, text), _PLUGINS.get(str(path))
     if old is not None and old is not module:

@@ -67,7 +67,7 @@ def test_a_round_that_is_done_is_not_trained_again(tmp_path: Path, bases: Bases)
     lines: list[str] = []
     again = good(site(tmp_path, bases, note=lines.append).answer(asking("train", tmp_path, 1)))  # a new process
     assert (again.block, json.loads(again.header)) == (first.block, json.loads(first.header))
-    assert lines == ["round 1: done before, replied again"]
+    assert lines[1:] == ["round 1: done before, replied again"], "after what was understood of the rows"
     assert micro.tree(tmp_path / "state/run-1/checkpoints") == files
 
 

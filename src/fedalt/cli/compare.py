@@ -28,7 +28,7 @@ from fedalt.comparisons.tables import (
     verdict_grid,
 )
 from fedalt.config import RunConfig
-from fedalt.errors import UserError, did_you_mean
+from fedalt.errors import UserError, did_you_mean, shortened
 from fedalt.evaluation.metrics import Metric, metric_of
 from fedalt.runs.folder import IfExists
 
@@ -179,9 +179,12 @@ def _names(text: str) -> list[str]:
 
 def _numbers(flag: str, text: str | None) -> list[int]:
     try:
-        return [int(part) for part in _names(text or "")]
+        found = [int(part) for part in _names(text or "")]
+        if text is not None and not found:
+            raise ValueError
+        return found
     except ValueError:
-        raise UserError(f"{flag} {text}: numbers separated by commas, for example 0,1,2") from None
+        raise UserError(f"{flag} {shortened(text or '')}: numbers separated by commas, for example 0,1,2") from None
 
 
 _FEW = 4

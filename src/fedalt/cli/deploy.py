@@ -43,7 +43,9 @@ def certs(
         list[str] | None,
         typer.Option("--host", metavar="NAME", help="name or IP address of the server, besides localhost; repeatable"),
     ] = None,
-    days: Annotated[int, typer.Option("--days", min=1, metavar="N", help="how long the certificates are valid")] = 365,
+    days: Annotated[
+        int, typer.Option("--days", min=1, max=36_500, metavar="N", help="how long the certificates are valid")
+    ] = 365,
 ) -> None:
     """Make a CA, a server certificate and site keys, for a trial of TLS and authentication."""
     with needs("flower", NEEDS):

@@ -19,8 +19,8 @@ from fedalt.runs.folder import kept
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
     from fedalt.runs.estimate import Estimate
 
-_LONGEST = 2000
-"""Letters of an error line: enough for a list of names, and not for a file that somebody gave as a name."""
+_LONGEST, _MOST_LINES = 590, 10
+"""Letters of an error line, enough for a list of names and not for a file that somebody gave as a name; and lines."""
 out = Console()
 err = Console(stderr=True)
 
@@ -43,8 +43,10 @@ def print_json(value: Any) -> None:
 
 def complain(message: str) -> None:
     """Print an error on stderr, one line per problem, never wrapped, none without end."""
-    for line in message.splitlines():
-        cut = line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+    lines = message.splitlines()
+    more = [f"… and {len(lines) - _MOST_LINES:,} more"] if len(lines) > _MOST_LINES else []
+    for line in [*lines[:_MOST_LINES], *more]:
+        cut = line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[3 - _LONGEST // 2 :]}"
         err.print(f"[bold red]error:[/] {_plain(cut)}", soft_wrap=True, highlight=False)
 
 

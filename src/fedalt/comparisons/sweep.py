@@ -19,7 +19,7 @@ from fedalt.config import RunConfig, with_settings
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of
-from fedalt.files import write_json, write_text
+from fedalt.files import parse_yaml, write_json, write_text
 from fedalt.methods.registry import Variant
 from fedalt.runs.events import Sink
 from fedalt.runs.folder import IfExists
@@ -57,8 +57,8 @@ def parse_axis(text: str) -> Axis:
     if key in _ELSEWHERE:
         raise UserError(f"--sweep {text}: use {_ELSEWHERE[key]}")
     try:
-        parsed = yaml.safe_load(f"[{values}]")
-    except yaml.YAMLError:
+        parsed = parse_yaml(f"[{values}]")
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"--sweep {text}: the values are not valid YAML") from None
     if not parsed:
         raise UserError(f"--sweep {text}: give at least one value, for example --sweep {key}=4,6,8")

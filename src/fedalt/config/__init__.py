@@ -28,6 +28,7 @@ from fedalt.config.data import DataConfig
 from fedalt.config.hints import explain
 from fedalt.config.section import Named, S, Section, settings_in
 from fedalt.errors import UserError, listed, shortened
+from fedalt.files import parse_yaml, read_bytes
 from fedalt.registry import (
     METHODS,
     METRICS,
@@ -145,8 +146,8 @@ def _no_distribution(value: Any) -> Any:
 class LoraConfig(Section):
     """Adapters on the frozen base; the same rank for the individual and the RoW LoRA."""
 
-    r: int = Field(8, ge=1, description="rank (paper: 8; 4, 6 and 8 studied)")
-    ranks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+    r: int = Field(8, ge=1, le=65_536, description="rank (paper: 8; 4, 6 and 8 studied)")
+    ranks: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] | None = Field(
         None, description="a rank per client, repeated in turn, for methods that allow it; the scale stays alpha/r"
     )
     alpha: float = Field(32, gt=0, description="LoRA numerator; scale is alpha/r on both LoRAs (paper code: 32)")
@@ -181,17 +182,19 @@ _Decay = Annotated[float, Field(ge=0, lt=1)]
 class TrainingConfig(Section):
     """What a client does with its rows in one round."""
 
-    local_epochs: int = Field(5, ge=1, description="epochs per round (paper: 5; 5 and 10 studied)")
-    batch_size: int = Field(8, ge=1, description="rows per client and step (paper code: 8)")
+    local_epochs: int = Field(5, ge=1, le=10_000, description="epochs per round (paper: 5; 5 and 10 studied)")
+    batch_size: int = Field(8, ge=1, le=1_000_000, description="rows per client and step (paper code: 8)")
     lr: float = Field(3e-4, gt=0, description="peak learning rate (paper code: 3e-4)")
     accumulate: int = Field(
         1,
         ge=1,
+        le=1_000_000,
         description="batches whose gradients make one step: exactly a batch so many times as large, in less memory",
     )
     max_steps: int | None = Field(
         None,
         ge=1,
+        le=1_000_000,
         description="optimiser steps of a client in each round, in place of local_epochs; rows are gone through again",
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
@@ -227,7 +230,7 @@ class TrainingConfig(Section):
 class FederationConfig(Section):
     """Rounds, participation, aggregation."""
 
-    rounds: int = Field(20, ge=1, description="communication rounds (paper: 20)")
+    rounds: int = Field(20, ge=1, le=1_000_000, description="communication rounds (paper: 20)")
     fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled per round (paper: 1)")
     weighting: Literal["method", "uniform", "samples"] = Field(
         "method", description="weights of the mean: the method's own rule, 1, or rows per client"
@@ -596,7 +599,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not sign or not key:
         raise UserError(f"--set {shortened(text)}: write key.path=value, for example --set lora.r=4")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), parse_yaml(value)
     except (yaml.YAMLError, ValueError):  # the latter from dates and numbers that cannot be
         raise UserError(f"--set {shortened(text)}: the value is not valid YAML") from None
 
@@ -610,10 +613,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(read_bytes(path).decode())
     except (yaml.YAMLError, ValueError) as error:  # the latter from bytes, dates and numbers that cannot be
         mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML") from None
+        why = f" ({error.problem})" if isinstance(error, yaml.constructor.ConstructorError) else ""
+        raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML{why}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from fedalt.config.section import Named, Section
 from fedalt.registry import PARTITIONERS, registered_name
@@ -129,6 +129,13 @@ class DataConfig(Named):
         "shares; or the first",
     )
     tinyworld: TinyworldConfig = TinyworldConfig()
+
+    @field_validator("label_column")
+    @classmethod
+    def _no_text(cls, column: str | None, info: ValidationInfo) -> str | None:
+        if column is not None and column in (info.data.get("text_columns") or ()):
+            raise ValueError("is a column of the text, too")
+        return column
 
     @property
     def limits(self) -> dict[str, int | None]:

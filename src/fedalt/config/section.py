@@ -18,6 +18,9 @@ class Section(BaseModel):
     def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("true and false are allowed for switches only")
+        whole = cls.model_fields[str(info.field_name)].annotation in (int, int | None)
+        if whole and isinstance(value, int | float) and not -(2**63) <= value < 2**63 and abs(value) != float("inf"):
+            raise ValueError("must have less than 20 digits")
         return value
 
 

@@ -32,7 +32,7 @@ from fedalt.config.section import Named
 from fedalt.data.federation import SPLITS, ClientData, Federation, Row, Turn
 from fedalt.data.formats.columns import INPUT
 from fedalt.data.formats.files import read_text
-from fedalt.errors import UserError, did_you_mean, listed
+from fedalt.errors import UserError, did_you_mean, listed, shortened
 from fedalt.registry import TEMPLATES
 
 
@@ -108,7 +108,7 @@ class Chat:
         try:
             return str(self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # whatever Jinja and the template raise
-            roles, reason = ", ".join(role for role, _ in turns), " ".join(str(error).split())
+            roles, reason = ", ".join(role for role, _ in turns), shortened(str(error), 200)
             raise UserError(
                 f"data.template: chat: the tokenizer's template refuses turns of {roles}: {reason}"
             ) from None

@@ -11,7 +11,7 @@ from typing import Any
 from fedalt.config.data import DataConfig
 from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, Row
 from fedalt.errors import UserError
-from fedalt.files import read_json
+from fedalt.files import intact, read_json
 
 Digests = dict[str, dict[str, list[str]]]
 """Client → split → digest of every row."""
@@ -68,7 +68,11 @@ def label_counts(*federations: Federation) -> tuple[str, Counts]:
 
 def in_order(labels: Iterable[str]) -> list[str]:
     """Numbers by size, then words by the alphabet."""
-    return sorted(labels, key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label))
+    return sorted(labels, key=lambda label: (not _number(label), int(label) if _number(label) else 0, label))
+
+
+def _number(label: str) -> bool:
+    return label.isdecimal() and len(label) < 1000
 
 
 def _counted(labels: Iterable[str]) -> dict[str, int]:
@@ -105,7 +109,9 @@ def reproduce(file: Path, pool: Pool) -> Federation:
 
 def held_out_in(file: Path) -> tuple[int, ...]:
     """Clients of a partition.json that took no part in its run."""
-    return tuple(sorted(map(int, read_json(file).get("held_out", {}))))
+    written = read_json(file)
+    with intact(file):
+        return tuple(sorted(map(int, written.get("held_out", {}))))
 
 
 def _listed(written: Any, file: Path) -> dict[int, Mapping[str, list[str]]]:

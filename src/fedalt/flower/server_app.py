@@ -19,7 +19,7 @@ from fedalt.config import RunConfig, parse_received
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of
 from fedalt.federation.server import Server
-from fedalt.files import read_json, write_json
+from fedalt.files import only_one, read_json, write_json
 from fedalt.flower.certs import TLS, PublicKey, client_keys
 from fedalt.flower.consent import check_pooled, check_two
 from fedalt.flower.inflate import bound
@@ -86,39 +86,40 @@ def serve(
     config, method = checked(parse_received(settings, "settings"))
     folder = claim_folder(config.folder, if_exists)
     folder.path.chmod(0o700)  # it will hold uploads
-    log = EventLog(folder.events, sink)
-    nodes = Nodes(grid, method.clients, keys, ttl=config.flower.round_deadline + LATE)
-    nodes.note = lambda client, line: sink({"event": "node", "client": client, "text": line})
-    refused = list[str]()
-    nodes.refused = refused.append
-    of = run_id(frozen_settings(config, method), "", "")
-    name, common = _known(folder, of) or (f"{folder.path.name}-{secrets.token_hex(4)}", None)
-    replies = _gather(nodes, config, name, method.clients)
-    members = _members(replies)
-    common = common or replace(common_to(members), method=rule_of(config, method))
-    fitting = {client: member for client, member in members.items() if member.common == common}
-    method = build(config, method.clients, common.layer_sizes)
-    facts = facts_of(config, method, fitting, common)
-    run_, checkpoint = find_checkpoint(facts, folder)
-    server = Server(method, config.federation, facts.samples, facts.shapes)
-    sites = RemoteClients(facts, name, nodes, folder, log, server, common)
-    loop = start(facts, sites, folder, log, run_, checkpoint=checkpoint, server=server)
-    nodes.refused = lambda line: log.emit("note", round=server.round, text=line)
-    for line in refused:
-        nodes.refused(line)
-    write_json(folder.path / RUN, {"run": name, "settings": of, "common": asdict(common)})
-    for client, reply in replies.items():
-        sites.admit(client, reply)
-    if len(sites.members) < min(config.flower.min_sites, method.clients):
-        why = next(iter(sites.refused.values()))[0]
-        raise UserError(
-            f"{len(sites.members)} sites joined, flower.min_sites asks for {config.flower.min_sites}: {why}"
-        )
-    scores = go(loop)
-    from fedalt.report.html import write_report
+    with only_one(folder.path):
+        log = EventLog(folder.events, sink)
+        nodes = Nodes(grid, method.clients, keys, ttl=config.flower.round_deadline + LATE)
+        nodes.note = lambda client, line: sink({"event": "node", "client": client, "text": line})
+        refused = list[str]()
+        nodes.refused = refused.append
+        of = run_id(frozen_settings(config, method), "", "")
+        name, common = _known(folder, of) or (f"{folder.path.name}-{secrets.token_hex(4)}", None)
+        replies = _gather(nodes, config, name, method.clients)
+        members = _members(replies)
+        common = common or replace(common_to(members), method=rule_of(config, method))
+        fitting = {client: member for client, member in members.items() if member.common == common}
+        method = build(config, method.clients, common.layer_sizes)
+        facts = facts_of(config, method, fitting, common)
+        run_, checkpoint = find_checkpoint(facts, folder)
+        server = Server(method, config.federation, facts.samples, facts.shapes)
+        sites = RemoteClients(facts, name, nodes, folder, log, server, common)
+        loop = start(facts, sites, folder, log, run_, checkpoint=checkpoint, server=server)
+        nodes.refused = lambda line: log.emit("note", round=server.round, text=line)
+        for line in refused:
+            nodes.refused(line)
+        write_json(folder.path / RUN, {"run": name, "settings": of, "common": asdict(common)})
+        for client, reply in replies.items():
+            sites.admit(client, reply)
+        if len(sites.members) < min(config.flower.min_sites, method.clients):
+            why = next(iter(sites.refused.values()))[0]
+            raise UserError(
+                f"{len(sites.members)} sites joined, flower.min_sites asks for {config.flower.min_sites}: {why}"
+            )
+        scores = go(loop)
+        from fedalt.report.html import write_report
 
-    write_report(folder)
-    return scores
+        write_report(folder)
+        return scores
 
 
 def checked(config: RunConfig) -> tuple[RunConfig, Method]:

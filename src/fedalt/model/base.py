@@ -49,6 +49,8 @@ _KINDS = {
     "sequence_classification": "a text classifier",
     "image_classification": "an image classifier",
 }
+OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""A model's own code is never run, and nobody is asked whether it may be."""
 _SAMPLES = 65_536
 
 
@@ -80,7 +82,7 @@ def load_base(config: ModelConfig) -> Base:
     source = resolve_source(config.name)
     device = resolve_device(config.device)
     kind = _KINDS[config.task]
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "use_safetensors": True, **OWN_CODE}
     if config.labels is not None:
         names = dict(enumerate(config.labels))
         options |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
@@ -103,6 +105,9 @@ def load_base(config: ModelConfig) -> Base:
         raise UserError(f"model.name: {config.name} is not {kind} that can be loaded (no weights for {lacking[0]})")
     if config.adapter and config.adapter_as == "merged":
         model = _with_adapter(model, config)
+    broken = next((name for name, weight in model.named_parameters() if not _finite(weight)), None)
+    if broken and not _inside(broken, heads):
+        raise UserError(f"model.name: {config.name} has weights that are no numbers (NaN or infinite in {broken})")
     if not config.load_in:
         model.to(device)
     keep_trainable_through(model)
@@ -131,12 +136,22 @@ def _inside(name: str, paths: Collection[str]) -> bool:
     return any(name.startswith(f"{path}.") for path in paths)
 
 
+def load_about(source: str) -> Any:
+    """Load the configuration of a model."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, **OWN_CODE)
+    except Exception as error:  # whatever a broken folder makes the libraries raise
+        raise UserError(f"model.name: {source} has no configuration that can be loaded ({_first(error)})") from None
+
+
 def load_processor(source: str) -> Any:
     """Load the image processor of a model."""
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(source)
+        return AutoImageProcessor.from_pretrained(source, **OWN_CODE)
     except Exception as error:  # whatever a broken folder makes the libraries raise
         raise UserError(f"model.name: {source} has no image processor that can be loaded ({_first(error)})") from None
 
@@ -146,7 +161,7 @@ def load_tokenizer(source: str, answers: bool = True) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **OWN_CODE)
     except Exception as error:  # whatever a broken folder makes the libraries raise
         raise UserError(f"model.name: {source} has no tokenizer that can be loaded ({_first(error)})") from None
     if tokenizer.eos_token_id is None and (answers or tokenizer.pad_token_id is None):
@@ -219,5 +234,13 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     return digest.hexdigest()
 
 
+def _finite(weight: torch.Tensor) -> bool:
+    if not weight.is_floating_point() or not weight.numel():
+        return True
+    return all(torch.isfinite(end) for end in torch.aminmax(weight.detach()))
+
+
 def _first(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is never run here: auto_map in its config"
     return str(error).strip().split("\n", maxsplit=1)[0].rstrip(".")

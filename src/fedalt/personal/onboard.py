@@ -16,14 +16,14 @@ from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.evaluation.metrics import metrics_in, over_clients
 from fedalt.federation.client import cohort_size, cohorts, installed, train_phases
 from fedalt.federation.server import Server
-from fedalt.files import write_json
+from fedalt.files import new_folder, only_one, write_json
 from fedalt.methods.base import Message
 from fedalt.model.layer import Placement
 from fedalt.model.state import ClientState
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint
 from fedalt.runs.client_folder import client_ids, read_client, write_client
 from fedalt.runs.clients import plan_phases
-from fedalt.runs.folder import IfExists, RunFolder, claim_folder, finished_run, kept_scores
+from fedalt.runs.folder import IfExists, RunFolder, check_folder, finished_run, kept_scores
 from fedalt.runs.setup import Experiment, load_resident, prepare
 
 FOLDER = "newcomers"
@@ -54,6 +54,9 @@ def onboard(
         ``clients``: id → task, rows, scores before and after; ``before`` and ``after``: mean, worst, 10th percentile.
     """
     folder, config = finished_run(path)
+    target = check_folder(out or path / FOLDER, if_exists, "--overwrite to replace it").path
+    if folder.config.resolve().is_relative_to(target.resolve()):
+        raise UserError(f"{target}: holds the run itself; choose another --out")
     members = client_ids(folder)
     checkpoint = load_checkpoint(folder.checkpoints, upto=kept_scores(folder)["round"])
     if checkpoint is None:
@@ -63,9 +66,17 @@ def onboard(
     read_client(folder, members[0], resident.base)  # refuses another base
     experiment = prepare(_settings(config, epochs), resident, newcomers, clients=len(members) + 1)
     experiment = experiment.with_cohort(config.federation.cohort or experiment.fitting_cohort)
-    target = claim_folder(out or path / FOLDER, if_exists)
-    write_json(target.partition, record(config.data, config.seed, newcomers))
-    target.write_config(config, [f"clients that joined {path}"])
+    with only_one(path), new_folder(target) as inside:
+        joined = RunFolder(inside)
+        write_json(joined.partition, record(config.data, config.seed, newcomers))
+        joined.write_config(config, [f"clients that joined {path}"])
+        scores = _scores(joined, experiment, checkpoint, str(path), epochs)
+    return {**scores, "folder": str(target)}
+
+
+def _scores(target: RunFolder, experiment: Experiment, checkpoint: Checkpoint, run: str, epochs: int) -> dict[str, Any]:
+    """What has become of the newcomers, whose models are written."""
+    config, newcomers = experiment.config, experiment.federation
     before, after = _join(experiment, checkpoint, target, train=epochs > 0)
     clients: dict[str, dict[str, Any]] = {
         str(client): {
@@ -81,11 +92,11 @@ def onboard(
         point: over_clients([one[point][config.metric] for one in clients.values()], config.metric)
         for point in ("before", "after")
     }
-    scores = {"run": str(path), **about, "epochs": epochs, "clients": clients, **points}
+    scores = {"run": run, **about, "epochs": epochs, "clients": clients, **points}
     write_json(target.onboarding, scores | {"code": used_code(config)})
     last = {"round": checkpoint.round, **points["after"], "clients": {c: v["after"] for c, v in clients.items()}}
     write_json(target.final_scores, {**about, "last": last, "best_validation": None})
-    return {**scores, "folder": str(target.path)}
+    return scores
 
 
 def _newcomers(config: RunConfig, data: str | None, members: list[int]) -> Federation:

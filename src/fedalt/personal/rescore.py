@@ -11,8 +11,8 @@ from fedalt.data.load import elsewhere, load_federation, read
 from fedalt.errors import UserError, listed
 from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.federation.client import cohort_size, cohorts
-from fedalt.runs.client_folder import client_ids, read_client
-from fedalt.runs.folder import Which, finished_run
+from fedalt.runs.client_folder import client_folder, client_ids, read_client
+from fedalt.runs.folder import Which, final_scores, finished_run
 from fedalt.runs.setup import load_resident
 
 
@@ -34,7 +34,11 @@ def rescore(
         which: The best round on validation rows, or the last one; the one that is kept when not given.
     """
     folder, config = finished_run(path)
-    clients = client_ids(folder) if client is None else [client]
+    clients = [int(one) for one in final_scores(folder)["last"]["clients"]] if client is None else [client]
+    if not client_ids(folder):
+        raise UserError(f"{path}: no client's model is here; of a run across sites each site has its own")
+    for one in clients:
+        client_folder(folder, one)
     federation, shared = _rows(config, data)
     central = central or shared
     resident = load_resident(config)

@@ -3,7 +3,7 @@
 clients/<id>.safetensors    state of every client that has taken part so far
 uploads/<id>.safetensors    every upload that counts in the server's mean
 server.safetensors          what the server remembers besides, for methods that need it
-manifest.json               which these are, of which run and round
+manifest.json               which these are, of which run and round, with a digest of each and of itself
 
 A round writes the files of its own clients and links those of the clients that rested.
 """
@@ -22,11 +22,11 @@ from typing import Any
 
 from fedalt.errors import UserError
 from fedalt.federation.server import Server, Upload
-from fedalt.files import link, new_folder, write_json
+from fedalt.files import link, new_folder, read_json, sha256, write_json
 from fedalt.model.state import ClientState, load_state, load_tensors, save_state, save_tensors
 from fedalt.names import Tensors
 
-STATES, UPLOADS, SERVER = "clients", "uploads", "server.safetensors"
+STATES, UPLOADS, SERVER, MANIFEST = "clients", "uploads", "server.safetensors", "manifest.json"
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Checkpoint:
         seen: Client → the last round in which it delivered.
         memory: What the server remembers, besides uploads.
         cohort: Clients on the model at a time; a resumed run keeps to it, since sums in another order round otherwise.
+        digests: File → SHA-256, of files that are as they were in the round before.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Checkpoint:
     cohort: int = 1
     seen: Mapping[int, int] = field(default_factory=dict)
     memory: Tensors = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def best_round(self) -> list[int]:
@@ -60,7 +62,10 @@ class Checkpoint:
 
     def state(self, client: int) -> ClientState:
         """A client's state."""
-        return load_state(self._file(STATES, client))
+        state = load_state(self._file(STATES, client))
+        if state.client != client or state.round > self.round:
+            raise ValueError(f"{STATES}/{client}.safetensors is of client {state.client}, round {state.round}")
+        return state
 
     def upload(self, client: int) -> Tensors:
         """A client's upload, as the server received it."""
@@ -87,6 +92,8 @@ class Checkpoint:
         for part, clients in ((STATES, states), (UPLOADS, uploads)):
             for client in clients:
                 link(previous._file(part, client), self._file(part, client))
+                name = f"{part}/{client}.safetensors"
+                self.digests |= {name: previous.digests[name]} if name in previous.digests else {}
         self.clients |= set(states)
 
     def write_manifest(self, run: str) -> None:
@@ -96,7 +103,24 @@ class Checkpoint:
         header |= {"seen": {str(client): round_ for client, round_ in self.seen.items()}}
         if self.memory:
             save_tensors(self.memory, self.path / SERVER)
-        write_json(self.path / "manifest.json", header | {"uploads": uploads, "best": self.best})
+        files = (file for file in sorted(self.path.rglob("*.safetensors")))
+        named = ((file.relative_to(self.path).as_posix(), file) for file in files)
+        self.digests = {name: self.digests.get(name) or sha256(file) for name, file in named}
+        manifest = {**header, "uploads": uploads, "best": self.best, "files": self.digests}
+        write_json(self.path / MANIFEST, {**manifest, "digest": _digest(manifest)})
+
+    def check(self, manifest: Mapping[str, Any]) -> None:
+        """Compare with a manifest; those of fedalt 0.1 know no digests."""
+        if self.path.name != _name(self.round):
+            raise ValueError(f"{MANIFEST} is of round {self.round}")
+        if "files" in manifest or "digest" in manifest:
+            said = dict(manifest)
+            if said.pop("digest") != _digest(said):
+                raise ValueError(f"{MANIFEST} has changed")
+            changed = next((n for n, known in said["files"].items() if sha256(self.path / n) != known), None)
+            if changed:
+                raise ValueError(f"{changed} has changed")
+            self.digests = said["files"]
 
     def _file(self, part: str, client: int) -> Path:
         return self.path / part / f"{client}.safetensors"
@@ -115,8 +139,7 @@ def next_checkpoint(previous: Checkpoint, number: int | None = None) -> Iterator
 
 def run_id(settings: Mapping[str, Any], base: str, rows: str) -> str:
     """Identifies a run by what determines its numbers: settings, base weights, rows."""
-    text = json.dumps([settings, base, rows], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest([settings, base, rows])[:16]
 
 
 def prune(folder: Path, rounds: Iterable[int] = ()) -> None:
@@ -133,13 +156,14 @@ def load_checkpoint(folder: Path, *runs: str, upto: int | None = None) -> Checkp
     if path is None:
         return None
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
         uploads = {int(client): Upload(**known) for client, known in manifest["uploads"].items()}
         known = set(manifest["clients"])
         seen = {int(client): round_ for client, round_ in manifest["seen"].items()}
         memory = load_tensors(path / SERVER) if (path / SERVER).is_file() else {}
         best, cohort = manifest["best"], manifest["cohort"]
         checkpoint = Checkpoint(path, manifest["round"], known, uploads, best, cohort, seen, memory)
+        checkpoint.check(manifest)
         for client in checkpoint.clients:
             checkpoint.state(client)
         for client in uploads:
@@ -170,4 +194,9 @@ def _name(number: int) -> str:
 
 
 def _rounds(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("round_*") if re.fullmatch(r"round_\d{4,}", path.name))
+    found = (path for path in folder.glob("round_*") if re.fullmatch(r"round_\d{4,}", path.name))
+    return sorted(found, key=_number)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from fedalt.compat import slot_today
 from fedalt.data.encode import template_text
 from fedalt.errors import UserError, listed
-from fedalt.files import new_folder, read_json, write_json
+from fedalt.files import intact, new_folder, read_json, write_json
 from fedalt.model.base import Base
 from fedalt.model.layer import Mixing, Placement
 from fedalt.model.peft_files import LoraFolder, read_folder, write_extras, write_lora, write_mixer
@@ -111,13 +111,17 @@ def read_client(run: RunFolder, client: int, base: Base, which: Which | None = N
     """Load a client's folder, of the round that is kept or of another; see ``client_folder``."""
     path = client_folder(run, client, which)
     about = read_json(path / CONFIG)
-    if about["base"]["sha256"] != base.sha256:
-        raise UserError(f"{path}: made for another base model ({about['base']['source']}); the weights differ")
-    placement = Placement(tuple(about["slots"]), Mixing.parse(about["mixing"]), about["scale"], 0.0)
+    with intact(path / CONFIG):
+        if about["base"]["sha256"] != base.sha256:
+            raise UserError(f"{path}: made for another base model ({about['base']['source']}); the weights differ")
+        placement = Placement(tuple(about["slots"]), Mixing.parse(about["mixing"]), float(about["scale"]), 0.0)
+        who, round_ = int(about["client_id"]), int(about["round"])
+    if who != client:
+        raise UserError(f"{path}: holds client {who}, not client {client}")
     tensors, heads = parted(read_folder(path, placement.slots, placement.mixed))
     tensors = {Key(k.module, slot_today(k.slot), k.factor): value for k, value in tensors.items()}
     placement = replace(placement, slots=tuple(map(slot_today, placement.slots)))
-    return PersonalModel(ClientState(about["client_id"], about["round"], tensors, heads=heads), placement)
+    return PersonalModel(ClientState(who, round_, tensors, heads=heads), placement)
 
 
 def client_folder(run: RunFolder, client: int, which: Which | None = None) -> Path:
@@ -138,4 +142,5 @@ def client_folder(run: RunFolder, client: int, which: Which | None = None) -> Pa
 
 def client_ids(run: RunFolder) -> list[int]:
     """Clients that have a folder in a run."""
-    return sorted(int(path.parent.name) for path in run.path.glob(f"clients/*/{CONFIG}"))
+    names = (path.parent.name for path in run.path.glob(f"clients/*/{CONFIG}"))
+    return sorted(int(name) for name in names if name.isdecimal())

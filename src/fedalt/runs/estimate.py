@@ -16,8 +16,8 @@ from fedalt.runs.clients import plans_of
 from fedalt.runs.machine import peak_memory
 from fedalt.runs.setup import Experiment
 
-_TIMED = 3
-"""Steps that are timed."""
+_TIMED, _LOOKED_AT = 3, 1000
+"""Steps that are timed; rounds that are planned, for which all others are taken to be like them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def estimate(experiment: Experiment) -> Estimate:
     largest: Sequence[Plan] = ()
     first: Sequence[Plan] = ()
     steps = tokens = 0
-    for number in range(1, federation.rounds + 1):
+    looked_at = min(federation.rounds, _LOOKED_AT)
+    for number in range(1, looked_at + 1):
         longest = 0
         for part in filter(None, _rounds_cohorts(experiment, number)):
             longest = max(longest, *(len(plan.steps) for plan in part))
@@ -62,6 +63,7 @@ def estimate(experiment: Experiment) -> Estimate:
             first = first or [replace(plan, steps=plan.steps[:_TIMED]) for plan in part]
             largest = max(largest, _largest_step(part), key=lambda taken: sum(map(_tokens, taken)))
         steps += longest
+    steps, tokens = steps * federation.rounds // looked_at, tokens * federation.rounds // looked_at
     seconds = _seconds_per_token(experiment, largest, first) * tokens if tokens else 0.0
     scoring = _scoring_seconds(experiment)
     size = 4 * experiment.sent * max(int(federation.fraction * len(experiment.examples)), 1)

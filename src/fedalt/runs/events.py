@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.compat import event_today
-from fedalt.files import disk_errors, write_json_lines
+from fedalt.errors import UserError
+from fedalt.files import disk_errors, read_bytes, write_json_lines
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]
@@ -43,10 +44,16 @@ def read_events(path: Path) -> Iterator[Event]:
     """Events in order; a half-written last line is passed over."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    lines = read_bytes(path).split(b"\n")
+    for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            yield event_today(json.loads(line))
-        except json.JSONDecodeError:
-            return
+            event = json.loads(line)
+            if "event" not in event:
+                raise ValueError
+        except (ValueError, TypeError, RecursionError):
+            if number == len(lines):
+                return
+            raise UserError(f"{path}:{number}: damaged (no event)") from None
+        yield event_today(event)

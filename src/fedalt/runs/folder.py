@@ -13,7 +13,7 @@ import yaml
 from fedalt.compat import as_recorded
 from fedalt.config import RunConfig, load_config, outside_code, read_yaml
 from fedalt.errors import UserError, listed
-from fedalt.files import disk_errors, read_json, write_json, write_json_lines, write_text
+from fedalt.files import disk_errors, intact, only_one, read_json, write_json, write_json_lines, write_text
 from fedalt.runs.events import first_start, read_events
 
 IfExists = Literal["ask", "resume", "overwrite"]
@@ -119,16 +119,19 @@ def finished_run(path: Path) -> tuple[RunFolder, RunConfig]:
     return folder, config
 
 
-def check_folder(path: Path, if_exists: IfExists) -> RunFolder:
-    """Say whether a run may go into a folder, and touch nothing."""
+def check_folder(
+    path: Path, if_exists: IfExists, ways: str = "--resume to continue it or --overwrite to replace it"
+) -> RunFolder:
+    """Say whether a run may go into a folder, and touch nothing. ``ways`` are the options that an error names."""
     folder = RunFolder(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: is a file, not a folder")
+    file = next((parent for parent in (path, *path.parents) if parent.exists() and not parent.is_dir()), None)
+    if file:
+        raise UserError(f"{file}: is a file, not a folder")
     filled = path.is_dir() and any(not p.name.endswith(".tmp") for p in path.iterdir())  # a kill may leave one
     if filled and not folder.partition.is_file():  # the first file that a run writes
         raise UserError(f"{path}: not empty and not a run folder; choose another --out")
     if filled and if_exists == "ask":
-        raise UserError(f"{path}: holds a run already; add --resume to continue it or --overwrite to replace it")
+        raise UserError(f"{path}: holds a run already; add {ways}")
     return folder
 
 
@@ -136,9 +139,10 @@ def claim_folder(path: Path, if_exists: IfExists) -> RunFolder:
     """Make the folder ready for a new run, or leave it as it is to be resumed."""
     folder = check_folder(path, if_exists)
     with disk_errors(path):
-        if if_exists == "overwrite":
-            shutil.rmtree(path, ignore_errors=not path.exists())
         path.mkdir(parents=True, exist_ok=True)
+        with only_one(path):
+            for inside in sorted(path.iterdir(), key=folder.partition.__eq__) if if_exists == "overwrite" else ():
+                shutil.rmtree(inside) if inside.is_dir() and not inside.is_symlink() else inside.unlink()
     return folder
 
 
@@ -156,4 +160,7 @@ def kept(scores: Mapping[str, Any]) -> dict[str, Any]:
 def final_scores(folder: RunFolder) -> dict[str, Any]:
     """The final scores of a finished run."""
     scores: dict[str, Any] = read_json(folder.final_scores)
+    with intact(folder.final_scores):
+        if not (scores["metric"] and kept(scores)["round"] and all(map(dict, scores["last"]["clients"].values()))):
+            raise ValueError("no scores")
     return scores

@@ -11,7 +11,7 @@ from fedalt.data.encode import Example, encode_client, left_out, token_texts
 from fedalt.data.federation import Federation, Row, labels_of
 from fedalt.data.load import Rows, load_as_it_is
 from fedalt.errors import UserError, listed
-from fedalt.model.base import load_tokenizer
+from fedalt.model.base import load_about, load_tokenizer
 from fedalt.model.source import resolve_source
 from fedalt.runs.setup import load_rows, read_settings, text_encoder
 
@@ -78,11 +78,9 @@ def preview(config: RunConfig, client: int, count: int) -> Preview:
     if config.model.task == "image_classification":
         rows = tuple(PreviewRow(row.instruction, row.output) for row in federation.clients[client].train[:count])
         return _preview(config, federation, federation.notes, rows, {c: ([], 0, 0) for c in federation.ids})
-    from transformers import AutoConfig
-
     name = resolve_source(config.model.name)
     tokenizer = load_tokenizer(name, not config.classifies)
-    about = SimpleNamespace(config=AutoConfig.from_pretrained(name))
+    about = SimpleNamespace(config=load_about(name))
     config, notes = read_settings(config, federation, about, tokenizer)
     encoder = text_encoder(config, tokenizer)
     examples = {c: encode_client(encoder, data) for c, data in federation.clients.items()}

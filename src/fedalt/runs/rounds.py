@@ -13,7 +13,7 @@ from fedalt.errors import UserError
 from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in, over_clients
 from fedalt.federation.diagnostics import product_gap
 from fedalt.federation.server import Server, sample_clients
-from fedalt.files import read_json, write_json
+from fedalt.files import only_one, read_json, write_json
 from fedalt.methods.base import Message, Method
 from fedalt.methods.registry import title_of
 from fedalt.registry import section_of
@@ -194,20 +194,20 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
     Returns:
         The content of ``final_scores.json``.
     """
-    info, config = experiment.info, experiment.config
-    run_, checkpoint = find_checkpoint(info, folder)
-    log = EventLog(folder.events, sink)
-    with started(experiment, folder) as pool:
-        size = config.federation.cohort or (checkpoint.cohort if checkpoint else fitting_cohort(experiment, pool))
-        experiment = experiment.with_cohort(size)
-        here = LocalClients(experiment, folder, log)
-        backend = Devices(here, pool) if pool else here
-        loop = start(
-            replace(info, config=experiment.config), backend, folder, log, run_, checkpoint=checkpoint, cohort=size
-        )
-        if pool:
-            log.emit("note", round=loop.checkpoint.round, text=_MEMORY)
-        return go(loop)
+    info, config, log = experiment.info, experiment.config, EventLog(folder.events, sink)
+    with only_one(folder.path):
+        run_, checkpoint = find_checkpoint(info, folder)
+        with started(experiment, folder) as pool:
+            size = config.federation.cohort or (checkpoint.cohort if checkpoint else fitting_cohort(experiment, pool))
+            experiment = experiment.with_cohort(size)
+            here = LocalClients(experiment, folder, log)
+            backend = Devices(here, pool) if pool else here
+            loop = start(
+                replace(info, config=experiment.config), backend, folder, log, run_, checkpoint=checkpoint, cohort=size
+            )
+            if pool:
+                log.emit("note", round=loop.checkpoint.round, text=_MEMORY)
+            return go(loop)
 
 
 def go(loop: Loop) -> dict[str, Any]:

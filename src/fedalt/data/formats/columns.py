@@ -477,7 +477,7 @@ def _values(value: Any) -> list[Any]:
     if isinstance(value, str) and value.startswith("[{"):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return []
     return list(value) if isinstance(value, list | tuple) else []
 

@@ -6,7 +6,6 @@ import codecs
 import csv
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 from fedalt.config.data import DataConfig
 from fedalt.data.formats.columns import Record, has_header, mappings
 from fedalt.errors import UserError, needs
+from fedalt.files import JSON, json_errors, read_bytes
 
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 POSSIBLE = f"{', '.join(ENDINGS)}, each also with .gz"
@@ -82,21 +82,17 @@ def read_text(path: Path) -> str:
 
 def _bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise UserError(f"{path}: a broken gzip file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def json_values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     """Every value after where it stands: of a list, lines, objects over several lines, or ``{"data": […]}``."""
     if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from None
+        with json_errors(path):
+            values = JSON.decode(text)
         yield from ((f"{path}: row {i}", value) for i, value in enumerate(values))
         return
     found = list(_stream(text, path))
@@ -111,13 +107,11 @@ def json_values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
 
 def _stream(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     """Values one after another, with nothing but blanks between them."""
-    decoder, at, line, counted = json.JSONDecoder(), 0, 1, 0
+    at, line, counted = 0, 1, 0
     while (at := _BLANK.match(text, at).end()) < len(text):  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{line}: broken JSON ({error.msg})") from None
+        with json_errors(path, line):
+            value, at = JSON.raw_decode(text, at)
         yield f"{path}:{line}", value
 
 
@@ -166,7 +160,7 @@ def _lines(text: str, path: Path, config: DataConfig, **dialect: Any) -> list[Re
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), **dialect)
     names = list(config.columns or ())
-    records = []
+    records: list[Record] = []
     try:
         for cells in reader:
             if not cells:
@@ -174,6 +168,8 @@ def _lines(text: str, path: Path, config: DataConfig, **dialect: Any) -> list[Re
             if not names:
                 names = _header(cells, path)
                 continue
+            if not records and config.columns and sorted(cells) == sorted(names):
+                raise UserError(f"{path}:1: is a header line; leave data.columns out, which is for files without one")
             where = f"{path}:{reader.line_num}"
             if len(cells) != len(names):
                 raise UserError(f"{where}: {len(cells)} cells, but {len(names)} columns: {', '.join(names)}")

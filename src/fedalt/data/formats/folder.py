@@ -15,6 +15,7 @@ Every JSON file may be a list or lines, whatever its ending.
 from __future__ import annotations
 
 import re
+from itertools import islice
 from pathlib import Path
 
 from fedalt.config.data import DataConfig
@@ -144,7 +145,7 @@ def _by_client(folder: Path, start: str) -> dict[int, Path]:
 
 
 def _check_indices(files: dict[int, Path], folder: Path) -> None:
-    missing = sorted(set(range(max(files) + 1)) - set(files))
+    missing = list(islice((client for client in range(max(files) + 1) if client not in files), 6))
     if missing:
         names = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
         raise UserError(
