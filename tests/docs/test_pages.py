@@ -52,9 +52,9 @@ def pages(made: ModuleType) -> dict[str, str]:
 @pytest.mark.parametrize(
     "line",
     [
-        "`lora.r`{ #lora.r } · integer ≥ 1 · default `8`",
+        "`lora.r`{ #lora.r } · integer ≥ 1 ≤ 65536 · default `8`",
         "`lora.dropout`{ #lora.dropout } · number ≥ 0 < 1 · default `0.05`",
-        "`lora.ranks`{ #lora.ranks } · list of integer ≥ 1 or None · no default",
+        "`lora.ranks`{ #lora.ranks } · list of integer ≥ 1 ≤ 65536 or None · no default",
         "`model.dtype`{ #model.dtype } · `float32`, `bfloat16`, `float16` · default `float32`",
         "`evaluation.points`{ #evaluation.points } · list of `before`, `after` · default `[before, after]`",
         "`training.repeat_order`{ #training.repeat_order } · true or false · default `false`",

@@ -118,7 +118,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 def test_finished_rows_leave_the_batch(
     beams: int, branched: bool, reads: Reads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AdaptedModel, "branches", branched)
+    monkeypatch.setattr(AdaptedModel, "branches", lambda model, slots: branched)
     ours(MODELS["llama"](), PROMPTS, beams, frequent("llama", 6 if beams > 1 else 3))
     each = 1 if branched else beams  # rows a prompt
     (first, *rows), widths = [r for r, _ in reads], {width for _, width in reads[1:]}
@@ -132,7 +132,7 @@ def test_finished_rows_leave_the_batch(
 def test_beams_in_rows_of_their_own_give_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     stops = frequent("llama", 3)
     branched = ours(MODELS["llama"](), PROMPTS, 4, stops)
-    monkeypatch.setattr(AdaptedModel, "branches", False)
+    monkeypatch.setattr(AdaptedModel, "branches", lambda model, slots: False)
     assert ours(MODELS["llama"](), PROMPTS, 4, stops) == branched
 
 

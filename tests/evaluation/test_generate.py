@@ -153,9 +153,9 @@ def test_batches_shrink_to_what_fits_into_memory_and_answers_stay(
     seen: list[int] = []
     own = generate.answer
 
-    def counted(model: Any, tok: Any, prompts: Any, *rest: Any) -> Any:
+    def counted(model: Any, tok: Any, prompts: Any, *rest: Any, **more: Any) -> Any:
         seen.append(len(prompts))
-        return own(model, tok, prompts, *rest)
+        return own(model, tok, prompts, *rest, **more)
 
     monkeypatch.setattr(generate, "answer", counted)
     free = answer_all(model, tokenizer(), PROMPTS, config(beams, batch=8))
