@@ -134,6 +134,7 @@ def test_what_can_be_wrong_with_a_servers_folder(tmp_path: Path, monkeypatch: py
         (tls / name).unlink()
         assert refused(*serve, "127.0.0.1:9092") == f"{tls / name}: cannot be read (No such file or directory)"
         (tls / name).write_bytes(own)
+        (tls / name).chmod(0o600)
     (tls / "keys" / "client_0.pub").rename(tls / "keys" / "client_0.off")
     assert "no site keys" in refused(*serve, "127.0.0.1:9092")
     old = made_days_ago(tmp_path / "old", 3, monkeypatch)

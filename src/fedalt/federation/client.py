@@ -72,6 +72,10 @@ class RoundSettings:
         return Placement(*self.method.inference, self.method.scale, 0.0)
 
 
+Install = Callable[[ClientState, Message | None], ClientState]
+"""Puts what the server tells a client into the client's state."""
+
+
 def client_round(
     model: AdaptedModel,
     states: Sequence[ClientState],
@@ -80,18 +84,18 @@ def client_round(
     settings: RoundSettings,
     *,
     round_: int,
-    starts: Sequence[ClientState] | None = None,
+    install: Install | None = None,
     on_step: OnStep = lambda done, total: None,
 ) -> list[ClientResult]:
     """Install the server's message, train phase by phase, and prepare the upload, for a cohort of clients on one model.
 
     Pure in its arguments: states come in and new states go out; the model is only where the arithmetic happens. A
     client whose loss or adapter is not finite keeps the state it came with, and the others are not affected by it.
-    ``starts`` are the states with the messages in them, if they have been made.
+    ``install`` puts messages into states in place of ``installed``, which it may remember.
     """
     method = settings.method
-    starts = starts or [installed(method, *client) for client in zip(states, messages, strict=True)]
-    now = [method.before_training(state, round_) for state in starts]
+    install = install or partial(installed, method)
+    now = [method.before_training(install(*client), round_) for client in zip(states, messages, strict=True)]
     trained, stats = train_phases(model, now, method.phases(round_), plans, settings, on_step=on_step, round_=round_)
     down = [message.bytes if message else 0 for message in messages]
     clients = zip(states, now, trained, zip(stats, down, strict=True), strict=True)
@@ -191,7 +195,7 @@ def run_clients(
     settings: RoundSettings,
     round_: int,
     cohort: int,
-    starts: Mapping[int, ClientState] | None = None,
+    install: Install | None = None,
     on_step: OnStep = lambda done, total: None,
 ) -> Iterator[ClientResult]:
     """Run ``client_round`` cohort by cohort and yield the results in the order of the clients.
@@ -209,7 +213,7 @@ def run_clients(
                 [plans(client) for client in part],
                 settings,
                 round_=round_,
-                starts=[starts[client] for client in part] if starts else None,
+                install=install,
                 on_step=partial(_step, on_step, number, count),
             )
         except Exception as error:

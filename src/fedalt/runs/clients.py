@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from fedalt.config import RunConfig
@@ -98,7 +99,7 @@ class LocalClients:
             settings=experiment.settings,
             round_=number,
             cohort=cohort_size(experiment.config.federation, len(chosen)),
-            starts=self._starts(last, messages),
+            install=lambda state, message: self._start(last.round, state.client, lambda: state, message),
             on_step=lambda done, total: self.log.sink({"event": "step", "round": number, "done": done, "total": total}),
         )
         return [self._take(new, result) for result in results]
@@ -117,8 +118,11 @@ class LocalClients:
         """How far the messages move every client's row."""
         if REST_OF_WORLD not in self.experiment.shape.slots:
             return {}
-        before, after = states_in(new, self.experiment), self._starts(new, messages)
-        return {c: row_lora_drift(state.tensors, after[c].tensors) for c, state in before.items()}
+        drifts = {}
+        for client, state in states_in(new, self.experiment).items():
+            after = self._start(new.round, client, partial(replace, state), messages.get(client))
+            drifts[client] = row_lora_drift(state.tensors, after.tensors)
+        return drifts
 
     def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
         """Score everybody as they left training and as they would start the next round."""
@@ -145,23 +149,22 @@ class LocalClients:
                 save_client(self.folder, state, self.experiment, checkpoint.round)
 
     def _starts(self, last: Checkpoint, messages: Mapping[int, Message]) -> PerClient[ClientState]:
-        """Every client as it starts the next round: what is scored, saved, chatted with, and trained on.
+        """Every client as it starts the next round: what is scored, saved, chatted with, and trained on."""
+        states = states_in(last, self.experiment)
+        return PerClient(
+            states, lambda client: self._start(last.round, client, lambda: states[client], messages.get(client))
+        )
 
-        A message is put into a state once, as long as no more clients than a cohort has come between.
-        """
-        states, clients = states_in(last, self.experiment), self.experiment.federation.ids
-        most = cohort_size(self.experiment.config.federation, len(clients))
-
-        def start(client: int) -> ClientState:
-            known = self._made.get((last.round, client))
-            if known is None:
-                while len(self._made) >= most:
-                    del self._made[next(iter(self._made))]
-                known = installed(self.experiment.method, states[client], messages.get(client))
-                self._made[last.round, client] = known
-            return known
-
-        return PerClient(states, start)
+    def _start(self, round_: int, client: int, read: Callable[[], ClientState], message: Message | None) -> ClientState:
+        """A message is put into a state once, as long as no more clients than a cohort has come between."""
+        known = self._made.get((round_, client))
+        if known is None:
+            clients = len(self.experiment.federation.ids)
+            while len(self._made) >= cohort_size(self.experiment.config.federation, clients):
+                del self._made[next(iter(self._made))]
+            known = installed(self.experiment.method, read(), message)
+            self._made[round_, client] = known
+        return known
 
 
 def states_in(checkpoint: Checkpoint, experiment: Experiment) -> PerClient[ClientState]:

@@ -34,6 +34,12 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.report = path / "report.html"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RunFolder) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
     def client(self, client: int) -> Path:
         """A client's adapters as PEFT folders, and its mixer, of the round that is kept."""
         return self.path / "clients" / str(client)
