@@ -22,7 +22,7 @@ from fedalt.flower.certs import make_certs
 from fedalt.flower.deploy.address import Address, check_free, free_port, parse_address
 from fedalt.flower.deploy.folders import locked
 from fedalt.flower.deploy.processes import shortened
-from micro import ENVIRONMENT, call, events, refused, settings, shared_data, write_yaml
+from micro import ENVIRONMENT, call, events, refused, settings, shared_data, shared_model, write_yaml
 
 PATIENCE = 240.0
 """Seconds; machines may be slow."""
@@ -406,11 +406,12 @@ def test_a_run_across_sites_one_of_which_is_killed(tmp_path: Path) -> None:
         tmp_path / "server",
     )
     submit = ("submit", config, "--server", f"127.0.0.1:{port}", "--tls", tmp_path / "tls")
+    own = ("--data", shared_data(), "--model", shared_model(), "--set", "min_rows=1")
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(running(tmp_path / "server.log", *serve))
         server.until("at site N: ")
         sites = [
-            stack.enter_context(running(tmp_path / f"{i}.log", *site(tmp_path, i, port, *secure(tmp_path, i))))
+            stack.enter_context(running(tmp_path / f"{i}.log", *site(tmp_path, i, port, *secure(tmp_path, i), *own)))
             for i in range(3)
         ]
         for one in sites:
@@ -421,7 +422,9 @@ def test_a_run_across_sites_one_of_which_is_killed(tmp_path: Path) -> None:
         sites[1].popen.send_signal(signal.SIGSTOP)  # or it would start the node again
         node.kill()
         sites[1].end(signal.SIGKILL)
-        again = stack.enter_context(running(tmp_path / "1.again.log", *site(tmp_path, 1, port, *secure(tmp_path, 1))))
+        again = stack.enter_context(
+            running(tmp_path / "1.again.log", *site(tmp_path, 1, port, *secure(tmp_path, 1), *own))
+        )
         again.until("the server does not let this site in")
         assert run.popen.wait(PATIENCE) == 0, run.text
         assert "SuperNode ID: " in again.text

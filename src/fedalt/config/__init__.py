@@ -201,7 +201,10 @@ class TrainingConfig(Section):
         "linear", description="learning rate after warm-up: linear to 0 (paper code), half a cosine to 0, or constant"
     )
     warmup: float = Field(
-        0, ge=0, description="steps in which the learning rate rises from 0; below 1, a share of the schedule's steps"
+        0,
+        ge=0,
+        le=1_000_000,
+        description="steps in which the learning rate rises from 0; below 1, a share of the schedule's steps",
     )
     schedule_scope: Literal["round", "run"] = Field(
         "round",
