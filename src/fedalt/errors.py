@@ -32,6 +32,11 @@ def shortened(text: str, most: int = 60) -> str:
     return line if len(line) <= most else f"{line[: most - 20]}… ({len(text):,} characters)"
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, in its first line."""
+    return (str(error).strip() or type(error).__name__).split("\n", maxsplit=1)[0].rstrip(".")
+
+
 def alternatives(words: Sequence[object]) -> str:
     """``a, b or c``."""
     *first, last = map(str, words)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,17 +185,21 @@ def _unfit(node: yaml.Node, why: str) -> yaml.YAMLError:
 # -------------------------------------------------------------------------------------------------------------- folders
 
 
+def lock(descriptor: int, taken: str) -> None:
+    """Take a lock that ends with this process; ``taken`` is the line where another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(taken) from None
+
+
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Have a folder to oneself; the lock is the folder's own, and ends with this process, however that ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process uses this folder now; wait for its end") from None
-        except OSError:
-            pass  # a file system without locks
+        with suppress(OSError):  # a file system without locks
+            lock(descriptor, f"{folder}: another process uses this folder now; wait for its end")
         yield
     finally:
         os.close(descriptor)

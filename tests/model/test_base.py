@@ -224,7 +224,7 @@ def test_a_path_that_does_not_exist(name: str) -> None:
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"")
-    assert "is no model" in complaint(path)
+    assert f"{path} is a file of weights (safetensors), no model" in complaint(path)
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fedalt.cli import complete, show
+from fedalt.cli import show
 from fedalt.cli.command import Command
+from fedalt.cli.flags import any_setting
 from fedalt.cli.recipes import config_path
 from fedalt.cli.show import print_json, say
 from fedalt.config import load_config, parse_override
@@ -45,15 +46,7 @@ def show_rows(
     clients: Annotated[
         int | None, typer.Option("--clients", metavar="N", help="clients that rows are dealt to")
     ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="any other setting, for example data.template=chat; repeatable",
-            autocompletion=complete.settings,
-        ),
-    ] = None,
+    sets: Annotated[list[str] | None, any_setting("data.template=chat")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
 ) -> None:
     """Show what was understood of rows: prompts, answers, trained tokens, lengths by client, what is cut or skipped."""

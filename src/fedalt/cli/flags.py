@@ -48,15 +48,19 @@ _CONFIG = Annotated[
         autocompletion=complete.configs,
     ),
 ]
-_SET = Annotated[
-    list[str] | None,
-    typer.Option(
+
+
+def any_setting(example: str) -> Any:
+    """The option ``--set``."""
+    return typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="any other setting, for example lora.dropout=0; repeatable",
+        help=f"any other setting, for example {example}; repeatable",
         autocompletion=complete.settings,
-    ),
-]
+    )
+
+
+_SET = Annotated[list[str] | None, any_setting("lora.dropout=0")]
 _RESUME = Annotated[bool, typer.Option("--resume", help="continue at the last finished round, or start")]
 _OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="replace a run that is there")]
 

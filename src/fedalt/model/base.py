@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fedalt.config import ModelConfig
-from fedalt.errors import UserError
+from fedalt.errors import UserError, first_line
 from fedalt.model.classifier import head_paths
 from fedalt.model.peft_files import read_adapter_config
 from fedalt.model.source import resolve_source
@@ -96,7 +96,7 @@ def load_base(config: ModelConfig) -> Base:
         auto = getattr(transformers, _CLASSES[config.task])
         opened: Any = auto.from_pretrained(source, **options, output_loading_info=True)
     except Exception as error:  # whatever a broken folder makes the libraries raise
-        raise UserError(f"model.name: {config.name} is not {kind} that can be loaded ({_first(error)})") from None
+        raise UserError(f"model.name: {config.name} is not {kind} that can be loaded ({first_line(error)})") from None
     model, loaded = opened
     missing = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
     heads = head_paths(model, missing) if config.labels is not None else ()
@@ -129,7 +129,7 @@ def _with_adapter(model: Any, config: ModelConfig) -> Any:
     try:
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except Exception as error:  # whatever an adapter of another model makes PEFT raise
-        raise UserError(f"model.adapter: {folder} cannot be merged into {config.name} ({_first(error)})") from None
+        raise UserError(f"model.adapter: {folder} cannot be merged into {config.name} ({first_line(error)})") from None
 
 
 def _inside(name: str, paths: Collection[str]) -> bool:
@@ -143,7 +143,7 @@ def load_about(source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source, **OWN_CODE)
     except Exception as error:  # whatever a broken folder makes the libraries raise
-        raise UserError(f"model.name: {source} has no configuration that can be loaded ({_first(error)})") from None
+        raise UserError(f"model.name: {source} has no configuration that can be loaded ({first_line(error)})") from None
 
 
 def load_processor(source: str) -> Any:
@@ -153,7 +153,9 @@ def load_processor(source: str) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(source, **OWN_CODE)
     except Exception as error:  # whatever a broken folder makes the libraries raise
-        raise UserError(f"model.name: {source} has no image processor that can be loaded ({_first(error)})") from None
+        raise UserError(
+            f"model.name: {source} has no image processor that can be loaded ({first_line(error)})"
+        ) from None
 
 
 def load_tokenizer(source: str, answers: bool = True) -> Any:
@@ -163,7 +165,7 @@ def load_tokenizer(source: str, answers: bool = True) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **OWN_CODE)
     except Exception as error:  # whatever a broken folder makes the libraries raise
-        raise UserError(f"model.name: {source} has no tokenizer that can be loaded ({_first(error)})") from None
+        raise UserError(f"model.name: {source} has no tokenizer that can be loaded ({first_line(error)})") from None
     if tokenizer.eos_token_id is None and (answers or tokenizer.pad_token_id is None):
         raise UserError(f"model.name: the tokenizer of {source} has no end-of-sequence token, so answers never end")
     if tokenizer.pad_token_id is None:
@@ -238,9 +240,3 @@ def _finite(weight: torch.Tensor) -> bool:
     if not weight.is_floating_point() or not weight.numel():
         return True
     return all(torch.isfinite(end) for end in torch.aminmax(weight.detach()))
-
-
-def _first(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return "it needs code of its own, which is never run here: auto_map in its config"
-    return str(error).strip().split("\n", maxsplit=1)[0].rstrip(".")

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedalt.errors import UserError
+from fedalt.errors import UserError, first_line
 from fedalt.model.batch_layout import BatchContext
 from fedalt.model.targets import backbone_of
 from fedalt.names import HEAD, Key, Tensors
@@ -59,8 +59,9 @@ def summary_of(base: Any) -> tuple[Summary, int]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model makes of such rows
-        said = str(error).strip().split("\n", maxsplit=1)[0]
-        raise UserError(f"model.task: {type(base).__name__} cannot be tried as a classifier ({said})") from None
+        raise UserError(
+            f"model.task: {type(base).__name__} cannot be tried as a classifier ({first_line(error)})"
+        ) from None
     last = torch.full_like(last, states.shape[1] - 1) if states.dim() == 3 and "pixel_values" in inputs else last
     for name, index in (("last", last), ("first", torch.zeros_like(last))):
         try:

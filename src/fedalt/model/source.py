@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fedalt.errors import UserError
+from fedalt.errors import UserError, first_line
 from fedalt.files import new_folder, sha256
 
 TINY_BASE, MINILM, SMOLLM2 = "tiny-base", "minilm", "smollm2"
@@ -132,8 +132,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     except Exception as error:  # whatever the network makes the library raise
-        said = str(error).strip().split("\n", maxsplit=1)[0]
-        raise UserError(f"model.name: {name} cannot be had from the hub ({said})") from None
+        raise UserError(f"model.name: {name} cannot be had from the hub ({first_line(error)})") from None
 
 
 def dequantized(file: Path) -> Path:
@@ -159,8 +158,9 @@ def _convert(file: Path, to: Path) -> None:
         read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except Exception as error:  # whatever a broken file makes the libraries raise
-        said = str(error).strip().split("\n", maxsplit=1)[0]
-        raise UserError(f"model.name: {file} is no GGUF model that Transformers can read ({said})") from None
+        raise UserError(
+            f"model.name: {file} is no GGUF model that Transformers can read ({first_line(error)})"
+        ) from None
     config = read.config
     del config.quantization_config  # as read, the model counts as quantised and refuses to be saved
     model = type(read)(config)

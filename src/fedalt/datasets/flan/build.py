@@ -17,7 +17,7 @@ import torch
 
 from fedalt.data.federation import FIELDS, Row
 from fedalt.datasets.flan.tasks import TASKS, Sample, Task
-from fedalt.errors import UserError, did_you_mean
+from fedalt.errors import UserError, did_you_mean, first_line
 from fedalt.files import new_folder, write_json, write_json_lines
 from fedalt.seeding import rng
 
@@ -43,7 +43,7 @@ def open_splits(task: Task, local: Path | None) -> Splits:
         opened = _saved(place) if isinstance(place, Path) else _from_hub(task)
     except Exception as error:  # whatever the hub, the network or a file gives rise to
         help_ = "" if local else f"; a local copy in DIR/{task.name} can be given with --from DIR"
-        raise UserError(f"{place} cannot be opened ({_first(error)}){help_}") from None
+        raise UserError(f"{place} cannot be opened ({first_line(error)}){help_}") from None
     splits = dict(opened) if isinstance(opened, dict) else {task.train[0]: opened}
     return {name: _named(task, split, f"{place}, split {name}") for name, split in splits.items()}
 
@@ -67,11 +67,6 @@ def _named(task: Task, split: Any, where: str) -> Any:
         have = ", ".join(split.column_names) or "none"
         raise UserError(f'{where}: no column "{missing}"{did_you_mean(missing, split.column_names)}; it has: {have}')
     return split
-
-
-def _first(error: Exception) -> str:
-    """The first line of what a library says, or what it calls it."""
-    return (str(error).strip() or type(error).__name__).split("\n", maxsplit=1)[0].rstrip(".")
 
 
 WORDINGS: dict[str, tuple[str, ...]] = {

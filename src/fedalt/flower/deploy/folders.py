@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.errors import UserError
-from fedalt.files import disk_errors, read_json, write_json
+from fedalt.files import disk_errors, lock, read_json, write_json
 from fedalt.flower.trainer import SITE
 
 _LOCK = "lock"
@@ -33,10 +32,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--state {folder}: {what} uses this folder now; end it or choose another folder") from None
+        lock(descriptor, f"--state {folder}: {what} uses this folder now; end it or choose another folder")
         yield
     finally:
         os.umask(before)
