@@ -16,7 +16,7 @@ from micro import settings
 
 
 def test_the_user_is_told_why_rows_are_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cannot(*arguments: object) -> torch.Tensor:
+    def cannot(*arguments: object, **options: object) -> torch.Tensor:
         raise NotPackable("some feature")
 
     plain = prepare(parse_config(settings(tmp_path / "run"), "x")).notes
