@@ -428,7 +428,7 @@ def test_a_run_across_sites_one_of_which_is_killed(tmp_path: Path) -> None:
         again.until("the server does not let this site in")
         assert run.popen.wait(PATIENCE) == 0, run.text
         assert "SuperNode ID: " in again.text
-        assert "finished: mean" in run.text
+        assert "finished: ROUGE-1, mean" in run.text
         assert run.text.count("$ flwr list fedalt --format json") == 1
         assert "scores after round 3" in run.text
         assert [event["round"] for event in events(tmp_path / "run") if event["event"] == "round"] == [1, 2, 3]
