@@ -70,6 +70,7 @@ _LATER: dict[str, dict[str, Any]] = {
         "momentum": 0.0,
         "optimizer_state": "reset",
     },
+    "federation": {"secure": False, "secure_min": 3},
     "evaluation": {"loss": False},
 }
 """Section → settings that came after fedalt 0.1, with the value that changes nothing."""

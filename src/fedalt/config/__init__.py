@@ -260,6 +260,11 @@ class FederationConfig(Section):
         description="devices of this machine that share the cohorts of a round, for example cuda:0,cuda:1, each with a "
         "base of its own; the one of model.device when not given",
     )
+    secure: bool = Field(
+        False,
+        description="the server sees the sum of all uploads of a round and no single one; numbers go in fixed point",
+    )
+    secure_min: int = Field(3, ge=2, description="fewest clients in a secure sum")
 
 
 class EvaluationConfig(Named):

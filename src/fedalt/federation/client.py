@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedalt.config import FederationConfig, TrainingConfig
 from fedalt.data.batches import Plan
+from fedalt.federation.fixed import on_grid
 from fedalt.methods.base import Message, Method, Phase
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.base import free_memory
@@ -39,6 +40,7 @@ class ClientResult:
         stats: Loss, steps, tokens, mixer weights.
         bytes_down: Size of what the server told it.
         failure: Why the client is set aside for this round, or None.
+        cut: Numbers of the upload that a secure sum has no room for.
     """
 
     state: ClientState
@@ -46,6 +48,7 @@ class ClientResult:
     stats: TrainingStats
     bytes_down: int = 0
     failure: str | None = None
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,10 +176,13 @@ def _result(
     if failure is not None:
         return ClientResult(old, {}, stats, bytes_down, failure)
     sent = method.uploaded(new)
-    upload = sent.sent or {}
-    return ClientResult(
-        sent, {**upload, **sent.heads} if upload and settings.shares_heads else upload, stats, bytes_down
-    )
+    upload, cut = sent.sent or {}, 0
+    if upload and settings.shares_heads:
+        upload = {**upload, **sent.heads}
+    if upload and method.config.federation.secure:
+        upload, cut = on_grid(upload)
+        sent = replace(sent, sent=parted(upload)[0])
+    return ClientResult(sent, upload, stats, bytes_down, cut=cut)
 
 
 def _not_finite(state: ClientState) -> str | None:

@@ -89,6 +89,7 @@ class Server:
         read: Gives the tensors of such an upload, exactly as received.
         round: Last aggregated round, counted from 1.
         memory: What the method remembers from round to round.
+        summed: The mean of the uploads, where no single one is known.
         seen: Client → the last round it delivered in.
         apart: Clients who may hold another upload than the one that counts, for it was late or lost, so that they
             cannot take themselves out of the mean and get a row of their own.
@@ -102,10 +103,13 @@ class Server:
     read: Callable[[int], Tensors] = no_upload
     round: int = 0
     memory: Tensors = field(default_factory=dict)
+    summed: Tensors = field(default_factory=dict)
     seen: Mapping[int, int] = field(default_factory=dict)
     apart: set[int] = field(default_factory=set)
 
-    def receive(self, arrived: Collection[int], read: Callable[[int], Tensors], round_: int) -> None:
+    def receive(
+        self, arrived: Collection[int], read: Callable[[int], Tensors], round_: int, summed: Tensors | None = None
+    ) -> None:
         """Take in the uploads of a round. A round in which nobody delivered changes nothing.
 
         FedAvg averages this round's participants. FedALT's rows come from everybody's last known upload, from this
@@ -115,12 +119,14 @@ class Server:
             arrived: Clients that delivered.
             read: Gives the upload of each of them, and from now on of everybody else in ``uploads``, too.
             round_: The round.
+            summed: The mean of their uploads, which is then all that there is to read.
         """
-        for client in arrived:
+        for client in () if summed else arrived:
             self.check(client, read(client))
         kept = self.uploads if self.remembers or not arrived else {}
         self.uploads = {**kept, **{client: Upload(self._weight(client), round_) for client in sorted(arrived)}}
         self.read, self.round = read, round_
+        self.summed = summed or ({} if arrived else self.summed)
         self.forget()
         if arrived:
             self.seen = {**self.seen, **dict.fromkeys(arrived, round_)}
@@ -134,8 +140,9 @@ class Server:
 
     @property
     def remembers(self) -> bool:
-        """Whether uploads of absent clients stay in the mean."""
-        return self.method.keeps_absent and self.config.rest_of_world_participation != "participants"
+        """Whether uploads of absent clients stay in the mean; a secure sum is of a round's participants."""
+        keeps = self.config.rest_of_world_participation != "participants" and not self.config.secure
+        return self.method.keeps_absent and keeps
 
     def weights(self) -> dict[int, float]:
         """Current weight of every upload."""
@@ -154,6 +161,8 @@ class Server:
         """
         weights = self.weights()
         told = [c for c in clients if weights and (weights.keys() != {c} or not self.method.leave_one_out)]
+        if self.config.secure and self.method.leave_one_out:
+            told = [c for c in told if c not in self.apart or c not in weights]  # they cannot take themselves out
         if not told:
             return {}
         if self.method.needs_uploads or self.method.has_server_state:
@@ -205,10 +214,12 @@ class Server:
         alone = (
             self.config.rest_of_world_delivery == "unicast" or share > DOMINANT or (client in self.apart and share > 0)
         )
-        return self.method.leave_one_out and alone
+        return self.method.leave_one_out and alone and not self.config.secure
 
     def mean(self) -> dict[Key, Tensor]:
         """The mean of all uploads."""
+        if self.summed:
+            return dict(self.summed)
         return mean_of(PerClient(self.uploads, self.read), self.weights())
 
     def mean_without(self, client: int) -> dict[Key, Tensor]:
@@ -217,8 +228,7 @@ class Server:
         return mean_of(PerClient(self.uploads, self.read), others)
 
     def _weight(self, client: int) -> float:
-        rule = self.method.weighting if self.config.weighting == "method" else self.config.weighting
-        return float(self.samples[client]) if rule == "samples" else 1.0
+        return float(self.samples[client]) if self.method.weighs_by(self.config) == "samples" else 1.0
 
     def check(self, client: int, tensors: Tensors) -> None:
         """Refuse an upload with other keys or shapes than the run's, or with a value that is not finite."""

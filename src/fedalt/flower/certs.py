@@ -113,8 +113,13 @@ def is_signed(key: PublicKey, data: bytes, signature: str) -> bool:
 
 
 def client_keys(folder: Path) -> dict[int, PublicKey]:
-    """Client → the public key of its site, by the names of the files."""
-    found = {site: load_ssh_public_key(text.encode()) for site, text in site_keys(folder).items()}
+    """Client → the public key of its site, by the names of the files in ``keys``."""
+    return keys_in(folder / SITE_KEYS)
+
+
+def keys_in(folder: Path) -> dict[int, PublicKey]:
+    """Client → public key, of all ``client_N.pub`` in a folder."""
+    found = {site: load_ssh_public_key(text.encode()) for site, text in _texts(folder).items()}
     return {int(site.removeprefix("client_")): key for site, key in found.items() if isinstance(key, PublicKey)}
 
 
@@ -124,8 +129,12 @@ def site_keys(folder: Path) -> dict[str, str]:
     Raises:
         UserError: There is none, one is broken, there twice, or its file does not say which client's it is.
     """
+    return _texts(folder / SITE_KEYS)
+
+
+def _texts(folder: Path) -> dict[str, str]:
     keys: dict[str, str] = {}
-    for path in sorted((folder / SITE_KEYS).glob("*.pub")):
+    for path in sorted(folder.glob("*.pub")):
         if not _OF_CLIENT.fullmatch(path.stem):
             raise UserError(f"{path}: call it client_N.pub; a key says which client a site is")
         try:
@@ -140,7 +149,7 @@ def site_keys(folder: Path) -> dict[str, str]:
             raise UserError(f"{path}: the same key as {twin}.pub; every site needs one of its own")
         keys[path.stem] = key
     if not keys:
-        raise UserError(f"{folder / SITE_KEYS}: no site keys (*.pub), so no site could join; fedalt certs makes them")
+        raise UserError(f"{folder}: no site keys (*.pub), so no site could join; fedalt certs makes them")
     return keys
 
 

@@ -39,6 +39,8 @@ class Consent:
         method = build(config, clients)
         check_pooled(method)
         check_two(method, self.allow_two)
+        if config.federation.secure and not self.allow_two:
+            check_few(config, clients)
         if config.flower.allow_two and _shares(method) and not self.allow_two:
             raise SiteError("allow_two")
 
@@ -68,6 +70,20 @@ def check_two(method: Method, allowed: bool) -> None:
             "two",
             f"refused: with two clients {method.name} lets each one have the LoRA that the other shares; "
             "add a third, or --allow-two at the server and at both sites",
+        )
+
+
+FEW = 4
+"""Clients of which each one sees the mean of three others, if all take part."""
+
+
+def check_few(config: RunConfig, clients: int) -> None:
+    """Refuse secure sums of so few that one client can tell what another sent."""
+    if clients < FEW or config.federation.secure_min < FEW - 1:
+        raise SiteError(
+            "two",
+            f"federation.secure: {clients} clients and secure_min={config.federation.secure_min}; with fewer than "
+            f"{FEW}, or sums of fewer than {FEW - 1}, one can tell much of what another sent; --allow-two permits it",
         )
 
 

@@ -14,7 +14,16 @@ from fedalt.errors import UserError
 from fedalt.flower.certs import PrivateKey, PublicKey, is_signed, sign
 from fedalt.flower.requests import Reply, Request
 
-KINDS = {"who": "query", "join": "query", "train": "train", "score": "evaluate", "save": "evaluate"}
+KINDS = {
+    "who": "query",
+    "join": "query",
+    "train": "train",
+    "offer": "query",
+    "mask": "train",
+    "open": "query",
+    "score": "evaluate",
+    "save": "evaluate",
+}
 """What is asked → Flower's type of message."""
 _HEADER, _BLOCK, _SIGNATURE, _METRICS = "header", "block", "signature", "metrics"
 _SIGNED = b"fedalt reply 1\0"

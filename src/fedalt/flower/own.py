@@ -32,6 +32,7 @@ class SiteRows(Section):
     device: str | None = None
     task: Text | None = Field(None, description="what the server may call its task; the client's number if not given")
     min_rows: int = Field(10, ge=1, description="fewest rows that it trains on, and of which a score leaves it")
+    secure: bool = Field(False, description="take part only where the server sees the sum of all uploads alone")
     categories: Names = Field((), description="categories that the server may have scores of, by name")
     config: str | None = Field(None, description="as data.config, and the next as those of data")
     files: Literal["clients", "splits", "pool"] | None = None

@@ -19,7 +19,7 @@ from fedalt.errors import UserError, shortened
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 LONGEST = 8_000_000
 """Characters of a header, at most: the shapes of a hundred thousand tensors."""
-Do = Literal["who", "join", "train", "score", "save"]
+Do = Literal["who", "join", "train", "offer", "mask", "open", "score", "save"]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Number = Annotated[int, Field(ge=0, le=10**7)]
 """Of a client or a round."""
@@ -29,6 +29,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
 """Of a run, which is a folder's at the sites."""
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]*$", max_length=64)]
+Secret = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]*$", max_length=300)]
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=64)]
 Path = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", min_length=1, max_length=300)]
 """Of a module in the base model."""
@@ -51,6 +53,9 @@ CODES = {
     "changed": "refused: this site's base model, shapes, method or version are no longer those with which it joined; "
     "start it as it was",
     "message": "was sent what does not fit this run",
+    "single": "refused: it takes part only where the server sees no single upload; set federation.secure=true",
+    "peers": "has no keys of its own and of the other sites, which a secure sum needs: client_N.pub beside its --key",
+    "sum": "takes no part in this secure sum; its own log says why",
     "state": "its state is of another run or damaged",
     "round": "asked for a round that is over, round {count} is done",
     "apart": "holds the upload of round {count}, and not the one that counts",
@@ -164,6 +169,7 @@ class Trained:
         tokens: Tokens read.
         alpha: Mean mixer weight by layer.
         holds: Round of its last upload, 0 for none.
+        cut: Numbers of the upload that a secure sum has no room for.
     """
 
     __pydantic_config__ = STRICT
@@ -172,6 +178,37 @@ class Trained:
     tokens: Count
     alpha: Annotated[tuple[Finite, ...], Field(max_length=100_000)]
     holds: Number
+    cut: Count = 0
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a site offers for one attempt at a secure sum; see ``masks.py``.
+
+    Attributes:
+        client: Who offers.
+        weight: Its weight in the sum.
+        key: X25519 public key.
+        signature: By the key of the site, over all of it and the attempt.
+    """
+
+    __pydantic_config__ = STRICT
+    client: Number
+    weight: Annotated[int, Field(ge=1, le=10**9)]
+    key: Secret
+    signature: Signature
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What takes a site's own mask from the sum.
+
+    Attributes:
+        seed: Of the mask.
+    """
+
+    __pydantic_config__ = STRICT
+    seed: Secret
 
 
 @dataclass(frozen=True)
@@ -250,8 +287,8 @@ class Request(Frame):
     """What the server asks of a site.
 
     Attributes:
-        do: ``who`` are you; ``join`` the run; ``train`` a round; ``score`` or ``save`` your model as it would start the
-            next round.
+        do: ``who`` are you; ``join`` the run; ``train`` a round; ``offer``, ``mask`` and ``open`` what you trained in
+            it; ``score`` or ``save`` your model as it would start the next round.
         run: Identifies the run, anew for every start but a resumption; of ``who``, the question.
         settings: The run's settings, as JSON.
         clients: Number of clients in the run.
@@ -260,6 +297,8 @@ class Request(Frame):
         counts: The round of the client's upload in what it is told, 0 for none.
         share: The client's weight in what it is told; see ``Message``.
         told: Whether it is told anything; the tensors are in ``block``.
+        attempt: Number of an attempt at a secure sum.
+        offers: What is offered for it by all who take part.
         block: See ``wire.py``.
     """
 
@@ -273,10 +312,12 @@ class Request(Frame):
     counts: Number = 0
     share: Share = 0.0
     told: bool = False
+    attempt: Number = 0
+    offers: Annotated[tuple[Offer, ...], Field(max_length=10_000)] = ()
     block: bytes = b""
 
 
-_BODIES: dict[str, Any] = {"join": Member, "train": Trained, "score": Scored}
+_BODIES: dict[str, Any] = {"join": Member, "train": Trained, "offer": Offer, "open": Opened, "score": Scored}
 
 
 @dataclass(frozen=True)
@@ -288,10 +329,11 @@ class Reply(Frame):
         run: The run.
         round: The round.
         client: Whose answer this is.
-        body: What was asked for; None for ``who`` and ``save``, and with an error.
+        attempt: The attempt at a secure sum.
+        body: What was asked for; None for ``who``, ``mask`` and ``save``, and with an error.
         error: Why there is no answer: one of ``CODES``.
         count: A number that belongs to the error.
-        block: An upload; see ``wire.py``.
+        block: An upload, see ``wire.py``, or a masked one, see ``masks.py``.
         unfit: At the server, never sent: what is wrong with it.
     """
 
@@ -300,7 +342,8 @@ class Reply(Frame):
     run: Name
     round: Number
     client: Number
-    body: Member | Trained | Scored | None = None
+    attempt: Number = 0
+    body: Member | Trained | Offer | Opened | Scored | None = None
     error: Annotated[str, AfterValidator(_known)] | None = None
     count: Count = 0
     block: bytes = b""
@@ -309,7 +352,7 @@ class Reply(Frame):
     @staticmethod
     def to(request: Request, client: int, **said: Any) -> Reply:
         """A reply to a request."""
-        return Reply(request.do, request.run, request.round, client, **said)
+        return Reply(request.do, request.run, request.round, client, request.attempt, **said)
 
     @staticmethod
     def failed(request: Request, client: int, error: Exception) -> Reply:
@@ -330,7 +373,8 @@ class Reply(Frame):
         Raises:
             UserError: It is of another client, run or round, or to another question, or has not what was asked for.
         """
-        if (self.run, self.round, self.do) != (request.run, request.round, request.do):
+        asked = (request.run, request.round, request.do, request.attempt)
+        if (self.run, self.round, self.do, self.attempt) != asked:
             raise UserError(
                 f"answer to {self.do}, round {self.round} of {shortened(self.run)}, not to {request.do}, round "
                 f"{request.round} of {request.run}"
@@ -338,7 +382,7 @@ class Reply(Frame):
         if self.client != client:
             raise UserError(f"the answer is client {self.client}'s, not client {client}'s")
         wanted = type(None) if self.error else _BODIES.get(self.do, type(None))
-        if type(self.body) is not wanted or (self.block and (self.error or self.do != "train")):
+        if type(self.body) is not wanted or (self.block and (self.error or self.do not in ("train", "mask"))):
             raise UserError("the answer does not hold what was asked for")
 
 

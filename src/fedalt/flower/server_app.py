@@ -21,7 +21,7 @@ from fedalt.evaluation.metrics import metric_of
 from fedalt.federation.server import Server
 from fedalt.files import only_one, read_json, write_json
 from fedalt.flower.certs import TLS, PublicKey, client_keys
-from fedalt.flower.consent import check_pooled, check_two
+from fedalt.flower.consent import check_few, check_pooled, check_two
 from fedalt.flower.inflate import bound
 from fedalt.flower.members import common_to, facts_of, member_of, rule_of
 from fedalt.flower.nodes import Nodes
@@ -140,6 +140,11 @@ def checked(config: RunConfig) -> tuple[RunConfig, Method]:
     method.rank_of(0)  # refuses ranks where there is no rule for them
     check_pooled(method)
     check_two(method, config.flower.allow_two)
+    if config.federation.secure:
+        if not config.flower.allow_two:
+            check_few(config, clients)
+        if config.flower.wire != "fp32":
+            raise UserError(f"flower.wire: {config.flower.wire} has no effect on a secure sum; leave it out")
     return config, method
 
 

@@ -28,11 +28,14 @@ from fedalt.evaluation.choices import options_of
 from fedalt.evaluation.metrics import metric_of, metrics_in, over_clients
 from fedalt.federation.client import client_round, installed
 from fedalt.federation.diagnostics import row_lora_drift
+from fedalt.federation.fixed import codes
 from fedalt.files import disk_errors, read_json, write_bytes, write_json
-from fedalt.flower.consent import Consent
+from fedalt.flower.certs import PrivateKey, PublicKey, check_site_key, keys_in
+from fedalt.flower.consent import FEW, Consent
+from fedalt.flower.masks import Sums
 from fedalt.flower.members import rule_of
 from fedalt.flower.own import COLUMNS, SiteRows
-from fedalt.flower.requests import Common, Member, Part, Reply, Request, Scored, Scores, SiteError, Trained
+from fedalt.flower.requests import Common, Member, Opened, Part, Reply, Request, Scored, Scores, SiteError, Trained
 from fedalt.flower.wire import Shape, pack, unpack
 from fedalt.methods.base import Message
 from fedalt.model.source import TINY_BASE
@@ -138,6 +141,7 @@ class Site:
         consent: What may leave it.
         results: Gives the folder of a run's results, if not the site's own.
         alone: Whether server and sites are one user's on one machine, who may name any file.
+        key: Its private key, beside which are the public ones of the other sites that it knows.
         note: Called with a line about everything it does.
     """
 
@@ -148,6 +152,7 @@ class Site:
     consent: Consent = field(default_factory=Consent)
     results: Callable[[RunFolder, RunConfig], RunFolder] = lambda own, config: own
     alone: bool = False
+    key: Path | None = None
     note: Callable[[str], None] = lambda line: None
     _work: _Work | None = field(default=None, init=False)
 
@@ -178,6 +183,8 @@ class Site:
             config = parse_received(_settings(request), "the server's settings")
             if not self.alone:
                 _check_paths(rows, config)
+            if rows.secure and not config.federation.secure:
+                raise SiteError("single")
             self.consent.check_settings(config, request.clients)
         if unused := _unused(rows, config):
             self.note(f"{', '.join(unused)} of the server's settings do not count here; --set {unused[0][5:]}=… does")
@@ -204,7 +211,18 @@ class Site:
         folder = self.results(own, experiment.config)
         key = (request.run, request.settings, request.clients)
         told = None if self.alone else rows
-        return _Work(key, self.client, experiment, own, folder, EventLog(own.events), self.note, told)
+        least = config.federation.secure_min if self.consent.allow_two else max(config.federation.secure_min, FEW - 1)
+        sums = Sums(self.client, own, least, *self._keys(config))
+        return _Work(key, self.client, experiment, own, folder, EventLog(own.events), self.note, told, sums)
+
+    def _keys(self, config: RunConfig) -> tuple[PrivateKey | None, Mapping[int, PublicKey] | None]:
+        """With which its offers to a secure sum are signed, and by which it knows the others'."""
+        if not config.federation.secure or self.alone:
+            return None, None
+        if self.key is None:
+            raise SiteError("peers")
+        with _coded("peers"):
+            return check_site_key(self.key), keys_in(self.key.parent)
 
 
 def _settings(request: Request) -> dict[str, Any]:
@@ -222,7 +240,14 @@ def _odd_labels(config: RunConfig, rows: Sequence[Row]) -> list[str]:
     return [row.output for row in rows if config.classifies and known and row.output not in known]
 
 
-_OTHERWISE = {"train": "training", "score": "scoring", "save": "disk"}
+_OTHERWISE = {
+    "train": "training",
+    "offer": "sum",
+    "mask": "sum",
+    "open": "sum",
+    "score": "scoring",
+    "save": "disk",
+}
 """Request → the code of what goes wrong over it and has no other."""
 
 
@@ -238,6 +263,7 @@ class _Work:
     log: EventLog
     note: Callable[[str], None]
     rows: SiteRows | None
+    sums: Sums
 
     @property
     def identity(self) -> str:
@@ -300,7 +326,7 @@ class _Work:
             raise SiteError("not_finite", f"round {request.round}: {result.failure}")
         wire = experiment.config.flower.wire
         block, stats = pack(result.upload, wire), asdict(result.stats)
-        body = {**stats, "holds": request.round if block else self._holds(last)}
+        body = {**stats, "holds": request.round if block else self._holds(last), "cut": result.cut}
         with _coded("disk"), next_checkpoint(last, request.round) as new:
             new.put_state(replace(result.state, sent=parted(unpack(block, wire))[0] or None))
             write_bytes(new.path / _BLOCK, block)
@@ -311,6 +337,33 @@ class _Work:
         self.log.emit("client", round=request.round, client=self.client, seconds=seconds, **stats)
         self.note(f"round {request.round}: loss {result.stats.loss:.4f}, {seconds:.1f} s, {len(block):,} bytes up")
         return self._reply(new, request)
+
+    def offer(self, request: Request) -> Reply:
+        """Begin an attempt at a secure sum."""
+        self._upload(request)
+        rule = self.experiment.method.weighs_by(self.experiment.config.federation)
+        weight = self.facts.samples[self.client] if rule == "samples" else 1
+        return Reply.to(request, self.client, body=self.sums.offer(request, weight))
+
+    def mask(self, request: Request) -> Reply:
+        """Send what was trained in this round, masked."""
+        upload = self._upload(request)
+        block = self.sums.mask(request, codes(unpack(upload, self.experiment.config.flower.wire)))
+        self.note(f"round {request.round}: masked for {len(request.offers)} clients, {len(block):,} bytes up")
+        return Reply.to(request, self.client, block=block)
+
+    def open(self, request: Request) -> Reply:
+        """Take this site's own mask from the sum."""
+        self._upload(request)
+        with _coded("disk"):
+            return Reply.to(request, self.client, body=Opened(self.sums.open(request)))
+
+    def _upload(self, request: Request) -> bytes:
+        """What was trained in the round that the server asks about."""
+        last = self._last()
+        if not self.experiment.config.federation.secure or last.round != request.round:
+            raise SiteError("round", f"no secure sum of round {request.round} here", last.round)
+        return (last.path / _BLOCK).read_bytes()
 
     def score(self, request: Request) -> Reply:
         """Score the client as it left training and as it would start the next round; answers stay at the site."""
@@ -449,4 +502,5 @@ class _Work:
     def _reply(self, last: Checkpoint, request: Request) -> Reply:
         body = read_json(last.path / _REPLY)
         trained = Trained(**{**body, "alpha": tuple(body["alpha"])})
-        return Reply.to(request, self.client, body=trained, block=(last.path / _BLOCK).read_bytes())
+        block = b"" if self.experiment.config.federation.secure else (last.path / _BLOCK).read_bytes()
+        return Reply.to(request, self.client, body=trained, block=block)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -14,11 +14,13 @@ import torch
 
 from fedalt.config import RunConfig
 from fedalt.errors import UserError, listed
+from fedalt.federation.fixed import mean_by_codes
 from fedalt.federation.server import Server
 from fedalt.files import write_json
+from fedalt.flower.masks import Total
 from fedalt.flower.members import member_of
 from fedalt.flower.nodes import Nodes
-from fedalt.flower.requests import Common, Do, Member, Part, Reply, Request, Scored, Scores, Trained
+from fedalt.flower.requests import Common, Do, Member, Offer, Opened, Part, Reply, Request, Scored, Scores, Trained
 from fedalt.flower.wire import Shape, pack, unpack
 from fedalt.methods.base import Message, Method
 from fedalt.model.state import ClientState
@@ -75,14 +77,83 @@ class RemoteClients:
         norms: dict[int, float] = {}
         for client, reply in self._ask(requests, messages, least):
             found[client], norms[client] = self._take(client, reply, new, requests[client].size)
+        if self.facts.config.federation.secure:
+            self._sum(found, new, least)
         for client, factor in self._oversized({c: norms[c] for c in norms if found[c].delivered}).items():
             found[client] = _failed(found[client], f"upload is {factor:.0f} times as long as the median of this round")
         for client in chosen:
             found.setdefault(client, self._absent(client, requests))
-            (self.server.apart.add if found[client].failure else self.server.apart.discard)(client)
+            took_part = found[client].delivered if self.facts.config.federation.secure else not found[client].failure
+            (self.server.apart.discard if took_part else self.server.apart.add)(client)
         outcomes = [found[client] for client in chosen]
         self._check_enough(outcomes, least, new.round)
         return outcomes
+
+    def _sum(self, found: dict[int, ClientReport], new: Checkpoint, least: int) -> None:
+        """Let sites add up, masked, what they have trained; clients keep what they have where that fails."""
+        left = {client for client, report in found.items() if report.delivered}
+        least = max(least, self.facts.config.federation.secure_min)
+        try:
+            for attempt in range(1, len(left) + 1):
+                asked = joining(self.facts.config, self.run, len(self.facts.clients))
+                asked = replace(asked, round=new.round, common=self.common.digest, attempt=attempt)
+                total = self._masked(asked, left, found, least)
+                if total is not None:
+                    new.summed = self._opened(asked, total, found)
+                    return
+                left &= {client for client in left if found[client].delivered}
+        except UserError as error:
+            self.log.emit("note", round=new.round, text=f"no sum of this round: {error}; clients keep what they have")
+            found |= {client: replace(report, delivered=False) for client, report in found.items()}
+
+    def _masked(
+        self, asked: Request, clients: Collection[int], found: dict[int, ClientReport], least: int
+    ) -> Total | None:
+        """The masked sum of all who offer, or nothing where one of them went away over it.
+
+        Raises:
+            UserError: Too few are left.
+        """
+        offers = [reply.body for _, reply in self._each(replace(asked, do="offer"), clients, found)]
+        told = tuple(sorted((one for one in offers if isinstance(one, Offer)), key=lambda offer: offer.client))
+        if len(told) < least:
+            raise UserError(f"{len(told)} clients were left, {least} are the fewest")
+        total = Total(told, sum(math.prod(shape) for shape in self.facts.shapes.values()))
+        for client, reply in self._each(replace(asked, do="mask", offers=told), total.clients, found):
+            try:
+                total.add(reply.block)
+            except UserError as error:
+                found[client] = _failed(found[client], str(error))
+        return total if all(found[client].delivered for client in total.clients) else None
+
+    def _opened(self, asked: Request, total: Total, found: dict[int, ClientReport]) -> Tensors:
+        """The mean, once all have taken their own masks from the sum.
+
+        Raises:
+            UserError: One has not; the others open once, so that no second sum tells them apart.
+        """
+        opened = dict(self._each(replace(asked, do="open"), total.clients, found))
+        seeds = {client: reply.body.seed for client, reply in opened.items() if isinstance(reply.body, Opened)}
+        if gone := set(total.clients) - seeds.keys():
+            raise UserError(f"{_clients(gone)} went away while it was opened")
+        return mean_by_codes(total.opened(seeds), total.weight, self.facts.shapes)
+
+    def _each(
+        self, asked: Request, clients: Collection[int], found: dict[int, ClientReport]
+    ) -> Iterator[tuple[int, Reply]]:
+        """What clients answer in a step of a secure sum; who does not is set aside."""
+        until, waiting = time.monotonic() + self.facts.config.flower.round_deadline, set(clients)
+        for client, reply in self.nodes.ask(dict.fromkeys(sorted(clients), asked), lambda got: until):
+            report = found[client]
+            up, down = report.bytes_up + reply.size, report.bytes_down + asked.size
+            found[client] = replace(report, bytes_up=up, bytes_down=down)
+            waiting.discard(client)
+            if reply.why:
+                found[client] = _failed(found[client], reply.why)
+            else:
+                yield client, reply
+        for client in waiting:
+            found[client] = _failed(found[client], f"no answer to {asked.do} in the secure sum")
 
     def _welcome(self, clients: Sequence[int]) -> None:
         """Let sites join that were not there at the start, if they are now."""
@@ -200,7 +271,9 @@ class RemoteClients:
             return ClientReport(client, _NO_STATS, False, reply.size, down, str(error)), 0.0
         new.put_upload(client, upload)
         stats = TrainingStats(said.loss, said.steps, said.tokens, said.alpha)
-        return ClientReport(client, stats, bool(upload), reply.size, down), _norm(upload)
+        secure = self.facts.config.federation.secure
+        delivered = said.holds == new.round if secure else bool(upload)
+        return ClientReport(client, stats, delivered, reply.size, down, cut=said.cut), 0.0 if secure else _norm(upload)
 
     def _read(self, client: int, reply: Reply, round_: int) -> tuple[Trained, Tensors]:
         if not isinstance(reply.body, Trained):
@@ -208,7 +281,7 @@ class RemoteClients:
         method = self.facts.method
         if len(reply.body.alpha) not in (0, len(method.layers)):
             raise UserError(f"client {client}: {len(reply.body.alpha)} mixer weights, of {len(method.layers)} layers")
-        due = uploads_in(method, round_)
+        due = False if self.facts.config.federation.secure else uploads_in(method, round_)
         if due is not None and due != bool(reply.block):
             raise UserError(f"client {client}: {'no upload' if due else 'an upload'}, unlike others in this round")
 
@@ -301,7 +374,7 @@ def _clients(clients: set[int]) -> str:
 
 
 def _failed(outcome: ClientReport, why: str) -> ClientReport:
-    return ClientReport(outcome.client, outcome.stats, False, outcome.bytes_up, outcome.bytes_down, why)
+    return replace(outcome, delivered=False, failure=why)
 
 
 def _norm(tensors: Tensors) -> float:

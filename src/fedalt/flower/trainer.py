@@ -103,7 +103,8 @@ def _site(state: Path) -> Any:
     hold_plugins(said.get("plugins", ()))
     rows = site_rows({name: said.get(name) for name in ("data", "model", "device")} | said.get("own", {}))
     consent = Consent(frozenset(said.get("share", ())), said.get("allow_two", False))
-    return Site(said["client"], state, Bases(), rows, consent, note=_say)
+    key = Path(said["key"]) if said.get("key") else None
+    return Site(said["client"], state, Bases(), rows, consent, key=key, note=_say)
 
 
 def _serve(listener: socket.socket, site: Any) -> NoReturn:

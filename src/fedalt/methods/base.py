@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fedalt.compat import slot_today
-from fedalt.config import RunConfig
+from fedalt.config import FederationConfig, RunConfig
 from fedalt.config.hints import explain
 from fedalt.config.section import Section
 from fedalt.data.encode import Example
@@ -162,11 +162,30 @@ class Method:
         bound.clients, bound.config, bound.layers = clients, config, layers or {}
         bound.client_ranks = config.lora.ranks
         bound.setup()
+        bound._check_secure()
         if config.evaluation.early_stop and bound.depends_on_rounds:
             raise UserError(
                 f"evaluation.early_stop: {bound.name} plans by the number of rounds, so none can be left out"
             )
         return bound
+
+    def _check_secure(self) -> None:
+        """Refuse a secure sum where one upload must be seen."""
+        config = self.config.federation
+        if not config.secure:
+            return
+        why = {
+            f"{self.name} makes its answer of single uploads": self.needs_uploads or self.has_server_state,
+            "lora.ranks gives clients ranks of their own": self.client_ranks is not None,
+            "federation.rest_of_world_delivery=unicast makes every client an answer of its own": (
+                config.rest_of_world_delivery == "unicast"
+            ),
+            "federation.rest_of_world_participation=staleness_decay weighs uploads of earlier rounds": (
+                config.rest_of_world_participation == "staleness_decay"
+            ),
+        }
+        if wrong := next((line for line, holds in why.items() if holds), None):
+            raise UserError(f"federation.secure: {wrong}, and the server sees only a sum")
 
     def setup(self) -> None:
         """Derive what follows from the settings, and refuse those that do not fit; called once, when bound."""
@@ -200,6 +219,10 @@ class Method:
         if not self.heterogeneous:
             raise UserError(f"lora.ranks: {self.name} has no rule for clients of different ranks; leave it out")
         return self.client_ranks[client % len(self.client_ranks)]
+
+    def weighs_by(self, config: FederationConfig) -> str:
+        """What the weights of means are: ``uniform``, or ``samples``."""
+        return self.weighting if config.weighting == "method" else config.weighting
 
     @property
     def frozen(self) -> tuple[str, ...]:

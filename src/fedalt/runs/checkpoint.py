@@ -2,6 +2,7 @@
 
 clients/<id>.safetensors    state of every client that has taken part so far
 uploads/<id>.safetensors    every upload that counts in the server's mean
+sum.safetensors             the mean of these uploads instead, where the server sees no single one
 server.safetensors          what the server remembers besides, for methods that need it
 manifest.json               which these are, of which run and round, with a digest of each and of itself
 
@@ -27,6 +28,7 @@ from fedalt.model.state import ClientState, load_state, load_tensors, save_state
 from fedalt.names import Tensors
 
 STATES, UPLOADS, SERVER, MANIFEST = "clients", "uploads", "server.safetensors", "manifest.json"
+SUM = "sum.safetensors"
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Checkpoint:
         best: Best round on validation rows so far and its score, if there are validation rows.
         seen: Client → the last round in which it delivered.
         memory: What the server remembers, besides uploads.
+        summed: The mean of the uploads, where the server sees no single one.
         cohort: Clients on the model at a time; a resumed run keeps to it, since sums in another order round otherwise.
         digests: File → SHA-256, of files that are as they were in the round before.
     """
@@ -53,6 +56,7 @@ class Checkpoint:
     cohort: int = 1
     seen: Mapping[int, int] = field(default_factory=dict)
     memory: Tensors = field(default_factory=dict)
+    summed: Tensors = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -74,7 +78,7 @@ class Checkpoint:
     def restore(self, server: Server) -> None:
         """Put the server back to where it was."""
         server.uploads, server.read, server.round = self.uploads, self.upload, self.round
-        server.seen, server.memory = self.seen, self.memory
+        server.seen, server.memory, server.summed = self.seen, self.memory, self.summed
         server.forget()
 
     def put_state(self, state: ClientState) -> None:
@@ -101,8 +105,9 @@ class Checkpoint:
         uploads = {str(client): asdict(upload) for client, upload in self.uploads.items()}
         header = {"run": run, "round": self.round, "cohort": self.cohort, "clients": sorted(self.clients)}
         header |= {"seen": {str(client): round_ for client, round_ in self.seen.items()}}
-        if self.memory:
-            save_tensors(self.memory, self.path / SERVER)
+        for name, tensors in ((SERVER, self.memory), (SUM, self.summed)):
+            if tensors:
+                save_tensors(tensors, self.path / name)
         files = (file for file in sorted(self.path.rglob("*.safetensors")))
         named = ((file.relative_to(self.path).as_posix(), file) for file in files)
         self.digests = {name: self.digests.get(name) or sha256(file) for name, file in named}
@@ -160,13 +165,13 @@ def load_checkpoint(folder: Path, *runs: str, upto: int | None = None) -> Checkp
         uploads = {int(client): Upload(**known) for client, known in manifest["uploads"].items()}
         known = set(manifest["clients"])
         seen = {int(client): round_ for client, round_ in manifest["seen"].items()}
-        memory = load_tensors(path / SERVER) if (path / SERVER).is_file() else {}
+        memory, summed = (load_tensors(path / name) if (path / name).is_file() else {} for name in (SERVER, SUM))
         best, cohort = manifest["best"], manifest["cohort"]
-        checkpoint = Checkpoint(path, manifest["round"], known, uploads, best, cohort, seen, memory)
+        checkpoint = Checkpoint(path, manifest["round"], known, uploads, best, cohort, seen, memory, summed)
         checkpoint.check(manifest)
         for client in checkpoint.clients:
             checkpoint.state(client)
-        for client in uploads:
+        for client in () if summed else uploads:
             checkpoint.upload(client)
     except Exception as error:
         raise UserError(

@@ -36,6 +36,7 @@ class ClientReport:
         bytes_up: Size of its upload.
         bytes_down: Size of what the server told it.
         failure: Why it is set aside for this round, or None.
+        cut: Numbers of its upload that a secure sum has no room for.
     """
 
     client: int
@@ -44,6 +45,7 @@ class ClientReport:
     bytes_up: int
     bytes_down: int
     failure: str | None = None
+    cut: int = 0
 
 
 class ClientBackend(Protocol):
@@ -112,7 +114,7 @@ class LocalClients:
         up, down = Message(result.upload).bytes, result.bytes_down
         if self.experiment.method.centralised:  # nothing crosses a network: the rows are in one place
             up = down = 0
-        return ClientReport(client, result.stats, bool(result.upload), up, down, result.failure)
+        return ClientReport(client, result.stats, bool(result.upload), up, down, result.failure, result.cut)
 
     def row_lora_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
         """How far the messages move every client's row."""

@@ -12,6 +12,7 @@ from fedalt.config import RunConfig, used_code, used_sections
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in, over_clients
 from fedalt.federation.diagnostics import product_gap
+from fedalt.federation.fixed import LIMIT
 from fedalt.federation.server import Server, sample_clients
 from fedalt.files import only_one, read_json, write_json
 from fedalt.methods.base import Message, Method
@@ -102,14 +103,18 @@ class Loop:
         for outcome in outcomes:
             if outcome.failure:
                 self.log.emit("client_failed", round=number, client=outcome.client, reason=outcome.failure)
+            if outcome.cut:
+                text = f"client {outcome.client}: {outcome.cut} numbers of its upload were cut to ±{LIMIT}"
+                self.log.emit("note", round=number, text=text)
         check_some_left([outcome.failure for outcome in outcomes], number, config.training.lr)
         return outcomes
 
     def _aggregate(self, new: Checkpoint, outcomes: Sequence[ClientReport]) -> None:
         arrived = {outcome.client for outcome in outcomes if outcome.delivered}
-        self.server.receive(arrived, new.upload, new.round)
+        self.server.receive(arrived, new.upload, new.round, new.summed)
         new.uploads, new.seen, new.memory = self.server.uploads, self.server.seen, self.server.memory
-        new.keep(self.checkpoint, uploads=new.uploads.keys() - arrived)
+        new.summed = self.server.summed
+        new.keep(self.checkpoint, uploads=() if new.summed else new.uploads.keys() - arrived)
 
     def _log_round(
         self, number: int, outcomes: Sequence[ClientReport], drifts: Mapping[int, float | None], seconds: float
@@ -133,7 +138,7 @@ class Loop:
             round=number,
             seconds=seconds,
             loss=group_mean(outcome.stats.loss for outcome in trained),
-            product_gap=product_gap(self.server.adapters.values()),
+            product_gap=None if self.server.config.secure else product_gap(self.server.adapters.values()),
             row_lora_drift=group_mean(drift for drift in drifts.values() if drift is not None),
             bytes_up=sum(outcome.bytes_up for outcome in outcomes),
             bytes_down=sum(outcome.bytes_down for outcome in outcomes),
