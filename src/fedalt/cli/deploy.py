@@ -59,7 +59,7 @@ def certs(
     say(f"{folder}/ca.crt            for the sites and for those who submit: whom to trust")
     say(f"{folder}/ca.key            signs other certificates; keep it away from the server, or delete it")
     say(f"{folder}/server.pem, .key  for the server: {', '.join(names)}; {days} days")
-    say(f"{folder}/keys/client_N     a private key for each of {sites} sites; the server needs client_N.pub only")
+    say(f"{folder}/keys/client_N     a private key for each of {sites} sites; all others need client_N.pub only")
 
 
 Plugins = Annotated[
@@ -185,7 +185,7 @@ def site(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="what is this site's to say: task, min_rows, categories, label_column, text_columns, columns, "
+            help="what is this site's to say: secure, task, min_rows, categories, label_column, text_columns, columns, "
             "label_names, config; repeatable",
         ),
     ] = None,
