@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from fedalt.cli import complete, show
+from fedalt.cli.audit import audit
 from fedalt.cli.bench import bench
 from fedalt.cli.command import INSIGHT_ROWS, OLD, Command
 from fedalt.cli.compare import compare
@@ -281,6 +282,7 @@ GROUPS: dict[str, dict[Callable[..., None], str]] = {
         compare: "fedalt compare demo --methods local,fedit,fedalt --seeds 0,1,2",
         evaluate: "fedalt evaluate runs/mine --central",
         report: "fedalt report runs/mine --insight",
+        audit: "fedalt audit runs/mine --client 3",
     },
     "Models": {
         generate: 'fedalt generate runs/mine --client 3 "Greet Ada."',
