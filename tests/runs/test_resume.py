@@ -254,6 +254,7 @@ def test_ctrl_c_says_how_to_go_on(outcome: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_killed_at_every_single_file_operation(outcome: Any, tmp_path: Path) -> None:
     operations = list(dict.fromkeys(json.loads((outcome["fedalt"][0] / "trace.json").read_text())))
     assert len(operations) > 150
