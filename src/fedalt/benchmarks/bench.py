@@ -112,7 +112,6 @@ def run_worker(spec: Spec) -> Run:
     """One side once, in a process of its own.
 
     Raises:
-        UserError: The side refused, or was killed by the system.
         RuntimeError: It failed otherwise.
     """
     threads = {"OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)} if spec.threads else {}

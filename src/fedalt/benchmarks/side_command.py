@@ -60,7 +60,6 @@ def python(*call: str) -> None:
     """Run this Python with some arguments, to the end.
 
     Raises:
-        UserError: It refused its input; the line is passed on.
         RuntimeError: It failed otherwise.
     """
     finish([sys.executable, *call])
@@ -70,7 +69,6 @@ def finish(call: Sequence[str]) -> str:
     """Run a process to its end and return its stdout.
 
     Raises:
-        UserError: Exit code 2, or killed by the system.
         RuntimeError: Any other exit code but 0.
     """
     done = subprocess.run(call, capture_output=True, text=True, check=False)

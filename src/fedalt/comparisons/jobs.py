@@ -67,7 +67,6 @@ def train_in_jobs(members: Sequence[Member], jobs: int, if_exists: IfExists, sin
     first error ends all processes; their finished rounds are safe.
 
     Raises:
-        UserError: As for a single run; or a process was killed, for lack of memory for example.
         RuntimeError: A process failed for another reason; its traceback is on stderr.
     """
     numbers = range(min(jobs, len(members)))

@@ -613,11 +613,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: There is no such file, or no mapping in it.
-    """
+    """The mapping in a YAML file."""
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     try:

@@ -87,11 +87,7 @@ def _with_test(client: int, data: ClientData, share: float, seed: int) -> Client
 
 
 def with_tests(federation: Federation, share: float, seed: int) -> Federation:
-    """The same with test rows for clients that have none, held out of their own as where rows are dealt.
-
-    Raises:
-        UserError: A client has one row only.
-    """
+    """The same with test rows for clients that have none, held out of their own as where rows are dealt."""
     lacking = [client for client, data in federation.clients.items() if not data.test]
     for client in lacking:
         if len(federation.clients[client].train) < 2:

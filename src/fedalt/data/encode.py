@@ -99,11 +99,7 @@ class Chat:
         return self.render([("user", f"{instruction}\n{beside}" if beside else instruction)])
 
     def render(self, turns: Sequence[Turn]) -> str:
-        """The text of a conversation that the assistant's answer follows.
-
-        Raises:
-            UserError: The template refuses such a conversation.
-        """
+        """The text of a conversation that the assistant's answer follows."""
         said = [{"role": role, "content": text} for role, text in turns]
         try:
             return str(self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
@@ -121,9 +117,6 @@ def get_template(name: str, tokenizer: Any, config: Named | None = None) -> Temp
         name: Name or file.
         tokenizer: A Hugging Face tokenizer.
         config: The section ``data``, which knows a template's own settings.
-
-    Raises:
-        UserError: Unknown name and no such file, a text without the place holder, a tokenizer without a chat template.
     """
     if name == CHAT:
         return Chat(tokenizer)
@@ -144,11 +137,7 @@ def get_template(name: str, tokenizer: Any, config: Named | None = None) -> Temp
 
 
 def template_text(name: str) -> str | None:
-    """The text of a template with ``{instruction}`` in it; None for a function and for the tokenizer's chat template.
-
-    Raises:
-        UserError: Unknown name and no such file, or a text without the place holder.
-    """
+    """The text of a template with ``{instruction}`` in it; None for a function and for a tokenizer's chat template."""
     if name not in TEMPLATES:
         return _with_place(_read(name), name)
     value = TEMPLATES.get(name)
@@ -270,11 +259,7 @@ class Encoder(Protocol):
     """Makes examples of rows."""
 
     def example(self, row: Row) -> Example | None:
-        """The row as the model reads it, or nothing when it does not fit.
-
-        Raises:
-            UserError: The row is not of the kind that the task asks for.
-        """
+        """The row as the model reads it, or nothing when it does not fit."""
 
 
 class AnswerEncoder:
@@ -412,11 +397,7 @@ class Classes:
         self._index = {label: i for i, label in enumerate(labels)}
 
     def index(self, row: Row) -> int:
-        """The class of a row.
-
-        Raises:
-            UserError: Its label is none of the run's.
-        """
+        """The class of a row."""
         if row.output not in self._index:
             known = listed(list(self._index))
             raise UserError(
@@ -526,11 +507,7 @@ def encode_client(encoder: Encoder, data: ClientData) -> ClientExamples:
 
 
 def encode_federation(federation: Federation, encoder: Encoder, config: DataConfig) -> dict[int, ClientExamples]:
-    """Everybody's rows.
-
-    Raises:
-        UserError: A client has no row left to train on, or none to be scored on, or one that does not suit the task.
-    """
+    """Everybody's rows."""
     clients: dict[int, ClientExamples] = {}
     for client, data in federation.clients.items():
         try:

@@ -53,11 +53,7 @@ _POSSIBLE = (
 
 
 def read_source(config: DataConfig) -> Federation | Pool:
-    """Read rows from a path, or from the hub.
-
-    Raises:
-        UserError: No such source, a folder of no kind or of two, and what the source's reader refuses.
-    """
+    """Read rows from a path, or from the hub."""
     if config.source.startswith(PREFIX):
         return read_handed_on(config.source).read(config)
     path = Path(config.source).expanduser()
@@ -121,12 +117,7 @@ _OF_DEALS: dict[str, Any] = {
 
 
 def load_federation(config: DataConfig, seed: int) -> Federation:
-    """Read or generate the rows of every client that takes part, dealt, split, held out, limited and mixed as set.
-
-    Raises:
-        UserError: The source is missing or broken, cannot be split into or dealt to as many clients as asked for, has
-            too few rows to hold out, or too few clients to mix or to leave out.
-    """
+    """Read or generate the rows of every client that takes part, dealt, split, held out, limited and mixed as set."""
     return load_both(config, seed)[0]
 
 
@@ -136,11 +127,7 @@ def load_held_out(config: DataConfig, seed: int) -> Federation:
 
 
 def elsewhere(config: DataConfig, source: str) -> DataConfig:
-    """Settings for other rows than a run's own: how that run chose, dealt and mixed its rows does not hold there.
-
-    Raises:
-        UserError: ``source`` is ``FILE.py:Name``, and cannot be had.
-    """
+    """Settings for other rows than a run's own: how that run chose, dealt and mixed its rows does not hold there."""
     reference = SOURCES.reference(source)
     name = SOURCES.name_in(*reference) if reference else source
     return config.model_copy(update={"source": name, "partition": PartitionConfig(), **_AS_IT_IS})
@@ -150,9 +137,6 @@ def load_as_it_is(config: DataConfig, seed: int) -> Federation:
     """The clients of a source as they are, or all rows of one that has none as one client, split and limited as set.
 
     Its rows are a part of something larger, so that ``data.label_names`` may name labels that none of them has.
-
-    Raises:
-        UserError: The source is missing or broken, or a client has too few rows.
     """
     found = read(config)
     if isinstance(found, Federation):
@@ -281,11 +265,7 @@ def _seed(config: DataConfig, seed: int) -> int:
 
 
 def read(config: DataConfig) -> Federation | Pool:
-    """The rows of a source, with clients or without, as it has them; a path that is there comes before a name of ours.
-
-    Raises:
-        UserError: There is no such source, or it cannot be read.
-    """
+    """The rows of a source, with clients or without, as it has them; a path that is there comes before our names."""
     name = config.source
     if name not in SOURCES:
         return read_source(config)

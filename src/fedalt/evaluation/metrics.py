@@ -86,11 +86,7 @@ class Metric:
 
 
 def metric_of(name: str) -> Metric:
-    """What is known of a metric.
-
-    Raises:
-        UserError: No such metric.
-    """
+    """What is known of a metric."""
     value, known = METRICS.get(name), Metric(name, name)
     found = {key: getattr(value, key, default) for key, default in vars(known).items() if key != "name"}
     return Metric(name, **found)
@@ -109,11 +105,7 @@ class Measure:
     call: Any
 
     def __call__(self, answers: Any, references: Any) -> float:
-        """Its value for one row, or for all rows of a client.
-
-        Raises:
-            UserError: The metric fails, or what it returns is no finite number.
-        """
+        """Its value for one row, or for all rows of a client."""
         with METRICS.blamed(self.metric.name):
             value = self.call(answers, references)
             found = float(value) if isinstance(value, int | float) or hasattr(value, "__float__") else None
@@ -123,11 +115,7 @@ class Measure:
 
 
 def measures(config: EvaluationConfig, classes: bool) -> list[Measure]:
-    """What a run measures: all of ours for its task, and what is asked for.
-
-    Raises:
-        UserError: No such metric, or one that cannot be made.
-    """
+    """What a run measures: all of ours for its task, and what is asked for."""
     ours = [entry.name for entry in METRICS.entries() if entry.origin == OURS]
     asked = [*((config.metric,) if config.metric else ()), *config.metrics]
     suiting = [name for name in ours if metric_of(name).task == ("class" if classes else "text")]

@@ -45,9 +45,6 @@ def check_server(folder: Path, hosts: Sequence[str]) -> None:
     Args:
         folder: Where they are.
         hosts: Names and addresses under which the server will be reached, all of which the certificate must be for.
-
-    Raises:
-        UserError: One is missing or broken, has expired, belongs to another host, or they do not belong together.
     """
     ca, certificate = check_ca(folder / CA), _certificate(folder / CERTIFICATE)
     key = folder / KEY
@@ -73,22 +70,14 @@ def server_names(folder: Path) -> list[str]:
 
 
 def check_ca(path: Path) -> x509.Certificate:
-    """The CA certificate that sites and users trust.
-
-    Raises:
-        UserError: It is missing, broken, or has expired.
-    """
+    """The CA certificate that sites and users trust."""
     certificate = _certificate(path)
     _check_dates(path, certificate)
     return certificate
 
 
 def check_site_key(path: Path) -> PrivateKey:
-    """Check a site's private key, and return it.
-
-    Raises:
-        UserError: It is missing, broken, of a kind that Flower does not take, or the public half.
-    """
+    """Check a site's private key, and return it."""
     try:
         key = load_ssh_private_key(_read(path), password=None)
     except (ValueError, TypeError) as error:
@@ -124,11 +113,7 @@ def keys_in(folder: Path) -> dict[int, PublicKey]:
 
 
 def site_keys(folder: Path) -> dict[str, str]:
-    """The public keys of the sites that may take part: file name without ``.pub`` → the key, in OpenSSH's format.
-
-    Raises:
-        UserError: There is none, one is broken, there twice, or its file does not say which client's it is.
-    """
+    """The public keys of the sites that may take part: file name without ``.pub`` → the key, in OpenSSH's format."""
     return _texts(folder / SITE_KEYS)
 
 
@@ -201,9 +186,6 @@ def make_certs(folder: Path, sites: int, hosts: Sequence[str] = (), days: int = 
 
     Returns:
         The names that the server certificate is for.
-
-    Raises:
-        UserError: The folder exists, a host is no name, or nothing can be written there.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already; keys are never overwritten, choose another folder")

@@ -31,11 +31,7 @@ class Consent:
     allow_two: bool = False
 
     def check_settings(self, config: RunConfig, clients: int) -> None:
-        """Refuse what needs its rows elsewhere, a federation of two, and settings that let single uploads be told.
-
-        Raises:
-            SiteError: It is refused.
-        """
+        """Refuse what needs its rows elsewhere, a federation of two, and settings that let single uploads be told."""
         method = build(config, clients)
         check_pooled(method)
         check_two(method, self.allow_two)
@@ -45,11 +41,7 @@ class Consent:
             raise SiteError("allow_two")
 
     def check_uploads(self, keys: Iterable[Key]) -> None:
-        """Refuse to upload what is private.
-
-        Raises:
-            SiteError: Settings would upload it, and this site has not agreed.
-        """
+        """Refuse to upload what is private."""
         for slot in {key.slot for key in keys} & _NAMES.keys():
             if _NAMES[slot] not in self.share:
                 raise SiteError(_NAMES[slot])

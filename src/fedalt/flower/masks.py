@@ -49,11 +49,7 @@ Ring = NDArray[np.unsignedinteger]
 
 
 def ring(weight: int) -> np.dtype[np.unsignedinteger]:
-    """The narrowest ring in which a sum of these weights cannot overflow.
-
-    Raises:
-        UserError: There is none.
-    """
+    """The narrowest ring in which a sum of these weights cannot overflow."""
     largest = LIMIT * STEPS * weight
     for kind in ("<u4", "<u8"):
         if 2 * largest < 2 ** (8 * np.dtype(kind).itemsize):
@@ -186,11 +182,7 @@ class Total:
         return sum(offer.weight for offer in self.offers)
 
     def add(self, block: bytes) -> None:
-        """Add a masked vector.
-
-        Raises:
-            UserError: It has another size.
-        """
+        """Add a masked vector."""
         if len(block) != self._sum.nbytes:
             raise UserError(f"{len(block)} bytes are no masked vector of {self.size} numbers")
         self._sum += np.frombuffer(block, self._sum.dtype)
@@ -204,11 +196,7 @@ class Total:
 
 
 def check_offers(request: Request, own: Offer, keys: Mapping[int, PublicKey] | None, least: int) -> None:
-    """Refuse to mask for fewer clients than there must be, or for clients whose keys this site does not know.
-
-    Raises:
-        UserError: It is refused.
-    """
+    """Refuse to mask for fewer clients than there must be, or for clients whose keys this site does not know."""
     offers, about = request.offers, attempt(request)
     clients = [offer.client for offer in offers]
     if clients != sorted(set(clients)) or own not in offers:

@@ -21,11 +21,7 @@ from fedalt.runs.setup import RunInfo
 
 
 def member_of(reply: Reply) -> Member:
-    """What a site said when it joined.
-
-    Raises:
-        UserError: It does not join.
-    """
+    """What a site said when it joined."""
     if not isinstance(reply.body, Member):
         raise UserError(reply.why)
     return reply.body
@@ -40,11 +36,7 @@ def rule_of(config: RunConfig, method: Method) -> str:
 
 
 def common_to(members: Mapping[int, Member]) -> Common:
-    """What most sites have in common.
-
-    Raises:
-        UserError: There is no majority.
-    """
+    """What most sites have in common."""
     counts = Counter(member.common for member in members.values()).most_common()
     if len(counts) > 1 and counts[0][1] == counts[1][1]:
         one, other = (next(c for c, member in members.items() if member.common == common) for common, _ in counts[:2])

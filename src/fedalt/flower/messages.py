@@ -37,11 +37,7 @@ def to_node(request: Request, node: int, ttl: float | None = None) -> Message:
 
 
 def request_in(message: Message) -> Request:
-    """Invert ``to_node``.
-
-    Raises:
-        UserError: It carries none.
-    """
+    """Invert ``to_node``."""
     header, _, block = _parts(message)
     return Request.parse(header, block)
 
@@ -62,9 +58,6 @@ def reply_in(message: Message, keys: Mapping[int, PublicKey] | None = None) -> R
     Args:
         message: A site's message.
         keys: Client → the key with which its site must have signed.
-
-    Raises:
-        UserError: It carries no reply, or one that the site of the client which it names has not signed.
     """
     header, signature, block = _parts(message)
     reply = Reply.parse(header, block)
@@ -94,11 +87,7 @@ def _record(block: bytes) -> ArrayRecord:
 
 
 def _parts(message: Message) -> tuple[str, str, bytes]:
-    """Header, signature and block.
-
-    Raises:
-        UserError: The message has other records than these.
-    """
+    """Header, signature and block."""
     content = message.content
     headers, blocks = dict(content.config_records), dict(content.array_records)
     said = dict(headers.get(_HEADER, {}))

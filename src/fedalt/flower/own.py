@@ -53,11 +53,7 @@ class SiteRows(Section):
 
 
 def site_rows(values: Mapping[str, Any]) -> SiteRows:
-    """What a site says for itself, validated.
-
-    Raises:
-        UserError: A key is unknown, or a value is not allowed.
-    """
+    """What a site says for itself, validated."""
     try:
         rows = SiteRows.model_validate(values)
     except ValidationError as error:

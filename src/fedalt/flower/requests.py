@@ -274,11 +274,7 @@ class Frame:
 
     @classmethod
     def parse(cls, header: str, block: bytes) -> Self:
-        """Invert ``header``.
-
-        Raises:
-            UserError: It has not exactly these fields, of these types and within these bounds.
-        """
+        """Invert ``header``."""
         return replace(strict(cls, header), block=block)  # type: ignore[type-var]
 
 
@@ -368,11 +364,7 @@ class Reply(Frame):
         return self.unfit or (CODES[self.error].format(count=self.count) if self.error else "")
 
     def check(self, request: Request, client: int) -> None:
-        """Refuse what is no answer of this client to this request.
-
-        Raises:
-            UserError: It is of another client, run or round, or to another question, or has not what was asked for.
-        """
+        """Refuse what is no answer of this client to this request."""
         asked = (request.run, request.round, request.do, request.attempt)
         if (self.run, self.round, self.do, self.attempt) != asked:
             raise UserError(
@@ -396,11 +388,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def strict(kind: Callable[..., T], text: str) -> T:
-    """A value of a dataclass from JSON that has exactly its fields, each once.
-
-    Raises:
-        UserError: It has not.
-    """
+    """A value of a dataclass from JSON that has exactly its fields, each once."""
     if len(text) > LONGEST:
         raise UserError(f"a header of {len(text):,} characters")
     try:

@@ -79,9 +79,6 @@ def serve(
 
     Returns:
         The content of ``final_scores.json``.
-
-    Raises:
-        UserError: Settings that do not suit sites, a folder that is taken, too few sites, or sites that do not fit.
     """
     config, method = checked(parse_received(settings, "settings"))
     folder = claim_folder(config.folder, if_exists)
@@ -123,11 +120,7 @@ def serve(
 
 
 def checked(config: RunConfig) -> tuple[RunConfig, Method]:
-    """Settings that can be run across sites, and the method.
-
-    Raises:
-        UserError: They cannot.
-    """
+    """Settings that can be run across sites, and the method."""
     config = configured(config, config.method)
     clients = config.data.clients
     if clients is None:
@@ -149,11 +142,7 @@ def checked(config: RunConfig) -> tuple[RunConfig, Method]:
 
 
 def _known(folder: RunFolder, settings: str) -> tuple[str, Common] | None:
-    """The name and what sites have in common, of a run that is resumed; nothing where it starts anew.
-
-    Raises:
-        UserError: Rounds have finished with other settings.
-    """
+    """The name and what sites have in common, of a run that is resumed; nothing where it starts anew."""
     path = folder.path / RUN
     known = read_json(path) if path.is_file() else {}
     if known.get("settings") == settings:

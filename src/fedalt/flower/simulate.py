@@ -50,9 +50,6 @@ def simulate(
 
     Returns:
         The content of every ``final_scores.json``.
-
-    Raises:
-        UserError: As for a run across sites.
     """
     runs = [_here(checked(config)[0]) for config in configs]
     hold_plugins([place for run in runs for place in run.plugins])

@@ -60,9 +60,6 @@ def _load(rows: SiteRows, config: RunConfig, client: int) -> tuple[RunConfig, Fe
 
     A source of the site's own with one client is that client, whatever its number; one with more must have this
     client among them. Tables and other sources without clients are all this client's.
-
-    Raises:
-        UserError: As for a run on one machine; or this client is not in the source.
     """
     own = {"model.name": rows.model, "model.device": rows.device}
     config = with_settings(config, {key: value for key, value in own.items() if value is not None})
@@ -84,11 +81,7 @@ def _load(rows: SiteRows, config: RunConfig, client: int) -> tuple[RunConfig, Fe
 
 
 def _check_paths(rows: SiteRows, config: RunConfig) -> None:
-    """Refuse settings of a server that would choose files here.
-
-    Raises:
-        SiteError: They name a path, or what may be one.
-    """
+    """Refuse settings of a server that would choose files here."""
     data, model = config.data, config.model.name
     named = {
         "data.source": rows.data is None and (data.source not in SOURCES or Path(data.source).exists()),

@@ -109,11 +109,7 @@ class RemoteClients:
     def _masked(
         self, asked: Request, clients: Collection[int], found: dict[int, ClientReport], least: int
     ) -> Total | None:
-        """The masked sum of all who offer, or nothing where one of them went away over it.
-
-        Raises:
-            UserError: Too few are left.
-        """
+        """The masked sum of all who offer, or nothing where one of them went away over it."""
         offers = [reply.body for _, reply in self._each(replace(asked, do="offer"), clients, found)]
         told = tuple(sorted((one for one in offers if isinstance(one, Offer)), key=lambda offer: offer.client))
         if len(told) < least:
@@ -127,11 +123,7 @@ class RemoteClients:
         return total if all(found[client].delivered for client in total.clients) else None
 
     def _opened(self, asked: Request, total: Total, found: dict[int, ClientReport]) -> Tensors:
-        """The mean, once all have taken their own masks from the sum.
-
-        Raises:
-            UserError: One has not; the others open once, so that no second sum tells them apart.
-        """
+        """The mean, once all have taken their own masks from the sum."""
         opened = dict(self._each(replace(asked, do="open"), total.clients, found))
         seeds = {client: reply.body.seed for client, reply in opened.items() if isinstance(reply.body, Opened)}
         if gone := set(total.clients) - seeds.keys():

@@ -34,11 +34,7 @@ _FRAME = struct.Struct(">QQ")
 
 
 def ask(state: Path, request: Request) -> Reply:
-    """Ask the trainer of a site; where it dies over it, ask the one that follows.
-
-    Raises:
-        UserError: There is no trainer, and none comes; or its answer is not one that may leave the site.
-    """
+    """Ask the trainer of a site; where it dies over it, ask the one that follows."""
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         got = None

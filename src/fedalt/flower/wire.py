@@ -55,9 +55,6 @@ def unpack(
         data: The block.
         wire: As which it was packed.
         check: Refuses names and shapes, by a ``UserError``; called before any number is read.
-
-    Raises:
-        UserError: The bytes are no such block, or are refused.
     """
     if not data:
         return {}

@@ -30,11 +30,7 @@ _SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace("{1,3}", ""): "qwen2"}
 
 
 def write_gguf(path: Path, model: Any, tokenizer: Any, kind: str) -> None:
-    """Write model and tokenizer; ``dequantized`` reads them again.
-
-    Raises:
-        UserError: There is no such file for this model or tokenizer, or the package is missing.
-    """
+    """Write model and tokenizer; ``dequantized`` reads them again."""
     check_gguf(model, tokenizer)
     import gguf
 

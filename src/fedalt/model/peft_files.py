@@ -134,11 +134,7 @@ _PLAIN: dict[str, Any] = {
 
 
 def read_plain_lora(folder: Path) -> tuple[int, float, dict[tuple[str, str], Tensor]]:
-    """Rank, scale and factors, by module path and A or B, of a LoRA that PEFT has written.
-
-    Raises:
-        UserError: There is none, or it is more than a plain LoRA.
-    """
+    """Rank, scale and factors, by module path and A or B, of a LoRA that PEFT has written."""
     about = read_adapter_config(folder)
     odd = next((key for key, plain in _PLAIN.items() if (about.get(key) or plain) != plain), None)
     if odd:
@@ -156,11 +152,7 @@ def read_plain_lora(folder: Path) -> tuple[int, float, dict[tuple[str, str], Ten
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The ``adapter_config.json`` of ``model.adapter``.
-
-    Raises:
-        UserError: There is none.
-    """
+    """The ``adapter_config.json`` of ``model.adapter``."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"model.adapter: {folder} is no folder of a PEFT adapter (no adapter_config.json)")

@@ -36,9 +36,6 @@ def resolve_source(name: str) -> str:
 
     ``tiny-base`` is in the package, ``minilm`` in another one, ``smollm2`` in the cache; a path is a folder with a
     config.json or a GGUF file; ``OWNER/NAME/FILE.gguf`` is a file on the hub.
-
-    Raises:
-        UserError: It is none of these, or it is not on this machine yet.
     """
     if name == TINY_BASE:
         return str(resources.files("fedalt") / "assets" / "tiny_base")
@@ -96,9 +93,6 @@ def fetch_smollm2(wheel: Path | None = None) -> Path:
 
     Args:
         wheel: The wheel, if this machine has it already.
-
-    Raises:
-        UserError: The index cannot be reached, or the wheel is another one.
     """
     folder = cache() / SMOLLM2
     if (folder / "config.json").is_file():

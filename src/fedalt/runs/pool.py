@@ -107,7 +107,6 @@ class Pool:
             last: Whether a process ends, and frees its memory, as soon as no task is left for it.
 
         Raises:
-            UserError: A process has raised it, or was killed, for lack of memory for example; none is left then.
             RuntimeError: A process failed for another reason, its traceback is on stderr; none is left then.
         """
         numbered, results = enumerate(tasks), dict[int, Any]()

@@ -67,11 +67,7 @@ class Preview:
 
 
 def preview(config: RunConfig, client: int, count: int) -> Preview:
-    """Read rows as a run does, and show some of one client.
-
-    Raises:
-        UserError: The rows or the tokenizer cannot be had, or there is no such client.
-    """
+    """Read rows as a run does, and show some of one client."""
     config, federation = _rows(config)
     if client not in federation.clients:
         raise UserError(f"--client {client}: {federation.source} has clients {listed(federation.ids)}")

@@ -367,9 +367,6 @@ def read_settings(
         federation: The rows.
         model: The model, or whatever has its ``config``.
         tokenizer: Its tokenizer.
-
-    Raises:
-        UserError: No prompt would fit.
     """
     if config.model.task == "image_classification":
         return config, ()

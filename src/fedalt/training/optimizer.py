@@ -221,11 +221,7 @@ class Rule(Protocol):
         """Whether the optimiser moves this tensor."""
 
     def with_penalty(self, penalty: Penalty) -> Rule:
-        """The same with something added to every client's loss.
-
-        Raises:
-            UserError: This rule knows no penalty.
-        """
+        """The same with something added to every client's loss."""
 
     def __call__(
         self,

@@ -129,10 +129,6 @@ def to_pool(
         kind: What was recognised, for a note.
         hint: What else may be the matter where a column is not found.
         task: Task of rows that name none; the last part of ``source`` when not given.
-
-    Raises:
-        UserError: No training rows, a column that is not there, or that could be the text as well as another one, an
-            empty text or label.
     """
     pool, columns, told = _pool(config, splits, source, hint, task=task)
     return replace(pool, notes=(f"{source}: {kind}; {columns}; {_counted([pool])}", *_told(told, source)))
@@ -153,9 +149,6 @@ def to_federation(
         source: What the federation is called.
         kind: What was recognised, for a note.
         tasks: Task of each client's rows that name none; clients then are named in the first note.
-
-    Raises:
-        UserError: See ``to_pool``.
     """
     pools, formats, told = list[Pool](), Counter[str](), Counter[str]()
     for place, (name, splits) in enumerate(clients.items()):
@@ -240,11 +233,7 @@ def has_header(config: DataConfig, source: str) -> None:
 
 
 def mappings(values: Iterable[tuple[str, Any]]) -> list[Record]:
-    """Mappings of columns to values, each after where it stands.
-
-    Raises:
-        UserError: One is no mapping.
-    """
+    """Mappings of columns to values, each after where it stands."""
     records: list[Record] = []
     for where, value in values:
         if not isinstance(value, Mapping):
@@ -345,11 +334,7 @@ def _conversation(columns: tuple[str, ...], known: Mapping[str, Any]) -> Columns
 
 
 def _one(found: Sequence[Columns], config: DataConfig, known: Mapping[str, Any], where: str) -> Columns:
-    """The only way to read the columns.
-
-    Raises:
-        UserError: There is none, or there are several.
-    """
+    """The only way to read the columns."""
     texts = list(dict.fromkeys(one.text or one.turns for one in found))
     if len(texts) > 1:
         spelt = alternatives([f"data.text_columns=[{','.join(text)}]" for text in texts])

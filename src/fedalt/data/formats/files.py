@@ -54,11 +54,7 @@ def tables_in(folder: Path) -> list[Path]:
 
 
 def read_records(path: Path, config: DataConfig) -> list[Record]:
-    """All rows of one file.
-
-    Raises:
-        UserError: It cannot be read, is not what its ending says, or holds no rows.
-    """
+    """All rows of one file."""
     kind = ending(path)
     if kind in (".csv", ".tsv"):
         records = _cells(path, config, tabs=kind == ".tsv")

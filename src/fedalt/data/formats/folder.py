@@ -34,12 +34,7 @@ Files = dict[str, dict[str, Path]]
 
 
 def read_folder(folder: Path, config: DataConfig | None = None) -> Federation:
-    """Read the rows of every client of the seed's layout.
-
-    Raises:
-        UserError: No training files, a client index twice or missing, a client without a test file, and what a file
-            or a row may be refused for.
-    """
+    """Read the rows of every client of the seed's layout."""
     inside = folder / "train"
     train = _by_client(inside if inside.is_dir() else folder, "local_training")
     if not train:
@@ -60,11 +55,7 @@ def read_folder(folder: Path, config: DataConfig | None = None) -> Federation:
 
 
 def read_named(folder: Path, config: DataConfig) -> Federation:
-    """Read the rows of clients that are named after their files.
-
-    Raises:
-        UserError: What a file or a row may be refused for.
-    """
+    """Read the rows of clients that are named after their files."""
     return _read(named_clients(folder), folder, "a client per file", config)
 
 

@@ -35,11 +35,7 @@ class FilePicture:
         return hashlib.sha256(self._bytes()).hexdigest()
 
     def verify(self) -> None:
-        """Look through the file and decode its pixels.
-
-        Raises:
-            UserError: It is no image, or a broken one.
-        """
+        """Look through the file and decode its pixels."""
         _verify(self._bytes(), str(self.path))
 
     def _bytes(self) -> bytes:
@@ -97,11 +93,7 @@ class HubPicture:
         return hashlib.sha256(self._bytes()).hexdigest()
 
     def verify(self) -> None:
-        """Look through the encoded image and decode its pixels.
-
-        Raises:
-            UserError: It is no image, or a broken one.
-        """
+        """Look through the encoded image and decode its pixels."""
         _verify(self._bytes(), self.name)
 
     def _bytes(self) -> bytes:
@@ -144,11 +136,7 @@ ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".
 
 
 def read_images(folder: Path, config: DataConfig) -> Pool:
-    """Read and verify every image; the folder's name is the label.
-
-    Raises:
-        UserError: An image that is none, a class without images, two folders for a split.
-    """
+    """Read and verify every image; the folder's name is the label."""
     has_header(config, str(folder))
     splits = {split: _split(folder, split) for split in NAMES}
     below = {split: inside for split, inside in splits.items() if inside}

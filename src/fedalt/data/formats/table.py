@@ -17,11 +17,7 @@ _SHARD = re.compile(r"(train|validation|valid|val|dev|test|eval)([-_.]\d+-of-\d+
 
 
 def read_table(path: Path, config: DataConfig) -> Pool:
-    """Read one file, or a folder with ``train.csv`` (or another ending) and maybe ``validation.*`` and ``test.*``.
-
-    Raises:
-        UserError: Two files for a split, a broken line, and what ``to_pool`` refuses.
-    """
+    """Read one file, or a folder with ``train.csv`` (or another ending) and maybe ``validation.*`` and ``test.*``."""
     if path.is_file():
         return to_pool(config, {"train": read_records(path, config)}, str(path), "a table", hint=_hint(config))
     files = {split: _file(path, split) for split in NAMES}

@@ -42,11 +42,7 @@ class Given:
     rows: Any
 
     def read(self, config: DataConfig) -> Federation | Pool:
-        """The rows: clients in the order of their names in the mapping, or rows that nobody has.
-
-        Raises:
-            UserError: It is nothing of that kind, a client has no test rows, and what ``to_pool`` refuses.
-        """
+        """The rows: clients in the order of their names in the mapping, or rows that nobody has."""
         has_header(config, "what is given in memory")
         if not isinstance(self.rows, Mapping) or (
             _is_rows(self.rows.get("train")) and not isinstance(self.rows["train"], tuple)  # that is a client's pair
@@ -74,11 +70,7 @@ def given_source(found: Federation | Pool) -> str:
 
 
 def read_handed_on(source: str) -> Given:
-    """Rows that the process which started this one was given.
-
-    Raises:
-        UserError: There are none, since no such process runs this one.
-    """
+    """Rows that the process which started this one was given."""
     path = Path(os.environ.get(_HANDED_ON, "")) / source.removeprefix(PREFIX)
     if _HANDED_ON not in os.environ or not path.is_file():
         raise UserError(

@@ -37,9 +37,6 @@ def read_hub(name: str, config: DataConfig) -> Pool:
     Args:
         name: Name on the hub, or a folder.
         config: ``data.config`` chooses among a data set's configurations.
-
-    Raises:
-        UserError: ``datasets`` is not installed, there is no such data set, and what ``to_pool`` refuses.
     """
     has_header(config, name)
     source = f"{name}/{config.config}" if config.config else name
@@ -54,9 +51,6 @@ def from_datasets(loaded: Any, source: str, config: DataConfig, task: str | None
         source: What the pool is called.
         config: Names of columns and labels.
         task: Task of rows that name none; the last part of ``source`` when not given.
-
-    Raises:
-        UserError: No training rows, training rows without labels, and what ``to_pool`` refuses.
     """
     found, notes = _named(loaded, source)
     records = {split: _records(rows, f"{source}: {split}", config) for split, rows in found.items()}

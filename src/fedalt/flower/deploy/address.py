@@ -38,11 +38,7 @@ class Address:
 
 
 def parse_address(text: str, flag: str) -> Address:
-    """Read ``HOST:PORT``, or ``[::1]:PORT``.
-
-    Raises:
-        UserError: It is something else.
-    """
+    """Read ``HOST:PORT``, or ``[::1]:PORT``."""
     host, colon, port = text.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     plain = bare and not any(c.isspace() or c in "/[]" for c in bare) and (bare != host or ":" not in host)
@@ -52,11 +48,7 @@ def parse_address(text: str, flag: str) -> Address:
 
 
 def check_free(address: Address, flag: str) -> None:
-    """Refuse an address that cannot be listened on.
-
-    Raises:
-        UserError: Something listens there, it is not this machine's, or it is reserved.
-    """
+    """Refuse an address that cannot be listened on."""
     try:
         family, _, _, _, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
@@ -115,7 +107,6 @@ def check_server(connection: Connection) -> None:
 
     Raises:
         UnreachableError: Nobody answers there.
-        UserError: The server is not a SuperLink, not the one that the CA vouches for, or one of the two sides encrypts.
     """
     address = connection.address
     try:

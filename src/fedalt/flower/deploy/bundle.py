@@ -37,11 +37,7 @@ _ALLOWED = "a site runs fedalt's own app from its own installation, and takes se
 
 
 def check_bundle(content: bytes) -> None:
-    """Refuse every bundle (FAB) that is not settings for the installed package.
-
-    Raises:
-        UserError: Something else is in it, which the line names.
-    """
+    """Refuse every bundle (FAB) that is not settings for the installed package."""
     try:
         odd = _odd(content)
     except Exception as error:  # zip and TOML have a dozen ways to be broken, and a site has to live on

@@ -97,11 +97,7 @@ class Control:
 
 @contextmanager
 def control(connection: Connection, tell: Callable[[str], None] = lambda line: None) -> Iterator[Control]:
-    """A ``Control`` for a SuperLink that answers; what it runs is told.
-
-    Raises:
-        UserError: It does not, or is not the one that is meant.
-    """
+    """A ``Control`` for a SuperLink that answers; what it runs is told."""
     check_server(connection)
     with tempfile.TemporaryDirectory(prefix="fedalt-") as home:
         yield Control(Path(home), connection, tell)

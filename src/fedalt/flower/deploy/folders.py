@@ -22,9 +22,6 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     """Have a folder, made if need be, to oneself; the lock ends with this process, however it ends.
 
     Until then nobody else can read what this process, and those that it starts, make anywhere.
-
-    Raises:
-        UserError: Another process has it, or nothing can be written there.
     """
     before = os.umask(_OTHERS)
     descriptor = -1
@@ -47,9 +44,6 @@ def make_private(folder: Path, mark: str, tell: Callable[[str], None]) -> None:
         folder: It may be new, and have a lock.
         mark: A file that it has if it is a state folder.
         tell: Called with the line.
-
-    Raises:
-        UserError: It is another one's, or holds something else.
     """
     mode = folder.stat().st_mode
     if not mode & _OTHERS:
@@ -67,22 +61,14 @@ def make_private(folder: Path, mark: str, tell: Callable[[str], None]) -> None:
 
 
 def check_private(key: Path) -> None:
-    """Refuse a private key that others can read.
-
-    Raises:
-        UserError: Everybody can, or somebody besides its owner, who starts this.
-    """
+    """Refuse a private key that others can read."""
     found = key.stat()
     if found.st_mode & (_OTHERS if found.st_uid == os.geteuid() else stat.S_IRWXO):
         raise UserError(f"{key}: others can read this private key (mode {stat.S_IMODE(found.st_mode):o}); chmod 600 it")
 
 
 def claim_site(folder: Path, settings: dict[str, Any]) -> None:
-    """Write a site's settings into its state folder.
-
-    Raises:
-        UserError: The folder belongs to another client, or to something else.
-    """
+    """Write a site's settings into its state folder."""
     path = folder / SITE
     if path.is_file():
         owner = read_json(path)["client"]

@@ -116,11 +116,7 @@ _PATIENCE = 10.0
 
 
 def program(name: str) -> str:
-    """Path of one of Flower's programs: the one of this Python, or else the first on the PATH.
-
-    Raises:
-        UserError: It is not installed.
-    """
+    """Path of one of Flower's programs: the one of this Python, or else the first on the PATH."""
     mine = Path(sys.executable).with_name(name)
     path = str(mine) if mine.is_file() else shutil.which(name)
     if path is None:

@@ -41,7 +41,6 @@ def submit(config: RunConfig, connection: Connection, if_exists: IfExists, tell:
         tell: Called with Flower's commands and every line of the ServerApp.
 
     Raises:
-        UserError: The server cannot be reached, or says that the input is wrong.
         RunFailedError: The run failed for another reason, or the server has gone.
         KeyboardInterrupt: The user has stopped it, here and at the server.
     """

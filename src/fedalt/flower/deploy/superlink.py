@@ -60,11 +60,7 @@ class Server:
         return [Address(name, place.port) for name in names]
 
     def check(self) -> None:
-        """Check everything that can be checked before anything is started.
-
-        Raises:
-            UserError: The address is taken; a certificate is missing, has expired or is for another host; no site key.
-        """
+        """Check everything that can be checked before anything is started."""
         if self.tls:
             hosts = [self.connection.address.host]  # the SuperLink's own processes check it, too
             if self.public and self.public.host not in WILDCARDS:
@@ -99,9 +95,6 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
 
     Returns:
         0, or 1 if the SuperLink ended by itself.
-
-    Raises:
-        UserError: Another server has the state folder, or a key cannot be registered.
     """
     name, *arguments = server.command()
     environment = flower_environment(server.state.absolute() / "flwr")
@@ -147,11 +140,7 @@ class Names:
 
     @staticmethod
     def read(state: Path | None) -> Names:
-        """The names in a server's state folder; none if there is no folder.
-
-        Raises:
-            UserError: There is no such folder.
-        """
+        """The names in a server's state folder; none if there is no folder."""
         if state is None:
             return Names({})
         if not state.is_dir():
@@ -164,11 +153,7 @@ class Names:
 def now(
     connection: Connection, names: Names, tell: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A server's sites and runs; the commands that ask for them are told.
-
-    Raises:
-        UserError: It cannot be reached.
-    """
+    """A server's sites and runs; the commands that ask for them are told."""
     with control(connection, tell) as superlink:
         nodes, runs = superlink.nodes(), superlink.runs()
     return [_site(node, names) for node in nodes], [_run(run) for run in runs]

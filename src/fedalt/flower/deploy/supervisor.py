@@ -67,11 +67,7 @@ class Site:
     own: Mapping[str, object] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Check the files.
-
-        Raises:
-            UserError: One is missing, broken or expired; or they do not go together.
-        """
+        """Check the files."""
         if self.key and not self.connection.ca:
             raise UserError("--key needs --ca FILE: Flower checks a site's key over TLS only")
         if self.connection.ca:
@@ -102,10 +98,6 @@ def supervise(site: Site, tell: Callable[[str], None]) -> int:
 
     Returns:
         0, or 1 if the SuperNode ended by itself.
-
-    Raises:
-        UserError: The state folder is taken or another client's; the server is another or refuses; the trainer dies
-            again and again.
     """
     with locked(site.state, "another fedalt site"), Watch() as watch:
         claim_site(site.state, site.settings())
