@@ -43,7 +43,6 @@ NEVER = {
 
 EXCEPTIONS = {
     ("benchmarks/first_step.py", "fedalt.cli"): "a program around the command, to be timed",
-    ("benchmarks/models.py", "fedalt.api"): "takes models through whole runs, as a user does",
     ("report/insights.py", "fedalt.runs.setup"): "has models answer, where a report asks for that and no file has it",
 }
 """(File, module) → why it may."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedalt.benchmarks.models import CASES, main
+from tools.models import CASES, main
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 

@@ -47,7 +47,7 @@ def common_to(members: Mapping[int, Member]) -> Common:
     return counts[0][0]
 
 
-def facts_of(config: RunConfig, method: Method, members: Mapping[int, Member], common: Common) -> RunInfo:
+def info_of(config: RunConfig, method: Method, members: Mapping[int, Member], common: Common) -> RunInfo:
     """What the rounds know of a run; of a site that has not come yet there are no rows and no task."""
     ids = range(method.clients)
     samples = {client: members[client].samples if client in members else 0 for client in ids}

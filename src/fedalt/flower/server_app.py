@@ -23,7 +23,7 @@ from fedalt.files import only_one, read_json, write_json
 from fedalt.flower.certs import TLS, PublicKey, client_keys
 from fedalt.flower.consent import check_few, check_pooled, check_two
 from fedalt.flower.inflate import bound
-from fedalt.flower.members import common_to, facts_of, member_of, rule_of
+from fedalt.flower.members import common_to, info_of, member_of, rule_of
 from fedalt.flower.nodes import Nodes
 from fedalt.flower.requests import Common, Member, Reply, strict
 from fedalt.flower.sites import RemoteClients, joining
@@ -96,11 +96,11 @@ def serve(
         common = common or replace(common_to(members), method=rule_of(config, method))
         fitting = {client: member for client, member in members.items() if member.common == common}
         method = build(config, method.clients, common.layer_sizes)
-        facts = facts_of(config, method, fitting, common)
-        run_, checkpoint = find_checkpoint(facts, folder)
-        server = Server(method, config.federation, facts.samples, facts.shapes)
-        sites = RemoteClients(facts, name, nodes, folder, log, server, common)
-        loop = start(facts, sites, folder, log, run_, checkpoint=checkpoint, server=server)
+        info = info_of(config, method, fitting, common)
+        run_, checkpoint = find_checkpoint(info, folder)
+        server = Server(method, config.federation, info.samples, info.shapes)
+        sites = RemoteClients(info, name, nodes, folder, log, server, common)
+        loop = start(info, sites, folder, log, run_, checkpoint=checkpoint, server=server)
         nodes.refused = lambda line: log.emit("note", round=server.round, text=line)
         for line in refused:
             nodes.refused(line)

@@ -267,20 +267,20 @@ class _Work:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     @cached_property
-    def facts(self) -> RunInfo:
+    def info(self) -> RunInfo:
         """What there is to know of the run, by this site."""
         return self.experiment.info
 
     @cached_property
     def common(self) -> Common:
         """What must be the same at all sites."""
-        facts, experiment = self.facts, self.experiment
-        shapes = tuple((str(key), tuple(shape)) for key, shape in facts.shapes.items())
+        info, experiment = self.info, self.experiment
+        shapes = tuple((str(key), tuple(shape)) for key, shape in info.shapes.items())
         rule = rule_of(experiment.config, experiment.method)
-        sizes = (facts.shared, facts.trainable)
+        sizes = (info.shared, info.trainable)
         layers = tuple(experiment.method.layers.items())
         code = tuple(used_code(experiment.config).items())
-        return Common(facts.base, shapes, *sizes, versions()["fedalt"], rule, layers, code)
+        return Common(info.base, shapes, *sizes, versions()["fedalt"], rule, layers, code)
 
     def check(self, request: Request) -> None:
         """Refuse to go on as another site than the one that joined."""
@@ -289,11 +289,11 @@ class _Work:
 
     def join(self, request: Request) -> Reply:
         """Say what the server must know before the first round; nothing of it tells a row."""
-        facts, last = self.facts, self._last()
-        task = facts.tasks[str(self.client)] if self.rows is None else self.rows.task or str(self.client)
+        info, last = self.info, self._last()
+        task = info.tasks[str(self.client)] if self.rows is None else self.rows.task or str(self.client)
         skipped = sum(self.experiment.examples[self.client].skipped.values())
-        member = Member(facts.samples[self.client], task, self._holds(last), self.common, skipped)
-        self.note(f"joined {request.run}: {facts.config.method}, {request.clients} clients, round {last.round} done")
+        member = Member(info.samples[self.client], task, self._holds(last), self.common, skipped)
+        self.note(f"joined {request.run}: {info.config.method}, {request.clients} clients, round {last.round} done")
         return Reply.to(request, self.client, body=member)
 
     def train(self, request: Request) -> Reply:

@@ -44,7 +44,7 @@ class RemoteClients:
     """Clients at their sites. Only uploads, losses, scores and counts come back from them.
 
     Attributes:
-        facts: What is run.
+        info: What is run.
         run: Its name at the sites.
         nodes: How they are reached.
         folder: The server's run folder.
@@ -55,7 +55,7 @@ class RemoteClients:
         refused: Client → why it takes no part, and how often its site had come by then.
     """
 
-    facts: RunInfo
+    info: RunInfo
     run: str
     nodes: Nodes
     folder: RunFolder
@@ -70,7 +70,7 @@ class RemoteClients:
         self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
     ) -> list[ClientReport]:
         """Ask for a round; late, failed and refused sites are left out of its mean and keep what they have."""
-        least = min(self.facts.config.flower.min_sites, len(chosen))
+        least = min(self.info.config.flower.min_sites, len(chosen))
         self._welcome([client for client in chosen if client not in self.members])
         requests = self._requests("train", chosen, messages, new.round)
         found: dict[int, ClientReport] = {}
@@ -155,7 +155,7 @@ class RemoteClients:
         here = [client for client in again if client in self.nodes.node_of]
         if not here:
             return
-        asked = joining(self.facts.config, self.run, len(self.facts.clients))
+        asked = joining(self.info.config, self.run, len(self.info.clients))
         until = time.monotonic() + _WELCOME
         for client, reply in self.nodes.ask(dict.fromkeys(here, asked), lambda got: until):
             self.admit(client, reply)
@@ -179,7 +179,7 @@ class RemoteClients:
 
     def _absent(self, client: int, requests: Mapping[int, Request]) -> ClientReport:
         refused = self.refused.get(client)
-        why = refused[0] if refused else f"no answer within {self.facts.config.flower.round_deadline:g} s"
+        why = refused[0] if refused else f"no answer within {self.info.config.flower.round_deadline:g} s"
         return ClientReport(client, _NO_STATS, False, 0, requests[client].size if client in requests else 0, why)
 
     def _check_enough(self, outcomes: Sequence[ClientReport], least: int, round_: int) -> None:
@@ -215,12 +215,12 @@ class RemoteClients:
             for point, part in {"after": after, **parts}.items():
                 if part:
                     points[point][client] = part
-        return log_points(self.log, new.round, points, self.facts.config.metric)
+        return log_points(self.log, new.round, points, self.info.config.metric)
 
     @property
     def keeps_best(self) -> bool:
         """Sites keep the states of scored rounds for early stopping only."""
-        return self.facts.config.evaluation.early_stop is not None
+        return self.info.config.evaluation.early_stop is not None
 
     def _scores(self, reply: Reply) -> Scored:
         if not isinstance(reply.body, Scored):
@@ -229,13 +229,13 @@ class RemoteClients:
         for part in (part for whole in wholes for part in (whole, *whole.categories.values())):
             if not part.metrics.keys() <= set(METRICS.names()):
                 raise UserError("scores by metrics that are not known here")
-        if any(self.facts.config.metric not in whole.metrics for whole in wholes):
-            raise UserError(f"no {self.facts.config.metric} among its scores")
+        if any(self.info.config.metric not in whole.metrics for whole in wholes):
+            raise UserError(f"no {self.info.config.metric} among its scores")
         return reply.body
 
     def _as_in_file(self, client: int, scores: Scores) -> dict[str, Any]:
         """Scores as a run on one machine writes them."""
-        config = self.facts.config
+        config = self.info.config
         how = {"stemmer": config.evaluation.stemmer, "rouge_tokenizer": scores.rouge_tokenizer}
         about = {} if config.classifies else how
         parts = {name: _flat(part) for name, part in scores.categories.items()}
@@ -250,7 +250,7 @@ class RemoteClients:
 
     def _answers(self, do: Do, messages: Mapping[int, Message], round_: int) -> Iterator[tuple[int, Reply]]:
         """Every client's answer, in order, or the error that it is away."""
-        clients = self.facts.clients
+        clients = self.info.clients
         answered = dict(self._ask(self._requests(do, clients, messages, round_), messages, 1))
         away = {client: Reply(do, self.run, round_, client, unfit="its site is away") for client in clients}
         return iter((away | answered).items())
@@ -270,7 +270,7 @@ class RemoteClients:
     def _read(self, client: int, reply: Reply, round_: int) -> tuple[Trained, Tensors]:
         if not isinstance(reply.body, Trained):
             raise UserError(reply.why)
-        method = self.facts.method
+        method = self.info.method
         if len(reply.body.alpha) not in (0, len(method.layers)):
             raise UserError(f"client {client}: {len(reply.body.alpha)} mixer weights, of {len(method.layers)} layers")
         due = False if self.facts.config.federation.secure else uploads_in(method, round_)
@@ -280,7 +280,7 @@ class RemoteClients:
         def fit(shapes: Mapping[Key, Shape]) -> None:
             self.server.check_shapes(client, shapes)
 
-        upload = unpack(reply.block, self.facts.config.flower.wire, fit)
+        upload = unpack(reply.block, self.info.config.flower.wire, fit)
         if upload:
             self.server.check(client, upload)
         return reply.body, upload
@@ -289,7 +289,7 @@ class RemoteClients:
         """Clients whose upload dwarfs the others', and how far; three uploads at least make a median."""
         if len(norms) < 3:
             return {}
-        middle, limit = median(norms.values()), self.facts.config.flower.norm_limit
+        middle, limit = median(norms.values()), self.info.config.flower.norm_limit
         return {client: norm / middle for client, norm in norms.items() if middle > 0 and norm > limit * middle}
 
     def _requests(
@@ -297,7 +297,7 @@ class RemoteClients:
     ) -> dict[int, Request]:
         """What members are asked, with what they are told."""
         requests, tensors, packed = {}, None, b""
-        asked = joining(self.facts.config, self.run, len(self.facts.clients))
+        asked = joining(self.info.config, self.run, len(self.info.clients))
         withheld = self._withhold(clients)
         for client in clients:
             if client not in self.members:
@@ -308,7 +308,7 @@ class RemoteClients:
             request = replace(request, counts=upload.round if upload else 0)
             if message is not None:
                 if message.tensors is not tensors:  # the broadcast mean is one object for all
-                    tensors, packed = message.tensors, pack(message.tensors, self.facts.config.flower.wire)
+                    tensors, packed = message.tensors, pack(message.tensors, self.info.config.flower.wire)
                 request = replace(request, share=message.share, told=True, block=packed)
             requests[client] = request
         return requests
@@ -317,7 +317,7 @@ class RemoteClients:
         """Clients who may not be told what is made of one other upload alone, which they would see as it is."""
         counts, number = set(self.server.uploads), self.server.round
         found = {client for client in clients if len(counts - {client}) == 1}
-        if not found or self.facts.config.flower.allow_two:
+        if not found or self.info.config.flower.allow_two:
             return set()
         if self._withheld != number:
             self._withheld = number
@@ -336,7 +336,7 @@ class RemoteClients:
 
         A site that cannot take itself out of the mean is asked again, with a row of its own.
         """
-        deadline, good = time.monotonic() + self.facts.config.flower.round_deadline, 0
+        deadline, good = time.monotonic() + self.info.config.flower.round_deadline, 0
         apart = list[int]()
         for client, reply in self.nodes.ask(requests, lambda got: deadline if got >= least else float("inf")):
             if reply.error == "apart":

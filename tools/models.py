@@ -1,4 +1,4 @@
-"""``python -m fedalt.benchmarks.models [KIND …] [--out FILE.md]``: which architectures of Transformers work, by trying.
+"""``python -m tools.models [KIND …] [--out FILE.md]``: which architectures of Transformers work, by trying.
 
 Each is built small, with random weights, saved, and taken through a whole run of two clients with unlike rows, stacked
 and one after another. A line of the table says what was seen:
