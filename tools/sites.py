@@ -144,7 +144,7 @@ def _serve(clients: int, megabytes: float) -> dict[str, Any]:
     from fedalt.flower.wire import pack, unpack
     from fedalt.methods.registry import build
     from fedalt.names import INDIVIDUAL, A, Key
-    from fedalt.runs.machine import forget_peak_memory, peak_memory
+    from fedalt.runtime import forget_peak_memory, peak_memory
 
     torch.set_num_threads(1)
     count = int(megabytes * 1e6 / 4)

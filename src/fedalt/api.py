@@ -33,8 +33,16 @@ from fedalt.report.html import write_comparison_report, write_report, write_repo
 from fedalt.report.insights import look
 from fedalt.runs.client_folder import client_ids
 from fedalt.runs.events import Sink
-from fedalt.runs.folder import IfExists, RunFolder, finished_run, kept_scores, open_run, settings_of
-from fedalt.runs.history import History, read_history
+from fedalt.runs.folder import (
+    History,
+    IfExists,
+    RunFolder,
+    finished_run,
+    kept_scores,
+    open_run,
+    read_history,
+    settings_of,
+)
 from fedalt.runs.scoring import Scores
 from fedalt.runs.setup import Bases
 from fedalt.runs.simulation import Rounds

@@ -1,13 +1,19 @@
-"""What a process does before anything else: memory, quiet libraries, priority."""
+"""What a process does before anything else: memory, quiet libraries, priority; and what it ran on."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import os
+import platform
+import resource
+import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -68,3 +74,49 @@ def keep_libraries_quiet() -> None:
 def usual_priority() -> None:
     """Let Ray's actors run like everything else: its own niceness, 15, starves them on a busy machine."""
     os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+_PACKAGES = ("fedalt", "torch", "transformers", "peft", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def commit() -> str | None:
+    """Commit of the checkout that fedalt is installed from, if it is one."""
+    call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(call, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak memory so far in bytes: of the process, and of the GPU if there is one."""
+    import torch
+
+    peak = {"process": _peak_resident()}
+    if torch.cuda.is_available():
+        peak["gpu"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def forget_peak_memory() -> None:
+    """Let ``peak_memory`` count from now on; on systems other than Linux only that of the GPU can."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts at what is resident now
+
+
+def _peak_resident() -> int:
+    """Linux's own count for this program: ``ru_maxrss`` would include the process that started it."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

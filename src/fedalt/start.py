@@ -13,10 +13,10 @@ from fedalt.report.insights import look
 from fedalt.runs.devices import check_devices
 from fedalt.runs.events import Sink
 from fedalt.runs.folder import IfExists, RunFolder, check_folder, claim_folder
-from fedalt.runs.machine import forget_peak_memory
 from fedalt.runs.rounds import run
 from fedalt.runs.setup import Bases, Experiment, load_rows, prepare
 from fedalt.runs.trackers import check_trackers, tracked
+from fedalt.runtime import forget_peak_memory
 
 
 def run_one(

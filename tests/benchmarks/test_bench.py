@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedalt.benchmarks import bench, side_fedalt, side_paper, task, worker, workload
+from fedalt.benchmarks import bench, side_fedalt, side_paper, task, workload
 from fedalt.benchmarks.task import WHATS, Spec, pair
 from fedalt.benchmarks.workload import HashTokenizer, client_examples, shape, upload
 from fedalt.errors import UserError
@@ -180,7 +180,7 @@ def test_one_client_is_the_one_with_the_largest_step_and_takes_that_very_step():
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers in this process: a new one imports torch for five seconds."""
-    through_json = lambda spec: json.loads(json.dumps(worker.measure(Spec.from_json(spec.to_json()))))  # noqa: E731
+    through_json = lambda spec: json.loads(json.dumps(bench.measure(Spec.from_json(spec.to_json()))))  # noqa: E731
     monkeypatch.setattr(bench, "run_worker", through_json)
 
 

@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from fedalt.cli.app import GROUPS, app
-from fedalt.cli.command import OLD
+from fedalt.cli.flags import OLD
 
 ROOT: Any = typer.main.get_command(app)
 

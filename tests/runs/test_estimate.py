@@ -8,7 +8,7 @@ import pytest
 
 from fedalt.config import parse_config
 from fedalt.runs.clients import plans_of
-from fedalt.runs.estimate import estimate
+from fedalt.runs.preview import estimate
 from fedalt.runs.setup import prepare
 from micro import fedalt, of_kind, settings, write_yaml
 

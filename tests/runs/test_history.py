@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedalt.errors import UserError
-from fedalt.runs.folder import RunFolder, final_scores
-from fedalt.runs.history import read_history
+from fedalt.runs.folder import RunFolder, final_scores, read_history
 from micro import CLIENTS, finished, of_kind, settings, write_yaml
 
 

@@ -1,13 +1,18 @@
-"""Two sides in processes of their own, by turns; medians, spread and ratios."""
+"""Two sides in processes of their own, by turns; medians, spread and ratios.
+
+``python -m fedalt.benchmarks.bench SPEC.json`` is such a process: it runs one side once and prints a line of JSON.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +21,9 @@ from typing import Any
 from unittest import mock
 
 from fedalt.benchmarks.side_command import finish
-from fedalt.benchmarks.task import Spec
-from fedalt.runs.machine import commit, versions
+from fedalt.benchmarks.task import WHATS, Job, Spec, choose
+from fedalt.errors import UserError
+from fedalt.runtime import commit, peak_memory, versions
 
 
 def describe() -> dict[str, Any]:
@@ -118,7 +124,7 @@ def run_worker(spec: Spec) -> Run:
     with tempfile.TemporaryDirectory(prefix="fedalt-bench-") as folder, mock.patch.dict(os.environ, threads):
         path = Path(folder) / "spec.json"
         path.write_text(spec.to_json(), encoding="utf-8")
-        out = finish([sys.executable, "-m", "fedalt.benchmarks.worker", str(path)])
+        out = finish([sys.executable, "-m", "fedalt.benchmarks.bench", str(path)])
     line = next(line for line in reversed(out.splitlines()) if line.startswith('{"seconds"'))  # libraries print, too
     return dict(json.loads(line))
 
@@ -132,3 +138,63 @@ def _summary(runs: Sequence[Run]) -> dict[str, Any]:
         "memory": {name: spread([run["memory"][name] for run in runs]) for name in names},
         "runs": list(runs),
     }
+
+
+def measure(spec: Spec) -> dict[str, Any]:
+    """Prepare a side, warm it up, and time its work."""
+    import torch
+
+    choose("what", spec.what, WHATS)
+    side, _, work = (
+        WHATS[spec.what].job(choose("side", spec.side, ["fedalt", *WHATS[spec.what].opponents])).partition(".")
+    )
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    module = importlib.import_module(f"fedalt.benchmarks.side_{side}")
+    job: Job = getattr(module, f"prepare_{work}")(spec)
+    torch.manual_seed(spec.seed)
+    job.warm_up()
+    _settle()
+    started = time.perf_counter()
+    outcome = job.work()
+    _settle()
+    elapsed = time.perf_counter() - started
+    clock = elapsed if outcome.seconds is None else outcome.seconds
+    memory = outcome.memory or peak_memory()
+    return {
+        "seconds": clock * outcome.scale / outcome.units,
+        "elapsed": elapsed,
+        "tokens": outcome.tokens,
+        "tokens_per_second": outcome.tokens / clock,
+        "extrapolated": outcome.scale > 1,
+        "memory": {**memory, "process": memory["process"] + outcome.more_memory},
+        "values": outcome.values,
+        "answers": outcome.answers,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _settle() -> None:
+    """Wait for the GPU, where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 2 and one line when the spec is wrong."""
+    try:
+        if len(arguments) != 1 or not Path(arguments[0]).is_file():
+            raise UserError("give one file: python -m fedalt.benchmarks.bench SPEC.json")
+        result = measure(Spec.from_json(Path(arguments[0]).read_text(encoding="utf-8")))
+    except UserError as error:
+        sys.stderr.write("".join(f"error: {line}\n" for line in str(error).splitlines()))
+        return 2
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -20,8 +20,7 @@ import torch
 from fedalt.benchmarks import workload
 from fedalt.benchmarks.side_peft import PeftClient, PeftLora
 from fedalt.benchmarks.task import Job, Outcome, Spec, require
-from fedalt.runs.machine import peak_memory
-from fedalt.runtime import usual_priority
+from fedalt.runtime import peak_memory, usual_priority
 
 _MEASURED = 2
 

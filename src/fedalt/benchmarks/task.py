@@ -18,18 +18,14 @@ class Spec:
     """One side of a comparison, in full: the same spec does the same work in any process.
 
     Attributes:
-        what: Name in ``WHATS``.
-        side: Which side of it.
         model: Shape with random weights, ``tiny`` for the shipped base, or a model folder.
         data: ``tinyworld`` or a data folder.
         clients: Clients K; a federation with fewer lends the others further windows of its rows.
         rows: Training rows per client; for ``evaluation``, prompts per client.
-        batch_size: Rows per client and step.
         dtype: dtype of the frozen base; adapters are always fp32.
         threads: Threads of torch, or its own choice.
         cohort: Clients that fedalt stacks at a time, or its own choice.
         among: For one client, how many there are of whom it is the one with the largest step; the first when not given.
-        dropout: Of the adapters.
         num_beams, max_new_tokens: Of generation.
         parameters: Least parameters of an upload, for ``aggregation``; those of the usual rank when not given.
         seed: Of random weights, adapters and row order.

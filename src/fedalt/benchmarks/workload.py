@@ -187,11 +187,6 @@ class Workload:
     """What both sides get.
 
     Attributes:
-        spec: Whose work it is.
-        base: Frozen causal LM, in eval mode.
-        tokenizer: Its tokenizer.
-        train: Training rows of every client, in tokens.
-        test: Rows to answer.
         first: Whom the first client stands for: its rows are in the order of that client's.
     """
 
@@ -224,7 +219,6 @@ class Federation:
 
     Attributes:
         method: FedALT for K clients, for two when there is one (with one it has no second LoRA).
-        shape: Shapes of one client's adapters.
         states: Every client's state, as if after a round: nothing that trains is zero.
         server: Has every client's upload.
         messages: What it tells them; empty when there is one client.

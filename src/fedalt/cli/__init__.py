@@ -13,7 +13,7 @@ def main() -> None:
     import click
 
     from fedalt.cli.app import app
-    from fedalt.cli.command import usage_line
+    from fedalt.cli.flags import usage_line
     from fedalt.cli.show import complain
     from fedalt.errors import UserError
     from fedalt.runtime import keep_freed_memory, keep_libraries_quiet

@@ -10,24 +10,23 @@ from typing import Annotated, Any, Literal
 import click
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 from fedalt.cli import complete, show
 from fedalt.cli.audit import audit
 from fedalt.cli.bench import bench
-from fedalt.cli.command import INSIGHT_ROWS, OLD, Command
 from fedalt.cli.compare import compare
 from fedalt.cli.data import data as data_group
-from fedalt.cli.deploy import certs, server, site, status
-from fedalt.cli.flags import settings
+from fedalt.cli.data import partition
+from fedalt.cli.data import prepare as prepare_group
+from fedalt.cli.deploy import certs, server, site, status, submit
+from fedalt.cli.flags import INSIGHT_ROWS, OLD, Command, settings
 from fedalt.cli.known import env, methods, metrics
-from fedalt.cli.onboard import onboard
-from fedalt.cli.partition import partition
-from fedalt.cli.prepare import prepare as prepare_group
 from fedalt.cli.recipes import recipes
 from fedalt.cli.show import print_json, say
-from fedalt.cli.submit import submit
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
+from fedalt.evaluation.metrics import metric_of
 from fedalt.runs.folder import IfExists
 
 app = typer.Typer(
@@ -231,6 +230,52 @@ def export(
         say(f"note: {note}")
 
 
+def onboard(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)],
+    *,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="DATA", help="the newcomers' rows; the run's data.held_out clients if not given"
+        ),
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option("--epochs", min=0, metavar="N", help="epochs over their own rows; 0: none")
+    ] = 5,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="where they go (default: RUN/newcomers)")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace newcomers that are there")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
+) -> None:
+    """Give new clients what a finished run has learnt, let them train a little, score them before and after."""
+    from fedalt.personal.onboard import onboard as join
+
+    joined = join(run, data, epochs, out, "overwrite" if overwrite else "ask")
+    if as_json:
+        print_json(joined)
+        return
+    show.out.print(_newcomers_table(joined))
+    say(f"models   {joined['folder']}")
+
+
+def _newcomers_table(joined: dict[str, Any]) -> Table:
+    metric = metric_of(joined["metric"])
+    table = Table(title=f"newcomers of {joined['run']}: {metric.title} on their own test rows", title_justify="left")
+    for name in ("client", "task"):
+        table.add_column(name)
+    for name in ("rows", "at once", f"after {joined['epochs']} epochs"):
+        table.add_column(name, justify="right")
+    for client, one in joined["clients"].items():
+        scores = (metric.text(one[point][metric.name]) for point in ("before", "after"))
+        table.add_row(client, one["task"], str(one["rows"]), *scores)
+    table.add_section()
+    for title, key in (("mean", "mean"), ("worst", "worst"), ("10th percentile", "p10")):
+        values = (metric.text(joined[point][key]) for point in ("before", "after"))
+        table.add_row(title, "", "", *values, style="bold" if key == "mean" else None)
+    return table
+
+
 def report(
     run: RunPath,
     insight: Annotated[
@@ -258,7 +303,7 @@ def report(
 def validate(config: RunConfig, as_json: Json = False) -> None:
     """Check everything that can be checked before the first step, and estimate memory and time. Writes nothing."""
     from fedalt.runs.devices import check_devices
-    from fedalt.runs.estimate import estimate, row_table
+    from fedalt.runs.preview import estimate, row_table
     from fedalt.runs.setup import prepare
     from fedalt.runs.trackers import check_trackers
 

@@ -17,7 +17,7 @@ from fedalt.report.theme import MOST, groups
 from fedalt.runs.folder import kept
 
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
-    from fedalt.runs.estimate import Estimate
+    from fedalt.runs.preview import Estimate
 
 _LONGEST, _MOST_LINES = 590, 10
 """Letters of an error line, enough for a list of names and not for a file that somebody gave as a name; and lines."""

@@ -14,10 +14,10 @@ from fedalt.methods.base import sent, trainable
 from fedalt.methods.registry import build, configured
 from fedalt.runs.events import Event, Sink
 from fedalt.runs.folder import IfExists, RunFolder, claim_folder
-from fedalt.runs.machine import forget_peak_memory
 from fedalt.runs.pool import Pool, Task
 from fedalt.runs.rounds import run
 from fedalt.runs.setup import Bases, Resident, load_rows, prepare
+from fedalt.runtime import forget_peak_memory
 
 Budget = Literal["parameters", "bytes"]
 

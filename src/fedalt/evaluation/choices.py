@@ -72,14 +72,6 @@ def option_scores(
 
     A row without options, or with one that does not fit the model's positions, has no scores. Options with the same
     tokens have the same score.
-
-    Args:
-        model: The model, with one set of adapters per entry of ``rows``.
-        tokenizer: Its tokenizer.
-        rows: Examples per client; their reference answers are not looked at.
-        config: Options per client that are read at a time (``batch_size``).
-        weights: Weights of the slots for every row, if its adapters are mixed by instance.
-        normalise: Divide by the number of tokens.
     """
     limit = positions(model.base)
     answers = [[_answers(tokenizer, example, limit) for example in mine] for mine in rows]
@@ -131,13 +123,7 @@ def likelihoods(
 def log_likelihoods(
     model: AdaptedModel, groups: Sequence[Sequence[Example]], weights: Float[Tensor, "n m"] | None = None
 ) -> Float[Tensor, " n"]:
-    """Sum of the log-probabilities of every row's answer tokens, client by client, in one forward pass.
-
-    Args:
-        model: The model, with one set of adapters per group.
-        groups: Rows per client, at least one in all.
-        weights: Weights of the slots for every row.
-    """
+    """Sum of the log-probabilities of every row's answer tokens, client by client, in one forward pass."""
     batch = collate(groups).to(model.device)
     if weights is not None:
         batch = replace(batch, rows=replace(batch.rows, weights=weights.to(model.device)))

@@ -40,13 +40,6 @@ def answer_all(
 
     Prompts are left-padded under an attention mask; an answer ends at the end-of-sequence token. A batch is as large
     as ``batch_size`` allows, or smaller where its keys and values would not fit well into free memory.
-
-    Args:
-        model: The model, with one set of adapters per entry of ``prompts``.
-        tokenizer: Its tokenizer.
-        prompts: Token ids per client.
-        config: Beams, longest answer, prompts per client and batch.
-        weights: Weights of the slots for every prompt, if its adapters are mixed by instance.
     """
     answers: list[list[str]] = [[""] * len(mine) for mine in prompts]
     most = fitting_prompts(model, max((len(prompt) for mine in prompts for prompt in mine), default=0), config)
@@ -80,13 +73,7 @@ def fitting_prompts(model: AdaptedModel, longest: int, config: EvaluationConfig)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn, where answers are not to be the likeliest.
-
-    Attributes:
-        temperature: Divides the scores.
-        top_p: The likeliest tokens with so much probability are drawn from.
-        seed: Of the draws.
-    """
+    """How tokens are drawn, where answers are not to be the likeliest."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -105,17 +92,10 @@ def answer(
     sampling: Sampling | None = None,
     streamer: TextStreamer | None = None,
 ) -> list[str]:
-    """Answer one batch of prompts; special tokens and surrounding white space are stripped.
+    """Answer one batch of prompts, client by client; special tokens and surrounding white space are stripped.
 
-    Args:
-        model: The model with its adapters.
-        tokenizer: Its tokenizer.
-        prompts: Token ids, client by client.
-        owners: Stack index of the client of every prompt.
-        config: Beams, longest answer.
-        weights: Weights of the slots for every prompt.
-        sampling: Draws tokens, without beams; greedy or beam search when not given.
-        streamer: Gets the tokens of a single prompt's answer as they come, where there are no beams.
+    ``owners`` has the stack index of every prompt's client. Tokens are drawn where ``sampling`` is given, without
+    beams; ``streamer`` gets those of a single prompt's answer as they come, where there are no beams.
     """
     lengths = [len(prompt) for prompt in prompts]
     if len(set(lengths)) > 1 and not model.pads_left:

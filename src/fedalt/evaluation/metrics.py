@@ -94,12 +94,7 @@ def metric_of(name: str) -> Metric:
 
 @dataclass(frozen=True)
 class Measure:
-    """A metric, ready to be called.
-
-    Attributes:
-        metric: What is known of it.
-        call: The function.
-    """
+    """A metric, ready to be called."""
 
     metric: Metric
     call: Any

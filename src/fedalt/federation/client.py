@@ -37,8 +37,6 @@ class ClientResult:
     Attributes:
         state: Its new private state, or its old one when it failed.
         upload: What the server gets; empty for a method that shares nothing and for a client that failed.
-        stats: Loss, steps, tokens, mixer weights.
-        bytes_down: Size of what the server told it.
         failure: Why the client is set aside for this round, or None.
         cut: Numbers of the upload that a secure sum has no room for.
     """

@@ -40,12 +40,7 @@ PublicKey: TypeAlias = ec.EllipticCurvePublicKey
 
 
 def check_server(folder: Path, hosts: Sequence[str]) -> None:
-    """Check a server's ``ca.crt``, ``server.pem`` and ``server.key``.
-
-    Args:
-        folder: Where they are.
-        hosts: Names and addresses under which the server will be reached, all of which the certificate must be for.
-    """
+    """Check a server's ``ca.crt``, ``server.pem`` and ``server.key``; the certificate must be for all of ``hosts``."""
     ca, certificate = check_ca(folder / CA), _certificate(folder / CERTIFICATE)
     key = folder / KEY
     try:
@@ -176,16 +171,10 @@ _SKEW = timedelta(hours=1)
 
 
 def make_certs(folder: Path, sites: int, hosts: Sequence[str] = (), days: int = 365) -> list[str]:
-    """Make ``ca.crt``, ``server.pem`` and ``keys/client_<i>`` with their private halves (mode 0600).
+    """Make ``ca.crt``, ``server.pem`` and ``keys/client_<i>`` with their private halves (mode 0600) in a new folder.
 
-    Args:
-        folder: New folder.
-        sites: Number of site keys: ECDSA P-384 in OpenSSH's format, as ``flower-supernode`` reads them.
-        hosts: Names and IP addresses of the server, besides those of loopback.
-        days: How long the certificates are valid.
-
-    Returns:
-        The names that the server certificate is for.
+    ``hosts`` are names and IP addresses of the server, besides those of loopback. Site keys are ECDSA P-384 in
+    OpenSSH's format, as ``flower-supernode`` reads them. Returns the names that the server certificate is for.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already; keys are never overwritten, choose another folder")

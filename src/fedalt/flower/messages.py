@@ -53,12 +53,7 @@ def to_server(reply: Reply, to: Message, key: PrivateKey | None = None) -> Messa
 
 
 def reply_in(message: Message, keys: Mapping[int, PublicKey] | None = None) -> Reply:
-    """Invert ``to_server``.
-
-    Args:
-        message: A site's message.
-        keys: Client → the key with which its site must have signed.
-    """
+    """Invert ``to_server``; ``keys`` are those with which the site of each client must have signed."""
     header, signature, block = _parts(message)
     reply = Reply.parse(header, block)
     if keys is not None and not (

@@ -68,17 +68,9 @@ def serve(
     sink: Sink,
     keys: Mapping[int, PublicKey] | None = None,
 ) -> dict[str, Any]:
-    """Run the rounds to the end, in the run folder that the settings name.
+    """Run the rounds to the end, in the run folder that the settings name; the content of ``final_scores.json``.
 
-    Args:
-        grid: Flower's end of the line.
-        settings: The run's.
-        if_exists: What to do with a run that is there already.
-        sink: Called with every event.
-        keys: Client → the public key of its site, which must have signed what counts as the client's.
-
-    Returns:
-        The content of ``final_scores.json``.
+    ``keys``: client → the public key of its site, which must have signed what counts as the client's.
     """
     config, method = checked(parse_received(settings, "settings"))
     folder = claim_folder(config.folder, if_exists)

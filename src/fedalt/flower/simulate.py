@@ -38,18 +38,10 @@ _EVERYTHING = Consent(frozenset(PRIVATE), allow_two=True)
 def simulate(
     configs: Sequence[RunConfig], if_exists: IfExists, sink: Sink = lambda event: None
 ) -> list[dict[str, Any]]:
-    """Run one after another, on this machine or on the Ray cluster that ``RAY_ADDRESS`` names.
+    """Run one after another, on this machine or on the Ray cluster that ``RAY_ADDRESS`` names; every final score.
 
-    On this machine there is an actor per core, with a base each, and no more than clients; on a cluster as many as
-    its cores, or its GPUs by ``flower.client_gpus``, have room for.
-
-    Args:
-        configs: Settings of every run, with the same number of clients; rows are dealt as for runs on one machine.
-        if_exists: What to do with runs that are there already.
-        sink: Called with every event.
-
-    Returns:
-        The content of every ``final_scores.json``.
+    On this machine there is an actor per core, with a base each, and no more than clients; on a cluster as many as its
+    cores, or its GPUs by ``flower.client_gpus``, have room for. All runs have the same number of clients.
     """
     runs = [_here(checked(config)[0]) for config in configs]
     hold_plugins([place for run in runs for place in run.plugins])

@@ -47,10 +47,10 @@ from fedalt.runs.client_folder import save_client
 from fedalt.runs.clients import plans_of, states_in
 from fedalt.runs.events import EventLog
 from fedalt.runs.folder import RunFolder
-from fedalt.runs.machine import versions
 from fedalt.runs.rounds import frozen_settings
 from fedalt.runs.scoring import Scoring
 from fedalt.runs.setup import Bases, Experiment, RunInfo, prepare
+from fedalt.runtime import versions
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 

@@ -49,13 +49,7 @@ def pack(tensors: Tensors, wire: Wire = "fp32") -> bytes:
 def unpack(
     data: bytes, wire: Wire = "fp32", check: Callable[[Mapping[Key, Shape]], None] = lambda shapes: None
 ) -> dict[Key, Tensor]:
-    """The tensors of ``pack``, in fp32.
-
-    Args:
-        data: The block.
-        wire: As which it was packed.
-        check: Refuses names and shapes, by a ``UserError``; called before any number is read.
-    """
+    """The tensors of ``pack``, in fp32; ``check`` refuses names and shapes, before any number is read."""
     if not data:
         return {}
     try:

@@ -26,11 +26,8 @@ def class_logits(
 ) -> Float[Tensor, "n c"]:
     """What a classifier makes of the state of one token of every row: pooler, head and all, by its own forward.
 
-    Args:
-        base: The classifier.
-        out: An output of its backbone.
-        states: The states to put in its place.
-        pooler: Stands in for the backbone's own.
+    ``states`` take the place of those in ``out``, an output of its backbone; ``pooler`` stands in for the backbone's
+    own.
     """
     backbone = backbone_of(base)
     one = states[:, None]
@@ -115,11 +112,6 @@ class ClientHead(nn.Module):
     """A head with K sets of parameters: each row goes through the head of the client it belongs to.
 
     Any module can be a head; it is called as it is, in eval mode, with the client's parameters in its own's place.
-
-    Args:
-        head: The model's own head.
-        path: Its path in the model.
-        context: Says whose rows are whose.
     """
 
     def __init__(self, head: nn.Module, path: str, context: BatchContext) -> None:

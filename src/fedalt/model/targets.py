@@ -36,10 +36,8 @@ its own in full, and they have left the model when targets are looked for."""
 def find_targets(model: Any, names: Sequence[str] | None = None) -> tuple[str, ...]:
     """Full paths of the layers to adapt, in model order.
 
-    Args:
-        model: The base model.
-        names: Last parts of module paths (``q_proj``) or full paths, or ``all-linear`` alone; ``None`` looks the
-            architecture up.
+    ``names`` are last parts of module paths (``q_proj``) or full paths, or ``all-linear`` alone; None looks the
+    architecture up.
     """
     backbone = backbone_of(model)
     stem = next(f"{path}." for path, module in model.named_modules() if module is backbone)

@@ -13,7 +13,7 @@ from transformers import TextStreamer
 from fedalt.data.encode import AnswerEncoder, ImageEncoder, Input, Prompt, TextEncoder, token_texts
 from fedalt.data.federation import Row, Turn
 from fedalt.errors import UserError
-from fedalt.evaluation.classify import probabilities
+from fedalt.evaluation.evaluate import probabilities
 from fedalt.evaluation.generate import Sampling, answer
 from fedalt.evaluation.prompt_similarity import load_to_answer
 from fedalt.model.base import positions

@@ -30,12 +30,6 @@ class ClientReport:
     """What is remembered of a client's round once its tensors are in files.
 
     Attributes:
-        client: Client id.
-        stats: Loss, steps, tokens.
-        delivered: Whether it uploaded anything.
-        bytes_up: Size of its upload.
-        bytes_down: Size of what the server told it.
-        failure: Why it is set aside for this round, or None.
         cut: Numbers of its upload that a secure sum has no room for.
     """
 

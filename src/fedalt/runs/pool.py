@@ -58,8 +58,6 @@ class Pool:
 
     Args:
         work: What they do: a function of a module that can be imported.
-        settings: What each of them is given first.
-        names: What each is called in errors.
         flag: The option that asked for them.
     """
 

@@ -23,8 +23,8 @@ from fedalt.runs.clients import ClientBackend, ClientReport, LocalClients
 from fedalt.runs.devices import Devices, fitting_cohort, started
 from fedalt.runs.events import EventLog, Sink
 from fedalt.runs.folder import RunFolder, check_code, kept
-from fedalt.runs.machine import commit, peak_memory, versions
 from fedalt.runs.setup import NO_VALIDATION, Experiment, RunInfo
+from fedalt.runtime import commit, peak_memory, versions
 
 
 @dataclass

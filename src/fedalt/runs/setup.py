@@ -50,19 +50,12 @@ class RunInfo:
     """What identifies a run, what its server must know, and what its log starts with.
 
     Attributes:
-        config: The settings.
-        method: The method, for this number of clients.
         base: Fingerprint of the frozen base's weights.
         rows: Fingerprint of all rows, where they are known.
         samples: Training rows per client, for every client of the run.
-        trainers: Clients that may train.
-        tasks: Client → its task.
         shapes: Shape of every tensor that a client may upload.
-        source: Where the rows came from.
         shared: Parameters that a client sends per round.
         trainable: Parameters that a client trains.
-        partition: The content of partition.json.
-        notes: What the user should know.
     """
 
     config: RunConfig
@@ -124,11 +117,7 @@ class Experiment:
     """A run that can start.
 
     Attributes:
-        config: Its configuration.
         federation: Rows of every client.
-        examples: The same in tokens.
-        resident: The base model.
-        method: The method, for this number of clients.
         settings: What ``client_round`` needs besides states.
         notes: What the user should know: skipped rows, a federation of two.
         rows: Where the rows came from; other runs may share it.
@@ -360,14 +349,7 @@ def _check_options(metric: str, examples: Mapping[int, ClientExamples]) -> None:
 def read_settings(
     config: RunConfig, federation: Federation, model: Any, tokenizer: Any
 ) -> tuple[RunConfig, tuple[str, ...]]:
-    """The settings by which rows become tokens, as they hold for a model and for these rows, with notes.
-
-    Args:
-        config: As given.
-        federation: The rows.
-        model: The model, or whatever has its ``config``.
-        tokenizer: Its tokenizer.
-    """
+    """The settings by which rows become tokens, as they hold for a model and for these rows, with notes."""
     if config.model.task == "image_classification":
         return config, ()
     config, shortened = _fit_positions(config, model, tokenizer)

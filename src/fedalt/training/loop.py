@@ -72,7 +72,6 @@ class TrainingStats:
 
     Attributes:
         loss: Mean over the client's steps of its mean cross-entropy per answer token, in nats.
-        steps: Optimiser steps.
         tokens: Tokens read, prompts included.
         alpha: Mean mixer weight of the first slot in every layer, over the tokens of the last step; empty if unmixed.
     """
@@ -100,16 +99,7 @@ def train(
     """Train every client on the model for the steps of its plan; clients with fewer steps stop earlier, untouched.
 
     By default, the learning rate of a client falls linearly from ``lr`` to 0 over its own steps, as with the Hugging
-    Face Trainer that the official code starts anew every round.
-
-    Args:
-        model: The model with the cohort's adapters on it.
-        plans: Rows of every client's steps.
-        config: The settings.
-        on_step: Told of every step.
-        rule: How a step is taken.
-        optimizer: Of what ``moved`` says; a new one when not given.
-        turn: See ``Turn``.
+    Face Trainer that the official code starts anew every round. ``optimizer`` is of what ``moved`` says.
     """
     optimizer = optimizer or optimizer_of(config, list(moved(model, rule).values()))
     lengths = torch.tensor([len(plan.steps) for plan in plans], device=model.device)
@@ -146,13 +136,9 @@ Turn = tuple[int, int]
 def learning_rates(
     config: TrainingConfig, step: int, lengths: Int[Tensor, " k"], turn: Turn = (1, 1)
 ) -> Float[Tensor, " k"]:
-    """Each client's learning rate at its own step, by the rules of ``transformers.get_scheduler``.
+    """Each client's learning rate at its own step, counted from 0, by the rules of ``transformers.get_scheduler``.
 
-    Args:
-        config: Its peak, shape and warm-up.
-        step: The step, from 0.
-        lengths: Steps of every client in each round.
-        turn: See ``Turn``; a client that was absent goes on where it would be.
+    ``lengths`` are the steps of every client in each round; a client that was absent goes on where it would be.
     """
     now, total = (turn[0] - 1) * lengths + step, turn[1] * lengths
     share = 0 < config.warmup < 1

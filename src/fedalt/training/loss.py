@@ -107,13 +107,7 @@ def token_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None = N
 
 
 def logits(base: Any, out: Any, hidden: Float[Tensor, "s d"]) -> Float[Tensor, "s vocab"]:
-    """What a causal LM makes of some final hidden states, by its own forward: head, scaling and soft-capping.
-
-    Args:
-        base: The causal LM.
-        out: An output of its backbone.
-        hidden: The states to put in its place.
-    """
+    """What a causal LM makes of some final hidden states, by its own forward: head, scaling and soft-capping."""
     replaced = type(out)(last_hidden_state=hidden[None])
     backbone, ids = backbone_of(base), torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     with patch.object(backbone, "forward", lambda *args, **kwargs: replaced):

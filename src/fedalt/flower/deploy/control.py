@@ -27,8 +27,6 @@ class Control:
     """Asks a SuperLink through ``flwr … --format json``.
 
     Args:
-        home: Folder for Flower's configuration.
-        connection: How to reach the SuperLink.
         tell: Called with every command, as one would type it; once where it is repeated.
     """
 

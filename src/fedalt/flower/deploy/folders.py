@@ -40,10 +40,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 def make_private(folder: Path, mark: str, tell: Callable[[str], None]) -> None:
     """Take a state folder that others can read away from them, with everything in it, and say so.
 
-    Args:
-        folder: It may be new, and have a lock.
-        mark: A file that it has if it is a state folder.
-        tell: Called with the line.
+    The folder may be new, and have a lock; ``mark`` is a file that it has if it is a state folder.
     """
     mode = folder.stat().st_mode
     if not mode & _OTHERS:

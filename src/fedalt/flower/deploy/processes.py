@@ -134,13 +134,10 @@ def flower_environment(home: Path) -> dict[str, str]:
 def start(
     command: Sequence[str], environment: Mapping[str, str], on_death: signal.Signals, **options: Any
 ) -> subprocess.Popen[str]:
-    """Start a program whose output, errors included, can be read line by line.
+    """Start a program whose output, errors included, can be read line by line; ``options`` are others of ``Popen``.
 
-    Args:
-        command: Program and arguments.
-        environment: All of its environment.
-        on_death: Signal that it gets when this process dies (Linux); call from the main thread, whose end would count.
-        options: Others of ``Popen``.
+    ``on_death`` is the signal that it gets when this process dies (Linux); call from the main thread, whose end would
+    count.
     """
     bound = [sys.executable, "-I", str(Path(__file__).with_name("bound.py")), str(int(on_death)), str(os.getpid())]
     return subprocess.Popen(

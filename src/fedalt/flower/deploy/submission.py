@@ -32,13 +32,9 @@ class RunFailedError(Exception):
 
 
 def submit(config: RunConfig, connection: Connection, if_exists: IfExists, tell: Callable[[str], None]) -> None:
-    """Hand a run to a server, show its log, and wait for its end.
+    """Hand a run to a server, show its log, and wait for its end; the run folder is one of the server's machine.
 
-    Args:
-        config: Settings; the run folder is one of the server's machine.
-        connection: How to reach the server.
-        if_exists: What to do with a run that is there already.
-        tell: Called with Flower's commands and every line of the ServerApp.
+    ``tell`` is called with Flower's commands and every line of the ServerApp.
 
     Raises:
         RunFailedError: The run failed for another reason, or the server has gone.

@@ -86,15 +86,9 @@ class Server:
 
 
 def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]) -> int:
-    """Run the SuperLink until this process is asked to end.
+    """Run the SuperLink until this process is asked to end; ``ready`` is called when sites can join.
 
-    Args:
-        server: What was asked for.
-        tell: Called with every line.
-        ready: Called when sites can join.
-
-    Returns:
-        0, or 1 if the SuperLink ended by itself.
+    Returns 0, or 1 if the SuperLink ended by itself.
     """
     name, *arguments = server.command()
     environment = flower_environment(server.state.absolute() / "flwr")
