@@ -215,6 +215,22 @@ def load_base(name: str | Path = "tiny-base", *, targets: Sequence[str] | None =
     return base
 
 
+class _InFolder:
+    """What has a folder, perhaps a temporary one."""
+
+    _place: _Place
+
+    def close(self) -> None:
+        """Remove what was trained, if its folder is a temporary one."""
+        self._place.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
 # ------------------------------------------------------------------------------------------------------------ one run
 
 
@@ -286,7 +302,7 @@ def load_run(path: str | Path, data: Data | None = None, base: Base | None = Non
     return Run(folder.path, base or Base({}), data.rows if data else Rows(), _Place(folder.path))
 
 
-class Run:
+class Run(_InFolder):
     """A run and what has come of it. ``run`` and ``load_run`` make it.
 
     >>> import fedalt as fa
@@ -360,16 +376,6 @@ class Run:
         if folder.final_scores.is_file():
             look(folder, insight, self._base.bases.of(self.config) if insight else None, self._rows)
         return _copied(write_report(folder), path)
-
-    def close(self) -> None:
-        """Remove the run, if its folder is a temporary one."""
-        self._place.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         about = f"{self.config.method}, seed {self.config.seed}"
@@ -487,7 +493,7 @@ def compare(
     return Comparison(content, base, data.rows, place)
 
 
-class Comparison:
+class Comparison(_InFolder):
     """Methods side by side. ``compare`` makes it.
 
     >>> import fedalt as fa
@@ -548,16 +554,6 @@ class Comparison:
     def report(self, path: str | Path | None = None) -> Path:
         """Write the report, one HTML file; ``report.html`` in the folder when no path is given."""
         return _copied(write_comparison_report(self.folder, self._content), path)
-
-    def close(self) -> None:
-        """Remove the runs, if their folder is a temporary one."""
-        self._place.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return self.to_markdown()

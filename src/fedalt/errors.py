@@ -20,6 +20,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
+def choose(where: str, name: str, known: Iterable[str]) -> str:
+    """``name``, if it is known; ``where`` it stands begins the line if not."""
+    names = list(known)
+    if name not in names:
+        raise UserError(f'{where}: "{name}" is unknown{did_you_mean(name, names)}; known: {", ".join(names)}')
+    return name
+
+
 def listed(values: Sequence[object], most: int = 20) -> str:
     """The values in one line, or the first ones and how many there are."""
     text = ", ".join(map(str, values[:most]))

@@ -21,8 +21,8 @@ from typing import Any
 from unittest import mock
 
 from fedalt.benchmarks.side_command import finish
-from fedalt.benchmarks.task import WHATS, Job, Spec, choose
-from fedalt.errors import UserError
+from fedalt.benchmarks.task import WHATS, Job, Spec
+from fedalt.errors import UserError, choose
 from fedalt.runtime import commit, peak_memory, versions
 
 

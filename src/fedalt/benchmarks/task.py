@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from fedalt.errors import UserError, did_you_mean
+from fedalt.errors import UserError, choose, did_you_mean
 
 OURS = "fedalt"
 
@@ -162,11 +162,3 @@ def require(side: str) -> None:
     """Make sure that what a side runs on is installed."""
     if side == "flower" and not all(importlib.util.find_spec(name) for name in ("flwr", "ray")):
         raise UserError("--against flower: Flower's simulation is not installed; pip install 'flwr[simulation]'")
-
-
-def choose(where: str, name: str, known: Iterable[str]) -> str:
-    """``name``, if it is known."""
-    names = list(known)
-    if name not in names:
-        raise UserError(f'{where}: "{name}" is unknown{did_you_mean(name, names)}; known: {", ".join(names)}')
-    return name

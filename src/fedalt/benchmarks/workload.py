@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedalt.benchmarks.task import Spec, choose
+from fedalt.benchmarks.task import Spec
 from fedalt.config import (
     EvaluationConfig,
     FederationConfig,
@@ -28,7 +28,7 @@ from fedalt.config.data import DataConfig
 from fedalt.data.batches import Plan, plan_round
 from fedalt.data.encode import AnswerEncoder, Example, Prompt, encode_client
 from fedalt.data.load import load_federation
-from fedalt.errors import UserError
+from fedalt.errors import UserError, choose
 from fedalt.federation.server import Server
 from fedalt.methods.base import Message, Method
 from fedalt.methods.registry import build
@@ -259,7 +259,7 @@ def tokens(rows: Iterable[Example]) -> int:
 
 def all_tokens(plans: Iterable[Plan]) -> int:
     """Tokens of all steps."""
-    return sum(tokens(step) for plan in plans for step in plan.steps)
+    return sum(plan.tokens for plan in plans)
 
 
 def first_step(plan: Plan) -> Plan:

@@ -23,7 +23,7 @@ from fedalt.cli.deploy import certs, server, site, status, submit
 from fedalt.cli.flags import INSIGHT_ROWS, OLD, Command, settings
 from fedalt.cli.known import env, methods, metrics
 from fedalt.cli.recipes import recipes
-from fedalt.cli.show import print_json, say
+from fedalt.cli.show import Json, print_json, say
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of
@@ -39,7 +39,6 @@ app = typer.Typer(
 )
 
 
-Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"} | {
     name: name for name in ("bfloat16", "float16", "float32")
@@ -75,12 +74,8 @@ def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
     from fedalt.start import run_one
 
     experiment, folder, scores = run_one(config, if_exists, show.live(config.federation.rounds))
-    if as_json:
-        print_json({"run": str(folder.path), "report": str(folder.report), **scores})
-        return
-    title = experiment.method.title
-    show.out.print(show.run_table({"title": title, **scores}, _tasks(experiment.federation)))
-    _paths(report=folder.report, run=folder.path)
+    tasks = {str(client): data.train[0].task for client, data in experiment.federation.clients.items()}
+    show.say_run(folder, {"title": experiment.method.title, **scores}, tasks, as_json)
 
 
 def evaluate(
@@ -97,14 +92,14 @@ def evaluate(
     """Score a run's saved adapters again."""
     from fedalt.evaluation.metrics import metrics_in
     from fedalt.personal.rescore import rescore
-    from fedalt.runs.folder import final_scores, kept
+    from fedalt.runs.folder import final_scores, kept, open_run
 
     scored = rescore(run, client, data, central, which)
     scores = {str(c): evaluation.scores for c, evaluation in scored.items()}
     if as_json:
         print_json({"run": str(run), "clients": scores})
         return
-    final = final_scores(_folder(run))
+    final = final_scores(open_run(run)[0])
     own = kept(final) if which is None else final["last" if which == "last" else "best_validation"]
     last = {"round": own["round"], "clients": scores}
     block = {"title": str(run), "metric": final["metric"], "last": last, "best_validation": None}
@@ -246,7 +241,7 @@ def onboard(
         Path | None, typer.Option("--out", metavar="DIR", help="where they go (default: RUN/newcomers)")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace newcomers that are there")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
+    as_json: Json = False,
 ) -> None:
     """Give new clients what a finished run has learnt, let them train a little, score them before and after."""
     from fedalt.personal.onboard import onboard as join
@@ -292,11 +287,11 @@ def report(
     """Rebuild report.html from events.jsonl and results/insight.json."""
     from fedalt.report.html import write_report
     from fedalt.report.insights import look
-    from fedalt.runs.folder import finished_run
+    from fedalt.runs.folder import finished_run, open_run
 
     if insight is not None:
         look(finished_run(run)[0], insight)
-    say(f"wrote {write_report(_folder(run))}")
+    say(f"wrote {write_report(open_run(run)[0])}")
 
 
 @settings(starts=False)
@@ -364,16 +359,6 @@ app.add_typer(prepare_group, name="prepare", rich_help_panel="Data")
 app.add_typer(data_group, name="data", rich_help_panel="Data")
 
 
-def _folder(path: Path) -> Any:
-    from fedalt.runs.folder import open_run
-
-    return open_run(path)[0]
-
-
-def _tasks(federation: Any) -> dict[str, str]:
-    return {str(client): data.train[0].task for client, data in federation.clients.items()}
-
-
 def _clients(client: int | None, compare: str | None) -> list[int]:
     if (client is None) == (compare is None):
         raise UserError("give --client N, or --compare N,M for several clients")
@@ -404,8 +389,3 @@ def _ask(clients: list[int]) -> Any:
         if not line:
             return
         yield line
-
-
-def _paths(**paths: Path) -> None:
-    for name, path in paths.items():
-        say(f"{name:<8} {path}")

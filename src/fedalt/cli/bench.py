@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fedalt.benchmarks.task import WHATS, Spec, choose, pair
+from fedalt.benchmarks.task import WHATS, Spec, pair
 from fedalt.cli import show
-from fedalt.errors import UserError
+from fedalt.cli.show import Json
+from fedalt.errors import UserError, choose
 
 _WHAT = ", ".join(WHATS)
 _AGAINST = "; ".join(f"{name}: {', '.join(what.opponents)}" for name, what in WHATS.items())
@@ -62,7 +63,7 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="write everything that was measured into this JSON file")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure fedalt against another way to do the same work: by turns, in processes of their own.
 

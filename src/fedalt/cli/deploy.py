@@ -17,9 +17,9 @@ from rich.text import Text
 from fedalt.cli import complete, show
 from fedalt.cli.flags import settings
 from fedalt.cli.recipes import config_path
-from fedalt.cli.show import complain, print_json, say
+from fedalt.cli.show import Json, complain, print_json, say
 from fedalt.config import RunConfig, load_config, parse_override, with_settings
-from fedalt.errors import UserError, did_you_mean, needs
+from fedalt.errors import UserError, choose, needs
 from fedalt.flower.waits import LONGEST
 from fedalt.registry import held_plugins, hold_plugins
 from fedalt.runs.folder import IfExists
@@ -35,7 +35,6 @@ Ca = Annotated[
     Path | None, typer.Option("--ca", metavar="FILE", help="ca.crt of fedalt certs; no encryption when not given")
 ]
 LogJson = Annotated[bool, typer.Option("--log-json", help="a JSON object (time, line) a line, for machines")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 
 
 def certs(
@@ -261,11 +260,7 @@ def _rows(data: str | None) -> str | None:
 def _shared(share: str | None) -> tuple[str, ...]:
     from fedalt.flower.consent import PRIVATE
 
-    names = tuple(name.strip() for name in (share or "").split(",") if name.strip())
-    for name in names:
-        if name not in PRIVATE:
-            raise UserError(f'--share: "{name}" is unknown{did_you_mean(name, PRIVATE)}; known: {", ".join(PRIVATE)}')
-    return names
+    return tuple(choose("--share", name.strip(), PRIVATE) for name in (share or "").split(",") if name.strip())
 
 
 def _check_device(device: str | None) -> None:
@@ -396,11 +391,5 @@ def _show(config: RunConfig, since: float, as_json: bool) -> None:
     if not folder.final_scores.is_file() or folder.final_scores.stat().st_mtime < since - _SLACK:
         say(f"the run folder is {folder.path}, where fedalt server runs")
         return
-    scores = final_scores(folder)
-    if as_json:
-        print_json({"run": str(folder.path), "report": str(folder.report), **scores})
-        return
     tasks = {str(client): task for client, task in read_history(folder.path).tasks.items()}
-    show.out.print(show.run_table({"title": title_of(config.method), **scores}, tasks))
-    say(f"report   {folder.report}")
-    say(f"run      {folder.path}")
+    show.say_run(folder, {"title": title_of(config.method), **final_scores(folder)}, tasks, as_json)

@@ -16,12 +16,10 @@ from rich.padding import Padding
 from rich.table import Table
 
 from fedalt.cli import complete, show
-from fedalt.cli.show import print_json, say
+from fedalt.cli.show import Json, print_json, say
 from fedalt.config.hints import in_words
-from fedalt.errors import UserError, did_you_mean
+from fedalt.errors import choose
 from fedalt.registry import METHODS, METRICS, section_of, settings_of
-
-_Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 
 
 def methods(
@@ -31,7 +29,7 @@ def methods(
             metavar="[NAME]", help="say all about this one; FILE.py:Name, too", autocompletion=complete.methods
         ),
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """List methods, and variants that are a method with other settings: what they send, where they come from."""
     chosen = METHODS.resolve(name) if name else None
@@ -45,7 +43,7 @@ def metrics(
             metavar="[NAME]", help="say all about this one; FILE.py:Name, too", autocompletion=complete.metrics
         ),
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """List what can be measured, and in which task."""
     chosen = METRICS.resolve(name) if name else None
@@ -53,10 +51,8 @@ def metrics(
 
 
 def _show(kind: str, known: Mapping[str, dict[str, Any]], name: str | None, as_json: bool) -> None:
-    if name is not None and name not in known:
-        raise UserError(
-            f'{kind.removesuffix("s")}: "{name}" is unknown{did_you_mean(name, known)}; known: {", ".join(known)}'
-        )
+    if name is not None:
+        choose(kind.removesuffix("s"), name, known)
     if as_json:
         print_json(list(known.values()) if name is None else known[name])
     elif name is None:
@@ -208,7 +204,7 @@ BF16 = {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}
 """Units of x86 and Arm processors that multiply bf16, as Linux calls them."""
 
 
-def env(as_json: _Json = False) -> None:
+def env(as_json: Json = False) -> None:
     """Say what fedalt runs on, for bug reports: versions, processor, memory, GPUs; no paths and no names of yours."""
     found = describe()
     if as_json:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedalt.evaluation.metrics import metric_of, metrics_in
 from fedalt.progress import on_terminal
 from fedalt.report.theme import MOST, groups
-from fedalt.runs.folder import kept
+from fedalt.runs.folder import RunFolder, kept
 
 if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
     from fedalt.runs.preview import Estimate
 
 _LONGEST, _MOST_LINES = 590, 10
 """Letters of an error line, enough for a list of names and not for a file that somebody gave as a name; and lines."""
+Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
 out = Console()
 err = Console(stderr=True)
 
@@ -47,7 +49,7 @@ def complain(message: str) -> None:
     more = [f"… and {len(lines) - _MOST_LINES:,} more"] if len(lines) > _MOST_LINES else []
     for line in [*lines[:_MOST_LINES], *more]:
         cut = line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[3 - _LONGEST // 2 :]}"
-        err.print(f"[bold red]error:[/] {_plain(cut)}", soft_wrap=True, highlight=False)
+        err.print(f"[bold red]error:[/] {escape(cut)}", soft_wrap=True, highlight=False)
 
 
 def live(rounds: int) -> AbstractContextManager[Callable[[Mapping[str, Any]], None]]:
@@ -55,10 +57,21 @@ def live(rounds: int) -> AbstractContextManager[Callable[[Mapping[str, Any]], No
     return on_terminal(err, rounds)
 
 
+def say_run(folder: RunFolder, scores: Mapping[str, Any], tasks: Mapping[str, str], as_json: bool) -> None:
+    """Print a finished run: its scores under their title, and where it is."""
+    if as_json:
+        known = {name: value for name, value in scores.items() if name != "title"}
+        print_json({"run": str(folder.path), "report": str(folder.report), **known})
+        return
+    out.print(run_table(scores, tasks))
+    say(f"report   {folder.report}")
+    say(f"run      {folder.path}")
+
+
 def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
     """Final scores of one run, a line per client as long as there are not too many."""
     last, best = kept(scores), scores["best_validation"]
-    table = Table(title=f"{_plain(scores['title'])}: scores after round {last['round']}", title_justify="left")
+    table = Table(title=f"{escape(scores['title'])}: scores after round {last['round']}", title_justify="left")
     table.add_column("client")
     table.add_column("task")
     metrics = [metric_of(name) for name in metrics_in({n: 0 for values in last["clients"].values() for n in values})]
@@ -67,7 +80,7 @@ def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
     main = metric_of(scores["metric"])
     for client in grouped(table, {c: v[main.name] for c, v in last["clients"].items()}, main.higher_is_better):
         values = last["clients"][client]
-        table.add_row(client, _plain(tasks.get(client, "")), *(m.text(values.get(m.name)) for m in metrics))
+        table.add_row(client, escape(tasks.get(client, "")), *(m.text(values.get(m.name)) for m in metrics))
     table.add_section()
     count = len(last["clients"])
     columns = [(m, [v[m.name] for v in last["clients"].values() if m.name in v]) for m in metrics]
@@ -88,7 +101,7 @@ def row_table(rows: list[dict[str, Any]]) -> Table:
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="left" if name in ("task", "category") else "right")
     for row in rows[:MOST]:
-        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else _plain(str(value)) for value in row.values()))
+        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else escape(str(value)) for value in row.values()))
     if len(rows) > MOST:
         table.caption = f"the first {MOST} of {len(rows)} clients"
     return table
@@ -112,7 +125,7 @@ def alpha_line(alpha: list[tuple[str, float]], slot: str) -> str:
     for token, value in alpha:
         strength = int(min(abs(value - 0.5) * 4, 1) * 175)
         colour = f"rgb({80 - strength // 3},{80 + strength},{80})" if value >= 0.5 else f"rgb(80,80,{80 + strength})"
-        parts.append(f"[on {colour}]{_plain(token)}[/]")
+        parts.append(f"[on {colour}]{escape(token)}[/]")
     mean = sum(value for _, value in alpha) / len(alpha)
     return "".join(parts) + f"\n[dim]mean weight of the {slot} LoRA: {mean:.2f}, of the others' {1 - mean:.2f}[/]"
 
@@ -122,7 +135,7 @@ def answer_table(answers: Mapping[int, str]) -> Table:
     table = Table()
     for client in answers:
         table.add_column(f"client {client}", ratio=1, overflow="fold")
-    table.add_row(*map(_plain, answers.values()))
+    table.add_row(*map(escape, answers.values()))
     return table
 
 
@@ -133,9 +146,3 @@ def grouped(table: Table, scores: Mapping[str, float], highest: bool = True) -> 
             table.add_section()
             table.add_row(f"[dim]{title}[/]")
         yield from clients
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -385,6 +385,10 @@ class RunConfig(Section):
         """The settings of a registered thing: those given, or its defaults."""
         return settings_in(self.sections, name, kind)
 
+    def having(self, section: str, **values: Any) -> RunConfig:
+        """The same with other values in a section, which are known to be allowed."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
+
     @model_validator(mode="after")
     def _metrics_of_task(self) -> RunConfig:
         given = self.evaluation

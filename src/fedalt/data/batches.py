@@ -33,6 +33,11 @@ class Plan:
     steps: tuple[tuple[Example, ...], ...]
     key: int
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps, prompts included."""
+        return sum(len(row) for rows in self.steps for row in rows)
+
 
 def plan_round(
     examples: Sequence[Example], client: int, config: TrainingConfig, seed: int, round_: int, *, phase: int = 0

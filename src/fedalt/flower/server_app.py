@@ -120,7 +120,7 @@ def checked(config: RunConfig) -> tuple[RunConfig, Method]:
     if config.classifies and config.model.labels is None:
         raise UserError("model.labels: name the classes; no site knows all rows, so they cannot be collected")
     if config.report.insight:
-        config = config.model_copy(update={"report": config.report.model_copy(update={"insight": 0})})
+        config = config.having("report", insight=0)
     method = build(config, clients)
     method.rank_of(0)  # refuses ranks where there is no rule for them
     check_pooled(method)

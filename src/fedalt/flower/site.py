@@ -48,7 +48,7 @@ from fedalt.runs.clients import plans_of, states_in
 from fedalt.runs.events import EventLog
 from fedalt.runs.folder import RunFolder
 from fedalt.runs.rounds import frozen_settings
-from fedalt.runs.scoring import Scoring
+from fedalt.runs.scoring import log_points, score_clients
 from fedalt.runs.setup import Bases, Experiment, RunInfo, prepare
 from fedalt.runtime import versions
 
@@ -361,9 +361,9 @@ class _Work:
     def score(self, request: Request) -> Reply:
         """Score the client as it left training and as it would start the next round; answers stay at the site."""
         before, after = self._states(request)
-        scoring = Scoring(self.experiment, self.folder, self.log)
-        client, number = self.client, request.round
-        scoring.score(number, {client: before}, {client: after}, changed=request.told)
+        client, number, both = self.client, request.round, ({self.client: before}, {self.client: after})
+        points = score_clients(self.experiment, self.folder, number, *both, changed=request.told)
+        log_points(self.log, number, points, self.experiment.config.metric)
         drift = row_lora_drift(before.tensors, after.tensors) if REST_OF_WORLD in self.experiment.shape.slots else None
         scores = read_json(self.folder.scores(client, number))
         metric = metric_of(self.experiment.config.metric)

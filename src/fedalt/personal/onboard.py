@@ -113,9 +113,8 @@ def _newcomers(config: RunConfig, data: str | None, members: list[int]) -> Feder
 
 
 def _settings(config: RunConfig, epochs: int) -> RunConfig:
-    training = config.training.model_copy(update={"local_epochs": max(epochs, 1), "max_steps": None})
-    evaluation = config.evaluation.model_copy(update={"early_stop": None})
-    return config.model_copy(update={"training": training, "evaluation": evaluation})
+    trained = config.having("training", local_epochs=max(epochs, 1), max_steps=None)
+    return trained.having("evaluation", early_stop=None)
 
 
 def _join(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from fedalt.config import RunConfig
 from fedalt.data.batches import Plan, plan_round
@@ -20,7 +20,7 @@ from fedalt.runs.checkpoint import Checkpoint
 from fedalt.runs.client_folder import save_client
 from fedalt.runs.events import EventLog
 from fedalt.runs.folder import RunFolder
-from fedalt.runs.scoring import Points, Scoring, log_points
+from fedalt.runs.scoring import Points, log_points, score_clients
 from fedalt.runs.setup import Experiment
 from fedalt.training.loop import TrainingStats
 
@@ -71,6 +71,7 @@ class LocalClients:
     experiment: Experiment
     folder: RunFolder
     log: EventLog
+    keeps_best: ClassVar[bool] = True
     _made: dict[tuple[int, int], ClientState] = field(default_factory=dict)
 
     def train(
@@ -127,14 +128,10 @@ class LocalClients:
 
     def scored(self, clients: Sequence[int], new: Checkpoint, messages: Mapping[int, Message]) -> Points:
         """Scores of some, which are in the run's folder then, but not in its log."""
+        before = states_in(new, self.experiment)
         after = PerClient(clients, self._starts(new, messages).__getitem__)
-        scoring = Scoring(self.experiment, self.folder, self.log)
-        return scoring.points(new.round, states_in(new, self.experiment), after, changed=len(messages) > 0)
-
-    @property
-    def keeps_best(self) -> bool:
-        """In the best round's checkpoint."""
-        return True
+        changed = len(messages) > 0
+        return score_clients(self.experiment, self.folder, new.round, before, after, changed=changed)
 
     def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message]) -> None:
         """Write every client's folder."""

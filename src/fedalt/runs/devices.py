@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fedalt.runs.clients import ClientReport, LocalClients
 from fedalt.runs.events import Event, EventLog, Sink
 from fedalt.runs.folder import RunFolder
 from fedalt.runs.pool import Pool, Task
-from fedalt.runs.scoring import Points, log_points
+from fedalt.runs.scoring import Points
 from fedalt.runs.setup import Experiment, prepare
 
 Filed = dict[int, tuple[Path, float]]
@@ -47,8 +47,7 @@ def started(experiment: Experiment, folder: RunFolder) -> Iterator[Pool | None]:
     if not devices:
         yield None
         return
-    models = [config.model.model_copy(update={"device": device}) for device in devices]
-    configs = [config.model_copy(update={"model": model}).model_dump(mode="json") for model in models]
+    configs = [config.having("model", device=device).model_dump(mode="json") for device in devices]
     names = [f"the worker on {device}" for device in devices]
     with Pool(_work, [(values, folder.path) for values in configs], names, "--devices") as pool:
         yield pool
@@ -66,49 +65,29 @@ def fitting_cohort(experiment: Experiment, pool: Pool | None) -> int:
 
 
 @dataclass(frozen=True)
-class Devices:
-    """The clients of a run on several devices. Training and scoring are spread; this process aggregates.
+class Devices(LocalClients):
+    """The clients of a run on several devices, a process each. Training and scoring are spread; this one aggregates.
 
     The others read states from the last checkpoint and write new ones into the next, as this process would.
-
-    Attributes:
-        here: The clients of this process, whose own base writes the clients' folders at the end.
-        pool: A process per device.
     """
 
-    here: LocalClients
-    pool: Pool
+    pool: Pool = field(kw_only=True)
 
-    def train(
+    def trained(
         self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
     ) -> list[ClientReport]:
         """Train cohort by cohort, wherever there is a free device."""
-        parts = self._spread("training", _train, chosen, messages, last, new)
-        done = [outcome for part in parts for outcome in part]
-        new.clients |= {outcome.client for outcome in done if not outcome.failure}
-        new.keep(last, states=last.clients - new.clients)
+        done = [report for part in self._spread("training", _train, chosen, messages, last, new) for report in part]
+        new.clients |= {report.client for report in done if not report.failure}
         return done
 
-    def row_lora_drifts(self, new: Checkpoint, messages: Mapping[int, Message]) -> dict[int, float | None]:
-        """How far the messages move every client's row."""
-        return self.here.row_lora_drifts(new, messages)
-
-    def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
-        """Score everybody, wherever there is a free device."""
+    def scored(self, clients: Sequence[int], new: Checkpoint, messages: Mapping[int, Message]) -> Points:
+        """Score some, wherever there is a free device."""
         points: Points = {}
-        for part in self._spread("scoring", _score, self.here.experiment.federation.ids, messages, new):
+        for part in self._spread("scoring", _score, clients, messages, new):
             for point, scores in part.items():
                 points.setdefault(point, {}).update(scores)
-        return log_points(self.here.log, new.round, points, self.here.experiment.config.metric)
-
-    @property
-    def keeps_best(self) -> bool:
-        """In the best round's checkpoint."""
-        return True
-
-    def save(self, checkpoint: Checkpoint, messages: Mapping[int, Message]) -> None:
-        """Write every client's folder."""
-        self.here.save(checkpoint, messages)
+        return points
 
     def _spread(
         self,
@@ -119,7 +98,7 @@ class Devices:
         *checkpoints: Checkpoint,
     ) -> list[Any]:
         """Results of ``do(here, clients, messages in files, *checkpoints)``, cohort by cohort."""
-        size, new = cohort_size(self.here.experiment.config.federation, len(clients)), checkpoints[-1]
+        size, new = cohort_size(self.experiment.config.federation, len(clients)), checkpoints[-1]
         count = -(-len(clients) // size)
         progress: dict[int, float] = {}
 
@@ -132,7 +111,7 @@ class Devices:
         def on_event(task: int, event: Event) -> None:
             progress[task] = event["done"] / event["total"]
             done = sum(progress.values())
-            self.here.log.sink({"event": "step", "round": new.round, "done": done, "total": count})
+            self.log.sink({"event": "step", "round": new.round, "done": done, "total": count})
 
         with scratch_folder(new.path.with_name(f".round_{new.round:04d}.messages")) as folder:
             return self.pool.map(tasks(Outbox(folder, messages)), on_event)

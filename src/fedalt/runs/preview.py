@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from typing import Any
 
 from fedalt.config import RunConfig
 from fedalt.data.batches import Plan
-from fedalt.data.encode import Example, encode_client, left_out, token_texts
+from fedalt.data.encode import ClientExamples, Example, encode_client, left_out, token_texts
 from fedalt.data.federation import Federation, Row, labels_of
 from fedalt.data.load import Rows, load_as_it_is
 from fedalt.errors import UserError, listed
@@ -73,23 +73,32 @@ def preview(config: RunConfig, client: int, count: int) -> Preview:
     config, federation = _rows(config)
     if client not in federation.clients:
         raise UserError(f"--client {client}: {federation.source} has clients {listed(federation.ids)}")
-    if config.model.task == "image_classification":
-        rows = tuple(PreviewRow(row.instruction, row.output) for row in federation.clients[client].train[:count])
-        return _preview(config, federation, federation.notes, rows, {c: ([], 0, 0) for c in federation.ids})
-    name = resolve_source(config.model.name)
-    tokenizer = load_tokenizer(name, not config.classifies)
-    about = SimpleNamespace(config=load_about(name))
-    config, notes = read_settings(config, federation, about, tokenizer)
-    encoder = text_encoder(config, tokenizer)
-    examples = {c: encode_client(encoder, data) for c, data in federation.clients.items()}
-    sizes = {
-        c: ([len(e) for e in mine.train], sum(mine.skipped.values()), sum(mine.cut.values()))
-        for c, mine in examples.items()
-    }
-    shown = tuple(_row(encoder.example(row), row, tokenizer) for row in federation.clients[client].train[:count])
-    first, *others = federation.notes
-    told = (first, *notes, *others, *left_out(examples, config.data.cutoff))
-    return _preview(config, federation, told, shown, sizes)
+    wanted, clients = federation.clients[client].train[:count], federation.clients.items()
+    notes, rows = federation.notes, tuple(PreviewRow(row.instruction, row.output) for row in wanted)
+    examples: dict[int, ClientExamples] = {}
+    if config.model.task != "image_classification":
+        name = resolve_source(config.model.name)
+        tokenizer = load_tokenizer(name, not config.classifies)
+        config, more = read_settings(config, federation, SimpleNamespace(config=load_about(name)), tokenizer)
+        encoder = text_encoder(config, tokenizer)
+        examples = {c: encode_client(encoder, data) for c, data in clients}
+        rows = tuple(_row(encoder.example(row), row, tokenizer) for row in wanted)
+        notes = (notes[0], *more, *notes[1:], *left_out(examples, config.data.cutoff))
+    none = ClientExamples((), (), (), {})
+    read = {c: examples.get(c, none) for c in federation.ids}
+    return Preview(
+        notes,
+        config.data.template,
+        config.data.cutoff,
+        rows,
+        tasks={c: data.train[0].task for c, data in clients},
+        train={c: len(data.train) for c, data in clients},
+        validation={c: len(data.validation) for c, data in clients},
+        test={c: len(data.test) for c, data in clients},
+        lengths={c: [len(example) for example in mine.train] for c, mine in read.items()},
+        skipped={c: sum(mine.skipped.values()) for c, mine in read.items()},
+        cut={c: sum(mine.cut.values()) for c, mine in read.items()},
+    )
 
 
 def _rows(config: RunConfig) -> tuple[RunConfig, Federation]:
@@ -109,7 +118,7 @@ def _rows(config: RunConfig) -> tuple[RunConfig, Federation]:
     one = replace(whole, notes=(f"{first}; nobody's yet, data.clients=N deals them", *others))
     if config.classifies and not config.model.labels:
         labels = labels_of(one, Federation({}, one.source))
-        config = config.model_copy(update={"model": config.model.model_copy(update={"labels": labels})})
+        config = config.having("model", labels=labels)
     return config, one
 
 
@@ -121,29 +130,6 @@ def _row(example: Example | None, row: Row, tokenizer: Any) -> PreviewRow:
     prompt = tokenizer.decode(example.prompt, clean_up_tokenization_spaces=False)
     marks = tuple(place in trained for place in range(len(ids)))
     return PreviewRow(prompt, example.row.output, tuple(token_texts(tokenizer, ids)), marks, example.cut)
-
-
-def _preview(
-    config: RunConfig,
-    federation: Federation,
-    notes: tuple[str, ...],
-    rows: tuple[PreviewRow, ...],
-    sizes: dict[int, tuple[list[int], int, int]],
-) -> Preview:
-    clients = federation.clients.items()
-    return Preview(
-        notes,
-        config.data.template,
-        config.data.cutoff,
-        rows,
-        tasks={c: data.train[0].task for c, data in clients},
-        train={c: len(data.train) for c, data in clients},
-        validation={c: len(data.validation) for c, data in clients},
-        test={c: len(data.test) for c, data in clients},
-        lengths={c: lengths for c, (lengths, _, _) in sizes.items()},
-        skipped={c: skipped for c, (_, skipped, _) in sizes.items()},
-        cut={c: cut for c, (_, _, cut) in sizes.items()},
-    )
 
 
 _TIMED, _LOOKED_AT = 3, 1000
@@ -188,9 +174,9 @@ def estimate(experiment: Experiment) -> Estimate:
         longest = 0
         for part in filter(None, _rounds_cohorts(experiment, number)):
             longest = max(longest, *(len(plan.steps) for plan in part))
-            tokens += sum(map(_tokens, part))
+            tokens += _tokens(part)
             first = first or [replace(plan, steps=plan.steps[:_TIMED]) for plan in part]
-            largest = max(largest, _largest_step(part), key=lambda taken: sum(map(_tokens, taken)))
+            largest = max(largest, _largest_step(part), key=_tokens)
         steps += longest
     steps, tokens = steps * federation.rounds // looked_at, tokens * federation.rounds // looked_at
     seconds = _seconds_per_token(experiment, largest, first) * tokens if tokens else 0.0
@@ -205,7 +191,7 @@ def _seconds_per_token(experiment: Experiment, largest: Sequence[Plan], first: S
     _train(experiment, largest)
     started = time.perf_counter()
     phases = _train(experiment, first)
-    return (time.perf_counter() - started) / (phases * sum(map(_tokens, first)))
+    return (time.perf_counter() - started) / (phases * _tokens(first))
 
 
 def _rounds_cohorts(experiment: Experiment, number: int) -> Iterator[list[Plan]]:
@@ -219,11 +205,11 @@ def _rounds_cohorts(experiment: Experiment, number: int) -> Iterator[list[Plan]]
 def _largest_step(plans: Sequence[Plan]) -> list[Plan]:
     steps = range(max(len(plan.steps) for plan in plans))
     taken = [[replace(plan, steps=plan.steps[s : s + 1]) for plan in plans if s < len(plan.steps)] for s in steps]
-    return max(taken, key=lambda plans: sum(map(_tokens, plans)))
+    return max(taken, key=_tokens)
 
 
-def _tokens(plan: Plan) -> int:
-    return sum(len(row) for rows in plan.steps for row in rows)
+def _tokens(plans: Iterable[Plan]) -> int:
+    return sum(plan.tokens for plan in plans)
 
 
 def _train(experiment: Experiment, plans: Sequence[Plan]) -> int:

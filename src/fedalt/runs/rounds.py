@@ -205,8 +205,8 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
         with started(experiment, folder) as pool:
             size = config.federation.cohort or (checkpoint.cohort if checkpoint else fitting_cohort(experiment, pool))
             experiment = experiment.with_cohort(size)
-            here = LocalClients(experiment, folder, log)
-            backend = Devices(here, pool) if pool else here
+            parts = (experiment, folder, log)
+            backend = Devices(*parts, pool=pool) if pool else LocalClients(*parts)
             loop = start(
                 replace(info, config=experiment.config), backend, folder, log, run_, checkpoint=checkpoint, cohort=size
             )

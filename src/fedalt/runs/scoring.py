@@ -49,54 +49,36 @@ Points = dict[str, dict[int, dict[str, Any]]]
 """Scores by point in time (``after``, ``before``, ``validation``) and client."""
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """How the clients of one run are scored."""
-
-    experiment: Experiment
-    folder: RunFolder
-    log: EventLog
-
-    def score(
-        self, number: int, before: Mapping[int, ClientState], after: Mapping[int, ClientState], changed: bool
-    ) -> float | None:
-        """Score clients and write answers, scores and events of a round; arguments as for ``points``.
-
-        Returns:
-            Mean score on validation rows, or None when there are none.
-        """
-        points = self.points(number, before, after, changed)
-        return log_points(self.log, number, points, self.experiment.config.metric)
-
-    def points(
-        self, number: int, before: Mapping[int, ClientState], after: Mapping[int, ClientState], changed: bool
-    ) -> Points:
-        """Score clients and write answers and scores, but no events."""
-        config = self.experiment.config
-        points: Points = {"after": {}, "before": {}, "validation": {}}
-        clients = list(after)
-        for cohort in cohorts(clients, cohort_size(config.federation, len(clients))):
-            states = self.experiment.personalised([after[client] for client in cohort])
-            scored = scored_on(self.experiment, states, "test")
-            points["after"] |= _scores(scored)
-            points["validation"] |= _scores(scored_on(self.experiment, states, "validation"))
-            if "before" in config.evaluation.points:
-                earlier = scored
-                if changed:
-                    unaggregated = self.experiment.personalised([before[client] for client in cohort])
-                    earlier = scored_on(self.experiment, unaggregated, "test")
-                points["before"] |= _scores(earlier)
-            self._write(number, scored, points)
-        return points
-
-    def _write(self, number: int, scored: Sequence[Evaluation], points: Points) -> None:
-        for evaluation in scored:
-            client = evaluation.client
+def score_clients(
+    experiment: Experiment,
+    folder: RunFolder,
+    number: int,
+    before: Mapping[int, ClientState],
+    after: Mapping[int, ClientState],
+    *,
+    changed: bool,
+) -> Points:
+    """Score clients and write their answers and scores of a round, but no events."""
+    config, points = experiment.config, Points(after={}, before={}, validation={})
+    clients = list(after)
+    for cohort in cohorts(clients, cohort_size(config.federation, len(clients))):
+        states = experiment.personalised([after[client] for client in cohort])
+        scored = scored_on(experiment, states, "test")
+        points["after"] |= _scores(scored)
+        points["validation"] |= _scores(scored_on(experiment, states, "validation"))
+        if "before" in config.evaluation.points:
+            earlier = scored
+            if changed:
+                unaggregated = experiment.personalised([before[client] for client in cohort])
+                earlier = scored_on(experiment, unaggregated, "test")
+            points["before"] |= _scores(earlier)
+        for one in scored:
             others = {
-                "before_aggregation": points["before"].get(client),
-                "validation": points["validation"].get(client),
+                "before_aggregation": points["before"].get(one.client),
+                "validation": points["validation"].get(one.client),
             }
-            self.folder.write_scores(client, number, evaluation.lines, evaluation.scores | others)
+            folder.write_scores(one.client, number, one.lines, one.scores | others)
+    return points
 
 
 def scored_on(experiment: Experiment, states: Sequence[ClientState], split: str) -> list[Evaluation]:

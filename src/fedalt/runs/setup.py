@@ -186,8 +186,7 @@ class Experiment:
 
     def with_cohort(self, size: int) -> Experiment:
         """The same with so many clients on the model at a time."""
-        federation = self.config.federation.model_copy(update={"cohort": size})
-        return replace(self, config=self.config.model_copy(update={"federation": federation}))
+        return replace(self, config=self.config.having("federation", cohort=size))
 
     def initial_state(self, client: int) -> ClientState:
         """What a client starts from, made from the seed."""
@@ -267,8 +266,7 @@ def load_rows(config: RunConfig, rows: Rows) -> tuple[RunConfig, Federation]:
     if config.model.labels is not None:
         check_labels(config.model.labels, federation, held_out)
         return config, federation
-    labels = labels_of(federation, held_out)
-    return config.model_copy(update={"model": config.model.model_copy(update={"labels": labels})}), federation
+    return config.having("model", labels=labels_of(federation, held_out)), federation
 
 
 def prepare(
@@ -367,7 +365,7 @@ def _fit_positions(config: RunConfig, model: Any, tokenizer: Any) -> tuple[RunCo
     if cutoff < 1:
         raise UserError(f"evaluation.max_new_tokens: {longest} fills the model's {limit} positions, no prompt fits")
     note = f"data.cutoff lowered from {config.data.cutoff} to {cutoff}: the model has {limit} positions"
-    return config.model_copy(update={"data": config.data.model_copy(update={"cutoff": cutoff})}), (note,)
+    return config.having("data", cutoff=cutoff), (note,)
 
 
 def _conversing(config: RunConfig, federation: Federation, tokenizer: Any) -> tuple[RunConfig, tuple[str, ...]]:
@@ -378,7 +376,7 @@ def _conversing(config: RunConfig, federation: Federation, tokenizer: Any) -> tu
     name, default = config.data.template, DataConfig.model_fields["template"].default
     if name == default and getattr(tokenizer, "chat_template", None):
         note = "conversations: data.template=chat, the tokenizer's own; data.template=alpaca or a file lays turns out"
-        return config.model_copy(update={"data": config.data.model_copy(update={"template": CHAT})}), (note,)
+        return config.having("data", template=CHAT), (note,)
     return config, (f"conversations: data.template={name} lays out every question, one after another",)
 
 

@@ -101,8 +101,7 @@ class Rounds:
         return method.name if method.depends_on_rounds else "training.schedule_scope=run"
 
     def _prepared(self, rounds: int) -> Experiment:
-        federation = self._config.federation.model_copy(update={"rounds": rounds})
-        config = self._config.model_copy(update={"federation": federation})
+        config = self._config.having("federation", rounds=rounds)
         experiment = prepare(config, self._bases.of(config), self._federation, rows=self._rows)
         return experiment.with_cohort(config.federation.cohort or experiment.fitting_cohort)
 

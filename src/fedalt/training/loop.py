@@ -119,7 +119,7 @@ def train(
     model.train(False)
     means = (totals / lengths).tolist()
     return [
-        TrainingStats(loss, len(plan.steps), _tokens(plan), alphas.get(k, ()))
+        TrainingStats(loss, len(plan.steps), plan.tokens, alphas.get(k, ()))
         for k, (loss, plan) in enumerate(zip(means, plans, strict=True))
     ]
 
@@ -150,7 +150,3 @@ def learning_rates(
         "constant": torch.ones_like(past),
     }
     return config.lr * torch.where(now < warm, now / warm.clamp(min=1), falls[config.schedule]).float()
-
-
-def _tokens(plan: Plan) -> int:
-    return sum(len(example) for rows in plan.steps for example in rows)
