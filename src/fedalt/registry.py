@@ -50,7 +50,6 @@ class Entry(Generic[T]):
 
     Attributes:
         name: Its name on the command line, in YAML files and in tables.
-        value: The thing itself.
         origin: ``fedalt``, ``file PATH``, ``package NAME``, or ``session`` for what a notebook or prompt has defined.
         digest: SHA-256 of the source file of an outside thing; None for ours.
     """
@@ -402,22 +401,15 @@ def _is_of(value: Any, module: ModuleType) -> bool:
 def _name_of(key: str, value: Any) -> str:
     """What something without a registered name is called: by its attribute ``name``, or by its own in small letters."""
     given = vars(value).get("name") if inspect.isclass(value) else None
-    return given if isinstance(given, str) and given else _snake(key)
-
-
-def _snake(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-
-
-def _is_method(value: Any) -> bool:
-    return hasattr(value, "bind") or hasattr(value, "method")
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", key).lower()
+    return given if isinstance(given, str) and given else snake
 
 
 METHODS: Registry[Any] = Registry(
     "method",
     "fedalt.methods",
     "fedalt.methods",
-    accepts=_is_method,
+    accepts=lambda value: hasattr(value, "bind") or hasattr(value, "method"),
     wanted="a method: derive it from fedalt.Method",
 )
 METRICS: Registry[Any] = Registry(

@@ -232,7 +232,7 @@ def partition(
         print_json({**shown, **clients, "notes": taken.notes, **{name: str(path) for name, path in paths.items()}})
         return
     show.say_notes(taken.notes)
-    show.out.print(_deal_table(written))
+    show.out.print(partition_table(written, show.out.width))
     for name, path in paths.items():
         say(f"{name:<9} {path}")
 
@@ -243,10 +243,6 @@ def _write_deal(out: Path, written: dict[str, Any]) -> dict[str, Path]:
 
     write_json(out / "partition.json", written)
     return {"partition": out / "partition.json", "picture": write_page(out / "partition.html", written)}
-
-
-def _deal_table(written: dict[str, Any]) -> Any:
-    return partition_table(written, show.out.width)
 
 
 _EDGE = 3

@@ -35,8 +35,6 @@ class Nodes:
     """The sites behind a Flower grid.
 
     Attributes:
-        grid: Flower's end of the line.
-        clients: Number of clients in the run.
         keys: Client → the public key of its site; None where sites have no keys.
         note: Called with (client, what happened) when a site comes, comes back or is not heard of.
         refused: Called with a line about a node that is not who it says.

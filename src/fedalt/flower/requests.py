@@ -90,10 +90,6 @@ class Common:
 
     Attributes:
         base: Fingerprint of the frozen base's weights.
-        shapes: Shape of every tensor that a client may upload.
-        shared: Parameters that a client sends per round.
-        trainable: Parameters that a client trains.
-        fedalt: Version of this package.
         method: Fingerprint of the method and its settings; see ``rule_of``.
         layers: Path of every adapted layer and its (d_in, d_out).
         code: What of the settings is in a file of the site's own, and the file's digest.
@@ -144,10 +140,8 @@ class Member:
     """A site that takes part.
 
     Attributes:
-        samples: Training rows.
         task: Name of its task; its client's number unless the site gives one.
         holds: Round of its last upload, 0 for none.
-        common: What must be the same everywhere.
         skipped: Rows that do not fit under the cut-off.
     """
 
@@ -161,13 +155,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished round.
+    """A finished round, as ``TrainingStats`` has it.
 
     Attributes:
-        loss: See ``TrainingStats``, as the next three.
-        steps: Optimiser steps.
-        tokens: Tokens read.
-        alpha: Mean mixer weight by layer.
         holds: Round of its last upload, 0 for none.
         cut: Numbers of the upload that a secure sum has no room for.
     """
@@ -213,12 +203,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Part:
-    """Scores of some rows.
-
-    Attributes:
-        rows: How many.
-        metrics: Name of a metric → its value.
-    """
+    """Scores of some rows."""
 
     __pydantic_config__ = STRICT
     rows: Annotated[int, Field(ge=1, le=10**9)]
@@ -286,8 +271,6 @@ class Request(Frame):
         do: ``who`` are you; ``join`` the run; ``train`` a round; ``offer``, ``mask`` and ``open`` what you trained in
             it; ``score`` or ``save`` your model as it would start the next round.
         run: Identifies the run, anew for every start but a resumption; of ``who``, the question.
-        settings: The run's settings, as JSON.
-        clients: Number of clients in the run.
         round: The round to train, or the last finished one.
         common: Digest of what all sites of the run have in common, for a site that has joined.
         counts: The round of the client's upload in what it is told, 0 for none.
@@ -321,9 +304,6 @@ class Reply(Frame):
     """What a site answers.
 
     Attributes:
-        do: What it was asked for, as the next two.
-        run: The run.
-        round: The round.
         client: Whose answer this is.
         attempt: The attempt at a secure sum.
         body: What was asked for; None for ``who``, ``mask`` and ``save``, and with an error.

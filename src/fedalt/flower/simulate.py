@@ -43,7 +43,8 @@ def simulate(
     On this machine there is an actor per core, with a base each, and no more than clients; on a cluster as many as its
     cores, or its GPUs by ``flower.client_gpus``, have room for. All runs have the same number of clients.
     """
-    runs = [_here(checked(config)[0]) for config in configs]
+    known = (checked(config)[0] for config in configs)
+    runs = [one.model_copy(update={"out": str(one.folder.absolute())}) for one in known]  # where actors find it, too
     hold_plugins([place for run in runs for place in run.plugins])
     clients = checked(configs[0])[1].clients
     scores: list[dict[str, Any]] = []
@@ -82,11 +83,6 @@ def handle(message: Message, context: Context) -> Message:
     return to_server(_site(Path(json.loads(request.settings)["out"]) / SITES, client).answer(request), message)
 
 
-def _here(config: RunConfig) -> RunConfig:
-    """The settings with a run folder that actors find, too."""
-    return config.model_copy(update={"out": str(config.folder.absolute())})
-
-
 @cache
 def _bases() -> Bases:
     import torch
@@ -99,8 +95,5 @@ def _bases() -> Bases:
 def _site(state: Path, client: int) -> Site:
     """A site in an actor; whichever actor is asked finds its state on the disk."""
     note = partial(_log.info, "client %d: %s", client)
-    return Site(client, state / str(client), _bases(), consent=_EVERYTHING, results=_run_folder, alone=True, note=note)
-
-
-def _run_folder(own: RunFolder, config: RunConfig) -> RunFolder:
-    return RunFolder(config.folder)
+    results = lambda own, config: RunFolder(config.folder)  # noqa: E731
+    return Site(client, state / str(client), _bases(), consent=_EVERYTHING, results=results, alone=True, note=note)

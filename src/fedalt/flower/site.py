@@ -127,7 +127,6 @@ class Site:
     """One client at its site.
 
     Attributes:
-        client: Its id.
         state: Folder of its runs.
         bases: The base model in memory, shared with other sites of this process if there are any.
         rows: Where its rows come from, and other settings that are the site's own.

@@ -44,11 +44,7 @@ class RemoteClients:
     """Clients at their sites. Only uploads, losses, scores and counts come back from them.
 
     Attributes:
-        info: What is run.
         run: Its name at the sites.
-        nodes: How they are reached.
-        folder: The server's run folder.
-        log: Its events.
         server: Checks uploads, and is told who cannot take itself out of a mean.
         common: What all sites must have in common.
         members: Client → what it said when it joined.

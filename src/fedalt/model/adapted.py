@@ -53,7 +53,6 @@ class AdaptedModel:
         summary: Which token's state stands for a row: the last one's, for encoders the first one's, or the mean of all.
         sees: Whether it looks at images.
         image_tokens: Tokens that an image becomes.
-        clients: How many clients are on it.
         trainable: What trains, stacked over clients.
     """
 

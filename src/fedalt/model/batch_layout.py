@@ -29,7 +29,6 @@ class Group:
     """Rows that are attended to together.
 
     Attributes:
-        rows: Number of rows.
         width: Slots of every row.
         padded: Whether some row is shorter than that.
         mask: True where a slot holds a token.

@@ -37,11 +37,8 @@ class LoraFolder:
 
     Attributes:
         base: Folder or hub name of the base model.
-        r: Rank.
         alpha: LoRA numerator, so that the scale is alpha/r.
-        dropout: Dropout in training.
         fan_in_fan_out: Whether the base layers are GPT-2's Conv1D.
-        task: What the model is for.
         rslora: Whether the scale is alpha over the root of r.
     """
 

@@ -24,7 +24,6 @@ class ClientState:
     """All that a client keeps between rounds. Private unless its method uploads it.
 
     Attributes:
-        client: Client id.
         round: Last round in which the client took part, counted from 1; 0 before the first.
         tensors: Its adapters and mixer, fp32 on the CPU.
         sent: Exactly what the server last received from it, or None yet; what it subtracts from a mean.

@@ -36,7 +36,6 @@ class Checkpoint:
     """Everything a run needs to go on after a round. Tensors stay in their files until they are asked for.
 
     Attributes:
-        path: The folder; it has a temporary name until its round has finished.
         round: The round; 0, without a folder, before the first.
         clients: Who has a state in it. The others have not taken part yet.
         uploads: The server's latest upload of every client that counts.

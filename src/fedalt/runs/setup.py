@@ -287,7 +287,10 @@ def prepare(
     if config.evaluation.early_stop and clients is None and not any(mine.validation for mine in examples.values()):
         raise UserError(NO_VALIDATION)  # a site knows its own rows only
     if metric_of(config.metric).reads == "option":
-        _check_options(config.metric, examples)
+        for client, mine in examples.items():
+            if not any(options_of(example.row.instruction) for example in mine.test):
+                text = f"{config.metric} asked for, but no test row of client {client} lists OPTIONS"
+                raise UserError(f"evaluation.metric: {text}")
     method = build(config, clients or len(federation.clients), resident.model.layer_sizes)
     method.rank_of(0)  # refuses ranks where there is no rule for them
     settings = RoundSettings(method, config.training, method.centralised or config.federation.heads == "shared")
@@ -336,12 +339,6 @@ def _encoder(rows: Rows, resident: Resident, config: RunConfig) -> Encoder:
         config.data.boundary,
     )
     return rows.encoder(resident.base.tokenizer, settings, lambda: resident.encoder(config))
-
-
-def _check_options(metric: str, examples: Mapping[int, ClientExamples]) -> None:
-    for client, mine in examples.items():
-        if not any(options_of(example.row.instruction) for example in mine.test):
-            raise UserError(f"evaluation.metric: {metric} asked for, but no test row of client {client} lists OPTIONS")
 
 
 def read_settings(

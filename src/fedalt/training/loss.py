@@ -32,7 +32,11 @@ def client_losses(
     (The loss built into Hugging Face models averages over all tokens of a batch and would let long rows of one
     client shrink the steps of another.) ``counts`` are the targets of each client's step, where these are a part of it.
     """
-    losses = _class_losses(model, batch, probe) if model.heads else token_losses(model, batch, probe)
+    if model.heads:
+        scores = model.class_scores(batch.inputs, batch.rows, probe)
+        losses = torch.nn.functional.cross_entropy(scores, batch.target, reduction="none")
+    else:
+        losses = token_losses(model, batch, probe)
     clients = len(batch.rows.sizes)
     counts = target_counts(batch) if counts is None else counts
     total = torch.zeros(clients, device=losses.device, dtype=losses.dtype).index_add(0, batch.owner, losses)
@@ -89,12 +93,6 @@ class PartLosses(torch.autograd.Function):
     def backward(ctx: Any, grad: Float[Tensor, " k"]) -> tuple[Tensor | None, ...]:
         """Each client's slices by its own factor."""
         return None, *(None if kept is None else kept * columns(grad, kept) for kept in ctx.saved_tensors)
-
-
-def _class_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None) -> Float[Tensor, " s"]:
-    """Cross-entropy of every row's class."""
-    scores = model.class_scores(batch.inputs, batch.rows, probe)
-    return torch.nn.functional.cross_entropy(scores, batch.target, reduction="none")
 
 
 def token_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None = None) -> Float[Tensor, " s"]:

@@ -18,12 +18,7 @@ WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens.
-
-    Attributes:
-        host: A name or an IP address, without brackets.
-        port: A TCP port.
-    """
+    """Where a server listens."""
 
     host: str
     port: int
@@ -90,7 +85,6 @@ class Connection:
     """How to reach a server.
 
     Attributes:
-        address: Where it is.
         ca: CA certificate that must have signed the server's; plain text without encryption when not given.
     """
 

@@ -34,9 +34,7 @@ class Server:
     """What ``fedalt server`` was asked for.
 
     Attributes:
-        address: Where to listen.
         tls: Folder with certificates and the sites' public keys; neither encryption nor authentication when not given.
-        state: Folder of the SuperLink's database.
         public: Where sites come in, and only sites; at the address itself when not given.
     """
 

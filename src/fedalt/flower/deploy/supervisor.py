@@ -39,17 +39,8 @@ class Site:
     """What ``fedalt site`` was asked for.
 
     Attributes:
-        connection: How to reach the server.
-        client: The client's number, from 0.
-        state: Folder of everything that is private to the client.
         poll: Seconds between looks for messages, at most.
-        key: Its private key.
         data: Where its rows are; as the run's settings say when not given.
-        model: Another place of the base model.
-        device: Another device than the settings'.
-        allow_two: Whether to take part in a federation of two.
-        share: Private parts that it lets the server have.
-        plugins: Files of code that runs may use here.
         own: Other settings that are the site's; see ``fedalt.flower.own.SiteRows``.
     """
 

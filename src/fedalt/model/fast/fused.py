@@ -108,8 +108,6 @@ class Adaptation:
 
     Attributes:
         counts: Tokens per client.
-        ranks: Rank of every slot.
-        scale: s.
         dropout: Which inputs of A are kept, or None.
         weights: α where no mixer decides it; None where it is 1.
         detached: By slot, whether x gets no gradient through it; none when empty.
