@@ -72,7 +72,7 @@ def test_scores_equal_a_literal_loop_on_each_clients_plain_model(name: str, meth
     model, states = with_clients(name, method)
     tok = tokenizer()
     sums, means = (option_scores(model, tok, ROWS, config(), normalise=how) for how in (False, True))
-    chosen = choose(model, tok, ROWS, config())
+    chosen = choose(option_scores(model, tok, ROWS, config()))
     for k, state in enumerate(states):
         plain = PlainClient(MODELS[name](), state.tensors, SCALE).model
         for i, asked in enumerate(ROWS[k]):
@@ -124,7 +124,7 @@ def test_an_option_is_not_likelier_for_being_the_beginning_of_another() -> None:
     scores = option_scores(model, tok, [[asked]], config())[0][0]
     assert list(scores) == ["t9", f"t9 t{likely}"]
     assert scores["t9"] < scores[f"t9 t{likely}"]
-    assert choose(model, tok, [[asked]], config()) == [[f"t9 t{likely}"]]
+    assert choose(option_scores(model, tok, [[asked]], config())) == [[f"t9 t{likely}"]]
 
 
 def test_the_first_of_equal_options_is_chosen_and_others_by_tokens_not_text() -> None:
@@ -134,19 +134,19 @@ def test_the_first_of_equal_options_is_chosen_and_others_by_tokens_not_text() ->
     scores = option_scores(model, tok, [[asked]], config(1))[0][0]
     assert scores["unknown"] == scores["other"] != scores["also unknown"]
     swapped = row(["other", "unknown"], 5, 2)
-    assert choose(model, tok, [[swapped]], config()) == [["other"]]
+    assert choose(option_scores(model, tok, [[swapped]], config())) == [["other"]]
 
 
 def test_rows_without_options_cost_no_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = AdaptedModel(llama())
     monkeypatch.setattr(model, "hidden", lambda *args, **kwargs: pytest.fail("nothing is asked"))
-    assert choose(model, tokenizer(), [[row([], 3, 1)] * 2, []], config()) == [[None, None], []]
+    assert choose(option_scores(model, tokenizer(), [[row([], 3, 1)] * 2, []], config())) == [[None, None], []]
 
 
 def test_options_beyond_the_models_positions_are_left_to_generation() -> None:
     model = AdaptedModel(gpt2())  # 64 positions
     rows = [row(["t9", "t20"], 62, 1), row(["t9", "t20"], 63, 2)]
-    ((fits, does_not),) = choose(model, tokenizer(), [rows], config())
+    ((fits, does_not),) = choose(option_scores(model, tokenizer(), [rows], config()))
     assert fits in ("t9", "t20") and does_not is None
 
 

@@ -11,7 +11,7 @@ least as likely. A sum prefers short options, as the model does; ``normalise`` d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -45,17 +45,8 @@ def options_of(instruction: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line.removeprefix(_ITEM).strip() for line in listed))
 
 
-def choose(
-    model: AdaptedModel,
-    tokenizer: Any,
-    rows: Sequence[Sequence[Example]],
-    config: EvaluationConfig,
-    *,
-    weights: Weights = None,
-    normalise: bool = False,
-) -> list[list[str | None]]:
+def choose(scores: Sequence[Sequence[Mapping[str, float]]]) -> list[list[str | None]]:
     """The likeliest option of every client's rows, the first of equally likely ones; nothing where there are none."""
-    scores = option_scores(model, tokenizer, rows, config, weights=weights, normalise=normalise)
     return [[max(row, key=row.__getitem__) if row else None for row in mine] for mine in scores]
 
 

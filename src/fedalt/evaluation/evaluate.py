@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedalt.config import EvaluationConfig
 from fedalt.data.encode import Example, Input, laid_out
-from fedalt.evaluation.choices import choose, reference_losses
+from fedalt.evaluation.choices import choose, option_scores, reference_losses
 from fedalt.evaluation.generate import answer_all, chunks
 from fedalt.evaluation.metrics import measures, rouge_tokenizer, score
 from fedalt.evaluation.prompt_similarity import Weights, load_to_answer
@@ -101,8 +101,9 @@ def _answered(
         for state, part, written in zip(states, rows, answers, strict=True)
     ]
     if config.options:
-        chosen = choose(model, tokenizer, rows, config, weights=weights, normalise=config.options == "mean")
-        for part, options in zip(lines, chosen, strict=True):
+        normalise = config.options == "mean"
+        scores = option_scores(model, tokenizer, rows, config, weights=weights, normalise=normalise)
+        for part, options in zip(lines, choose(scores), strict=True):
             for line, option in zip(part, options, strict=True):
                 line.update({} if option is None else {"option": option})
     if config.measures_loss:

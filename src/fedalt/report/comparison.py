@@ -9,7 +9,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from fedalt.evaluation.metrics import Metric, metric_of
+from fedalt.comparisons.tables import NOTHING, average, difference
+from fedalt.evaluation.metrics import metric_of
 from fedalt.report.page import linked, paragraph, table
 from fedalt.report.theme import (
     DIVERGING,
@@ -36,34 +37,30 @@ _COSTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 
 def score_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
     """Client × method, with mean, worst client, 10th percentile, gain over Local and clients that are worse off."""
-    methods, text = comparison["methods"], metric_of(comparison["metric"]).text
-    blocks = list(methods.values())
+    methods, metric = comparison["methods"], metric_of(comparison["metric"])
+    blocks, text = list(methods.values()), metric.text
     rows = [[c, task, *(text(b["per_client"][c]) for b in blocks)] for c, task in comparison["tasks"].items()]
-    rows.append(["mean", "", *(_mean(b, text) for b in blocks)])
+    rows.append(["mean", "", *(average(b, metric).text for b in blocks)])
     rows.append(["worst client", "", *(text(b["worst"]) for b in blocks)])
     rows.append(["10th percentile", "", *(text(b["p10"]) for b in blocks)])
     if "local" in methods:
         rows.append(["gain over Local", "", *(text(b["gain_over_local"], sign=True) for b in blocks)])
-    if any(b.get("harmed") is not None for b in blocks):
-        rows.append(["harmed clients", "", *(_harmed(b.get("harmed")) for b in blocks)])
+    if any(b["harmed"] is not None for b in blocks):
+        rows.append(["harmed clients", "", *(NOTHING if b["harmed"] is None else str(b["harmed"]) for b in blocks)])
     return table(["client", "task", *titles.values()], rows, bold=len(comparison["tasks"]))
 
 
 def against_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
     """Every method's difference to the reference with its confidence interval and what follows; nothing if unknown."""
-    rows, text = [], metric_of(comparison["metric"]).text
+    rows, metric = [], metric_of(comparison["metric"])
     for name, block in comparison["methods"].items():
-        against = block.get("against")
-        if not against:
-            continue
-        half = f" ± {text(against['ci95'])}" if against.get("ci95") is not None else ""
-        numbers = ["–" if against.get(key) is None else f"{against[key]:.3g}" for key in ("p", "p_adjusted")]
-        apart = f"{text(against['difference'], sign=True)}{half}"
-        rows.append([titles[name], apart, *numbers, str(against.get("verdict") or "")])
+        if against := block["against"]:
+            numbers = [NOTHING if against[key] is None else f"{against[key]:.3g}" for key in ("p", "p_adjusted")]
+            apart, _, verdict = difference(against, metric)
+            rows.append([titles[name], apart, *numbers, verdict])
     if not rows:
         return ""
-    reference = str(comparison.get("reference"))
-    head = paragraph(f"Difference to {titles[reference]} over clients and seeds") if reference in titles else ""
+    head = paragraph(f"Difference to {titles[comparison['reference']]} over clients and seeds")
     return head + table(["method", "difference", "p", "p adjusted", "verdict"], rows, words=(0, 4))
 
 
@@ -89,7 +86,7 @@ def gain_map(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
     methods, tasks = comparison["methods"], comparison["tasks"]
     gains, metric = "local" in methods, metric_of(comparison["metric"])
     names = [name for name in methods if name != "local"] or list(methods)
-    columns = [_gains(methods[name], methods.get("local"), metric) for name in names]
+    columns = [methods[name]["gain_per_client"] or methods[name]["per_client"] for name in names]
     form = f"{'+' if gains else ''}.{metric.digits}f"
     widest = max(ROOM if metric.points else 10**-metric.digits, *(abs(column[c]) for column in columns for c in tasks))
     scale = {"zmin": -widest, "zmax": widest, "colorscale": DIVERGING} if gains else {"colorscale": SEQUENTIAL}
@@ -136,7 +133,7 @@ def cost_plot(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
             figure.add_scatter(
                 x=[cost(block)],
                 y=[block["mean"]],
-                error_y=interval([block.get("ci95")]),
+                error_y=interval([block["ci95"]]),
                 name=titles[name],
                 mode="markers",
                 marker={"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 12, "color": colour(place)},
@@ -153,31 +150,7 @@ def cost_plot(comparison: Comparison, titles: Mapping[str, str]) -> Drawing:
     figure.update_yaxes(range=score_range([block["mean"] for block in comparison["methods"].values()], metric.points))
     figure.update_yaxes(title_text=f"mean {metric.title}", row=1, col=1)
     note = f"{'Up' if metric.higher_is_better else 'Down'} and to the left is better."
-    note += " Bars: 95 % confidence." if _has(comparison, "ci95") else ""
+    note += (
+        " Bars: 95 % confidence." if any(block["ci95"] is not None for block in comparison["methods"].values()) else ""
+    )
     return Drawing("cost-plot", "Score against cost", note, figure)
-
-
-def _gains(block: Mapping[str, Any], local: Mapping[str, Any] | None, metric: Metric) -> Mapping[str, float]:
-    """Gains over Local; the scores themselves where there is no Local."""
-    scores: Mapping[str, float] = block["per_client"]
-    known: Mapping[str, float] | None = block.get("gain_per_client")
-    if known or not local:
-        return known or scores
-    return {c: metric.gain(score, local["per_client"][c]) for c, score in scores.items()}
-
-
-def _mean(block: Mapping[str, Any], text: Callable[[float], str]) -> str:
-    half = block.get("ci95", None)
-    if half is not None:
-        return f"{text(block['mean'])} ± {text(half)}"
-    return text(block["mean"]) + (f" ± {text(block['sd'])}" if block["sd"] else "")
-
-
-def _harmed(value: Any) -> str:
-    if value is None:
-        return "–"
-    return str(len(value)) if isinstance(value, list | dict) else str(value)
-
-
-def _has(comparison: Comparison, key: str) -> bool:
-    return any(block.get(key) is not None for block in comparison["methods"].values())
