@@ -81,11 +81,11 @@ def test_rows_beside_padding_are_read_by_length_where_padding_is_seen() -> None:
 def test_dropout_of_rows_read_by_length_is_that_of_the_whole_batch() -> None:
     whole = BatchLayout((2, 1), (3, 2, 3), keys=(5, 6))
     drawn = whole.dropout(torch.ones(8, 10), 0.5, layer=1).kept
-    for part in whole.by_length():
-        assert part.part is not None
-        places = part.part[1]
+    for places, part in whole.by_length():
         assert torch.equal(part.dropout(torch.ones(len(places), 10), 0.5, layer=1).kept, drawn[places])
-    assert [part.sizes for part in whole.by_length()] == [(1, 1), (1, 0)]
+        for here, same in part.by_length():  # a part of a part
+            assert torch.equal(same.dropout(torch.ones(len(here), 10), 0.5, layer=1).kept, drawn[places][here])
+    assert [part.sizes for _, part in whole.by_length()] == [(1, 1), (1, 0)]
 
 
 def test_answers_do_not_depend_on_who_is_in_the_batch() -> None:

@@ -129,8 +129,11 @@ def _part(groups: Sequence[Sequence[Example]], keys: Sequence[int], at: int, siz
     batch = collate([rows[at : at + size] for rows in groups], keys)
     if max(map(len, groups)) <= size:
         return batch
-    drawn = tuple((sum(map(len, rows[:at])), sum(map(len, rows))) for rows in groups)
-    return replace(batch, rows=replace(batch.rows, drawn=drawn))
+    whole = BatchLayout(tuple(map(len, groups)), tuple(len(row) for rows in groups for row in rows))
+    tokens = iter(torch.arange(sum(whole.lengths)).split(list(whole.lengths)))
+    each = [[next(tokens) for _ in rows][at : at + size] for rows in groups]
+    places = torch.cat([place for mine in each for place in mine])
+    return replace(batch, rows=replace(batch.rows, part=(whole, places)))
 
 
 def pad_prompts(prompts: Sequence[Prompt], pad: int) -> tuple[Int[Tensor, "n t"], Int[Tensor, "n t"]]:

@@ -290,9 +290,8 @@ class AdaptedModel:
     ) -> Any:
         """``hidden`` for a model whose states depend on padding."""
         outs, places, weights = [], [], []
-        for part in rows.by_length():
-            assert part.part is not None
-            places.append(part.part[1].to(ids.device))
+        for here, part in rows.by_length():
+            places.append(here.to(ids.device))
             outs.append(self.hidden(ids[places[-1]], part, probe=probe, packed=False))
             weights.append(dict(probe.weights) if probe else {})
         back = torch.cat(places).argsort()

@@ -109,9 +109,7 @@ class BatchLayout:
         packed: Whether the rows stand one after another as one long row, instead of padded to one length.
         wanted: Positions, the same in every row of the input, whose final states are asked for; all when not given.
         weights: Weights of the slots, row by row, for placements that mix by instance.
-        part: The batch that these rows are a part of, and where their tokens stand in it; dropout is drawn for all.
-        drawn: For rows that are a part of a step: per client, the tokens of its step before them and in all, so that
-            the dropout is that of the whole step.
+        part: The whole that these rows are a part of, and where their tokens stand in it; dropout is drawn for all.
     """
 
     sizes: tuple[int, ...]
@@ -121,18 +119,19 @@ class BatchLayout:
     wanted: Int[Tensor, " s"] | None = None
     weights: Float[Tensor, "rows m"] | None = None
     part: tuple[BatchLayout, Int[Tensor, " t"]] | None = None
-    drawn: tuple[tuple[int, int], ...] = ()
 
-    def by_length(self) -> Iterator[BatchLayout]:
-        """The rows of each length as a batch of their own."""
+    def by_length(self) -> Iterator[tuple[Int[Tensor, " t"], BatchLayout]]:
+        """The rows of each length as a batch of their own, after where their tokens stand in this one."""
+        whole, places = self.part or (self, torch.arange(sum(self.lengths)))
         owners = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
         tokens = torch.arange(sum(self.lengths)).split(list(self.lengths))
         for length in dict.fromkeys(self.lengths):
             mine = [row for row, other in enumerate(self.lengths) if other == length]
             sizes = owners[mine].bincount(minlength=len(self.sizes)).tolist()
             weights = None if self.weights is None else self.weights[mine]
-            part = (self, torch.cat([tokens[row] for row in mine]))
-            yield BatchLayout(tuple(sizes), (length,) * len(mine), self.keys, weights=weights, part=part)
+            here = torch.cat([tokens[row] for row in mine])
+            part = (whole, places[here])
+            yield here, BatchLayout(tuple(sizes), (length,) * len(mine), self.keys, weights=weights, part=part)
 
     def token_weights(self, tokens: int) -> Float[Tensor, "tokens m"] | None:
         """The weights of every token's row; beams of a row have the weights of that row."""
@@ -184,19 +183,18 @@ class BatchLayout:
         Draws depend on the client, its step and the layer, never on who else is present or how rows are laid out. They
         come from a seed and not from a stream, so a recompute under gradient checkpointing draws the same.
         """
-        whole, mine = self.part or (self, None)
-        tokens, width = sum(whole.client_tokens), x.shape[1]
+        whole, places = self.part or (self, None)
+        tokens, width, own, first = sum(self.client_tokens), x.shape[1], list(self.client_tokens), 0
         bits = torch.empty(tokens, -(-width // 4), dtype=torch.int64, device=x.device)
         generator = torch.Generator(x.device)
-        for client, (part, key) in enumerate(zip(bits.split(list(whole.client_tokens)), self.keys, strict=True)):
+        mine = [None] * len(own) if places is None else places.to(x.device).split(own)
+        for part, at, key, count in zip(bits.split(own), mine, self.keys, whole.client_tokens, strict=True):
             generator.manual_seed(derive_seed(key, layer))
-            before, count = whole.drawn[client] if whole.drawn else (0, len(part))
-            every = part if count == len(part) else part.new_empty(count, part.shape[1])
+            every = part if at is None else part.new_empty(count, part.shape[1])
             every.random_(-(1 << 63), None, generator=generator)
-            if every is not part:
-                part.copy_(every[before : before + len(part)])
-        if mine is not None:
-            bits, tokens = bits[mine.to(x.device)], len(mine)
+            if at is not None:
+                part.copy_(every[at - first])
+            first += count
         dropped = round(p * _STEPS)
         kept = bits.view(torch.int16)[:, :width] >= dropped - _STEPS // 2
         if tokens < len(x):
