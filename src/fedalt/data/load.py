@@ -25,10 +25,18 @@ from fedalt.config.data import DataConfig, PartitionConfig
 from fedalt.data.clients import keep_tasks, mix_tasks, one_client, sampled, split_rows, to_clients, with_tests
 from fedalt.data.encode import Encoder, Once
 from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, Row, check_names, nearly_constant, pooled
-from fedalt.data.formats.files import POSSIBLE, ending, tables_in
+from fedalt.data.formats.files import (
+    POSSIBLE,
+    ending,
+    is_shard,
+    is_table_folder,
+    read_table,
+    read_together,
+    split_of,
+    tables_in,
+)
 from fedalt.data.formats.folder import is_client_folder, named_clients, read_folder, read_named
 from fedalt.data.formats.images import is_image_folder, read_images
-from fedalt.data.formats.table import is_shard, is_table_folder, read_table, read_together, split_of
 from fedalt.data.partition import unused
 from fedalt.data.record import held_out_in, reproduce
 from fedalt.data.sources.given import PREFIX, Given, read_handed_on

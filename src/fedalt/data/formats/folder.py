@@ -21,8 +21,7 @@ from pathlib import Path
 from fedalt.config.data import DataConfig
 from fedalt.data.federation import SPLITS, Federation
 from fedalt.data.formats.columns import Record, to_federation
-from fedalt.data.formats.files import ending, read_records, stem, tables_in
-from fedalt.data.formats.table import NAMES, is_shard, split_of
+from fedalt.data.formats.files import NAMES, ending, is_shard, read_records, split_of, stem, tables_in
 from fedalt.errors import UserError
 
 _SUFFIX = re.compile(

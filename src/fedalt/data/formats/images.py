@@ -13,7 +13,7 @@ from typing import Any
 from fedalt.config.data import DataConfig
 from fedalt.data.federation import Pool
 from fedalt.data.formats.columns import Record, has_header, to_pool
-from fedalt.data.formats.table import NAMES
+from fedalt.data.formats.files import NAMES
 from fedalt.errors import UserError, needs
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError)

@@ -10,8 +10,8 @@ from typing import Any
 from fedalt.config.data import DataConfig
 from fedalt.data.federation import Pool
 from fedalt.data.formats.columns import Record, find_label, has_header, to_pool
+from fedalt.data.formats.files import NAMES
 from fedalt.data.formats.images import HubPicture
-from fedalt.data.formats.table import NAMES
 from fedalt.errors import UserError, did_you_mean, listed, needs
 from fedalt.registry import SOURCES
 

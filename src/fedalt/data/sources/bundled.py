@@ -1,9 +1,9 @@
-"""The 1,797 grey pictures of digits that come with scikit-learn: 8 × 8 pixels, no download."""
+"""Rows that come with a package: tinyworld of fedalt, and the 1,797 pictures of digits (8 × 8) of scikit-learn."""
 
 from __future__ import annotations
 
 from fedalt.config.data import DataConfig
-from fedalt.data.federation import Pool
+from fedalt.data.federation import Federation, Pool
 from fedalt.data.formats.columns import Record, has_header, to_pool
 from fedalt.data.formats.images import ArrayPicture
 from fedalt.errors import needs
@@ -30,3 +30,23 @@ class Digits:
             for i, (image, label) in enumerate(zip(shades, found.target, strict=True))
         ]
         return to_pool(self.settings, {"train": records}, DIGITS, "scikit-learn's 8 × 8 pictures of digits")
+
+
+@SOURCES.register("tinyworld")
+class Tinyworld:
+    """Eight clients of the usual size; where more are made, only as many rows as are going to be used."""
+
+    settings: DataConfig
+
+    def __call__(self) -> Federation:
+        """The rows."""
+        from fedalt.datasets.tinyworld import SIZES, generate
+        from fedalt.datasets.tinyworld.world import CLIENTS
+
+        config = self.settings
+        eight = config.split_rows or config.partition.by or config.tasks
+        clients = CLIENTS if eight else max(config.clients or 0, CLIENTS)
+        sizes = SIZES
+        if clients > CLIENTS:
+            sizes = {split: min(size, config.limits[split] or size) for split, size in SIZES.items()}
+        return generate(config.tinyworld.seed, config.tinyworld.clash, **sizes, clients=clients)
