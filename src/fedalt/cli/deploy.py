@@ -224,9 +224,9 @@ def status(
 ) -> None:
     """Show a server's sites and runs."""
     with needs("flower", NEEDS):
-        from fedalt.flower.deploy.superlink import Names, now
+        from fedalt.flower.deploy.superlink import now
 
-    nodes, runs = now(connection(server, ca), Names.read(state), teller(as_json))
+    nodes, runs = now(connection(server, ca), state, teller(as_json))
     if as_json:
         print_json({"server": server, "sites": nodes, "runs": runs})
         return

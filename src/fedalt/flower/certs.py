@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedalt.errors import UserError, listed
-from fedalt.files import new_folder, write_bytes
+from fedalt.files import new_folder, read_bytes, write_bytes
 
 CA = "ca.crt"
 CERTIFICATE = "server.pem"
@@ -44,7 +44,7 @@ def check_server(folder: Path, hosts: Sequence[str]) -> None:
     ca, certificate = check_ca(folder / CA), _certificate(folder / CERTIFICATE)
     key = folder / KEY
     try:
-        private = load_pem_private_key(_read(key), password=None)
+        private = load_pem_private_key(read_bytes(key), password=None)
     except (ValueError, TypeError) as error:
         raise UserError(f"{key}: no private key in PEM format without a password ({error})") from None
     if private.public_key() != certificate.public_key():
@@ -74,7 +74,7 @@ def check_ca(path: Path) -> x509.Certificate:
 def check_site_key(path: Path) -> PrivateKey:
     """Check a site's private key, and return it."""
     try:
-        key = load_ssh_private_key(_read(path), password=None)
+        key = load_ssh_private_key(read_bytes(path), password=None)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: no private key in OpenSSH's format without a password ({error})") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -118,7 +118,7 @@ def _texts(folder: Path) -> dict[str, str]:
         if not _OF_CLIENT.fullmatch(path.stem):
             raise UserError(f"{path}: call it client_N.pub; a key says which client a site is")
         try:
-            public = load_ssh_public_key(_read(path))
+            public = load_ssh_public_key(read_bytes(path))
             key = public.public_bytes(*_FORM).decode()
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: no public key in OpenSSH's format ({error})") from None
@@ -145,7 +145,7 @@ def names_of(certificate: x509.Certificate) -> list[str]:
 
 def _certificate(path: Path) -> x509.Certificate:
     try:
-        return x509.load_pem_x509_certificate(_read(path))
+        return x509.load_pem_x509_certificate(read_bytes(path))
     except ValueError as error:
         raise UserError(f"{path}: no certificate in PEM format ({error})") from None
 
@@ -156,13 +156,6 @@ def _check_dates(path: Path, certificate: x509.Certificate) -> None:
         raise UserError(f"{path}: expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; make a new one")
     if now < certificate.not_valid_before_utc:
         raise UserError(f"{path}: is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC only")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")

@@ -97,11 +97,6 @@ def _check_paths(rows: SiteRows, config: RunConfig) -> None:
         )
 
 
-def _unused(rows: SiteRows, config: RunConfig) -> list[str]:
-    """Columns in the server's settings, which do not count here."""
-    return [f"data.{name}" for name in COLUMNS[:-1] if rows.data and getattr(config.data, name) is not None]
-
-
 def _may_be_path(model: str) -> bool:
     return not _HUB_NAME.fullmatch(model) or Path(model).exists()
 
@@ -178,7 +173,7 @@ class Site:
             if rows.secure and not config.federation.secure:
                 raise SiteError("single")
             self.consent.check_settings(config, request.clients)
-        if unused := _unused(rows, config):
+        if unused := [f"data.{n}" for n in COLUMNS[:-1] if rows.data and getattr(config.data, n) is not None]:
             self.note(f"{', '.join(unused)} of the server's settings do not count here; --set {unused[0][5:]}=… does")
         with _coded("rows"):
             config, federation = _load(rows, config, self.client)

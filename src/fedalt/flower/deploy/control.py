@@ -58,11 +58,7 @@ class Control:
         return [node for node in nodes if node["status"] not in ("unregistered", "deleted")]
 
     def register(self, public_key: Path) -> int | None:
-        """Let the owner of a key join; nothing if it may already.
-
-        Returns:
-            The node id.
-        """
+        """Let the owner of a key join; its node id, or nothing if it may already."""
         try:
             return int(
                 self._ask("supernode", "register", str(public_key), options=("--name", public_key.stem))["node-id"]

@@ -124,37 +124,29 @@ def _door(server: Server) -> list[str] | None:
     return [sys.executable, "-P", "-m", "fedalt.flower.deploy.door", *place]
 
 
-@dataclass(frozen=True)
-class Names:
-    """The sites' names by node id, as far as this machine knows them."""
-
-    sites: Mapping[int, str]
-
-    @staticmethod
-    def read(state: Path | None) -> Names:
-        """The names in a server's state folder; none if there is no folder."""
-        if state is None:
-            return Names({})
-        if not state.is_dir():
-            raise UserError(f"--state {state}: no such folder here; it is the server's")
-        path = state / NODES
-        known = read_json(path) if path.is_file() else {}
-        return Names({node["node"]: site for site, node in known.items()})
+def _registered(state: Path) -> dict[str, dict[str, Any]]:
+    """Site → its public key and node id, as far as this machine knows them."""
+    path = state / NODES
+    known: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
+    return known
 
 
 def now(
-    connection: Connection, names: Names, tell: Callable[[str], None]
+    connection: Connection, state: Path | None, tell: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A server's sites and runs; the commands that ask for them are told."""
+    """A server's sites, named by its state folder, and its runs; the commands that ask for them are told."""
+    if state and not state.is_dir():
+        raise UserError(f"--state {state}: no such folder here; it is the server's")
+    names = {node["node"]: site for site, node in _registered(state).items()} if state else {}
     with control(connection, tell) as superlink:
         nodes, runs = superlink.nodes(), superlink.runs()
     return [_site(node, names) for node in nodes], [_run(run) for run in runs]
 
 
-def _site(node: Mapping[str, Any], names: Names) -> dict[str, Any]:
+def _site(node: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
     since = {"online": "online-at", "offline": "offline-at"}.get(node["status"], "created-at")
     number = node["node-id"]
-    return {"site": names.sites.get(int(number)), "node": number, "status": node["status"], "since": node[since]}
+    return {"site": names.get(int(number)), "node": number, "status": node["status"], "since": node[since]}
 
 
 def _run(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,9 +166,7 @@ def _let_sites_in(server: Server, tell: Callable[[str], None]) -> None:
     """Register the keys in the folder, and no others: one that was taken out may not join again."""
     if server.tls is None:
         return
-    path = server.state / NODES
-    known: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
-    keys = site_keys(server.tls)
+    known, keys = _registered(server.state), site_keys(server.tls)
     with control(server.connection) as superlink:
         there = {int(node["node-id"]) for node in superlink.nodes()}
         known = {site: node for site, node in known.items() if node["node"] in there}
@@ -189,5 +179,5 @@ def _let_sites_in(server: Server, tell: Callable[[str], None]) -> None:
             for site, node in zip(fresh, several.map(superlink.register, files), strict=True):
                 if node is not None:
                     known[site] = {"key": keys[site], "node": node}
-    write_json(path, known)
+    write_json(server.state / NODES, known)
     tell(f"flwr supernode register: {len(fresh)} new keys; may join: {listed(sorted(keys))}")

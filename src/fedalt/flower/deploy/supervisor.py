@@ -85,11 +85,7 @@ class Site:
 
 
 def supervise(site: Site, tell: Callable[[str], None]) -> int:
-    """Run a site until this process is asked to end, or cannot go on.
-
-    Returns:
-        0, or 1 if the SuperNode ended by itself.
-    """
+    """Run a site until this process is asked to end, or cannot go on; 1 if the SuperNode ended by itself, else 0."""
     with locked(site.state, "another fedalt site"), Watch() as watch:
         claim_site(site.state, site.settings())
         make_private(site.state, SITE, tell)
