@@ -19,7 +19,6 @@ from fedalt.config import RunConfig
 from fedalt.data.encode import ClientExamples, encode_federation
 from fedalt.data.load import load_federation
 from fedalt.errors import UserError
-from fedalt.evaluation.evaluate import evaluate
 from fedalt.evaluation.metrics import metric_of
 from fedalt.evaluation.prompt_similarity import load_to_answer
 from fedalt.files import new_folder, scratch_folder, write_bytes, write_text
@@ -199,9 +198,7 @@ class _Frozen:
         return StaticExport(personal, static, base, self.config.metric, first)
 
     def _score(self, state: ClientState, placement: Placement) -> float:
-        model, tokenizer = self.resident.model, self.resident.base.tokenizer
-        rows, config = {state.client: self.examples.test}, self.config.evaluation
-        (scored,) = evaluate(model, tokenizer, [state], rows, placement, config=config)
+        (scored,) = self.resident.evaluate([state], {state.client: self.examples.test}, placement, self.config)
         return float(scored.scores[self.config.metric])
 
 

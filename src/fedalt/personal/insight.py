@@ -20,7 +20,7 @@ from fedalt.data.encode import Encoder, Example, token_texts
 from fedalt.data.federation import SPLITS, ClientData, Federation, Row
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
-from fedalt.evaluation.evaluate import Evaluation, evaluate
+from fedalt.evaluation.evaluate import Evaluation
 from fedalt.federation.client import cohort_size, cohorts
 from fedalt.files import read_json, write_json
 from fedalt.model.peft_files import read_folder
@@ -165,14 +165,8 @@ def _answers(
     resident: Resident, models: Sequence[PersonalModel], rows: Sequence[Example], config: RunConfig
 ) -> list[Evaluation]:
     """Every model on the same rows, all in one generation batch."""
-    return evaluate(
-        resident.model,
-        resident.base.tokenizer,
-        [personal.state for personal in models],
-        {personal.state.client: rows for personal in models},
-        models[0].placement,
-        config=config.evaluation,
-    )
+    states = [personal.state for personal in models]
+    return resident.evaluate(states, {state.client: rows for state in states}, models[0].placement, config)
 
 
 def _mixer_at_work(

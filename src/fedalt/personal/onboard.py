@@ -12,7 +12,7 @@ from fedalt.data.federation import Federation
 from fedalt.data.load import elsewhere, load_as_it_is, load_held_out
 from fedalt.data.record import record
 from fedalt.errors import UserError
-from fedalt.evaluation.evaluate import Evaluation, evaluate
+from fedalt.evaluation.evaluate import Evaluation
 from fedalt.evaluation.metrics import metrics_in, over_clients
 from fedalt.federation.client import cohort_size, cohorts, installed, train_phases
 from fedalt.federation.server import Server
@@ -159,9 +159,6 @@ def _installed(experiment: Experiment, client: int, messages: Mapping[int, Messa
 
 
 def _scored(experiment: Experiment, states: list[ClientState], placement: Placement) -> dict[int, Evaluation]:
-    resident = experiment.resident
     rows = {state.client: experiment.examples[state.client].test for state in states}
-    found = evaluate(
-        resident.model, resident.base.tokenizer, states, rows, placement, config=experiment.config.evaluation
-    )
+    found = experiment.resident.evaluate(states, rows, placement, experiment.config)
     return {evaluation.client: evaluation for evaluation in found}

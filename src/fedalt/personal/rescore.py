@@ -9,7 +9,7 @@ from fedalt.data.encode import encode_federation
 from fedalt.data.federation import ClientData, Federation
 from fedalt.data.load import elsewhere, load_federation, read
 from fedalt.errors import UserError, listed
-from fedalt.evaluation.evaluate import Evaluation, evaluate
+from fedalt.evaluation.evaluate import Evaluation
 from fedalt.federation.client import cohort_size, cohorts
 from fedalt.runs.client_folder import client_folder, client_ids, read_client
 from fedalt.runs.folder import Which, final_scores, finished_run
@@ -53,14 +53,8 @@ def rescore(
     scored: dict[int, Evaluation] = {}
     for cohort in cohorts(clients, cohort_size(config.federation, len(clients))):
         personal = [read_client(folder, c, resident.base, which) for c in cohort]
-        evaluations = evaluate(
-            resident.model,
-            resident.base.tokenizer,
-            [p.state for p in personal],
-            {c: everything if central else examples[c].test for c in cohort},
-            personal[0].placement,
-            config=config.evaluation,
-        )
+        rows = {c: everything if central else examples[c].test for c in cohort}
+        evaluations = resident.evaluate([p.state for p in personal], rows, personal[0].placement, config)
         scored |= {evaluation.client: evaluation for evaluation in evaluations}
     return scored
 

@@ -15,7 +15,6 @@ from fedalt.data.encode import ClientExamples, Example, encode_client, left_out,
 from fedalt.data.federation import Federation, Row, labels_of
 from fedalt.data.load import Rows, load_as_it_is
 from fedalt.errors import UserError, listed
-from fedalt.evaluation.evaluate import evaluate
 from fedalt.federation.client import cohort_size, cohorts, run_clients
 from fedalt.federation.server import PerClient, sample_clients
 from fedalt.model.base import load_about, load_tokenizer
@@ -230,15 +229,14 @@ def _train(experiment: Experiment, plans: Sequence[Plan]) -> int:
 
 def _scoring_seconds(experiment: Experiment) -> float:
     """Answer the first batch of the first cohort, its longest rows, and take it for all."""
-    config, resident = experiment.config, experiment.resident
+    config = experiment.config
     clients = experiment.federation.ids[: cohort_size(config.federation, len(experiment.examples))]
     rows = {
         c: sorted(experiment.examples[c].test, key=len, reverse=True)[: config.evaluation.batch_size] for c in clients
     }
     started = time.perf_counter()
     states = experiment.personalised([experiment.initial_state(c) for c in clients])
-    placement = experiment.settings.answering
-    evaluate(resident.model, resident.base.tokenizer, states, rows, placement, config=config.evaluation)
+    experiment.resident.evaluate(states, rows, experiment.settings.answering, config)
     each = (time.perf_counter() - started) / sum(map(len, rows.values()))
     points = len(config.evaluation.points) if experiment.method.upload(experiment.initial_state(clients[0])) else 1
     scored = sum(points * len(mine.test) + len(mine.validation) for mine in experiment.examples.values())

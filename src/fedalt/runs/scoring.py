@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedalt.evaluation.evaluate import Evaluation, evaluate
+from fedalt.evaluation.evaluate import Evaluation
 from fedalt.evaluation.metrics import group_mean, metrics_in, over_clients
 from fedalt.federation.client import cohort_size, cohorts
 from fedalt.model.state import ClientState
@@ -84,14 +84,8 @@ def score_clients(
 def scored_on(experiment: Experiment, states: Sequence[ClientState], split: str) -> list[Evaluation]:
     """Answers and scores of a cohort's models on one split of their own rows; clients without any are left out."""
     rows = {state.client: getattr(experiment.examples[state.client], split) for state in states}
-    return evaluate(
-        experiment.resident.model,
-        experiment.resident.base.tokenizer,
-        [state for state in states if rows[state.client]],
-        rows,
-        experiment.settings.answering,
-        config=experiment.config.evaluation,
-    )
+    scored = [state for state in states if rows[state.client]]
+    return experiment.resident.evaluate(scored, rows, experiment.settings.answering, experiment.config)
 
 
 def log_points(log: EventLog, number: int, points: Points, metric: str) -> float | None:

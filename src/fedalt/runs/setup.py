@@ -32,6 +32,7 @@ from fedalt.data.load import Rows
 from fedalt.data.record import digests, record
 from fedalt.errors import UserError, listed
 from fedalt.evaluation.choices import options_of
+from fedalt.evaluation.evaluate import Evaluation, evaluate
 from fedalt.evaluation.metrics import is_latin, metric_of
 from fedalt.federation.client import RoundSettings, fitting_cohort
 from fedalt.methods.base import Method, trainable
@@ -39,6 +40,7 @@ from fedalt.methods.registry import build, configured
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.base import Base, load_base, positions
 from fedalt.model.classifier import drawn_heads
+from fedalt.model.layer import Placement
 from fedalt.model.peft_files import read_plain_lora
 from fedalt.model.state import AdapterShape, ClientState, digest, initial_state, start_group
 from fedalt.names import B, Key, Tensors
@@ -102,6 +104,12 @@ class Resident:
         stems = tuple(f"{path}." for path in self.base.new)
         new = {key: value for key, value in start.items() if f"{key.module}.".startswith(stems)}
         return start | drawn_heads(new, std, lambda key: rng(seed, "head", client, str(key)))
+
+    def evaluate(
+        self, states: Sequence[ClientState], rows: Mapping[int, Sequence[Example]], placement: Placement, run: RunConfig
+    ) -> list[Evaluation]:
+        """Score clients' models on rows of each, as a run's settings say."""
+        return evaluate(self.model, self.base.tokenizer, states, rows, placement, config=run.evaluation)
 
 
 def text_encoder(config: RunConfig, tokenizer: Any) -> TextEncoder | AnswerEncoder:
