@@ -24,7 +24,6 @@ class Plan:
     """One client's steps of one round: which of its rows, in which order.
 
     Attributes:
-        client: Client id.
         steps: Rows of every step; the last step of an epoch may be smaller.
         key: Seed of the client's dropout in this round.
     """

@@ -100,12 +100,9 @@ def with_tests(federation: Federation, share: float, seed: int) -> Federation:
 
 
 def sampled(answers: Sequence[str], limit: int, *purpose: str | int) -> list[int]:
-    """Places of a sample, in order; where answers are few, each has its share of it, and one row at least.
+    """Places of a sample of ``limit`` at most, in order; few answers have their share of it each, and one row at least.
 
-    Args:
-        answers: The answer of every row.
-        limit: Size of the sample, at most.
-        purpose: The seed, and what for.
+    ``purpose`` is the seed, and what for.
     """
     if limit >= len(answers):
         return list(range(len(answers)))

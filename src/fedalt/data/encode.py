@@ -111,13 +111,7 @@ class Chat:
 
 
 def get_template(name: str, tokenizer: Any, config: Named | None = None) -> Template:
-    """A template by name, or the text of a file that holds ``{instruction}``.
-
-    Args:
-        name: Name or file.
-        tokenizer: A Hugging Face tokenizer.
-        config: The section ``data``, which knows a template's own settings.
-    """
+    """A template by name, or a file's text that holds ``{instruction}``; ``config`` knows a template's own settings."""
     if name == CHAT:
         return Chat(tokenizer)
     text = template_text(name)
@@ -172,9 +166,7 @@ class Image:
     """An image that is read, and brought to the model's size, when it is needed.
 
     Attributes:
-        row: Whose image it is.
         tokens: Tokens that the model makes of it.
-        read: Reads the pixels.
     """
 
     row: Row
@@ -202,9 +194,7 @@ class Example:
         prompt: Ids of the rendered template, or of the text to classify; none for an image.
         answer: Ids of the reference answer, with the end-of-sequence token where the cut-off leaves room; none where
             there is a label.
-        row: Where it came from.
         label: Index of the reference class, where rows are classified.
-        image: The image, where there is one.
         spans: Where in the prompt of a conversation earlier answers are, which are trained, too: first and after last.
         asked: The prompt as text, where answers are tokenised together with it.
         cut: Tokens that the cut-off leaves out.
@@ -239,9 +229,6 @@ class ClientExamples:
     """One client's examples.
 
     Attributes:
-        train: Of training rows.
-        validation: Of validation rows.
-        test: Of test rows.
         skipped: Split → rows that are left out because their prompt fills the cut-off.
         cut: Split → rows whose end the cut-off leaves out.
         ended: Split → rows whose answer has lost an end-of-sequence text.
@@ -266,10 +253,8 @@ class AnswerEncoder:
     """Renders the template and tokenises, for models that write answers.
 
     Args:
-        tokenizer: A Hugging Face tokenizer.
         template: Name or file, see ``get_template``.
         cutoff: Longest row in tokens; the answer is cut there, a row whose prompt fills it is skipped.
-        config: The section ``data``, which knows a template's own settings.
     """
 
     def __init__(self, tokenizer: Any, template: str, cutoff: int, config: DataConfig | None = None) -> None:
@@ -353,12 +338,8 @@ class AnswerEncoder:
 def answer_ids(tokenizer: Any, text: str, prompt: Prompt, asked: str = "") -> tuple[int, ...]:
     """Token ids of an answer by itself; or as they follow its prompt in one text.
 
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        text: The answer.
-        prompt: Token ids of the prompt.
-        asked: The prompt, or its end, as text; empty for an answer by itself. A token that would reach across the
-            boundary cannot be told apart, so such an answer is tokenised by itself.
+    ``asked`` is the prompt, or its end, as text; empty for an answer by itself. A token that would reach across the
+    boundary cannot be told apart, so such an answer is tokenised by itself.
     """
     for special in (True, False) if asked else ():
         alone, whole = (_ids(tokenizer, text, special) for text in (asked, asked + text))
@@ -387,11 +368,7 @@ def _without(text: str, end: str) -> str:
 
 
 class Classes:
-    """The labels of a run.
-
-    Args:
-        labels: Their names, in the order of the head's outputs.
-    """
+    """The labels of a run, in the order of the head's outputs."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._index = {label: i for i, label in enumerate(labels)}
@@ -408,13 +385,7 @@ class Classes:
 
 
 class TextEncoder:
-    """Tokenises texts to be classified, as the tokenizer does by default: with its special tokens, cut at the end.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        labels: Names of the classes.
-        cutoff: Longest text in tokens.
-    """
+    """Tokenises texts to be classified, as the tokenizer does by default: with its special tokens, cut at the end."""
 
     def __init__(self, tokenizer: Any, labels: Sequence[str], cutoff: int) -> None:
         self.tokenizer = tokenizer
@@ -438,8 +409,6 @@ class ImageEncoder:
     """Brings images to the model's size and range, when they are needed.
 
     Args:
-        processor: A Hugging Face image processor.
-        labels: Names of the classes.
         channels: Of the model: 3, or 1 for grey images.
         tokens: Tokens that the model makes of an image.
     """
@@ -476,11 +445,7 @@ class ImageEncoder:
 
 
 class Once:
-    """An encoder that makes the example of a row once and keeps it.
-
-    Args:
-        encoder: What makes it.
-    """
+    """An encoder that makes the example of a row once and keeps it."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder

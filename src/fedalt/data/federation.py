@@ -83,10 +83,7 @@ class Pool:
     """Rows by split, to be dealt to clients.
 
     Attributes:
-        train: Training rows.
-        validation: Validation rows; there may be none.
         test: Test rows; where there are none, clients hold out some of their own.
-        source: Where they came from, for people.
         notes: What the user should know.
         column: Split → value of every row in the column that rows are dealt by, where rows do not hold it themselves.
         labels: Labels as the source has them, before they are called something else.

@@ -262,12 +262,9 @@ class AdaptedModel:
     ) -> Any:
         """Read rows without generating: the backbone's own output, with final hidden states ``[s, d]``.
 
-        Args:
-            inputs: Tokens of all rows, one after another; or images.
-            rows: Whose they are and how long each is.
-            wanted: Positions, among the tokens of all rows, of the states; all when not given.
-            probe: Collects mixer weights ``[t, m]``.
-            packed: Pack or pad; what is exact for this model when not given.
+        ``inputs`` are the tokens of all rows, one after another, or images; ``wanted`` the positions among these tokens
+        whose states are asked for; ``probe`` collects mixer weights ``[t, m]``. Rows are packed or padded as is exact
+        for this model, unless ``packed`` says.
         """
         if packed is None:  # packed attention does not know a window that lives in a mask alone
             window = self.window

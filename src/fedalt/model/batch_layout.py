@@ -217,8 +217,7 @@ class MixerProbe:
 class BatchContext:
     """The object that all adapted layers of one model hold: the current row map, and a probe when somebody looks.
 
-    Args:
-        attention: Switches the model's attention between padded and packed rows; returns what it was before.
+    ``attention`` switches the model's attention between padded and packed rows, and returns what it was before.
     """
 
     def __init__(self, attention: Callable[[bool], bool] = lambda packed: False) -> None:

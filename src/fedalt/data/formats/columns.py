@@ -77,8 +77,6 @@ class Columns:
     Attributes:
         format: Its name; empty for texts and labels.
         text: Columns that are joined by a newline; none where rows are images.
-        label: The answer's column; none where the answers are among ``turns``.
-        category: The category's column.
         extra: Column that is kept beside the rows because they are dealt by it.
         input: Column that joins the text in Alpaca's way.
         turns: Columns of a conversation, one after another.

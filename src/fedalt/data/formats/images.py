@@ -47,13 +47,7 @@ class FilePicture:
 
 @dataclass(frozen=True, slots=True)
 class ArrayPicture:
-    """Pixels in memory.
-
-    Attributes:
-        pixels: Rows of bytes from the top.
-        size: Width and height.
-        mode: ``L`` (grey) or ``RGB``.
-    """
+    """Pixels in memory, rows of bytes from the top: ``L`` (grey) or ``RGB``."""
 
     pixels: bytes
     size: tuple[int, int]
@@ -73,9 +67,6 @@ class HubPicture:
     """An image in a row of a Hugging Face data set, whose column is not decoded.
 
     Attributes:
-        rows: One split of the data set.
-        column: Its image column.
-        index: The row.
         name: Source, split and row, for people.
     """
 

@@ -65,13 +65,9 @@ def agree(tried: Tensor, plain: Tensor, dtype: torch.dtype) -> bool:
 
 
 def untouched(after: Tensor, before: Tensor, own: int, dtype: torch.dtype) -> bool:
-    """Whether a change was seen where it was made, and nowhere else.
+    """Whether a change was seen where it was made (``own``), and nowhere else.
 
-    Args:
-        after: States, the way that is tried.
-        before: The same before the change, at the same places.
-        own: The one that the change belongs to.
-        dtype: Of the model.
+    ``after`` are the states of the way that is tried, ``before`` those at the same places before the change.
     """
     others = [at for at in range(len(after)) if at != own]
     most = (2e-3 if _half(dtype) else 1e-4) * _apart(after[own], before[own])
