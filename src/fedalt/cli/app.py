@@ -23,7 +23,7 @@ from fedalt.cli.deploy import certs, server, site, status, submit
 from fedalt.cli.flags import INSIGHT_ROWS, OLD, Command, settings
 from fedalt.cli.known import env, methods, metrics
 from fedalt.cli.recipes import recipes
-from fedalt.cli.show import Json, print_json, say
+from fedalt.cli.show import Json, option, print_json, say, switch
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of
@@ -44,10 +44,10 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"} | {
     name: name for name in ("bfloat16", "float16", "float32")
 }
 """Spelling of ``--dtype`` → its name in PyTorch."""
-Client = Annotated[int, typer.Option("--client", metavar="N", help="client id")]
+Client = Annotated[int, option("N", "client id", "--client")]
 Round = Annotated[
     Literal["best", "last"] | None,
-    typer.Option("--round", help="the best round on validation rows, or the last; the one in clients/ when not given"),
+    switch("the best round on validation rows, or the last; the one in clients/ when not given", "--round"),
 ]
 
 
@@ -62,7 +62,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+        bool, switch("print the version and exit", "--version", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     """Personalised federated fine-tuning of language models with LoRA."""
@@ -80,11 +80,11 @@ def run(config: RunConfig, if_exists: IfExists, as_json: Json = False) -> None:
 
 def evaluate(
     run: RunPath,
-    client: Annotated[int | None, typer.Option("--client", metavar="N", help="only this client")] = None,
+    client: Annotated[int | None, option("N", "only this client")] = None,
     *,
-    data: Annotated[str | None, typer.Option("--data", metavar="DATA", help="other rows than the run's own")] = None,
+    data: Annotated[str | None, option("DATA", "other rows than the run's own")] = None,
     central: Annotated[
-        bool, typer.Option("--central", help="every client's model on the test rows of all clients together")
+        bool, switch("every client's model on the test rows of all clients together", "--central")
     ] = False,
     which: Round = None,
     as_json: Json = False,
@@ -115,25 +115,16 @@ def generate(
         str | None, typer.Argument(metavar="[PROMPT]", help="an instruction; a chat loop when not given")
     ] = None,
     *,
-    client: Annotated[int | None, typer.Option("--client", metavar="N", help="client id")] = None,
-    compare: Annotated[
-        str | None, typer.Option("--compare", metavar="N,M", help="several clients' answers side by side")
-    ] = None,
-    show_alpha: Annotated[bool, typer.Option("--show-alpha", help="shade each token by the mixer's weights")] = False,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", metavar="X", min=0, help="draw tokens; 0 is greedy (the default)")
-    ] = None,
+    client: Annotated[int | None, option("N", "client id")] = None,
+    compare: Annotated[str | None, option("N,M", "several clients' answers side by side")] = None,
+    show_alpha: Annotated[bool, switch("shade each token by the mixer's weights", "--show-alpha")] = False,
+    temperature: Annotated[float | None, option("X", "draw tokens; 0 is greedy (the default)", min=0)] = None,
     top_p: Annotated[
-        float | None,
-        typer.Option(
-            "--top-p", metavar="X", min=0, max=1, help="draw from the likeliest tokens with so much probability"
-        ),
+        float | None, option("X", "draw from the likeliest tokens with so much probability", min=0, max=1)
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="longest answer (default: the run's)")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="of the draws (default: 0)")] = None,
-    turns: Annotated[bool, typer.Option("--turns", help="a chat loop that remembers what was said")] = False,
+    max_new_tokens: Annotated[int | None, option("N", "longest answer (default: the run's)", min=1)] = None,
+    seed: Annotated[int | None, option("N", "of the draws (default: 0)")] = None,
+    turns: Annotated[bool, switch("a chat loop that remembers what was said", "--turns")] = False,
     which: Round = None,
 ) -> None:
     """Answer as one client's model, or as several clients' side by side."""
@@ -170,30 +161,22 @@ def generate(
 def export(
     run: RunPath,
     client: Client,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="new folder")],
+    out: Annotated[Path, option("DIR", "new folder")],
     *,
-    static: Annotated[
-        bool, typer.Option("--static", help="one LoRA with the mixer frozen, and what that costs")
-    ] = False,
+    static: Annotated[bool, switch("one LoRA with the mixer frozen, and what that costs", "--static")] = False,
     merge: Annotated[
-        bool, typer.Option("--merge", help="that LoRA merged into the base: a model folder that needs no PEFT")
+        bool, switch("that LoRA merged into the base: a model folder that needs no PEFT", "--merge")
     ] = False,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            "--dtype",
-            metavar="DTYPE",
-            click_type=click.Choice(DTYPES),
-            help="of a merged model's weights (default: the run's own)",
-        ),
+        option("DTYPE", "of a merged model's weights (default: the run's own)", click_type=click.Choice(DTYPES)),
     ] = None,
     gguf: Annotated[
         str | None,
-        typer.Option(
-            "--gguf",
-            metavar="KIND",
+        option(
+            "KIND",
+            "the merged model as one file for llama.cpp and Ollama: q8_0 or f16; with --merge, beside the folder",
             click_type=click.Choice(("q8_0", "f16")),
-            help="the merged model as one file for llama.cpp and Ollama: q8_0 or f16; with --merge, beside the folder",
         ),
     ] = None,
     which: Round = None,
@@ -229,18 +212,11 @@ def onboard(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)],
     *,
     data: Annotated[
-        str | None,
-        typer.Option(
-            "--data", metavar="DATA", help="the newcomers' rows; the run's data.held_out clients if not given"
-        ),
+        str | None, option("DATA", "the newcomers' rows; the run's data.held_out clients if not given")
     ] = None,
-    epochs: Annotated[
-        int, typer.Option("--epochs", min=0, metavar="N", help="epochs over their own rows; 0: none")
-    ] = 5,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="where they go (default: RUN/newcomers)")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace newcomers that are there")] = False,
+    epochs: Annotated[int, option("N", "epochs over their own rows; 0: none", min=0)] = 5,
+    out: Annotated[Path | None, option("DIR", "where they go (default: RUN/newcomers)")] = None,
+    overwrite: Annotated[bool, switch("replace newcomers that are there", "--overwrite")] = False,
     as_json: Json = False,
 ) -> None:
     """Give new clients what a finished run has learnt, let them train a little, score them before and after."""
@@ -275,12 +251,11 @@ def report(
     run: RunPath,
     insight: Annotated[
         int | None,
-        typer.Option(
-            "--insight",
-            metavar="[N]",
-            min=0,
-            help=f"first try every client's model on N test rows of every client (default: {INSIGHT_ROWS}) and look "
+        option(
+            "[N]",
+            f"first try every client's model on N test rows of every client (default: {INSIGHT_ROWS}) and look "
             "at its mixer",
+            min=0,
         ),
     ] = None,
 ) -> None:

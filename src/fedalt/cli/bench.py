@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedalt.benchmarks.task import WHATS, Spec, pair
 from fedalt.cli import show
-from fedalt.cli.show import Json
+from fedalt.cli.show import Json, option
 from fedalt.errors import UserError, choose
 
 _WHAT = ", ".join(WHATS)
@@ -24,45 +24,27 @@ _DTYPES = ("float32", "bfloat16")
 def bench(
     *,
     what: Annotated[str, typer.Argument(metavar="[WHAT]", help=f"one of: {_WHAT}")] = "round",
-    against: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"opponent; the first is the default ({_AGAINST})")
-    ] = None,
+    against: Annotated[str | None, option("NAME", f"opponent; the first is the default ({_AGAINST})")] = None,
     model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="llama-25m, bloom-560m, gpt2-small, llama-7b (random weights), tiny, or a folder"
-        ),
+        str | None, option("NAME", "llama-25m, bloom-560m, gpt2-small, llama-7b (random weights), tiny, or a folder")
     ] = None,
-    data: Annotated[str, typer.Option(metavar="DATA", help="tinyworld, or a folder of client files")] = "tinyworld",
-    clients: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="clients; a list such as 1,2,4 gives a line each")
-    ] = None,
-    rows: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="rows per client; evaluation: prompts per client")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="rows per client and step")] = 8,
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help=" or ".join(_DTYPES))] = "float32",
-    dropout: Annotated[
-        float, typer.Option(min=0, max=0.99, metavar="X", help="0 makes losses of both sides equal")
-    ] = 0.05,
-    executor: Annotated[
-        str, typer.Option(metavar="NAME", help="fedalt's own: stacked or loop (round only)")
-    ] = "stacked",
-    cohort: Annotated[int | None, typer.Option(min=1, metavar="N", help="clients that fedalt stacks at a time")] = None,
-    num_beams: Annotated[int, typer.Option(min=1, metavar="N", help="evaluation: 1 is greedy")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="evaluation: longest answer")] = 32,
+    data: Annotated[str, option("DATA", "tinyworld, or a folder of client files")] = "tinyworld",
+    clients: Annotated[str | None, option("NUMBERS", "clients; a list such as 1,2,4 gives a line each")] = None,
+    rows: Annotated[int | None, option("N", "rows per client; evaluation: prompts per client", min=1)] = None,
+    batch_size: Annotated[int, option("N", "rows per client and step", min=1)] = 8,
+    dtype: Annotated[str, option("DTYPE", " or ".join(_DTYPES))] = "float32",
+    dropout: Annotated[float, option("X", "0 makes losses of both sides equal", min=0, max=0.99)] = 0.05,
+    executor: Annotated[str, option("NAME", "fedalt's own: stacked or loop (round only)")] = "stacked",
+    cohort: Annotated[int | None, option("N", "clients that fedalt stacks at a time", min=1)] = None,
+    num_beams: Annotated[int, option("N", "evaluation: 1 is greedy", min=1)] = 1,
+    max_new_tokens: Annotated[int, option("N", "evaluation: longest answer", min=1)] = 32,
     parameters: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="aggregation: parameters of an upload, at least; the rank follows"),
+        int | None, option("N", "aggregation: parameters of an upload, at least; the rank follows", min=1)
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="runs of each side")] = 5,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="threads of torch; its own choice when not given")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="of weights, adapters and row order")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="write everything that was measured into this JSON file")
-    ] = None,
+    repeats: Annotated[int, option("N", "runs of each side", min=1)] = 5,
+    threads: Annotated[int | None, option("N", "threads of torch; its own choice when not given", min=1)] = None,
+    seed: Annotated[int, option("N", "of weights, adapters and row order", min=0)] = 0,
+    out: Annotated[Path | None, option("FILE", "write everything that was measured into this JSON file")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure fedalt against another way to do the same work: by turns, in processes of their own.

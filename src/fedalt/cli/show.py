@@ -22,7 +22,19 @@ if TYPE_CHECKING:  # it imports torch, which `--help` need not wait for
 
 _LONGEST, _MOST_LINES = 590, 10
 """Letters of an error line, enough for a list of names and not for a file that somebody gave as a name; and lines."""
-Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")]
+
+
+def option(metavar: str, text: str, *flags: str, **more: Any) -> Any:
+    """An option with a value; the flag is the parameter's name where none is given."""
+    return typer.Option(*flags, metavar=metavar, help=text, **more)
+
+
+def switch(text: str, *flags: str, **more: Any) -> Any:
+    """An option without a value."""
+    return typer.Option(*flags, help=text, **more)
+
+
+Json = Annotated[bool, switch("print JSON on stdout, for machines", "--json")]
 out = Console()
 err = Console(stderr=True)
 

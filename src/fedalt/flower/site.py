@@ -329,7 +329,7 @@ class _Work:
         """Begin an attempt at a secure sum."""
         self._upload(request)
         rule = self.experiment.method.weighs_by(self.experiment.config.federation)
-        weight = self.facts.samples[self.client] if rule == "samples" else 1
+        weight = self.info.samples[self.client] if rule == "samples" else 1
         return Reply.to(request, self.client, body=self.sums.offer(request, weight))
 
     def mask(self, request: Request) -> Reply:

@@ -73,13 +73,13 @@ class RemoteClients:
         norms: dict[int, float] = {}
         for client, reply in self._ask(requests, messages, least):
             found[client], norms[client] = self._take(client, reply, new, requests[client].size)
-        if self.facts.config.federation.secure:
+        if self.info.config.federation.secure:
             self._sum(found, new, least)
         for client, factor in self._oversized({c: norms[c] for c in norms if found[c].delivered}).items():
             found[client] = _failed(found[client], f"upload is {factor:.0f} times as long as the median of this round")
         for client in chosen:
             found.setdefault(client, self._absent(client, requests))
-            took_part = found[client].delivered if self.facts.config.federation.secure else not found[client].failure
+            took_part = found[client].delivered if self.info.config.federation.secure else not found[client].failure
             (self.server.apart.discard if took_part else self.server.apart.add)(client)
         outcomes = [found[client] for client in chosen]
         self._check_enough(outcomes, least, new.round)
@@ -88,10 +88,10 @@ class RemoteClients:
     def _sum(self, found: dict[int, ClientReport], new: Checkpoint, least: int) -> None:
         """Let sites add up, masked, what they have trained; clients keep what they have where that fails."""
         left = {client for client, report in found.items() if report.delivered}
-        least = max(least, self.facts.config.federation.secure_min)
+        least = max(least, self.info.config.federation.secure_min)
         try:
             for attempt in range(1, len(left) + 1):
-                asked = joining(self.facts.config, self.run, len(self.facts.clients))
+                asked = joining(self.info.config, self.run, len(self.info.clients))
                 asked = replace(asked, round=new.round, common=self.common.digest, attempt=attempt)
                 total = self._masked(asked, left, found, least)
                 if total is not None:
@@ -110,7 +110,7 @@ class RemoteClients:
         told = tuple(sorted((one for one in offers if isinstance(one, Offer)), key=lambda offer: offer.client))
         if len(told) < least:
             raise UserError(f"{len(told)} clients were left, {least} are the fewest")
-        total = Total(told, sum(math.prod(shape) for shape in self.facts.shapes.values()))
+        total = Total(told, sum(math.prod(shape) for shape in self.info.shapes.values()))
         for client, reply in self._each(replace(asked, do="mask", offers=told), total.clients, found):
             try:
                 total.add(reply.block)
@@ -124,13 +124,13 @@ class RemoteClients:
         seeds = {client: reply.body.seed for client, reply in opened.items() if isinstance(reply.body, Opened)}
         if gone := set(total.clients) - seeds.keys():
             raise UserError(f"{_clients(gone)} went away while it was opened")
-        return mean_by_codes(total.opened(seeds), total.weight, self.facts.shapes)
+        return mean_by_codes(total.opened(seeds), total.weight, self.info.shapes)
 
     def _each(
         self, asked: Request, clients: Collection[int], found: dict[int, ClientReport]
     ) -> Iterator[tuple[int, Reply]]:
         """What clients answer in a step of a secure sum; who does not is set aside."""
-        until, waiting = time.monotonic() + self.facts.config.flower.round_deadline, set(clients)
+        until, waiting = time.monotonic() + self.info.config.flower.round_deadline, set(clients)
         for client, reply in self.nodes.ask(dict.fromkeys(sorted(clients), asked), lambda got: until):
             report = found[client]
             up, down = report.bytes_up + reply.size, report.bytes_down + asked.size
@@ -259,7 +259,7 @@ class RemoteClients:
             return ClientReport(client, _NO_STATS, False, reply.size, down, str(error)), 0.0
         new.put_upload(client, upload)
         stats = TrainingStats(said.loss, said.steps, said.tokens, said.alpha)
-        secure = self.facts.config.federation.secure
+        secure = self.info.config.federation.secure
         delivered = said.holds == new.round if secure else bool(upload)
         return ClientReport(client, stats, delivered, reply.size, down, cut=said.cut), 0.0 if secure else _norm(upload)
 
@@ -269,7 +269,7 @@ class RemoteClients:
         method = self.info.method
         if len(reply.body.alpha) not in (0, len(method.layers)):
             raise UserError(f"client {client}: {len(reply.body.alpha)} mixer weights, of {len(method.layers)} layers")
-        due = False if self.facts.config.federation.secure else uploads_in(method, round_)
+        due = False if self.info.config.federation.secure else uploads_in(method, round_)
         if due is not None and due != bool(reply.block):
             raise UserError(f"client {client}: {'no upload' if due else 'an upload'}, unlike others in this round")
 
