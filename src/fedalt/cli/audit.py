@@ -11,15 +11,15 @@ import typer
 from rich.table import Table
 
 from fedalt.cli import complete, show
-from fedalt.cli.show import print_json, say
+from fedalt.cli.show import Json, option, print_json, say
 
 
 def audit(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)],
-    client: Annotated[int | None, typer.Option("--client", metavar="N", help="only this client")] = None,
+    client: Annotated[int | None, option("N", "only this client")] = None,
     *,
-    rows: Annotated[int, typer.Option("--rows", metavar="N", min=2, help="most training rows of a client")] = 200,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
+    rows: Annotated[int, option("N", "most training rows of a client", min=2)] = 200,
+    as_json: Json = False,
 ) -> None:
     """Attack a run: how well are training rows told from others by uploads, their means and personal models?"""
     from fedalt.personal.audit import VIEWS, means

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from fedalt.data.encode import Example
 from fedalt.errors import UserError
 from fedalt.evaluation.choices import reference_losses
-from fedalt.evaluation.classify import classify
+from fedalt.evaluation.evaluate import probabilities
 from fedalt.evaluation.prompt_similarity import load_to_answer
 from fedalt.federation.server import Server
 from fedalt.methods.base import drawn
@@ -146,8 +146,8 @@ def _losses(experiment: Experiment, view: tuple[ClientState, Placement] | None, 
         state, placement = view
         weights = load_to_answer(model, [state], [[row.input for row in rows]], placement)
     if experiment.config.classifies:
-        [chosen] = classify(model, [rows], config, weights)
-        return np.array([-math.log(max(one.probability, 1e-30)) for one in chosen])
+        [chances] = probabilities(model, [[row.input for row in rows]], config.batch_size, weights)
+        return np.array([-math.log(max(float(p[row.label]), 1e-30)) for row, p in zip(rows, chances, strict=True)])
     [nats] = reference_losses(model, [rows], config, weights)
     return np.array([loss / max(1, len(row.answer)) for loss, row in zip(nats, rows, strict=True)])
 
