@@ -97,7 +97,7 @@ def test_two_levels_are_those_of_autograd(f: Function, lr: float | None) -> None
         losses, got = take(Bilevel(PRIVATE, lr, through), f, mine, rates, active)
         torch.testing.assert_close(losses, values.detach())
         for one, other in zip(got, grads, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-3 if f is quartic else 1e-8, atol=1e-8)
+            torch.testing.assert_close(one, other, rtol=1e-4 if f is quartic else 1e-8, atol=1e-8)
         for key, value in zip(Y, y_after, strict=True):
             torch.testing.assert_close(mine[key].detach(), value, rtol=1e-12, atol=1e-12)
         assert all(torch.equal(mine[key], expected[key]) for key in X)

@@ -20,8 +20,10 @@ from fedalt.comparisons.tables import (
     Cell,
     Grid,
     average,
+    budget_grid,
     conditions,
     difference,
+    finding,
     harmed,
     score_grid,
     seeds,
@@ -78,11 +80,34 @@ def compare(
             autocompletion=lambda incomplete: iter(("parameters", "bytes")),
         ),
     ] = None,
+    partitions: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="draw rows, or deal them, N times, each with every seed (default: every seed draws its own)",
+        ),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS",
+            help="differences below this do not matter (default: 1 where scores run from 0 to 100, otherwise none)",
+        ),
+    ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="first N trials per method on validation rows: learning rate and the method's own settings",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train several methods on the same rows with one base in memory, and put them side by side.
 
-    Every method is tested against FedALT, or against the first one, over pairs of client and seed.
+    Every method is tested against FedALT, or against the first one, over clients.
     """
     from fedalt.comparisons.compare import compare as train
     from fedalt.comparisons.sweep import parse_axis
@@ -99,15 +124,18 @@ def compare(
     axes = [parse_axis(text) for text in sweep or ()]
     if heterogeneity is not None:
         axes.append(("data.tasks_per_client", _at_least_one("--heterogeneity", heterogeneity)))
+    if tune and axes:
+        raise UserError("--tune: not with --sweep or --heterogeneity")
     bases, rows = Bases(), Rows()
     chosen, wanted = _methods(methods, ablations), _numbers("--seeds", seeds) or [config.seed]
     rest: Any = {"if_exists": if_exists, "jobs": jobs, "budget": _budget(match_budget), "bases": bases, "rows": rows}
+    rest |= {"partitions": partitions, "margin": margin}
     report = config.report
     with show.live(config.federation.rounds) as progress, tracked(report.trackers, out, progress, report) as sink:
         if axes:
             result = train_all(config, axes, chosen, wanted, out, **rest, sink=sink)
         else:
-            result = train(config, chosen, wanted, out, **rest, sink=sink)
+            result = train(config, chosen, wanted, out, **rest, tune=tune, sink=sink)
 
     def reports(out: Path, comparison: Mapping[str, Any]) -> Path:
         return write_reports(out, comparison, config.report.insight, bases, rows)
@@ -198,8 +226,9 @@ def compare_table(comparison: Mapping[str, Any]) -> Group:
     """Clients × methods for a few methods; methods × tasks, and a second table with tests and cost, for more."""
     if len(comparison["methods"]) <= _FEW and not comparison["below"]:
         return _by_client(comparison)
-    scores = score_grid(comparison, _TASKS)
-    return Group(grid_table(scores, _short(scores.head)), Text(), _brief(verdict_grid(comparison)))
+    scores = score_grid(comparison, _TASKS, judged=False)
+    rest = (part for grid in (verdict_grid(comparison), budget_grid(comparison)) for part in (Text(), _brief(grid)))
+    return Group(Text(finding(comparison)), grid_table(scores, _short(scores.head)), *rest)
 
 
 def grid_table(grid: Grid, head: Sequence[str] | None = None, gap: int = 1) -> Group:
@@ -218,31 +247,26 @@ def grid_table(grid: Grid, head: Sequence[str] | None = None, gap: int = 1) -> G
 
 
 def _brief(grid: Grid) -> Group:
-    """The columns of tests and cost that fit, under headings of two lines."""
-    without = {"scoring, s", "memory, GB" if "GPU, GB" in grid.head else ""}
-    kept = [i for i, name in enumerate(grid.head) if name not in without]
-    heads = [grid.head[i].replace("training", "train").replace(", ", "\n") for i in kept]
-    heads = ["\n".join(head.rsplit(" ", 1)) for head in heads]
-
-    def picked(rows: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
-        return [[row[i] for i in kept] for row in rows]
-
-    return grid_table(Grid(grid.title, heads, picked(grid.rows), picked(grid.below), grid.notes, grid.highest), gap=0)
+    """A grid under headings of two lines."""
+    heads = ["\n".join(head.replace(", ", " ").rsplit(" ", 1)) for head in grid.head]
+    return grid_table(grid, heads)
 
 
 def _by_client(comparison: Mapping[str, Any]) -> Group:
     methods, tasks = comparison["methods"], comparison["tasks"]
-    blocks = list(methods.values())
+    blocks, constant = list(methods.values()), comparison["majority"]
     metric = metric_of(comparison["metric"])
     title = f"{metric.title} on each client's own test rows, {seeds(comparison)}"
     table = Table(title=title, title_justify="left")
     table.add_column("client")
     table.add_column("task")
-    for block in blocks:
-        table.add_column(escape(block["title"]), justify="right")
+    for block in [*blocks, *([constant] if constant else [])]:
+        table.add_column(escape(block["title"]), justify="right", style="dim" if block is constant else None)
     clients = {c: [block["per_client"][c] for block in blocks] for c in tasks}
     for client in grouped(table, {c: sum(values) for c, values in clients.items()}, metric.higher_is_better):
-        table.add_row(client, escape(tasks[client]), *_mark_best(clients[client], metric))
+        last = [metric.text(constant["per_client"][client])] if constant else []
+        table.add_row(client, escape(tasks[client]), *_mark_best(clients[client], metric), *last)
+    blocks += [constant] if constant else []
     table.add_section()
     table.add_row("mean", "", *(average(block, metric).text for block in blocks), style="bold")
     table.add_row("worst client", "", *(metric.text(block["worst"]) for block in blocks))
@@ -250,18 +274,23 @@ def _by_client(comparison: Mapping[str, Any]) -> Group:
     if "local" in methods:
         table.add_row("gain over Local", "", *(metric.text(b["gain_over_local"], sign=True) for b in blocks))
         table.add_row("clients harmed", "", *(harmed(block, len(tasks)) for block in blocks))
+    blocks = list(methods.values())
     if len(methods) > 1:
-        apart, p, verdict = zip(*(difference(block["against"], metric) for block in blocks), strict=True)
+        apart, p, verdict = zip(*(difference(block, metric) for block in blocks), strict=True)
         table.add_section()
         table.add_row(f"vs {escape(methods[comparison['reference']]['title'])}", "", *apart)
         table.add_row("p (Holm)", "", *p)
         table.add_row("verdict", "", *verdict)
     table.add_section()
+    table.add_row("steps", "", *(f"{b['steps']:,.0f}" for b in blocks))
+    table.add_row("tokens, k", "", *(f"{b['tokens'] / 1e3:,.0f}" for b in blocks))
+    table.add_row("trained, k", "", *(f"{b['parameters'] / 1e3:,.0f}" for b in blocks))
     table.add_row("sent, MB", "", *(f"{(b['bytes_up'] + b['bytes_down']) / 1e6:.1f}" for b in blocks))
     table.add_row("training, s", "", *(f"{b['seconds']:.0f}" for b in blocks))
     notes = conditions(comparison)
     notes += verdict_grid(comparison).notes if len(methods) > 1 else []
-    return Group(table, *(Text(note, style="dim") for note in notes))
+    notes = list(dict.fromkeys(notes))
+    return Group(Text(finding(comparison)), table, *(Text(note, style="dim") for note in notes))
 
 
 def _short(head: Any) -> list[str]:

@@ -24,24 +24,30 @@ Budget = Literal["parameters", "bytes"]
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a comparison."""
+    """One run of a comparison; ``draw`` is the seed of its draw of rows, where there are several."""
 
     name: str
     config: RunConfig
     folder: RunFolder
     budget: Budget | None = None
     title: str = ""
+    draw: int | None = None
+
+    @property
+    def label(self) -> str:
+        """How it is called among the runs of its method: by seed, and by draw."""
+        return f"{self.config.seed}" if self.draw is None else f"{self.config.seed}/{self.draw}"
 
     def to_json(self) -> dict[str, Any]:
         """For another process."""
         config = self.config.model_dump(mode="json")
-        return {"name": self.name, "config": config, "budget": self.budget, "title": self.title}
+        return {**{k: getattr(self, k) for k in ("name", "budget", "title", "draw")}, "config": config}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Member:
         """In the other process."""
         config = parse_config(value["config"], value["name"])
-        return Member(value["name"], config, RunFolder(config.folder), value["budget"], value["title"])
+        return Member(folder=RunFolder(config.folder), **{**value, "config": config})
 
 
 def train(members: Iterable[Member], if_exists: IfExists, sink: Sink, bases: Bases, rows: Rows | None = None) -> None:
@@ -54,7 +60,7 @@ def train(members: Iterable[Member], if_exists: IfExists, sink: Sink, bases: Bas
         config = _matched(config, member, resident, len(federation.clients))
         experiment = prepare(config, resident, federation, rows=rows)
         claim_folder(member.folder.path, if_exists)
-        sink({"event": "member", "method": member.name, "seed": member.config.seed})
+        sink({"event": "member", "method": member.name, "seed": member.label})
         started = time.perf_counter()
         scores = run(experiment, member.folder, sink)
         sink({"event": "member_finished", "scores": scores, "seconds": time.perf_counter() - started})
@@ -70,7 +76,7 @@ def train_in_jobs(members: Sequence[Member], jobs: int, if_exists: IfExists, sin
         RuntimeError: A process failed for another reason; its traceback is on stderr.
     """
     numbers = range(min(jobs, len(members)))
-    tasks = [Task(f"{member.name} seed {member.config.seed}", member.to_json()) for member in members]
+    tasks = [Task(f"{member.name} seed {member.label}", member.to_json()) for member in members]
     with Pool(_job, [(job, if_exists) for job in numbers], [f"job {job}" for job in numbers], "--jobs") as pool:
         pool.map(tasks, lambda task, event: sink(event), last=True)
 

@@ -31,7 +31,17 @@ _ALIASES = {"federation.clients": "data.clients"}
 """How many clients there are is a matter of the rows, but looked for here, too."""
 _ELSEWHERE = {"method": "--methods", "seed": "--seeds", "out": "--out"}
 _KEPT = ("title", "mean", "validation", "sd", "ci95", "worst", "worst_client", "gain_over_local", "harmed", "against")
-_COSTS = ("bytes_up", "bytes_down", "seconds", "scoring_seconds", "peak_memory", "peak_memory_gpu")
+_COSTS = (
+    "steps",
+    "tokens",
+    "parameters",
+    "bytes_up",
+    "bytes_down",
+    "seconds",
+    "scoring_seconds",
+    "peak_memory",
+    "peak_memory_gpu",
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,8 @@ def sweep(
     budget: Budget | None = None,
     bases: Bases | None = None,
     rows: Rows | None = None,
+    partitions: int | None = None,
+    margin: float | None = None,
 ) -> dict[str, Any]:
     """Compare once per point into ``out/<key>=<value>``, and write ``sweep.json``, .csv and .md.
 
@@ -107,11 +119,15 @@ def sweep(
     """
     bases, rows = bases or Bases(), rows or Rows()
     todo = points(config, axes, rows)
-    plans = [plan(point.config, methods, seeds, out / point.name, if_exists, budget=budget) for point in todo]
+    plans = [
+        plan(point.config, methods, seeds, out / point.name, if_exists, budget=budget, partitions=partitions)
+        for point in todo
+    ]
     done = []
+    held: Any = {"jobs": jobs, "bases": bases, "rows": rows, "margin": margin}
     for point, members in zip(todo, plans, strict=True):
         sink({"event": "point", "name": point.name})
-        done.append(finish(members, point.config, out / point.name, if_exists, sink, jobs=jobs, bases=bases, rows=rows))
+        done.append(finish(members, point.config, out / point.name, if_exists, sink, **held))
     result = _collect(todo, done)
     write_json(out / "sweep.json", result)
     write_csv(out / "sweep.csv", _lines(result))
@@ -122,7 +138,9 @@ def sweep(
 
 def _collect(todo: Sequence[Point], done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = done[0]
-    shared = {key: first[key] for key in ("metric", "source", "seeds", "reference", "below", "budget")}
+    shared = {
+        key: first[key] for key in ("metric", "source", "seeds", "draws", "margin", "reference", "below", "budget")
+    }
     return shared | {
         "keys": list(todo[0].settings),
         "points": [
@@ -173,7 +191,8 @@ def sweep_grid(result: Mapping[str, Any]) -> Grid:
 
     rows = [row(name) for name in first if name not in result["below"]]
     below = [row(name) for name in result["below"]]
-    notes = [f"mean over clients ± half of the 95 % interval over seeds; {seeds(result)}"]
+    over = "draws of rows" if len(result.get("draws") or ()) > 1 else "seeds"
+    notes = [f"mean over clients ± half of the 95 % interval over {over}; {seeds(result)}"]
     notes.append(f"↑ ↓ better or worse than {first[result['reference']]['title']} at the same value, see comparison.md")
     notes += [] if metric.higher_is_better else [LOWER]
     title = f"{metric.title} by {', '.join(result['keys'])}"

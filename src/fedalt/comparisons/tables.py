@@ -12,8 +12,9 @@ from typing import Any
 from fedalt.evaluation.metrics import Metric, metric_of
 from fedalt.files import write_json, write_text
 
-INTERVAL = "± is half of the 95 % interval over seeds (Student's t)"
+INTERVAL = "± after an average is half of the 95 % interval over {} (Student's t)"
 EQUAL = "equal are rounds and local epochs, not trained parameters or bytes: see --match-budget"
+STEPS = "steps differ: {}"
 STOPPED = "every run has stopped by itself, and its best round on validation rows is compared; rounds are not equal"
 LOWER = "lower is better; a gain over Local is Local's score less the method's"
 NOTHING = "–"
@@ -87,34 +88,59 @@ def columns(comparison: Mapping[str, Any]) -> dict[str, list[str]]:
     return titled if len(titled) <= MOST else {}
 
 
-def score_grid(comparison: Mapping[str, Any], most: int = MOST) -> Grid:
-    """Methods × tasks, and the average over clients, as in the paper's Table 1."""
+def score_grid(comparison: Mapping[str, Any], most: int = MOST, *, judged: bool = True) -> Grid:
+    """Methods × tasks, and the average over clients, as in the paper's Table 1; ``judged``: what follows, too."""
     groups = columns(comparison)
     groups = groups if len(groups) <= most else {}
-    metric = metric_of(comparison["metric"])
+    metric, judged = metric_of(comparison["metric"]), judged and len(comparison["methods"]) > 1
 
     def row(block: Mapping[str, Any]) -> list[Cell]:
         means = [sum(block["per_client"][c] for c in mine) / len(mine) for mine in groups.values()]
         scores = (Score(round(m, metric.digits), metric.text(m)) for m in means)
-        return [block["title"], *scores, average(block, metric)]
+        apart, _, verdict = difference(block, metric)
+        return [block["title"], *scores, average(block, metric), *([apart, verdict] if judged else [])]
 
     rows, below = _parted(comparison, row)
     title = f"{metric.title} on each client's own test rows, {seeds(comparison)}"
     notes = conditions(comparison)
     if not groups:
         notes.append("scores of every client: comparison.csv")
-    return Grid(title, ["method", *groups, "average"], rows, below, notes, metric.higher_is_better)
+    head = ["method", *groups, "average"]
+    if judged:
+        head += [f"vs {_reference(comparison)}", "verdict"]
+        notes.append(verdict_note(comparison))
+    return Grid(title, head, rows, below, notes, metric.higher_is_better)
 
 
 def conditions(comparison: Mapping[str, Any]) -> list[str]:
     """Which scores are better if low ones are, what ± is, and what is equal for all methods."""
     notes = [] if metric_of(comparison["metric"]).higher_is_better else [LOWER]
-    notes += [INTERVAL] if len(comparison["seeds"]) > 1 else []
+    draws = comparison.get("draws") or ()
+    repeated = "draws of rows" if len(draws) > 1 else "seeds"
+    notes += [INTERVAL.format(repeated)] if len(comparison["seeds"]) > 1 or len(draws) > 1 else []
+    steps = {block["title"]: round(block.get("steps", 0)) for block in comparison["methods"].values()}
     if comparison["budget"]:
         notes.append(f"ranks are chosen for equal {comparison['budget']}")
     elif len(comparison["methods"]) > 1:
         notes.append(STOPPED if comparison.get("early_stop") else EQUAL)
+    if tuned := comparison.get("tuned"):
+        notes.append(f"tuned on validation rows, {tuned['trials']} trials per method: {_settings(tuned['methods'])}")
+    if len(set(filter(None, steps.values()))) > 1:
+        usual = max(steps.values(), key=list(steps.values()).count)
+        other = ", ".join(f"{title} {count:,}" for title, count in steps.items() if count not in {usual, 0})
+        notes.append(STEPS.format(f"{other}, others {usual:,} per client"))
     return notes
+
+
+def _settings(tuned: Mapping[str, Any]) -> str:
+    """What every method was tuned to, with a mark on what lies at the edge of its range."""
+
+    def one(found: Mapping[str, Any]) -> str:
+        own = found["settings"].items()
+        texts = (f"{key.rpartition('.')[2]} {value}{' (edge)' if key in found['edge'] else ''}" for key, value in own)
+        return ", ".join(texts) or "as configured"
+
+    return "; ".join(f"{name} {one(found)}" for name, found in tuned.items())
 
 
 def gain_grid(comparison: Mapping[str, Any]) -> Grid | None:
@@ -136,20 +162,119 @@ def gain_grid(comparison: Mapping[str, Any]) -> Grid | None:
 
 
 def verdict_grid(comparison: Mapping[str, Any]) -> Grid:
-    """Methods against the reference and against Local, and what they cost."""
-    reference = comparison["methods"][comparison["reference"]]["title"]
-    gpu = any(block["peak_memory_gpu"] is not None for block in comparison["methods"].values())
-    count, metric = len(comparison["tasks"]), metric_of(comparison["metric"])
+    """Methods against the reference and against Local."""
+    reference, metric = _reference(comparison), metric_of(comparison["metric"])
+    count = len(comparison["tasks"])
 
     def row(block: Mapping[str, Any]) -> list[Cell]:
-        test, memory = block["against"], [block["peak_memory"], *([block["peak_memory_gpu"]] if gpu else [])]
+        apart, p, verdict = difference(block, metric)
         return [
             block["title"],
-            *difference(test, metric),
+            apart,
+            _range((block["against"] or {}).get("beyond"), metric),
+            p,
+            verdict,
             metric.text(block["gain_over_local"], sign=True),
             harmed(block, count),
             metric.text(block["worst"]),
             metric.text(block["p10"]),
+        ]
+
+    head = ["method", f"vs {reference}", "beyond these", "p", "verdict", "gain over Local", "clients harmed"]
+    rows, below = _parted(comparison, row)
+    notes = [verdict_note(comparison), BEYOND, HARMED, *spread_notes(comparison)]
+    return Grid(f"Against {reference} and Local", [*head, "worst client", "10th pct"], rows, below, notes)
+
+
+def _reference(comparison: Mapping[str, Any]) -> str:
+    return str(comparison["methods"][comparison["reference"]]["title"])
+
+
+BEYOND = "beyond these: 95 % interval for other clients, draws of rows and seeds (hierarchical bootstrap)"
+HARMED = "harmed: mean over seeds worse than Local's"
+
+
+def verdict_note(comparison: Mapping[str, Any]) -> str:
+    """What a difference and a verdict are."""
+    tests = [block["against"] for block in comparison["methods"].values() if block["against"]]
+    clients, margin = max((test["clients"] for test in tests), default=0), comparison["margin"]
+    bounds = f"; equivalent: surely less than {_margin(comparison)} apart; not worse: by {_margin(comparison)}"
+    return (
+        f"vs {_reference(comparison)}: mean over {clients} clients (the unit) ± half of its 95 % interval; verdict: "
+        f"paired t tests, Holm, p < .05{bounds if margin else ''}"
+    )
+
+
+def _margin(comparison: Mapping[str, Any]) -> str:
+    metric, margin = metric_of(comparison["metric"]), comparison["margin"]
+    unit = metric.unit or ("point" if margin == 1 else "points")
+    return f"{margin:g} {unit}"
+
+
+def spread_notes(comparison: Mapping[str, Any]) -> list[str]:
+    """How much the differences to the reference vary by clients, draws and seeds; one line in all."""
+    metric, lines = metric_of(comparison["metric"]), []
+    for block in comparison["methods"].values():
+        if found := (block["against"] or {}).get("sources"):
+            lines.append(f"{block['title']} {', '.join(f'{name} {metric.text(sd)}' for name, sd in found.items())}")
+    return [f"standard deviation of the difference by source: {'; '.join(lines)}"] if lines else []
+
+
+def finding(comparison: Mapping[str, Any]) -> str:
+    """What came out, in one sentence; nothing for a single method."""
+    methods, metric = comparison["methods"], metric_of(comparison["metric"])
+    said: dict[str, list[str]] = {}
+    for name, block in methods.items():
+        test = block["against"]
+        if not test:
+            continue
+        other, apart = "training alone" if name == LOCAL else block["title"], metric.text(abs(test["difference"]))
+        match test["verdict"]:
+            case "equivalent":
+                said.setdefault("equivalent to {} within " + _margin(comparison), []).append(other)
+            case "worse":
+                said.setdefault("{}", []).append(f"{apart} better than {other}")
+            case "better":
+                said.setdefault("{} ", []).append(f"{apart} worse than {other}")
+            case "not worse":
+                said.setdefault("not " + _margin(comparison) + " better than {}", []).append(other)
+            case _:
+                said.setdefault("undecided against {}", []).append(other)
+    if not said:
+        return ""
+    units = max(block["against"]["clients"] for block in methods.values() if block["against"])
+    parts = [text.format(_and(others)).strip() for text, others in said.items()]
+    draws = len(comparison.get("draws") or ())
+    over = (
+        f"{units} clients, {f'{draws} draws of rows, ' if draws > 1 else ''}{_count(len(comparison['seeds']), 'seed')}"
+    )
+    return f"{_reference(comparison)}: {', '.join(parts)} ({metric.title}, {over})."
+
+
+def _and(words: Sequence[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def budget_grid(comparison: Mapping[str, Any]) -> Grid:
+    """Scores beside what they cost."""
+    gpu = any(block["peak_memory_gpu"] is not None for block in comparison["methods"].values())
+    metric = metric_of(comparison["metric"])
+
+    def row(block: Mapping[str, Any]) -> list[Cell]:
+        if "runs" not in block:
+            return [block["title"], metric.text(block["mean"]), *[NOTHING] * (len(head) - 2)]
+        memory = [block["peak_memory"], *([block["peak_memory_gpu"]] if gpu else [])]
+        return [
+            block["title"],
+            average(block, metric).text,
+            f"{block['steps']:,.0f}",
+            f"{block['tokens'] / 1e3:,.0f}",
+            f"{block['parameters'] / 1e3:,.0f}",
             f"{block['bytes_up'] / 1e6:.1f}",
             f"{block['bytes_down'] / 1e6:.1f}",
             f"{block['seconds']:.0f}",
@@ -157,25 +282,13 @@ def verdict_grid(comparison: Mapping[str, Any]) -> Grid:
             *(NOTHING if peak is None else f"{peak / 1e9:.2f}" for peak in memory),
         ]
 
-    head = [
-        "method",
-        f"vs {reference}",
-        "p",
-        "verdict",
-        "gain over Local",
-        "clients harmed",
-        "worst client",
-        "10th pct",
-    ]
-    head += ["MB up", "MB down", "training, s", "scoring, s", "memory, GB", *(["GPU, GB"] if gpu else [])]
+    head = ["method", "average", "steps", "tokens, k", "trained, k", "MB up", "MB down", "training, s", "scoring, s"]
+    head += ["memory, GB", *(["GPU, GB"] if gpu else [])]
     rows, below = _parted(comparison, row)
-    pairs = max((b["against"]["pairs"] for b in comparison["methods"].values() if b["against"]), default=0)
     notes = [
-        f"vs {reference}: mean difference of {pairs} (client, seed) pairs and half of its 95 % interval; "
-        "p: signed ranks, Holm",
-        "better or worse: p < .05 and the interval excludes zero; harmed: mean over seeds worse than Local's",
+        "steps and tokens: of a client in the whole run; trained: parameters of a client; MB: all clients, all rounds"
     ]
-    return Grid(f"Against {reference} and Local", head, rows, below, notes)
+    return Grid("Budgets", head, rows, below, [*notes, *conditions(comparison)])
 
 
 def average(block: Mapping[str, Any], metric: Metric) -> Score:
@@ -184,10 +297,11 @@ def average(block: Mapping[str, Any], metric: Metric) -> Score:
     return Score(round(block["mean"], metric.digits), f"{metric.text(block['mean'])}{spread}")
 
 
-def difference(test: Mapping[str, Any] | None, metric: Metric) -> tuple[str, str, str]:
+def difference(block: Mapping[str, Any], metric: Metric) -> tuple[str, str, str]:
     """Difference to the reference with its interval, adjusted p, verdict."""
+    test = block["against"]
     if test is None:
-        return (NOTHING, NOTHING, "reference")
+        return (NOTHING, NOTHING, "reference" if "runs" in block else NOTHING)
     spread = "" if test["ci95"] is None else f" ± {metric.text(test['ci95'])}"
     p = test["p_adjusted"]
     return (
@@ -197,31 +311,38 @@ def difference(test: Mapping[str, Any] | None, metric: Metric) -> tuple[str, str
     )
 
 
+def _range(bounds: Sequence[float] | None, metric: Metric) -> str:
+    return NOTHING if bounds is None else f"{metric.text(bounds[0], sign=True)} to {metric.text(bounds[1], sign=True)}"
+
+
 def harmed(block: Mapping[str, Any], clients: int) -> str:
     """How many clients would rather have trained alone."""
     return NOTHING if block["harmed"] is None else f"{block['harmed']} of {clients}"
 
 
 def seeds(comparison: Mapping[str, Any]) -> str:
-    """How many seeds, or which one."""
-    known = comparison["seeds"]
-    return f"mean of {len(known)} seeds" if len(known) > 1 else f"seed {known[0]}"
+    """How many seeds, or which one, and how many draws."""
+    known, draws = comparison["seeds"], len(comparison.get("draws") or ())
+    text = f"mean of {len(known)} seeds" if len(known) > 1 else f"seed {known[0]}"
+    return f"{text}, {draws} draws of rows" if draws > 1 else text
 
 
 def _parted(comparison: Mapping[str, Any], row: Any) -> tuple[list[list[Cell]], list[list[Cell]]]:
     methods, under = comparison["methods"], comparison["below"]
     rows = [row(block) for name, block in methods.items() if name not in under]
     below = [row(methods[name]) for name in under]
-    return (rows, below) if rows else (below, [])
+    constant = [row(comparison["majority"])] if comparison.get("majority") else []
+    return (rows, below + constant) if rows else (below, constant)
 
 
 def write_comparison(out: Path, comparison: Mapping[str, Any]) -> None:
     """Write ``comparison.json``, ``comparison.csv`` (a line per method, seed and client) and ``comparison.md``."""
     write_json(out / "comparison.json", comparison)
     write_csv(out / "comparison.csv", client_lines(comparison))
-    grids = (score_grid(comparison), verdict_grid(comparison), gain_grid(comparison))
+    grids = (score_grid(comparison), verdict_grid(comparison), gain_grid(comparison), budget_grid(comparison))
     text = "\n".join(markdown(grid) for grid in grids if grid)
-    write_text(out / "comparison.md", f"# Comparison on {comparison['source']}\n\n{text}")
+    head = "\n\n".join(filter(None, (f"# Comparison on {comparison['source']}", finding(comparison))))
+    write_text(out / "comparison.md", f"{head}\n\n{text}")
 
 
 def client_lines(comparison: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
@@ -234,7 +355,8 @@ def client_lines(comparison: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
                 yield {
                     "method": name,
                     "title": block["title"],
-                    "seed": seed,
+                    "seed": seed.split("/")[0],
+                    **({"draw": seed.split("/")[1]} if "/" in seed else {}),
                     "client": client,
                     "task": comparison["tasks"][client],
                     "metric": metric.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationInfo, field_validator
@@ -22,6 +23,18 @@ class Section(BaseModel):
         if whole and isinstance(value, int | float) and not -(2**63) <= value < 2**63 and abs(value) != float("inf"):
             raise ValueError("must have less than 20 digits")
         return value
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where ``compare --tune`` looks for a setting: from low to high, evenly in logarithms, or among some values.
+
+    It stands in the type of a field: ``mu: Annotated[float, Span(0.001, 1)] = 0.01``.
+    """
+
+    low: float = 0
+    high: float = 0
+    values: tuple[Any, ...] = ()
 
 
 class Settings(Section):

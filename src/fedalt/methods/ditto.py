@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from fedalt.config.section import Section
+from fedalt.config.section import Section, Span
 from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot, copied, squared_distance
 from fedalt.model.layer import SUM, Mixing
 from fedalt.model.state import ClientState
@@ -31,7 +33,7 @@ class Ditto(Method):
     class Settings(Section):
         """Ditto."""
 
-        weight: float = Field(
+        weight: Annotated[float, Span(0.01, 1)] = Field(
             0.1, ge=0, description="lambda, the pull of the personal LoRA to the global one (0: it trains alone)"
         )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from fedalt.config.section import Section
+from fedalt.config.section import Section, Span
 from fedalt.data.batches import collate
 from fedalt.data.encode import Example
 from fedalt.methods.algebra import mean_of
@@ -86,9 +87,13 @@ class FDLoRA(Method):
     class Settings(Section):
         """FDLoRA."""
 
-        outer_lr: float = Field(0.7, gt=0, description="server's learning rate on the mean change (DiLoCo: .7)")
-        outer_momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum of the server (DiLoCo: .9)")
-        sync_every: int = Field(
+        outer_lr: Annotated[float, Span(0.2, 1)] = Field(
+            0.7, gt=0, description="server's learning rate on the mean change (DiLoCo: .7)"
+        )
+        outer_momentum: Annotated[float, Span(values=(0.0, 0.5, 0.9))] = Field(
+            0.9, ge=0, lt=1, description="Nesterov momentum of the server (DiLoCo: .9)"
+        )
+        sync_every: Annotated[int, Span(values=(1, 2, 5))] = Field(
             5, ge=1, description="rounds after which the personal LoRA becomes the client's shared one"
         )
         few_shot: int = Field(16, ge=1, description="rows of a client on which the fusion weights are found")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from fedalt.config.section import Span
 from fedalt.errors import UserError
 from fedalt.methods.aggregators import FACTOR_MEAN, RestOfWorldSettings, cluster_rows
 from fedalt.methods.algebra import refuse_weighting
@@ -48,7 +49,7 @@ class FedALTVariants(FedALT):
             "mixer",
             description="per-token mixer (paper), or fixed weight of the individual LoRA: 1/2 or 1/K (ablations)",
         )
-        full_start: bool = Field(
+        full_start: Annotated[bool, Span(values=(False, True))] = Field(
             False,
             description="scale times the number of LoRAs, so that even weights leave the individual one at alpha/r",
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedalt.config.section import Section
+from fedalt.config.section import Section, Span
 from fedalt.data.encode import Example
 from fedalt.evaluation.prompt_similarity import anchors
 from fedalt.methods.base import BOTH, NONE, Message, Method, Phase, Slot, copied, drawn
@@ -35,10 +35,14 @@ class FedDPA(Method):
     class Settings(Section):
         """FedDPA-F and FedDPA-T."""
 
-        local_weight: float = Field(0.5, ge=0, le=1, description="weight of the local LoRA while it trains (FedDPA-T)")
+        local_weight: Annotated[float, Span(values=(0.3, 0.5, 0.7))] = Field(
+            0.5, ge=0, le=1, description="weight of the local LoRA while it trains (FedDPA-T)"
+        )
         samples: int = Field(5, ge=1, description="training rows that a prompt is compared with")
-        most: float = Field(0.5, ge=0, le=1, description="largest weight that similarity gives")
-        weight_target: Literal["local", "global"] = Field(
+        most: Annotated[float, Span(values=(0.3, 0.5, 0.7, 1.0))] = Field(
+            0.5, ge=0, le=1, description="largest weight that similarity gives"
+        )
+        weight_target: Annotated[Literal["local", "global"], Span(values=("local", "global"))] = Field(
             "local", description="LoRA whose weight grows with similarity (official code: global)"
         )
         embed_with: Literal["local", "global", "base"] = Field(

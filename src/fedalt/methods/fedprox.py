@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from fedalt.config.section import Section
+from fedalt.config.section import Section, Span
 from fedalt.methods.base import Method, squared_distance
 from fedalt.names import Tensors
 from fedalt.registry import METHODS
@@ -28,7 +30,9 @@ class FedProx(Method):
     class Settings(Section):
         """FedProx."""
 
-        mu: float = Field(0.01, ge=0, description="weight of the squared distance from the received mean (0: FedIT)")
+        mu: Annotated[float, Span(0.001, 1)] = Field(
+            0.01, ge=0, description="weight of the squared distance from the received mean (0: FedIT)"
+        )
 
     settings: Settings
 

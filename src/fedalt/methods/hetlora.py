@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedalt.config.section import Section
+from fedalt.config.section import Section, Span
 from fedalt.methods.algebra import cut, mean_of, norm, padded, refuse_weighting
 from fedalt.methods.base import Gathered, Message
 from fedalt.methods.unequal import Unequal
@@ -32,7 +33,9 @@ class HetLoRA(Unequal):
         """HetLoRA."""
 
         tail: float = Field(0.99, gt=0, le=1, description="share of the rank before the tail that may be pruned")
-        decay: float = Field(5e-3, ge=0, description="weight of the tail's norm in the loss")
+        decay: Annotated[float, Span(5e-4, 5e-2)] = Field(
+            5e-3, ge=0, description="weight of the tail's norm in the loss"
+        )
         prune: bool = Field(True, description="drop a tail that has become smaller than it was received")
 
     settings: Settings

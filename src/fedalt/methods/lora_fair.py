@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from fedalt.config.section import Section
+from fedalt.config.section import Section, Span
 from fedalt.methods.algebra import Factors, Weighted, factor_means, fit_b, norm, onto, stacked
 from fedalt.methods.base import Gathered, Message, Method
 from fedalt.names import GLOBAL, A, B, Key
@@ -33,7 +33,7 @@ class LoRAFair(Method):
         solver: Literal["sgd", "ridge"] = Field(
             "sgd", description="cosine by gradient descent (paper), or least squares"
         )
-        weight: float = Field(0.01, ge=0, description="weight of the correction's size")
+        weight: Annotated[float, Span(0.001, 1)] = Field(0.01, ge=0, description="weight of the correction's size")
         lr: float = Field(0.01, gt=0, description="sgd: learning rate")
         steps: int = Field(1000, ge=1, description="sgd: steps")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedalt.config.section import Section
+from fedalt.config.section import Section, Span
 from fedalt.methods.base import BOTH, NONE, Method, Phase, Slot
 from fedalt.model.layer import SUM, Mixing
 from fedalt.names import GLOBAL, PRIVATE
@@ -37,12 +37,12 @@ class PF2LoRA(Method):
         private_rank: int | None = Field(
             None, ge=1, description="rank of the private LoRA; lora.r / 4, rounded up, when not given"
         )
-        private_lr: float | None = Field(
+        private_lr: Annotated[float | None, Span(0.01, 10)] = Field(
             None,
             gt=0,
             description="SGD step of the private LoRA; 100 times training.lr if not given: AdamW's steps are not SGD's",
         )
-        hypergrad: Literal["first_order", "unrolled"] = Field(
+        hypergrad: Annotated[Literal["first_order", "unrolled"], Span(values=("first_order", "unrolled"))] = Field(
             "first_order", description="whether the common LoRA's gradient looks through the private LoRA's step"
         )
         private_scale: Literal["same", "own_rank"] = Field(

