@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -20,11 +22,28 @@ from fedalt.comparisons import jobs as members
 from fedalt.comparisons.compare import collect, compare, plan
 from fedalt.comparisons.statistics import half_width, paired
 from fedalt.comparisons.sweep import Point, parse_axis, points, sweep
-from fedalt.comparisons.tables import EQUAL, Grid, Score, columns, gain_grid, markdown, score_grid, verdict_grid
-from fedalt.config import RunConfig, parse_config, with_settings
+from fedalt.comparisons.tables import (
+    EQUAL,
+    Grid,
+    Score,
+    budget_grid,
+    columns,
+    conditions,
+    finding,
+    gain_grid,
+    markdown,
+    score_grid,
+    verdict_grid,
+)
+from fedalt.comparisons.tune import at_edge, spans, trials
+from fedalt.config import RunConfig, load_config, parse_config, with_settings
+from fedalt.config.section import Span
+from fedalt.data.load import load_federation
 from fedalt.errors import UserError
-from fedalt.methods.registry import title_of
+from fedalt.evaluation.metrics import measures, score
+from fedalt.methods.registry import Variant, title_of
 from fedalt.runs import setup
+from fedalt.runs.events import read_events
 from fedalt.runs.setup import load_resident
 from fedalt.start import run_one
 from micro import CLIENTS, data_folder, labelled_table, left_behind, settings, shared_classifier
@@ -84,14 +103,170 @@ def test_every_method_is_tested_against_fedalt(done: Any) -> None:
     reference = comparison["methods"]["fedalt"]["per_seed"]
     for name in ("local", "fedit"):
         mine = comparison["methods"][name]
-        apart = [mine["per_seed"][s][c] - reference[s][c] for s in reference for c in reference[s]]
-        test, expected = mine["against"], paired(apart)
-        assert (test["difference"], test["p"], test["pairs"]) == (
+        apart = [mean(mine["per_seed"][s][c] - reference[s][c] for s in reference) for c in mine["per_client"]]
+        test, expected = mine["against"], paired(apart, 1.0)
+        assert (test["difference"], test["p"], test["p_equivalent"], test["clients"]) == (
             pytest.approx(expected.difference),
             pytest.approx(expected.p),
-            2 * CLIENTS,
+            pytest.approx(expected.p_equivalent),
+            CLIENTS,
         )
         assert test["p"] <= test["p_adjusted"] <= min(1, 2 * test["p"])
+        assert test["beyond"][0] <= test["difference"] <= test["beyond"][1]
+        assert test["sources"].keys() == {"clients", "seeds"}
+    assert comparison["margin"] == 1.0
+
+
+def test_majority_is_a_line_and_no_run(done: Any) -> None:
+    """The most frequent training answer of each client, by the run's own metric."""
+    out, comparison = done
+    block, run = comparison["majority"], load_config(out / "local-seed0" / "config.yaml")
+    found = {}
+    for client, data in load_federation(run.data, 0).clients.items():
+        answer = Counter(row.output for row in data.train).most_common(1)[0][0]
+        lines = [{"answer": answer, "reference": row.output, "category": ""} for row in data.test]
+        found[str(client)] = score(lines, measures(run.evaluation, False))["rouge1"]
+    assert block["per_client"] == pytest.approx(found)
+    assert "runs" not in block and "majority" not in comparison["methods"]
+    for grid in (score_grid(comparison), verdict_grid(comparison), gain_grid(comparison), budget_grid(comparison)):
+        assert grid is not None and grid.below[-1][0] == "majority"
+    assert "majority" in printed(compare_table(comparison))
+
+
+def test_a_loss_has_no_majority(tmp_path: Path) -> None:
+    made = compare(
+        config(evaluation__metric="answer_loss"), ["local", "fedit"], (0,), tmp_path, if_exists="ask", sink=quiet
+    )
+    assert (made["majority"], made["margin"]) == (None, None)
+    assert "equivalent" not in (tmp_path / "comparison.md").read_text()
+
+
+def test_budgets_stand_beside_scores(done: Any) -> None:
+    out, comparison = done
+    for name, block in comparison["methods"].items():
+        events = list(read_events(out / f"{name}-seed0" / "events.jsonl"))
+        mine = [event for event in events if event["event"] == "client"]
+        assert block["steps"] == sum(event["steps"] for event in mine) / CLIENTS
+        assert block["tokens"] == sum(event["tokens"] for event in mine) / CLIENTS
+        assert block["parameters"] == events[0]["trainable_parameters"] > 0
+    assert not any(note.startswith("steps differ") for note in conditions(comparison))
+    longer = json.loads(json.dumps(comparison))
+    longer["methods"]["fedit"]["steps"] = 175
+    assert any(note.startswith("steps differ: FedIT 175, others") for note in conditions(longer))
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "line"),
+    [
+        (
+            {"local": "equivalent", "fedit": "worse"},
+            "FedALT: equivalent to training alone within 1 point, 6.2 better than FedIT (ROUGE-1, 8 clients, 2 seeds).",
+        ),
+        (
+            {"local": "better", "fedit": "not worse"},
+            "FedALT: 6.2 worse than training alone, not 1 point better than FedIT (ROUGE-1, 8 clients, 2 seeds).",
+        ),
+        (
+            {"local": "undecided", "fedit": "undecided"},
+            "FedALT: undecided against training alone and FedIT (ROUGE-1, 8 clients, 2 seeds).",
+        ),
+    ],
+)
+def test_the_finding_is_one_sentence(done: Any, verdicts: dict[str, str], line: str) -> None:
+    told = json.loads(json.dumps(done[1]))
+    for name, word in verdicts.items():
+        told["methods"][name]["against"] |= {"verdict": word, "difference": -6.2, "clients": 8}
+    assert finding(told) == line
+    assert finding(done[1]) in (done[0] / "comparison.md").read_text()
+
+
+def test_draws_are_crossed_with_seeds(tmp_path: Path) -> None:
+    """Clients of a table are dealt anew by each draw; those of a folder draw other rows of their own."""
+    source = {"data": labelled_table(header=True), "model": shared_classifier()}
+    changes = {"model__task": "sequence_classification", "data__clients": CLIENTS}
+    values = parse_config(settings(Path("unused"), **source, **QUICK, **changes), "settings")
+    made = compare(values, ["local", "fedit"], (0, 1), tmp_path / "dealt", if_exists="ask", sink=quiet, partitions=2)
+    assert (made["dealt"], made["draws"], made["seeds"]) == (True, [0, 1], [0, 1])
+    labels = ["0/0", "1/0", "0/1", "1/1"]
+    assert list(made["methods"]["local"]["per_seed"]) == list(made["majority"]["per_seed"]) == labels
+    other = next(block["against"] for block in made["methods"].values() if block["against"])
+    assert other["clients"] == 2 * CLIENTS and other["sources"].keys() == {"clients", "draws", "seeds"}
+    rows = {
+        (draw, seed): (tmp_path / "dealt" / f"local-seed{seed}-draw{draw}" / "partition.json").read_text()
+        for draw in (0, 1)
+        for seed in (0, 1)
+    }
+    clients = {place: json.loads(text)["clients"] for place, text in rows.items()}
+    assert clients[0, 0] == clients[0, 1] != clients[1, 0] == clients[1, 1]
+    with (tmp_path / "dealt" / "comparison.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["seed"], line["draw"]) for line in lines[:: 2 * CLIENTS]] == [("0", "0"), ("0", "1")] * 2
+    assert "2 draws of rows" in (tmp_path / "dealt" / "comparison.md").read_text()
+
+
+def test_draws_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--partitions: every draw has the same rows of .*data.train_limit"):
+        compare(config(), ["local"], (0,), tmp_path / "out", if_exists="ask", sink=quiet, partitions=2)
+    made = compare(
+        config(data__train_limit=4),
+        ["local", "fedit"],
+        (0,),
+        tmp_path / "few",
+        if_exists="ask",
+        sink=quiet,
+        partitions=2,
+    )
+    assert not made["dealt"] and made["methods"]["local"]["against"] is None
+    assert made["methods"]["fedit"]["against"]["clients"] == CLIENTS
+
+
+@pytest.mark.parametrize("margin", [0.0, -1.0, float("nan")])
+def test_a_margin_is_above_zero(tmp_path: Path, margin: float) -> None:
+    with pytest.raises(UserError, match="--margin"):
+        compare(config(), ["local"], (0,), tmp_path / "out", if_exists="ask", sink=quiet, margin=margin)
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- tuning
+
+
+def test_tuning_looks_at_validation_rows_and_keeps_the_best(tmp_path: Path) -> None:
+    values = config(data__validation_rows=3)
+    made = compare(values, ["local", "fedprox"], (0,), tmp_path, if_exists="ask", sink=quiet, tune=3)
+    told = json.loads((tmp_path / "tune.json").read_text())
+    assert made["tuned"] == told and told["trials"] == 3
+    for name, keys in (("local", {"training.lr"}), ("fedprox", {"training.lr", "fedprox.mu"})):
+        found = told["methods"][name]
+        assert len(found["validation"]) == 3
+        chosen = load_config(tmp_path / f"{name}-seed0" / "config.yaml")
+        best = found["validation"].index(max(found["validation"]))
+        trial = load_config(tmp_path / "tune" / f"{name}_trial{best}-seed42" / "config.yaml")
+        assert chosen.training == trial.training and chosen.sections == trial.sections
+        assert found["settings"].keys() == (keys if best else set())
+    rates = [
+        load_config(tmp_path / "tune" / f"{name}_trial1-seed42" / "config.yaml").training.lr
+        for name in ("local", "fedprox")
+    ]
+    assert rates[0] == rates[1] != values.training.lr
+    assert "tuned on validation rows, 3 trials per method: local " in (tmp_path / "comparison.md").read_text()
+
+
+def test_what_tuning_looks_at() -> None:
+    values = config()
+    found = spans(values, Variant("fedalt", ""))
+    lr = values.training.lr
+    assert found == {"training.lr": Span(lr / 10, lr * 10), "fedalt.full_start": Span(values=(False, True))}
+    assert "fedalt.full_start" not in spans(values, Variant("fedalt_full_start", "")), "it makes the variant"
+    assert "ditto.weight" not in spans(values, Variant("ditto", "", {"ditto.weight": 0.3})), "it was given"
+    drawn = [one.settings["training.lr"] for one in trials(found, Variant("fedalt", ""), 0, 50)[1:]]
+    assert lr / 10 <= min(drawn) < lr / 5 and lr * 5 < max(drawn) <= lr * 10
+    assert at_edge(found, {"training.lr": lr * 9}) == at_edge(found, {"training.lr": lr / 9}) == ["training.lr"]
+    assert at_edge(found, {"training.lr": lr, "fedalt.full_start": True}) == []
+
+
+def test_tuning_needs_validation_rows(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--tune: a client has no validation rows; set data.validation_rows"):
+        compare(config(), ["local"], (0,), tmp_path / "out", if_exists="ask", sink=quiet, tune=2)
 
 
 def test_without_fedalt_the_first_is_the_reference_and_without_local_there_is_no_gain(done: Any) -> None:
@@ -114,8 +289,8 @@ def test_one_seed_has_no_interval(done: Any) -> None:
     members = [m for m in plan(config(), METHOD_NAMES, (0, 1), done[0], "resume") if m.config.seed == 0]
     one = collect(members, config())
     assert one["methods"]["fedalt"]["ci95"] is None
-    assert one["methods"]["local"]["against"]["pairs"] == CLIENTS
-    assert "±" not in markdown(score_grid(one))
+    assert one["methods"]["local"]["against"]["clients"] == CLIENTS
+    assert "±" not in markdown(score_grid(one, judged=False))
 
 
 def test_reference_rows_come_last_and_harm_nobody(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +301,7 @@ def test_reference_rows_come_last_and_harm_nobody(done: Any, monkeypatch: pytest
     assert comparison["methods"]["fedit"]["harmed"] is None
     grid = score_grid(comparison)
     assert [row[0] for row in grid.rows] == ["Local", "FedALT"]
-    assert [row[0] for row in grid.below] == ["FedIT"]
+    assert [row[0] for row in grid.below] == ["FedIT", "majority"]
     text = markdown(grid)
     assert text.index("| FedALT") < text.index("*for reference*") < text.index("| FedIT")
     shown = printed(compare_table(comparison))
@@ -135,6 +310,9 @@ def test_reference_rows_come_last_and_harm_nobody(done: Any, monkeypatch: pytest
 
 def test_a_method_without_rounds_costs_nothing() -> None:
     assert comparing._cost([[{"event": "run_started"}]]) == {
+        "steps": 0,
+        "tokens": 0,
+        "parameters": 0,
         "bytes_up": 0,
         "bytes_down": 0,
         "seconds": 0,
@@ -163,18 +341,19 @@ def test_csv_has_a_line_per_method_seed_and_client(done: Any) -> None:
 def test_markdown_is_methods_by_tasks_and_then_the_tests(done: Any) -> None:
     out, comparison = done
     text = (out / "comparison.md").read_text()
-    first, second, third = text.split("## ")[1:]
-    assert "| method | task0 | task1 | task2 | average |" in first
+    first, second, third, fourth = text.split("## ")[1:]
+    assert "| method | task0 | task1 | task2 | average | vs FedALT | verdict |" in first
     block = comparison["methods"]["fedalt"]
     average = f"{block['mean']:.1f} ± {block['ci95']:.1f}"
     (row,) = [line for line in first.splitlines() if line.startswith("| FedALT |")]
-    assert row.endswith((f"| {average} |", f"| **{average}** |"))
+    assert row.replace("*", "").endswith(f"| {average} | – | reference |")
     assert EQUAL in first, "FFA-LoRA, say, trains half as much"
     gains = [*block["gain_per_client"].values(), block["gain_over_local"]]
     (row,) = [line for line in third.splitlines() if line.startswith("| FedALT |")]
     assert row.replace("**", "") == " | ".join(["| FedALT", *(f"{gain:+.1f}" for gain in gains)]) + " |"
     assert "| Local |" not in third
     assert "vs FedALT" in second
+    assert "steps | tokens, k | trained, k | MB up" in fourth
     assert "| reference |" in second
     assert len({line.count("|") for line in second.splitlines() if line.startswith("|")}) == 1
     assert json.loads((out / "comparison.json").read_text()) == comparison
@@ -220,7 +399,8 @@ def many(comparison: dict[str, Any], count: int, clients: int) -> dict[str, Any]
     block |= {"per_client": {c: 50.0 + i for i, c in enumerate(ids)}, "title": "FedALT, no mixer"}
     methods = {f"m{i}": dict(block) for i in range(count)} | {"fedalt": dict(block, against=None, title="FedALT")}
     tasks = {c: f"tiny_{name}" for c, name in zip(ids, LONG, strict=False)}
-    return {**comparison, "tasks": tasks, "methods": methods}
+    constant = comparison["majority"] | {"per_client": block["per_client"]}
+    return {**comparison, "tasks": tasks, "methods": methods, "majority": constant}
 
 
 LONG = ("commonsense", "coreference", "inference", "paraphrase", "reading", "sentiment", "verbalise", "topic")
@@ -231,7 +411,7 @@ def test_ten_methods_on_eight_tasks_fit_100_columns(done: Any) -> None:
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 100
     rows = [line for line in text.splitlines() if line.startswith(" FedALT")]
-    assert len(rows) == 20, "a line per method in both tables: nothing is folded"
+    assert len(rows) == 30, "a line per method in each table: nothing is folded"
     for word in ("commo.", "topic", "average", "verdict", "harmed", "Local"):
         assert word in text
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedalt.errors import UserError
 from fedalt.methods.aggregators import cluster_rows, groups, similarities
 from fedalt.methods.base import Gathered
 from fedalt.model.state import ClientState
@@ -357,3 +358,21 @@ def test_groups_of_untrained_uploads_are_finite(count: int) -> None:
     tensors = row(1)
     assert {key.slot for key in tensors} == {f"row{i}" for i in range(count)}
     assert not any(value.any() for value in tensors.values())
+
+
+# ------------------------------------------------------------------------------------------------------ too few clients
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "fewest", "line"),
+    [
+        ("fedalt_trimmed_mean", {}, 6, r"^fedalt.trim: 0.2 of 4 other clients drops nobody.*set fedalt.trim to 0.25"),
+        ("fedalt_trimmed_mean", {"fedalt__trim": 0.4}, 4, "fedalt.trim: 0.4 of 2 other clients"),
+        ("fedalt_krum", {}, 6, r"^fedalt.byzantine: 1 faulty clients need 5 uploads for krum .*there are 4 others"),
+        ("fedalt_krum", {"fedalt__byzantine": 2}, 8, "need 7 uploads"),
+    ],
+)
+def test_robust_rules_need_enough_clients(name: str, changes: dict[str, Any], fewest: int, line: str) -> None:
+    assert not method_of(name, fewest, **changes).remarks()
+    with pytest.raises(UserError, match=line):
+        method_of(name, fewest - 1, **changes).remarks()

@@ -190,6 +190,10 @@ class Method:
     def setup(self) -> None:
         """Derive what follows from the settings, and refuse those that do not fit; called once, when bound."""
 
+    def remarks(self) -> Sequence[str]:
+        """Notes on a run as it is set, when it starts; what cannot work with so many clients is refused here."""
+        return ()
+
     # ------------------------------------------------------------------------------------------------- what there is
 
     @property

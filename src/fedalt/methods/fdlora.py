@@ -22,8 +22,8 @@ from fedalt.names import FUSED, GLOBAL, PERSONAL, Key, Tensors
 from fedalt.registry import METHODS
 from fedalt.training.loss import client_losses
 
-BOUND = 1.5
-"""Both numbers lie in [−1.5, 1.5]."""
+BOUND = 3.0
+"""w1 lies in [0, 3] and w2 in [−3, 3]: with both signs turned, the products are the same."""
 _KNOWN = ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5))
 _MOVES = ((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0))
 
@@ -34,11 +34,13 @@ def best_pairs(
     """Minimise every client's own cost with ``budget`` calls of ``cost``, which takes a pair for each client.
 
     First (1, 0), (0, 1) and (½, ½); then a square grid with about half of what is left; then steps along the axes from
-    the best pair so far, which are halved when none of the four is better. Ties go to what was tried first.
+    the best pair so far, which are halved when none of the four is better. Of equal costs, what was tried first stays.
     """
-    side = max(2, int(((budget - len(_KNOWN)) / 2) ** 0.5))
-    ticks = torch.linspace(-BOUND, BOUND, side, dtype=torch.float64)
-    tried = [torch.tensor(_KNOWN, dtype=torch.float64), torch.cartesian_prod(ticks, ticks)]
+    side = max(2, int(((budget - len(_KNOWN)) / 4) ** 0.5))
+    ranges = ((0.0, side), (-BOUND, 2 * side - 1))
+    grid = torch.cartesian_prod(*(torch.linspace(low, BOUND, n, dtype=torch.float64) for low, n in ranges))
+    tried = [torch.tensor(_KNOWN, dtype=torch.float64), grid]
+    lowest = torch.tensor([0.0, -BOUND], dtype=torch.float64)
     best = torch.zeros(clients, 2, dtype=torch.float64)
     value = torch.full((clients,), torch.inf, dtype=torch.float64)
     left = budget
@@ -53,11 +55,11 @@ def best_pairs(
 
     for pair in torch.cat(tried)[:budget]:
         attempt(pair.expand(clients, 2))
-    step = torch.full((clients, 1), 2 * BOUND / (side - 1) / 2, dtype=torch.float64)
+    step = torch.full((clients, 1), BOUND / (side - 1) / 2, dtype=torch.float64)
     while left:
         start, moved = best, torch.zeros(clients, dtype=torch.bool)
         for move in _MOVES[:left]:
-            moved |= attempt((start + step * torch.tensor(move, dtype=torch.float64)).clamp(-BOUND, BOUND))
+            moved |= attempt((start + step * torch.tensor(move, dtype=torch.float64)).clamp(lowest, -lowest.min()))
         step = torch.where(moved[:, None], step, step / 2)
     return best
 
@@ -77,7 +79,7 @@ class FDLoRA(Method):
         Δ = mean_k(θ_s − θ_s^k),   v ← μ v + Δ,   θ_s ← θ_s − η (Δ + μ v)
 
     Stage 3, whenever a model is to answer: scalars w for each client, with Â = w1 A_p + w2 A_s, B̂ = w1 B_p + w2 B_s,
-    that minimise the loss on a few of its own training rows + penalty · (|w1| + |w2|)/2 over [−1.5, 1.5]².
+    that minimise the loss on a few of its own training rows + penalty · (|w1| + |w2|)/2 over [0, 3] × [−3, 3].
 
     The source's constants and where it takes its few rows from could not be checked (FedALT's authors say: from the
     server); here they are the client's own, and the search is a grid and then a pattern search with a budget that is
@@ -112,6 +114,14 @@ class FDLoRA(Method):
         """Personal in the first round, shared in all others."""
         slot = PERSONAL if round_ == 1 else GLOBAL
         return (Phase((slot,), {slot: BOTH}),)
+
+    def remarks(self) -> Sequence[str]:
+        """Says where the personal LoRA stays as the first round left it."""
+        rounds, every = self.config.federation.rounds, self.settings.sync_every
+        never = (
+            f"fdlora.sync_every: {every} never comes to pass in {rounds} rounds: the personal LoRA trains in the first"
+        )
+        return [f"{never} round only"] if rounds <= every else []
 
     @property
     def newcomer_phases(self) -> tuple[Phase, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -71,6 +71,21 @@ class FedALTVariants(FedALT):
         self.needs_uploads = self.clients > 1 and not self._plain
         self.leave_one_out = self.settings.rest_of_world_from == "others"
         self.heterogeneous = self.settings.rest_of_world_aggregator in ("stack", "svd")
+
+    def remarks(self) -> Sequence[str]:
+        """Refuses robust rules that are none with so few clients."""
+        name, others, settings = self.settings.rest_of_world_aggregator, self.clients - 1, self.settings
+        if others and name == "trimmed_mean" and settings.trim * others < 1:
+            raise UserError(
+                f"fedalt.trim: {settings.trim:g} of {others} other clients drops nobody, so trimmed_mean would be the "
+                f"plain mean; set fedalt.trim to {1 / others:.2g} or more, or have more clients"
+            )
+        if others and name == "krum" and others < 2 * settings.byzantine + 3:
+            raise UserError(
+                f"fedalt.byzantine: {settings.byzantine} faulty clients need {2 * settings.byzantine + 3} uploads for "
+                f"krum (n ≥ 2f + 3), and there are {others} others; lower it, or have more clients"
+            )
+        return super().remarks()
 
     @property
     def _plain(self) -> bool:

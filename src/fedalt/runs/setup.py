@@ -407,6 +407,7 @@ def _notes(
     config: RunConfig, federation: Federation, examples: dict[int, ClientExamples], method: Method
 ) -> tuple[str, ...]:
     notes = [*federation.notes[1:], *left_out(examples, config.data.cutoff), *_script(config, examples)]
+    notes += method.remarks()
     if config.training.max_steps:
         notes.append(f"training.max_steps={config.training.max_steps} stands in place of training.local_epochs")
     if method.leave_one_out and method.clients == 2:
