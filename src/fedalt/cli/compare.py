@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -138,7 +140,8 @@ def compare(
             result = train(config, chosen, wanted, out, **rest, tune=tune, sink=sink)
 
     def reports(out: Path, comparison: Mapping[str, Any]) -> Path:
-        return write_reports(out, comparison, config.report.insight, bases, rows)
+        told = {**comparison, "command": shlex.join(["fedalt", *sys.argv[1:]])}
+        return write_reports(out, told, config.report.insight, bases, rows)
 
     (_show_sweep if axes else _show)(out, result, reports, as_json)
 

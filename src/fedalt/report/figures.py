@@ -27,7 +27,7 @@ def loss_curves(events: Sequence[Event], tasks: Mapping[str, str]) -> Drawing:
             hovertemplate="%{meta}<br>round %{x}: %{y:.3f}<extra></extra>",
         )
     styled(figure, "round", "cross-entropy, nats")
-    return Drawing("loss", "Training loss", "Mean over a client's round.", _over_rounds(figure))
+    return Drawing("loss", "Training loss", "Mean over a client's round.", over_rounds(figure))
 
 
 def score_curves(events: Sequence[Event], tasks: Mapping[str, str], metric: str) -> Drawing:
@@ -55,9 +55,9 @@ def score_curves(events: Sequence[Event], tasks: Mapping[str, str], metric: str)
             )
     if about.points:
         figure.update_yaxes(range=[0, 103])
-    styled(figure, "round", metric)
+    styled(figure, "round", about.title)
     note = "On each client's own test rows" + ("; hollow: before aggregation." if hollow else ".")
-    return Drawing("score-curves", "Scores over rounds", note, _over_rounds(figure))
+    return Drawing("score-curves", "Scores over rounds", note, over_rounds(figure))
 
 
 def alpha_map(events: Sequence[Event], tasks: Mapping[str, str], layers: int) -> Drawing:
@@ -90,14 +90,14 @@ def row_curves(events: Sequence[Event]) -> Drawing:
     styled(figure, "round", height=260)
     figure.update_yaxes(rangemode="tozero")
     note = "product_gap: how far the mean of factors is from the mean of products; row_lora_drift: change of the row."
-    return Drawing("row", "The RoW LoRA", note, _over_rounds(figure))
+    return Drawing("row", "The RoW LoRA", note, over_rounds(figure))
 
 
 def _scores(events: Sequence[Event], point: str) -> list[Event]:
     return [e for e in events if e["event"] == "scores" and e["point"] == point]
 
 
-def _over_rounds(figure: go.Figure) -> go.Figure:
+def over_rounds(figure: go.Figure) -> go.Figure:
     """Whole rounds on the horizontal axis, even when there is only one."""
     rounds = [x for trace in figure.data for x in trace.x or ()] or [1]
     first, last = min(rounds), max(rounds)

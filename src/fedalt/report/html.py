@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedalt.comparisons.tables import budget_grid, finding, verdict_grid
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in
@@ -15,7 +16,7 @@ from fedalt.methods.registry import title_of
 from fedalt.personal.insight import read_insight
 from fedalt.report import comparison as compared
 from fedalt.report import figures, insights
-from fedalt.report.page import Section, page, paragraph, table
+from fedalt.report.page import Section, code, grid_table, page, paragraph, table
 from fedalt.report.theme import Drawing, caption, shown
 from fedalt.runs.events import Event, first_start, read_events
 from fedalt.runs.folder import RunFolder, kept_scores, open_run
@@ -64,19 +65,26 @@ def write_comparison_report(out: Path, comparison: Mapping[str, Any]) -> Path:
     """Write the report of a comparison."""
     blocks = comparison["methods"]
     titles = {name: block.get("title") or title_of(name) for name, block in blocks.items()}
-    seeds = ", ".join(map(str, comparison["seeds"]))
-    about = f"{comparison['metric']} on each client's own test rows; seeds {seeds}"
+    metric, draws = metric_of(comparison["metric"]), len(comparison.get("draws") or ())
+    repeated = f"seeds {', '.join(map(str, comparison['seeds']))}" + (f"; {draws} draws of rows" if draws > 1 else "")
+    about = f"{metric.title} on each client's own test rows; {repeated}"
     scores = {c: sum(block["per_client"][c] for block in blocks.values()) for c in comparison["tasks"]}
-    metric = metric_of(comparison["metric"])
     few = {**comparison, "tasks": {c: comparison["tasks"][c] for c in shown(scores, metric.higher_is_better)}}
+    curves = compared.method_curves(comparison, titles)
+    first = next(iter(blocks.values()))["runs"][:1]
+    made = [code(comparison["command"])] if comparison.get("command") else []
+    made += [_config(RunFolder(Path(run))) for run in first if RunFolder(Path(run)).config.is_file()]
     sections = [
-        Section("scores", "Scores", [compared.score_table(few, titles), compared.score_bars(few, titles)]),
-        Section("gains", "Gains", [compared.gain_map(few, titles), compared.against_table(few, titles)]),
-        Section("cost", "Cost", [compared.cost_plot(few, titles), compared.cost_table(few, titles)]),
+        Section("scores", "Scores", [compared.score_table(few, titles), compared.score_bars(few, titles), curves]),
+        Section("gains", "Differences", [grid_table(verdict_grid(comparison)), compared.gain_map(few, titles)]),
+        Section("cost", "Budgets", [compared.cost_plot(few, titles), grid_table(budget_grid(comparison))]),
+        Section("words", "Words", [compared.words(comparison, titles)]),
         Section("runs", "Runs", [compared.links(out, comparison)]),
+        Section("settings", "Command and settings", made),
     ]
     path = out / "report.html"
-    write_text(path, page(f"Comparison on {comparison['source']}", [about, caption(scores)], sections))
+    title, lines = f"Comparison on {comparison['source']}", [about, caption(scores)]
+    write_text(path, page(title, lines, sections, finding(comparison)))
     return path
 
 
@@ -144,4 +152,4 @@ def _notes(events: Sequence[Event]) -> str:
 
 
 def _config(folder: RunFolder) -> str:
-    return f"<pre>{escape(folder.config.read_text(encoding='utf-8'))}</pre>"
+    return code(folder.config.read_text(encoding="utf-8"))

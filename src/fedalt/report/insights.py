@@ -56,7 +56,7 @@ def matrix(insight: Insight, tasks: Mapping[str, str]) -> Drawing:
         hovertemplate=f"model of %{{y}}<br>rows of client %{{x}}<br>%{{z:.{metric.digits}f}}<extra></extra>",
     )
     figure.update_xaxes(title="rows of client", type="category")
-    note = f"{insight['metric']} on up to {insight['rows']} test rows of each client; own rows on the diagonal."
+    note = f"{metric.title} on up to {insight['rows']} test rows of each client; own rows on the diagonal."
     return Drawing("matrix", "Every model on every client's rows", note, figure)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from fedalt.comparisons.tables import Grid, Score
 from fedalt.report.theme import Drawing
 
 SCRIPT = """
@@ -72,9 +73,9 @@ def _bar(trace: go.Bar) -> str:
 
 _STYLE = """
 :root { color-scheme: light dark; --fg: #1c1e21; --bg: #fff; --line: #d8dade; --soft: #5c636c; --card: #f6f7f9;
-  --own: 0,119,187; --others: 238,119,51; }
+  --own: 0,119,187; --others: 238,119,51; --dim: none; }
 @media (prefers-color-scheme: dark) { :root { --fg: #e4e6ea; --bg: #16181c; --line: #33373e; --soft: #9aa0a8;
-  --card: #1e2126; --own: 51,153,221; } }
+  --card: #1e2126; --own: 51,153,221; --dim: brightness(.7); } }
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
 body { color: var(--fg); background: var(--bg); font: 16px/1.5 system-ui, sans-serif; max-width: 70rem;
@@ -84,6 +85,8 @@ h2 { font-size: 1.2rem; margin: 0 0 .4rem; padding-top: 1rem; }
 h2 a { text-decoration: none; } a { color: inherit; }
 section { border-top: 1px solid var(--line); margin-top: 1.6rem; }
 p.about { color: var(--soft); margin: .2rem 0; font-size: .9rem; }
+p.finding { font-size: 1.1rem; font-weight: 600; margin: .4rem 0; }
+dt { font-weight: 600; font-size: .92rem; } dd { margin: 0 0 .5rem 1rem; font-size: .92rem; }
 nav { display: flex; flex-wrap: wrap; gap: .4rem; margin: 1rem 0; }
 nav a { padding: .15rem .7rem; border: 1px solid var(--line); border-radius: 1rem; text-decoration: none;
   font-size: .9rem; }
@@ -95,6 +98,9 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--bg); }
 th.text, td.text { text-align: left; max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
+tr > :first-child { position: sticky; left: 0; background: var(--bg); z-index: 1; }
+@media (max-width: 480px) { th.text, td.text { max-width: 6.5rem; } th, td { padding: .3rem .4rem; } }
+.hm, .cbfills { filter: var(--dim); }
 tr.total, td.best { font-weight: 600; }
 pre { background: var(--card); padding: .8rem; overflow-x: auto; font-size: .85rem; overflow-wrap: normal; }
 details { margin: .4rem 0; } summary { cursor: pointer; }
@@ -127,10 +133,11 @@ class Section:
     parts: Sequence[str | Drawing] = field(default_factory=tuple)
 
 
-def page(title: str, about: Sequence[str], sections: Sequence[Section]) -> str:
-    """The whole file: heading, lines about it, a list of the sections that have something to show, and these."""
+def page(title: str, about: Sequence[str], sections: Sequence[Section], finding: str = "") -> str:
+    """The whole file: heading, what came out, lines about it, a list of the sections that are not empty, and these."""
     filled = [section for section in sections if any(section.parts)]
-    lines = "".join(f'<p class="about">{escape(line)}</p>' for line in about if line)
+    lines = f'<p class="finding">{escape(finding)}</p>' if finding else ""
+    lines += "".join(f'<p class="about">{escape(line)}</p>' for line in about if line)
     links = "".join(f'<a href="#{section.id}">{escape(section.title)}</a>' for section in filled)
     body = "\n".join(map(_section, filled))
     return (
@@ -168,9 +175,33 @@ def table(
     return f'<div class="scroll{tall}"><table><tr>{cells(head, "th")}</tr>{body}</table></div>'
 
 
+def grid_table(grid: Grid) -> str:
+    """A grid with the best of every column in bold, and its notes."""
+    rows = [[cell.text if isinstance(cell, Score) else cell for cell in row] for row in (*grid.rows, *grid.below)]
+    if grid.below:
+        rows.insert(len(grid.rows), ["for reference", *[""] * (len(grid.head) - 1)])
+    best = {
+        (i, j)
+        for i, row in enumerate(grid.rows)
+        for j, (cell, top) in enumerate(zip(row, grid.best, strict=True))
+        if isinstance(cell, Score) and cell.value == top
+    }
+    return paragraph(grid.title) + table(grid.head, rows, words=(0,), best=best) + "".join(map(paragraph, grid.notes))
+
+
 def paragraph(text: str) -> str:
     """A line of explanation."""
     return f'<p class="about">{escape(text)}</p>'
+
+
+def glossary(words: Mapping[str, str]) -> str:
+    """Words and what they mean."""
+    return f"<dl>{''.join(f'<dt>{escape(word)}</dt><dd>{escape(text)}</dd>' for word, text in words.items())}</dl>"
+
+
+def code(text: str) -> str:
+    """A command or a file as it is."""
+    return f"<pre>{escape(text)}</pre>"
 
 
 def linked(folders: Sequence[str]) -> str:
@@ -196,4 +227,7 @@ def _drawing(drawing: Drawing) -> str:
     )
     note = f"<span>{escape(drawing.note)}</span>" if drawing.note else ""
     keys = legend(drawing.plot, drawing.id)
+    plot = (
+        f'<div class="scroll"><div style="min-width: {drawing.least}px">{plot}</div></div>' if drawing.least else plot
+    )
     return f"<figure><figcaption>{escape(drawing.title)}{note}</figcaption>{keys}{plot}</figure>"

@@ -10,10 +10,10 @@ from typing import Any
 import plotly.graph_objects as go
 
 from fedalt.comparisons.sweep import grids, sent_up, values_of
-from fedalt.comparisons.tables import Grid, Score, average, seeds
+from fedalt.comparisons.tables import average, seeds
 from fedalt.evaluation.metrics import metric_of
 from fedalt.files import write_text
-from fedalt.report.page import Section, linked, page, paragraph, table
+from fedalt.report.page import Section, grid_table, linked, page, table
 from fedalt.report.theme import DASHES, SYMBOLS, Drawing, again, colour, interval, score_range, styled
 
 Sweep = Mapping[str, Any]
@@ -44,20 +44,6 @@ def write_sweep_report(out: Path, result: Sweep) -> Path:
     return path
 
 
-def grid_table(grid: Grid) -> str:
-    """A grid with the best of every column in bold, and its notes."""
-    rows = [[cell.text if isinstance(cell, Score) else cell for cell in row] for row in (*grid.rows, *grid.below)]
-    if grid.below:
-        rows.insert(len(grid.rows), ["for reference", *[""] * (len(grid.head) - 1)])
-    best = {
-        (i, j)
-        for i, row in enumerate(grid.rows)
-        for j, (cell, top) in enumerate(zip(row, grid.best, strict=True))
-        if isinstance(cell, Score) and cell.value == top
-    }
-    return paragraph(grid.title) + table(grid.head, rows, words=(0,), best=best) + "".join(map(paragraph, grid.notes))
-
-
 def value_plot(result: Sweep) -> Drawing:
     """Mean score of every method at each value of the one setting, in the order of the command.
 
@@ -78,10 +64,10 @@ def value_plot(result: Sweep) -> Drawing:
             **_look(result, place, name, "lines+markers"),
         )
     (key,) = result["keys"]
-    styled(figure, key, f"mean {metric.title}")
+    styled(figure, key, f"average {metric.title}")
     figure.update_xaxes(tickvals=list(range(len(values))), ticktext=values, range=[-0.3, len(values) - 0.7])
     figure.update_yaxes(range=score_range(ends, metric.points))
-    note = "Bars: 95 % confidence over seeds." if len(result["seeds"]) > 1 else f"{seeds(result)}, so no intervals."
+    note = "Bars: 95 % intervals over seeds." if len(result["seeds"]) > 1 else f"{seeds(result)}, so no intervals."
     return Drawing("by-value", f"Score by {key}", note, figure)
 
 
@@ -109,7 +95,7 @@ def sent_plot(result: Sweep) -> Drawing:
             hovertemplate=f"%{{text}}<br>%{{customdata}} MB<br>%{{y:.{metric.digits}f}}",
             **_look(result, place, name, "lines+markers+text" if len(result["keys"]) == 1 else "markers+text"),
         )
-    styled(figure, "MB sent per client, logarithmic", f"mean {metric.title}", height=380)
+    styled(figure, "MB sent per client, logarithmic", f"average {metric.title}", height=380)
     ticks = _ticks(min(known), max(known))
     figure.update_xaxes(
         type="log",
@@ -131,7 +117,7 @@ def sent_table(result: Sweep) -> str:
         for name in _methods(result)
         for point, block in zip(result["points"], _blocks(result, name), strict=True)
     ]
-    return table(["method", ", ".join(result["keys"]), "MB sent per client", "score"], rows)
+    return table(["method", ", ".join(result["keys"]), "MB sent per client", "average"], rows)
 
 
 def megabytes(value: float) -> str:

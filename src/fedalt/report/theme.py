@@ -35,12 +35,14 @@ class Drawing:
         title: One line.
         note: How to read it.
         plot: The figure, which has no title of its own: Plotly does not wrap lines.
+        least: Pixels that it needs; on a narrower screen it scrolls.
     """
 
     id: str
     title: str
     note: str
     plot: go.Figure
+    least: int = 0
 
 
 def colour(place: int) -> str:

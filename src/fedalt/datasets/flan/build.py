@@ -184,7 +184,7 @@ def build(
         tell(done[-1])
     if not drawn:
         raise UserError(f"{out}: not written, none of {len(tasks)} tasks could be prepared")
-    _write(out, drawn)
+    write(out, drawn)
     return done
 
 
@@ -277,7 +277,8 @@ def _rows(task: Task, samples: Sequence[Sample], seed: int, split: str) -> list[
     ]
 
 
-def _write(out: Path, drawn: Sequence[Mapping[str, Sequence[Row]]]) -> None:
+def write(out: Path, drawn: Sequence[Mapping[str, Sequence[Row]]]) -> None:
+    """Every client's rows by split, as ``read_folder`` reads them."""
     with new_folder(out) as folder:
         for client, rows in enumerate(drawn):
             lines = {split: [{f: getattr(row, f) for f in FIELDS} for row in mine] for split, mine in rows.items()}
