@@ -440,7 +440,7 @@ def test_comparison_puts_the_final_scores_side_by_side(comparison: Any) -> None:
         ]
         means = [final["mean"] for final in finals]
         assert block["mean"] == pytest.approx(sum(means) / 2)
-        assert block["sd"] == pytest.approx(abs(means[0] - means[1]) / 2**0.5)
+        assert block["ci95"] == pytest.approx(12.7062 * abs(means[0] - means[1]) / 2, rel=1e-4)
         assert block["worst"] == pytest.approx(sum(final["worst"] for final in finals) / 2)
         for client in ("0", "1", "2"):
             values = [final["clients"][client]["rouge1"] for final in finals]
@@ -476,7 +476,7 @@ def test_compare_as_json(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert done.json["out"] == str(tmp_path / "run")
     assert {"local", "fedalt"} == set(done.json["methods"])
-    assert done.json["methods"]["fedalt"]["sd"] is None
+    assert done.json["methods"]["fedalt"]["ci95"] is None
 
 
 def test_compare_is_resumed_and_not_mixed_up(comparison: Any) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedalt.comparisons.compare import compare as train_all
 from fedalt.comparisons.jobs import Budget
-from fedalt.comparisons.tables import client_lines, latex, markdown, score_grid
+from fedalt.comparisons.tables import client_lines, finding, latex, markdown, score_grid
 from fedalt.config import RunConfig, with_settings
 from fedalt.data.federation import ClientData, Federation, Row
 from fedalt.data.load import Rows
@@ -444,6 +444,9 @@ def compare(
     config: str | Path | RunConfig | None = None,
     settings: Mapping[str, Any] | None = None,
     match_budget: Budget | None = None,
+    partitions: int | None = None,
+    margin: float | None = None,
+    tune: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
@@ -468,6 +471,9 @@ def compare(
         config: A YAML file of settings, or settings; what is given besides replaces them.
         settings: Dotted key → value.
         match_budget: Choose each method's rank for the same ``parameters``, or ``bytes``, per client.
+        partitions: Draw rows, or deal them, so many times, each with every seed; else every seed draws its own.
+        margin: Differences below it do not matter; 1 where scores run from 0 to 100, otherwise none, when not given.
+        tune: First so many trials per method on validation rows: learning rate and the method's own settings.
         resume: Go on where a comparison has stopped.
         overwrite: Replace runs that are in the folder.
         quiet: No progress bars.
@@ -484,11 +490,10 @@ def compare(
     entrants = [as_variant(method) for method in ([methods] if isinstance(methods, str) else methods)]
     place = _Place(out)
     given = (full, entrants, [full.seed] if seeds is None else seeds, place.path)
+    rest: Any = {"budget": match_budget, "partitions": partitions, "margin": margin, "tune": tune, "jobs": jobs}
     processes = jobs > 1 or full.federation.devices is not None
     with _handed_on(data, processes), _bar(full.federation.rounds, quiet) as sink:
-        content = train_all(
-            *given, if_exists=if_exists, sink=sink, jobs=jobs, budget=match_budget, bases=base.bases, rows=data.rows
-        )
+        content = train_all(*given, if_exists=if_exists, sink=sink, bases=base.bases, rows=data.rows, **rest)
     write_reports(place.path, content, full.report.insight, base.bases, data.rows)
     return Comparison(content, base, data.rows, place)
 
@@ -506,24 +511,24 @@ class Comparison(_InFolder):
 
     Attributes:
         folder: Where everything is that the comparison has written.
-        table: Method → mean, ``sd``, ``ci95`` (half of the 95 % interval over seeds), worst client, gain over Local,
-            test against the reference, bytes, seconds, and more: the content of ``comparison.json``.
+        table: Method → mean, ``ci95`` (half of the 95 % interval over seeds, or draws), worst client, gain over Local,
+            test against the reference with its verdict, steps, bytes, and more: the content of ``comparison.json``.
+        finding: What came out, in one sentence.
     """
 
     def __init__(self, content: Mapping[str, Any], base: Base, rows: Rows, place: _Place) -> None:
         self.folder = place.path
         self.table: dict[str, dict[str, Any]] = content["methods"]
+        self.finding = finding(content)
         self._content, self._base, self._rows, self._place = content, base, rows, place
 
     @cached_property
-    def runs(self) -> dict[tuple[str, int], Run]:
-        """(Method, seed) → its run."""
-        seeds = self._content["seeds"]
-        paths = {name: zip(seeds, method["runs"], strict=True) for name, method in self.table.items()}
+    def runs(self) -> dict[tuple[Any, ...], Run]:
+        """(Method, seed) → its run; (method, seed, draw) where there are several draws of rows."""
         return {
-            (name, seed): Run(Path(path), self._base, self._rows, self._place)
-            for name, mine in paths.items()
-            for seed, path in mine
+            (name, *map(int, label.split("/"))): Run(Path(path), self._base, self._rows, self._place)
+            for name, method in self.table.items()
+            for label, path in zip(method["per_seed"], method["runs"], strict=True)
         }
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -537,7 +542,7 @@ class Comparison(_InFolder):
         return pandas.DataFrame(client_lines(self._content))
 
     def to_markdown(self) -> str:
-        """Methods × tasks with the average over clients, the best of each column in bold."""
+        """Methods × tasks with average, difference to the reference and verdict; the best of each column in bold."""
         return markdown(score_grid(self._content))
 
     def to_latex(self, path: str | Path | None = None) -> str:

@@ -19,14 +19,16 @@ LABELS = ("positive", "neutral", "negative")
 
 @pytest.fixture
 def afrisenti(tmp_path: Path) -> Path:
-    """Two languages, one in the older layout; a post of Hausa is in two splits, and one has an unknown label."""
-    for place, code in (("data/amh", "amh"), ("SubtaskA/train/splitted-train-dev-test/ha", "hau")):
-        folder = tmp_path / "afrisenti" / place
+    """Two languages, one with another kind of names; a post is in all splits, and one has an unknown label."""
+    for code, begins in (("amh", ""), ("hau", "hau_")):
+        folder = tmp_path / "afrisenti" / "data" / code
         folder.mkdir(parents=True)
         for name, count in (("train", 30), ("dev", 6), ("test", 12)):
             lines = [f'{code}_{i}\t{code} {name} "post {i}\t{LABELS[i % 3]}' for i in range(count)]
             lines += [f"x\t{code} of two splits\tpositive", f"y\t{code} {name} odd\tmixed"]
-            (folder / f"{name}.tsv").write_text("\n".join(["ID\ttweet\tlabel", *lines]) + "\n", encoding="utf-8")
+            (folder / f"{begins}{name}.tsv").write_text(
+                "\n".join(["ID\ttweet\tlabel", *lines]) + "\n", encoding="utf-8"
+            )
     return tmp_path / "afrisenti"
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -304,7 +304,6 @@ def _block(runs: Mapping[str, Mapping[str, float]], metric: Metric, draws: int) 
     clients = {c: mean(scores[c] for scores in runs.values()) for c in next(iter(runs.values()))}
     return {
         "mean": mean(means),
-        "sd": stdev(means) if len(means) > 1 else None,
         "ci95": half_width(apart),
         "worst": mean(one["worst"] for one in each),
         "p10": mean(one["p10"] for one in each),

@@ -30,7 +30,7 @@ Axis = tuple[str, list[Any]]
 _ALIASES = {"federation.clients": "data.clients"}
 """How many clients there are is a matter of the rows, but looked for here, too."""
 _ELSEWHERE = {"method": "--methods", "seed": "--seeds", "out": "--out"}
-_KEPT = ("title", "mean", "validation", "sd", "ci95", "worst", "worst_client", "gain_over_local", "harmed", "against")
+_KEPT = ("title", "mean", "validation", "ci95", "worst", "worst_client", "gain_over_local", "harmed", "against")
 _COSTS = (
     "steps",
     "tokens",

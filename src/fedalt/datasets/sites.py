@@ -24,11 +24,8 @@ from fedalt.seeding import rng
 
 Rows = dict[str, list[Row]]
 """Split → rows of one client."""
-LANGUAGES = {
-    "amh": "am", "arq": "dz", "ary": "ma", "hau": "ha", "ibo": "ig", "kin": "kr",
-    "pcm": "pcm", "por": "pt", "swa": "sw", "tso": "ts", "twi": "twi", "yor": "yo",
-}  # fmt: skip
-"""Code on the hub → code in the older folders of the repository."""
+LANGUAGES = ("amh", "arq", "ary", "hau", "ibo", "kin", "pcm", "por", "swa", "tso", "twi", "yor")
+"""Those with training rows in their own language, as their folders are called."""
 INSTITUTES = ("cancergov", "gard", "ghr", "mplus", "niddk", "ninds", "seniorhealth", "nhlbi", "cdc")
 """How the names of sources begin; the three without answers (ADAM, drugs, herbs) are left out."""
 _NO_ANSWERS = ("mplus_adam", "mplusdrugs", "mplusherbs", "mplus_drugs", "mplus_herbs", "adam")
@@ -96,13 +93,13 @@ def _from_hub(source: Source, name: str, sizes: Mapping[str, int], seed: int) ->
 
 
 def _afrisenti_folder(folder: Path, sizes: Mapping[str, int], seed: int) -> dict[str, Rows]:
-    files = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
-    found = {}
-    for language, older in LANGUAGES.items():
-        places = (one.parent for code in (language, older) for one in sorted(folder.rglob(f"{code}/{files['train']}")))
-        whole = next((place for place in places if all((place / name).is_file() for name in files.values())), None)
-        if whole:
-            splits = {split: _tweets(whole / name) for split, name in files.items()}
+    """``data/amh/train.tsv``, or ``amh_train.tsv``, and so on."""
+    top, found = folder / "data" if (folder / "data").is_dir() else folder, {}
+    for language in LANGUAGES:
+        ends = {"train": "train", "validation": "dev", "test": "test"}.items()
+        files = {split: sorted((top / language).glob(f"*{end}.tsv")) for split, end in ends}
+        if files["train"] and files["test"]:
+            splits = {split: _tweets(mine[0]) for split, mine in files.items() if mine}
             found[language] = _sentiment(language, splits, sizes, seed)
     return found
 
