@@ -233,18 +233,18 @@ def test_a_margin_is_above_zero(tmp_path: Path, margin: float) -> None:
 def test_tuning_looks_at_validation_rows_and_keeps_the_best(tmp_path: Path) -> None:
     values = config(data__validation_rows=3)
     made = compare(values, ["local", "fedprox"], (0,), tmp_path, if_exists="ask", sink=quiet, tune=3)
-    told = json.loads((tmp_path / "tune.json").read_text())
+    told = json.loads((tmp_path / "tune" / "tune.json").read_text())
     assert made["tuned"] == told and told["trials"] == 3
     for name, keys in (("local", {"training.lr"}), ("fedprox", {"training.lr", "fedprox.mu"})):
         found = told["methods"][name]
         assert len(found["validation"]) == 3
         chosen = load_config(tmp_path / f"{name}-seed0" / "config.yaml")
         best = found["validation"].index(max(found["validation"]))
-        trial = load_config(tmp_path / "tune" / f"{name}_trial{best}-seed42" / "config.yaml")
+        trial = load_config(tmp_path / "tune" / f"{name},trial{best}-seed42" / "config.yaml")
         assert chosen.training == trial.training and chosen.sections == trial.sections
         assert found["settings"].keys() == (keys if best else set())
     rates = [
-        load_config(tmp_path / "tune" / f"{name}_trial1-seed42" / "config.yaml").training.lr
+        load_config(tmp_path / "tune" / f"{name},trial1-seed42" / "config.yaml").training.lr
         for name in ("local", "fedprox")
     ]
     assert rates[0] == rates[1] != values.training.lr

@@ -91,7 +91,7 @@ def test_an_institute_is_a_client_and_a_document_in_one_split(medquad: Path, tmp
 def test_equal_seeds_draw_equal_rows(medquad: Path, tmp_path: Path) -> None:
     texts = []
     for place, seed in (("a", 1), ("b", 1), ("c", 2)):
-        prepared("medquad", medquad, tmp_path / place, "--test", 4, "--seed", seed)
+        prepared("medquad", medquad, tmp_path / place, "--test", 4, "--validation", 2, "--seed", seed)
         texts.append((tmp_path / place / "test" / "local_testing_0.jsonl").read_text())
     assert texts[0] == texts[1] != texts[2]
 
@@ -109,13 +109,24 @@ def test_answers_are_cut_at_the_end_of_a_sentence(text: str, short: str) -> None
     assert shortened(text) == short
 
 
+def test_a_site_with_too_few_rows_is_skipped_and_told(medquad: Path, tmp_path: Path) -> None:
+    for path in sorted((medquad / "1_CancerGov_QA").iterdir())[2:]:
+        path.unlink()
+    done = prepared("medquad", medquad, tmp_path / "out", "--test", 4, "--validation", 2)
+    assert [(one["task"], one["client"]) for one in done.json["tasks"]] == [
+        ("medquad_cancergov", None),
+        ("medquad_nhlbi", 0),
+    ]
+    assert "skipped medquad_cancergov: train: 0 rows of 200" in done.err
+
+
 @pytest.mark.parametrize("name", ["afrisenti", "medquad"])
 def test_what_is_refused(name: str, medquad: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     for source, out, line in (
-        (tmp_path / "empty", "out", "holds nothing of"),
+        (tmp_path / "empty", "out", f"nothing of {name}"),
         (tmp_path / "not there", "out", "no folder, and no name of a data set on the hub"),
         (medquad, "full", "is there already"),
     ):

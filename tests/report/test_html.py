@@ -303,10 +303,14 @@ def test_a_comparison_shows_what_else_is_known(comparison: Path, tmp_path: Path)
     """Titles, confidence, harmed clients and tests, where ``comparison.json`` holds them."""
     known = json.loads((comparison / "comparison.json").read_text())
     gains = {str(client): 1.5 + client for client in range(CLIENTS)}
-    against = {"difference": 2.5, "ci95": 1.25, "p": 0.031, "p_adjusted": 0.062, "verdict": "cannot tell"}
+    against = {
+        **{"difference": 2.5, "ci95": 1.25, "p": 0.031, "p_adjusted": 0.062, "verdict": "not worse", "clients": 3},
+        **{"beyond": [-1.0, 6.25], "sources": {"clients": 1.5, "seeds": 0.7}},
+    }
     known["methods"]["local"] |= {"title": "Alone", "ci95": None, "gain_per_client": dict.fromkeys(gains, 0.0)}
     known["methods"]["fedalt"] |= {"title": "Ours", "ci95": 0.5, "gain_per_client": gains, "harmed": 1}
     known["methods"]["fedalt"]["against"] = against
+    known["methods"]["local"]["against"] = None
     known["reference"] = "local"
     known["methods"] = {n: b | {"runs": [str(tmp_path / n)]} for n, b in known["methods"].items()}
     html = page(write_comparison_report(tmp_path, known))
@@ -315,12 +319,16 @@ def test_a_comparison_shows_what_else_is_known(comparison: Path, tmp_path: Path)
         "Alone",
         "Ours",
         "± 0.5",
-        "harmed clients",
+        "clients harmed",
         "+2.5 ± 1.2",
-        "0.031",
-        "0.062",
-        "cannot tell",
-        "Difference to Alone",
+        "-1.0 to +6.2",
+        ".062",
+        "not worse",
+        "Against Alone and Local",
+        "Ours clients 1.5, seeds 0.7",
+        "Alone: not 1 point better than Ours (ROUGE-1, 3 clients, 2 seeds).",
+        "two one-sided tests find the difference to be smaller than the margin",
+        "always each client's most frequent training answer",
     ):
         assert word in text
     assert html.figures["gain"][0]["z"] == [[gain] for gain in gains.values()]

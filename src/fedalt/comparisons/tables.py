@@ -183,7 +183,7 @@ def verdict_grid(comparison: Mapping[str, Any]) -> Grid:
     head = ["method", f"vs {reference}", "beyond these", "p", "verdict", "gain over Local", "clients harmed"]
     rows, below = _parted(comparison, row)
     notes = [verdict_note(comparison), BEYOND, HARMED, *spread_notes(comparison)]
-    return Grid(f"Against {reference} and Local", [*head, "worst client", "10th pct"], rows, below, notes)
+    return Grid(f"Against {reference} and Local", [*head, "worst client", "10th percentile"], rows, below, notes)
 
 
 def _reference(comparison: Mapping[str, Any]) -> str:
@@ -197,12 +197,14 @@ HARMED = "harmed: mean over seeds worse than Local's"
 def verdict_note(comparison: Mapping[str, Any]) -> str:
     """What a difference and a verdict are."""
     tests = [block["against"] for block in comparison["methods"].values() if block["against"]]
-    clients, margin = max((test["clients"] for test in tests), default=0), comparison["margin"]
-    bounds = f"; equivalent: surely less than {_margin(comparison)} apart; not worse: by {_margin(comparison)}"
-    return (
+    clients = max((test["clients"] for test in tests), default=0)
+    text = (
         f"vs {_reference(comparison)}: mean over {clients} clients (the unit) ± half of its 95 % interval; verdict: "
-        f"paired t tests, Holm, p < .05{bounds if margin else ''}"
+        "paired t tests, Holm, p < .05"
     )
+    if comparison["margin"]:
+        text += f"; equivalent: surely less than {_margin(comparison)} apart; not worse: by {_margin(comparison)}"
+    return text
 
 
 def _margin(comparison: Mapping[str, Any]) -> str:
@@ -288,7 +290,7 @@ def budget_grid(comparison: Mapping[str, Any]) -> Grid:
     notes = [
         "steps and tokens: of a client in the whole run; trained: parameters of a client; MB: all clients, all rounds"
     ]
-    return Grid("Budgets", head, rows, below, [*notes, *conditions(comparison)])
+    return Grid("Budgets", head, rows, below, notes)
 
 
 def average(block: Mapping[str, Any], metric: Metric) -> Score:

@@ -234,7 +234,7 @@ def unused(config: DataConfig, dealt: bool, source: str) -> tuple[str, ...]:
         used, why = {*_SHARED, *used_by(partitioner_of(options))}, f"{partitioner_of(options)} does not use them"
     else:
         used, why = (
-            {"seed"} if config.shuffle else set(),
+            {"seed"} if config.shuffle or (config.limit_by == "sample" and any(config.limits.values())) else set(),
             f"the clients of {source} keep their rows; data.partition.by deals them anew",
         )
     given = [key for key, field in PartitionConfig.model_fields.items() if getattr(options, key) != field.default]

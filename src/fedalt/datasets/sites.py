@@ -65,15 +65,17 @@ def build(name: str, out: Path, sizes: Mapping[str, int], seed: int, *, place: s
         found = source.read(local, sizes, seed)
     else:
         found = _from_hub(source, place or source.hub, sizes, seed)
-    clients = {site: rows for site, rows in found.items() if rows.get("train") and rows.get("test")}
+    clients = [site for site, rows in found.items() if rows.get("train") and rows.get("test")]
     if not clients:
-        raise UserError(f"--from {place}: holds nothing of {name} (docs/howto/rows.md says what it looks for)")
-    write(out, list(clients.values()))
+        why = "too few rows for training and test" if found else f"nothing of {name} (see docs/howto/rows.md)"
+        raise UserError(f"--from {place or source.hub}: {why}")
+    write(out, [found[site] for site in clients])
     told = []
-    for place_, (site, rows) in enumerate(clients.items()):
+    for site, rows in found.items():
         counts = {split: len(mine) for split, mine in rows.items()}
-        short = [f"{s}: {counts.get(s, 0)} rows of {n}" for s, n in sizes.items() if counts.get(s, 0) < n]
-        told.append(Prepared(f"{name}_{site}", name, place_, counts, tuple(short)))
+        short = tuple(f"{s}: {counts.get(s, 0)} rows of {n}" for s, n in sizes.items() if counts.get(s, 0) < n)
+        client, why = (clients.index(site), "") if site in clients else (None, "; ".join(short))
+        told.append(Prepared(f"{name}_{site}", name, client, counts, () if why else short, why))
     return told
 
 

@@ -123,6 +123,7 @@ def checked(config: RunConfig) -> tuple[RunConfig, Method]:
         config = config.having("report", insight=0)
     method = build(config, clients)
     method.rank_of(0)  # refuses ranks where there is no rule for them
+    method.remarks()  # refuses rules that so many clients are too few for
     check_pooled(method)
     check_two(method, config.flower.allow_two)
     if config.federation.secure:

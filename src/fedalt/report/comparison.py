@@ -50,7 +50,7 @@ def score_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
     rows = [[name, *(text(b["per_client"][c]) for b in blocks)] for c, name in labels(comparison["tasks"]).items()]
     rows.append(["average", *(_mean(b, text) for b in blocks)])
     rows.append(["worst client", *(text(b["worst"]) for b in blocks)])
-    rows.append(["10th pct", *(text(b["p10"]) for b in blocks)])
+    rows.append(["10th percentile", *(text(b["p10"]) for b in blocks)])
     if "local" in methods:
         rows.append(["gain over Local", *(text(b["gain_over_local"], sign=True) for b in blocks)])
     if any(b.get("harmed") is not None for b in blocks):

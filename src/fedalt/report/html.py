@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedalt.comparisons.tables import budget_grid, finding, verdict_grid
+from fedalt.comparisons.tables import budget_grid, conditions, finding, verdict_grid
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in
@@ -70,12 +70,14 @@ def write_comparison_report(out: Path, comparison: Mapping[str, Any]) -> Path:
     about = f"{metric.title} on each client's own test rows; {repeated}"
     scores = {c: sum(block["per_client"][c] for block in blocks.values()) for c in comparison["tasks"]}
     few = {**comparison, "tasks": {c: comparison["tasks"][c] for c in shown(scores, metric.higher_is_better)}}
-    curves = compared.method_curves(comparison, titles)
+    curves, notes = compared.method_curves(comparison, titles), map(paragraph, conditions(comparison))
     first = next(iter(blocks.values()))["runs"][:1]
     made = [code(comparison["command"])] if comparison.get("command") else []
     made += [_config(RunFolder(Path(run))) for run in first if RunFolder(Path(run)).config.is_file()]
     sections = [
-        Section("scores", "Scores", [compared.score_table(few, titles), compared.score_bars(few, titles), curves]),
+        Section(
+            "scores", "Scores", [compared.score_table(few, titles), *notes, compared.score_bars(few, titles), curves]
+        ),
         Section("gains", "Differences", [grid_table(verdict_grid(comparison)), compared.gain_map(few, titles)]),
         Section("cost", "Budgets", [compared.cost_plot(few, titles), grid_table(budget_grid(comparison))]),
         Section("words", "Words", [compared.words(comparison, titles)]),

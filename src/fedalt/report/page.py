@@ -99,7 +99,8 @@ th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align:
 th { position: sticky; top: 0; background: var(--bg); }
 th.text, td.text { text-align: left; max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
 tr > :first-child { position: sticky; left: 0; background: var(--bg); z-index: 1; }
-@media (max-width: 480px) { th.text, td.text { max-width: 6.5rem; } th, td { padding: .3rem .4rem; } }
+@media (max-width: 480px) { th.text, td.text { max-width: 6.5rem; white-space: normal; }
+  th, td { padding: .3rem .4rem; } }
 .hm, .cbfills { filter: var(--dim); }
 tr.total, td.best { font-weight: 600; }
 pre { background: var(--card); padding: .8rem; overflow-x: auto; font-size: .85rem; overflow-wrap: normal; }
