@@ -240,11 +240,11 @@ def test_tuning_looks_at_validation_rows_and_keeps_the_best(tmp_path: Path) -> N
         assert len(found["validation"]) == 3
         chosen = load_config(tmp_path / f"{name}-seed0" / "config.yaml")
         best = found["validation"].index(max(found["validation"]))
-        trial = load_config(tmp_path / "tune" / f"{name},trial{best}-seed42" / "config.yaml")
+        trial = load_config(tmp_path / "tune" / f"{name},trial{best}-seed{values.seed}" / "config.yaml")
         assert chosen.training == trial.training and chosen.sections == trial.sections
         assert found["settings"].keys() == (keys if best else set())
     rates = [
-        load_config(tmp_path / "tune" / f"{name},trial1-seed42" / "config.yaml").training.lr
+        load_config(tmp_path / "tune" / f"{name},trial1-seed{values.seed}" / "config.yaml").training.lr
         for name in ("local", "fedprox")
     ]
     assert rates[0] == rates[1] != values.training.lr

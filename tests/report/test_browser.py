@@ -71,7 +71,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 EXPECTED = {
-    "comparison": ["bars", "gain", "cost-plot"],
+    "comparison": ["bars", "method-curves", "gain", "cost-plot"],
     "sweep": ["by-value", "by-bytes"],
     "local": ["score-curves", "loss", "matrix", "similarity", "partition"],
     "fedit": ["score-curves", "loss", "matrix", "partition"],
@@ -108,6 +108,26 @@ def test_tokens_are_shaded_by_their_weight(tab: Tab, reports: dict[str, Path], n
     assert "".join(texts).strip()
     assert max(widths) > 0
     assert len(set(colours)) > 3, "not one colour for all"
+
+
+FIRST = """[...document.querySelectorAll("#scores .scroll")].map(table => {
+  table.scrollLeft = table.scrollWidth;
+  const [head, ...others] = table.querySelectorAll("tr:first-child > *");
+  return [head.getBoundingClientRect().left, head.getBoundingClientRect().width,
+    others.at(-1).getBoundingClientRect().right];
+})"""
+GLARE = """[...document.querySelectorAll(".hm")].map(map => getComputedStyle(map).filter)"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_the_first_column_stays_and_the_last_method_is_reached(
+    tab: Tab, reports: dict[str, Path], scheme: Scheme
+) -> None:
+    tab.open(reports["comparison"], PHONE, scheme)
+    left, width, right = tab.evaluate(FIRST)[0]
+    assert 0 <= left < 20 and width < 130 and right <= PHONE[0]
+    assert set(tab.evaluate(GLARE)) == {"none" if scheme == "light" else "brightness(0.7)"}
+    assert tab.evaluate("document.querySelector('p.finding').textContent").startswith("FedALT: ")
 
 
 def test_a_key_of_the_legend_hides_its_client(tab: Tab) -> None:

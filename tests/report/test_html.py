@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from plotly.offline import get_plotlyjs
 
+from fedalt.comparisons.statistics import half_width
+from fedalt.comparisons.tables import finding
 from fedalt.config import load_config
 from fedalt.report.html import write_comparison_report, write_report
 from fedalt.report.page import SCRIPT
@@ -269,14 +271,20 @@ def test_a_comparisons_report(comparison: Path) -> None:
     html = page(comparison / "report.html")
     loads_nothing(html)
     figures = html.figures
-    assert list(figures) == ["bars", "gain", "cost-plot"]
+    assert list(figures) == ["bars", "method-curves", "gain", "cost-plot"]
     gain, scores = figures["gain"], figures["bars"]
     methods = json.loads((comparison / "comparison.json").read_text())["methods"]
     local, own = (list(methods[name]["per_client"].values()) for name in ("local", "fedalt"))
     assert own != local
     assert [row[0] for row in gain[0]["z"]] == pytest.approx([b - a for a, b in zip(local, own, strict=True)])
     assert [(trace["name"], trace["x"]) for trace in scores] == [("Local", local), ("FedALT", own)]
+    halves = [half_width([run[c] for run in methods["fedalt"]["per_seed"].values()]) for c in ("0", "1", "2")]
+    assert scores[1]["error_x"]["array"] == pytest.approx(halves)
+    curves = figures["method-curves"]
+    assert [(trace["name"], trace["x"]) for trace in curves] == [("Local", [1, 2, 3]), ("FedALT", [1, 2, 3])]
+    assert curves[1]["y"][-1] == pytest.approx(methods["fedalt"]["mean"])
     text = " ".join(html.text)
+    assert finding(json.loads((comparison / "comparison.json").read_text())) in text
     for word in (
         "Local",
         "FedALT",
@@ -339,7 +347,7 @@ def test_text_from_rows_stays_text_in_a_comparison(hostile: Path) -> None:
     values = load_config(hostile / "run" / "config.yaml").model_dump(mode="json")
     html = page(compared(hostile, values) / "report.html")
     loads_nothing(html)
-    assert len(html.scripts) == 2 + len(html.figures) == 5
+    assert len(html.scripts) == 2 + len(html.figures) == 6
     assert not any(tag == "img" for tag, _ in html.tags)
     assert HOSTILE in " ".join(html.text)
 

@@ -47,7 +47,8 @@ def score_table(comparison: Comparison, titles: Mapping[str, str]) -> str:
     """Client × method, with mean, worst client, 10th percentile, gain over Local and clients that are worse off."""
     methods, text = comparison["methods"], metric_of(comparison["metric"]).text
     blocks = [*methods.values(), *([comparison["majority"]] if comparison.get("majority") else [])]
-    rows = [[name, *(text(b["per_client"][c]) for b in blocks)] for c, name in labels(comparison["tasks"]).items()]
+    tasks = comparison["tasks"].items()
+    rows = [[f"{c} {task}".strip(), *(text(b["per_client"][c]) for b in blocks)] for c, task in tasks]
     rows.append(["average", *(_mean(b, text) for b in blocks)])
     rows.append(["worst client", *(text(b["worst"]) for b in blocks)])
     rows.append(["10th percentile", *(text(b["p10"]) for b in blocks)])
