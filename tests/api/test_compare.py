@@ -60,7 +60,8 @@ def test_what_a_comparison_shows(table: Any, tmp_path: Path) -> None:
     assert table.to_markdown() in (table.folder / "comparison.md").read_text(encoding="utf-8")
     text = table.to_latex(tmp_path / "table.tex")
     assert (tmp_path / "table.tex").read_text(encoding="utf-8") == text
-    assert text.count(r"\\") == 4 and r"$\pm$" in text and r"\textbf{" in text
+    assert text.count(r"\\") == 5 and r"$\pm$" in text and r"\textbf{" in text
+    assert "verdict" in text and "majority" in text and table.finding.startswith("FedALT: ")
     assert table.report(tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!")
 
 
