@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import importlib
 import json
+import threading
 from collections.abc import Callable
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 from flwr.app import Message
 from flwr.app.message.array import Array
+from flwr.proto.message_pb2 import Metadata
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -16,6 +24,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 
 import fedalt.flower.client_app  # noqa: F401 - bounds what a ClientApp puts together
+from fedalt.flower.deploy import node
 from fedalt.flower.inflate import bound
 from fedalt.flower.messages import reply_in, to_node, to_server
 from fedalt.flower.requests import Reply, Request
@@ -77,3 +86,44 @@ def test_what_is_as_it_should_be_is_put_together() -> None:
     root, contents = sent()
     message: Any = inflatable_utils.inflate_object_from_contents(root, dict(contents))
     assert reply_in(message).block == b"x" * 1000
+
+
+ANSWERS = {
+    "endless": (b"x" * (1 << 20), {}),
+    "a bomb": (gzip.compress(b"\0" * (1 << 28)), {"Content-Encoding": "gzip"}),
+}
+
+
+@pytest.mark.parametrize("what", ANSWERS)
+def test_a_site_reads_no_answer_without_end(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """From a server that answers without end, or with a bomb of gzip, what is read has a bound."""
+    piece, headers = ANSWERS[what]
+    sent = list[int]()
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(1 if headers else 1000):
+                    self.wfile.write(piece)
+                    sent.append(len(piece))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    place = importlib.import_module(node.CLIENT)
+    monkeypatch.setattr(place, "httpx", place.httpx)  # as it was, when this test ends
+    node.bound_answers()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = place.ProtobufClient(f"http://127.0.0.1:{server.server_port}")
+        ask = partial(
+            client._unary_unary, path="/v1/fleet/x", rpc_method="x", request=Metadata(), response_type=Metadata
+        )
+        with pytest.raises(httpx.RemoteProtocolError if what == "endless" else ValueError):
+            ask()
+        server.shutdown()
+    assert sum(sent) < 4 * node.MOST

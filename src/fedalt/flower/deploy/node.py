@@ -1,7 +1,8 @@
 """``python -m fedalt.flower.deploy.node SECONDS …``: ``flower-supernode …`` that looks for messages at least so often.
 
 It runs with ``--isolation process``: messages are handled by ``tasks.py`` in the place of ``flower-superexec``. It
-answers a run whose app is not fedalt's own with an error, and says when the server has heard its heartbeat.
+answers a run whose app is not fedalt's own with an error, reads no answer without end, and says when the server has
+heard its heartbeat.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
+
+import httpx
 
 from fedalt.errors import UserError
 from fedalt.flower.deploy.bundle import check_bundle
 from fedalt.flower.waits import Waits, retry_soon
 
 LOOP, LINE = "flwr.supernode.start_client_internal", "flwr.supernode.fleet_http_connection"
+CLIENT = "flwr.supercore.protobuf.client"
+MOST = 1 << 25
+"""Bytes of an answer of the server's. Flower cuts tensors into pieces of 5 MB."""
 HEARD = "fedalt: heartbeat"
 """Line that says so."""
 HOST = "127.0.0.1"
@@ -40,6 +47,7 @@ def main() -> None:
     loop.time = Waits(longest)
     retry_soon(LOOP, "pull_objects")
     look_at_apps(loop)
+    bound_answers()
     say_heartbeats()
     flower_supernode()
 
@@ -72,6 +80,34 @@ def look_at_apps(loop: Any) -> None:
     replace_in(
         loop, _pull_and_store_message=pull_and_look, _verify_fab=checked, get_fused_config_from_fab=lambda *_: {}
     )
+
+
+class Bounded(httpx.Client):
+    """Reads no more of an answer than a message may have, and unpacks none."""
+
+    def send(self, request: httpx.Request, *, stream: bool = False, **named: Any) -> httpx.Response:
+        """Ask, and read the answer unless it is wanted piece by piece.
+
+        Raises:
+            httpx.RemoteProtocolError: It has more bytes.
+        """
+        answer, content = super().send(request, stream=True, **named), bytearray()
+        if stream:
+            return answer
+        try:
+            for piece in answer.iter_raw():
+                content += piece
+                if len(content) > MOST:
+                    raise httpx.RemoteProtocolError(f"an answer of more than {MOST:,} bytes", request=request)
+        finally:
+            answer.close()
+        kept = [(k, v) for k, v in answer.headers.multi_items() if k not in ("content-encoding", "content-length")]
+        return httpx.Response(answer.status_code, headers=kept, content=bytes(content), request=request)
+
+
+def bound_answers() -> None:
+    """Let what this SuperNode asks of servers be asked with bounds."""
+    replace_in(importlib.import_module(CLIENT), httpx=SimpleNamespace(**{**vars(httpx), "Client": Bounded}))
 
 
 def replace_in(place: Any, **names: Any) -> None:
