@@ -391,7 +391,7 @@ def timeless(run: Path) -> list[dict[str, Any]]:
 
 def left_behind(run: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     """What equal runs have in common: every file but the report's, and the log up to times and resumptions."""
-    report = ("events.jsonl", "report.html", "results/insight.json")
+    report = ("events.jsonl", "report.html", "results/insight.json", "digests.json")
     files = {name: data for name, data in tree(run).items() if name not in report}
     if "config.yaml" in files:  # somebody may commit while tests run
         files["config.yaml"] = re.sub(rb"^# commit: .*\n", b"", files["config.yaml"], flags=re.M)

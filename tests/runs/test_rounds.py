@@ -75,7 +75,7 @@ def final_of(run: Path) -> Any:
 
 def test_the_run_folder_holds_what_is_promised_and_nothing_else() -> None:
     names = set(tree(finished()))
-    expected = {"config.yaml", "partition.json", "events.jsonl", "report.html"}
+    expected = {"config.yaml", "partition.json", "events.jsonl", "report.html", "digests.json"}
     expected |= {"results/final_scores.json", "results/insight.json"}
     for client in range(CLIENTS):
         for round_ in (1, 2, 3):

@@ -83,6 +83,8 @@ def read_insight(folder: RunFolder) -> dict[str, Any] | None:
     """What is known of a finished run as it is now; None when nobody looked since its last round."""
     if not folder.final_scores.is_file() or not insight_file(folder).is_file():
         return None
+    if folder.changed("results/insight.json"):
+        return None
     insight: dict[str, Any] = read_json(insight_file(folder))
     return insight if insight["round"] == kept_scores(folder)["round"] else None
 
@@ -115,6 +117,7 @@ def write_insight(
     if count:
         insight |= _with_model(folder, config, federation, clients, count, resident=resident or load_resident(config))
     write_json(insight_file(folder), insight)
+    folder.seal(insight_file(folder))
 
 
 def _counts(data: ClientData, by_label: bool) -> dict[str, dict[str, int]]:

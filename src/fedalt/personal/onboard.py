@@ -23,6 +23,7 @@ from fedalt.model.state import ClientState
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint
 from fedalt.runs.client_folder import client_ids, read_client, write_client
 from fedalt.runs.clients import plan_phases
+from fedalt.runs.events import read_events, run_ids
 from fedalt.runs.folder import IfExists, RunFolder, check_folder, finished_run, kept_scores
 from fedalt.runs.setup import Experiment, load_resident, prepare
 
@@ -58,9 +59,10 @@ def onboard(
     if folder.config.resolve().is_relative_to(target.resolve()):
         raise UserError(f"{target}: holds the run itself; choose another --out")
     members = client_ids(folder)
-    checkpoint = load_checkpoint(folder.checkpoints, upto=kept_scores(folder)["round"])
-    if checkpoint is None:
-        raise UserError(f"{path}: no checkpoint left, so nobody can be told what the run has learnt")
+    after = kept_scores(folder)["round"]
+    checkpoint = load_checkpoint(folder.checkpoints, *run_ids(read_events(folder.events)), upto=after)
+    if checkpoint is None or checkpoint.round != after:
+        raise UserError(f"{path}: no checkpoint of round {after}, so nobody can be told what the run has learnt")
     newcomers = _newcomers(config, data, members)
     resident = load_resident(config)
     read_client(folder, members[0], resident.base)  # refuses another base
@@ -96,6 +98,7 @@ def _scores(target: RunFolder, experiment: Experiment, checkpoint: Checkpoint, r
     write_json(target.onboarding, scores | {"code": used_code(config)})
     last = {"round": checkpoint.round, **points["after"], "clients": {c: v["after"] for c, v in clients.items()}}
     write_json(target.final_scores, {**about, "last": last, "best_validation": None})
+    target.seal()
     return scores
 
 

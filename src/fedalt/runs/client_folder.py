@@ -129,15 +129,20 @@ def client_folder(run: RunFolder, client: int, which: Which | None = None) -> Pa
     if not (run.client(client) / CONFIG).is_file():
         raise UserError(f"{run.path}: no client {client} here; known: {listed(client_ids(run)) or 'none'}")
     if which is None:
-        return run.client(client)
+        return _intact(run, run.client(client))
     scores = final_scores(run)
     asked = scores["last" if which == "last" else "best_validation"]
     if asked is None:
         raise UserError(f"{run.path}: --round best: no client has validation rows (data.validation_rows)")
     for path in (run.client(client), run.other_round(client, which)):
         if (path / CONFIG).is_file() and read_json(path / CONFIG)["round"] == asked["round"]:
-            return path
+            return _intact(run, path)
     raise UserError(f"{run.path}: the adapters of round {asked['round']} were not kept")
+
+
+def _intact(run: RunFolder, path: Path) -> Path:
+    run.check(f"{path.relative_to(run.path).as_posix()}/")
+    return path
 
 
 def client_ids(run: RunFolder) -> list[int]:

@@ -40,6 +40,12 @@ def first_start(events: Iterable[Event]) -> Event | None:
     return next((event for event in events if event["event"] in ("run_started", "run_resumed")), None)
 
 
+def run_ids(events: Iterable[Event]) -> set[str]:
+    """What identifies a run in its checkpoints; nothing where one of its starts does not say so, as in fedalt 0.1."""
+    found = {event.get("run") for event in events if event["event"] in ("run_started", "run_resumed")}
+    return set() if None in found else set(map(str, found))
+
+
 def read_events(path: Path) -> Iterator[Event]:
     """Events in order; a half-written last line is passed over."""
     if not path.is_file():

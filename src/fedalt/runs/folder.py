@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
 from fedalt.compat import as_recorded
 from fedalt.config import RunConfig, load_config, outside_code, read_yaml
 from fedalt.errors import UserError, listed
-from fedalt.files import disk_errors, intact, only_one, read_json, write_json, write_json_lines, write_text
+from fedalt.files import disk_errors, intact, only_one, read_json, sha256, write_json, write_json_lines, write_text
 from fedalt.runs.events import Event, first_start, read_events
 
 IfExists = Literal["ask", "resume", "overwrite"]
@@ -32,6 +32,7 @@ class RunFolder:
         self.events = path / "events.jsonl"
         self.final_scores = path / "results" / "final_scores.json"  # of the last round, and of the best on validation
         self.onboarding = path / "results" / "onboarding.json"  # of newcomers to a run
+        self.digests = path / "digests.json"  # of the files of a run that has ended
         self.checkpoints = path / "checkpoints"
         self.report = path / "report.html"
 
@@ -67,6 +68,40 @@ class RunFolder:
         body = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_text(self.config, "".join(f"# {line}\n" for line in header) + body)
 
+    def seal(self, *more: Path) -> None:
+        """Note what the files of a run are that has ended, or files that have been added since."""
+        known = read_json(self.digests) if more and self.digests.is_file() else {}
+        parts = (self.path / part for part in ("results", "clients", *get_args(Which)))
+        files = more or [
+            self.config,
+            self.partition,
+            self.events,
+            *(file for part in parts for file in part.rglob("*")),
+        ]
+        known |= {file.relative_to(self.path).as_posix(): sha256(file) for file in files if file.is_file()}
+        write_json(self.digests, known)
+
+    def changed(self, *parts: str) -> Path | None:
+        """A file that is not what it was when the run ended: of those that are so named, or lie in a part."""
+        ended = self.digests.is_file() and self.final_scores.is_file()
+        known = read_json(self.digests) if ended else {}
+        with intact(self.digests):
+            files = {self.path / name: digest for name, digest in known.items() if name.startswith(parts)}
+        return next((file for file, digest in files.items() if not file.is_file() or sha256(file) != digest), None)
+
+    def check(self, *parts: str) -> None:
+        """Refuse files that are not what they were.
+
+        Raises:
+            UserError: There is one.
+        """
+        if file := self.changed(*parts):
+            how = "has changed" if file.is_file() else "is gone"
+            raise UserError(
+                f"{file}: {how} since the run ended; put back what was there, or remove {self.digests.name} "
+                "if you meant it"
+            )
+
     def clean_results(self, last_round: int) -> None:
         """Drop results of rounds that a killed run had not finished, and half-written ones."""
         for path in (self.path / "results").glob("*_round*.json*"):
@@ -98,6 +133,7 @@ def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
     folder = RunFolder(path)
     if not folder.config.is_file():
         raise UserError(f"{path}: not a run folder (no config.yaml)")
+    folder.check("config.yaml", "partition.json", "events.jsonl", "results/final_scores.json")
     config = load_config(folder.config, recorded=True)
     check_code(folder, config)
     return folder, config

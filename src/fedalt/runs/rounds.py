@@ -21,7 +21,7 @@ from fedalt.registry import section_of
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune, run_id
 from fedalt.runs.clients import ClientBackend, ClientReport, LocalClients
 from fedalt.runs.devices import Devices, fitting_cohort, started
-from fedalt.runs.events import EventLog, Sink
+from fedalt.runs.events import EventLog, Sink, read_events
 from fedalt.runs.folder import RunFolder, check_code, kept
 from fedalt.runs.setup import NO_VALIDATION, Experiment, RunInfo
 from fedalt.runtime import commit, peak_memory, versions
@@ -84,6 +84,7 @@ class Loop:
         final = kept(scores)
         means = {"metric": scores["metric"], "mean": final["mean"], "worst": final["worst"]}
         self.log.emit("run_finished", round=number, **means)
+        self.folder.seal()
         return scores
 
     def _save_best(self, number: int) -> None:
@@ -210,7 +211,7 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
             loop = start(
                 replace(info, config=experiment.config), backend, folder, log, run_, checkpoint=checkpoint, cohort=size
             )
-            if pool:
+            if pool and not any(event.get("text") == _MEMORY for event in read_events(folder.events)):
                 log.emit("note", round=loop.checkpoint.round, text=_MEMORY)
             return go(loop)
 
@@ -230,6 +231,7 @@ def find_checkpoint(info: RunInfo, folder: RunFolder) -> tuple[str, Checkpoint |
     """What identifies the run, and its newest checkpoint in a folder, if a round has finished."""
     config = info.config
     check_code(folder, config)
+    folder.check("partition.json", "events.jsonl", "results/scores_", "results/eval_")
     known_by = frozen_settings(config, info.method), settings_0_1(_frozen(config, info.method))
     run_, *older = (run_id(settings, info.base, info.rows) for settings in known_by if settings is not None)
     checkpoint = load_checkpoint(folder.checkpoints, run_, *older)
@@ -285,12 +287,13 @@ def start(
 def _write_start(loop: Loop, resumed: bool) -> None:
     info, folder, done = loop.info, loop.folder, loop.checkpoint.round
     about = {**versions(), "commit": commit()}
+    folder.digests.unlink(missing_ok=True)  # until it has finished again
     if resumed:
         loop.log.truncate(done)
         folder.clean_results(done)
         prune(folder.checkpoints, loop.checkpoint.best_round)
         if not loop.over:
-            folder.final_scores.unlink(missing_ok=True)  # until it has finished again
+            folder.final_scores.unlink(missing_ok=True)
     else:
         folder.events.unlink(missing_ok=True)
         write_json(folder.partition, info.partition)
