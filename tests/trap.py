@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -89,3 +90,50 @@ def lay_trap(kill: Kill | None, run: Path, seen: list[str] | None = None) -> Non
     os.fsync, shutil.rmtree, EventLog.emit = my_fsync, my_rmtree, my_emit  # type: ignore[method-assign]
     os.link, Path.write_bytes = my_link, my_write  # type: ignore[method-assign]
     Path.replace, Path.rename = moves("replace", replace), moves("rename", rename)  # type: ignore[method-assign]
+
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+AT = "FEDALT_TESTS_DIE_AT"
+"""Variable for processes that another one starts: the number of the operation at which they die, and the folder."""
+
+
+def die_at(number: int, folder: Path) -> list[str]:
+    """Let this process die at its so-many-th operation that changes something in a folder; what there was so far.
+
+    Python tells of files that are opened to be written, renamed, linked or removed. At an fsync the file is cut first
+    where the number is even.
+    """
+    seen, fsync, root = list[str](), os.fsync, str(folder.absolute())
+
+    def count(what: str, path: Any, cut: Callable[[], None] = lambda: None) -> None:
+        if isinstance(path, str | os.PathLike) and str(Path(path).absolute()).startswith(root):
+            seen.append(f"{what} {path}")
+            if len(seen) == number:
+                if number % 2 == 0:
+                    cut()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(args[2], int) and args[2] & WRITES:
+            count("open", args[0])
+        elif event in ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"):
+            count(event, args[0])
+
+    def my_fsync(descriptor: int) -> None:
+        def cut() -> None:
+            with contextlib.suppress(OSError):  # a folder
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+
+        count("fsync", Path(f"/proc/self/fd/{descriptor}").readlink(), cut)
+        fsync(descriptor)
+
+    sys.addaudithook(hook)
+    os.fsync = my_fsync
+    return seen
+
+
+def die_if_asked() -> None:
+    """In a process that was started by another one."""
+    if asked := os.environ.get(AT):
+        number, _, folder = asked.partition(" ")
+        die_at(int(number), Path(folder))
