@@ -273,6 +273,8 @@ def test_a_site_joins_is_seen_and_leaves(federation, tmp_path: Path) -> None:
         assert "another fedalt site uses this folder" in refused(*site(tmp_path, 0, port, *more))
         below = joined.children()
         assert len(below) >= 3, "SuperNode, SuperExec, trainer"
+        lines = [line for process in below for line in process.net_connections("inet")]
+        assert {line.laddr.ip for line in lines if line.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
         assert joined.end() == 0
         assert gone(below)
     assert "offline" in call(*ask).out
