@@ -27,18 +27,22 @@ MIXER = "mixer"
 """Pseudo-slot of the per-token softmax mixer, whose only factor is G."""
 MERGED = "merged"
 """Pseudo-slot of what has been merged into the base, whose only factor is W ``[d_out, d_in]`` (FLoRA)."""
+EVIDENCE = "evidence"
+"""Pseudo-slot, of no module, of a client's losses on held-out rows; its only factor is E ``[3, n]``: with the individual
+LoRA alone, as the client answers, and with the shared LoRA alone."""
 ANCHOR = "anchor"
 """Pseudo-slot, of no module, of what a client's prompts are compared with; its only factor is E ``[1, d]`` (FedDPA)."""
 HEAD = "head"
 """Pseudo-slot of a classification head; its factors are the names of the head's parameters."""
 
-A, B, G, W, E = "A", "B", "G", "W", "E"
+A, B, G, W, E, C = "A", "B", "G", "W", "E", "C"
+"""C ``[m, 1]`` is a shift of a mixer's logits, beside its G ``[m, d_in]``."""
 RANK_AXIS = {A: 0, B: 1}
 """Axis of a factor along which its rank lies."""
 
 
 class Key(NamedTuple):
-    """Address of one tensor: module path in the base model, slot, and factor A ``[r, d_in]``, B, G, W or E."""
+    """Address of one tensor: module path in the base model, slot, and factor A ``[r, d_in]``, B, G, W, E or C."""
 
     module: str
     slot: str

@@ -60,7 +60,8 @@ class RoundSettings:
     def placement(self, phase: Phase) -> Placement:
         """How adapters sit on the model in a phase."""
         scale = self.method.scale
-        return Placement(phase.slots, phase.mixing, scale, self.method.config.lora.dropout, phase.detached)
+        dropout = self.method.config.lora.dropout
+        return Placement(phase.slots, phase.mixing, scale, dropout, phase.detached, phase.slot_dropout)
 
     def turn(self, round_: int | None) -> Turn:
         """Where the schedule of the learning rate is in a round; a newcomer has one of its own."""

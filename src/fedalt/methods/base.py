@@ -74,6 +74,8 @@ class Phase:
         mixing: How the slots are weighed.
         detached: Slots through which no gradient flows to what is below a layer.
         rule: How a step is taken.
+        slot_dropout: Probability that a client's step has one of the slots alone, where a mixer weighs them.
+        held_out: Whether it goes through a client's held-out rows instead.
     """
 
     slots: tuple[str, ...]
@@ -81,6 +83,8 @@ class Phase:
     mixing: Mixing = SUM
     detached: tuple[str, ...] = ()
     rule: Rule = PLAIN
+    slot_dropout: float = 0.0
+    held_out: bool = False
 
     def trains(self, key: Key) -> bool:
         """Whether this tensor is trained."""
@@ -116,6 +120,8 @@ class Method:
         has_server_state: Whether the server remembers something from round to round (``server_update``).
         depends_on_rounds: Whether what a round does depends on the number of rounds.
         centralised: Whether one client trains on everybody's rows.
+        held_out: Share of its training rows that a client without validation rows keeps for choices; such rows are
+            validation rows then, no phase trains on them unless it says so, and ``personalise`` gets them.
         slots: The LoRAs of every adapted layer.
         mixing: How they are weighed.
         clients: Number of clients in the federation, once bound.
@@ -137,6 +143,7 @@ class Method:
     has_server_state: ClassVar[bool] = False
     depends_on_rounds: ClassVar[bool] = False
     centralised: ClassVar[bool] = False
+    held_out: float = 0.0
     slots: tuple[Slot, ...] = (Slot(GLOBAL),)
     mixing: Mixing = SUM
 
@@ -347,7 +354,7 @@ class Method:
         Args:
             model: The model, to be used freely.
             states: A cohort's states, as they would start the next round.
-            rows: Client → its training rows.
+            rows: Client → its training rows; its validation rows where the method has rows ``held_out``.
             placement: How adapters sit on the model for answering.
         """
         return list(states)

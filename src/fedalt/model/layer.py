@@ -2,7 +2,7 @@
 
     x ─┬─ base_layer ───────────────────────────────────────────────┬─ y      W0 x + s · Σ_i α_i(x) B_i A_i x̃
        ├─ dropout ── x̃ ── [A_individual; A_row] ─┐                   │
-       └─ mixer G ── softmax ── α ───────────────┴─ α·h ── [B, B] ───┘
+       └─ mixer G, c ─ softmax ── α ───────────────┴─ α·h ── [B, B] ───┘
 
 Shapes: k clients, n tokens (grouped by client), r the ranks of all slots added up, m slots.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from fedalt.errors import UserError
 from fedalt.model.batch_layout import BatchContext, Dropout
 from fedalt.model.fast.fused import Adapt, Adaptation
-from fedalt.names import MERGED, MIXER, A, B, G, Key, W
+from fedalt.names import MERGED, MIXER, A, B, C, G, Key, W
+from fedalt.seeding import rng
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Placement:
         scale: s = alpha/r, on every slot.
         dropout: Probability of dropping an input of A in training.
         detached: Slots through which no gradient flows to what is below the layer.
+        slot_dropout: Probability that a client's step in training has only one of the slots that a mixer weighs.
     """
 
     slots: tuple[str, ...]
@@ -70,6 +73,7 @@ class Placement:
     scale: float
     dropout: float
     detached: tuple[str, ...] = ()
+    slot_dropout: float = 0.0
 
     @property
     def mixed(self) -> bool:
@@ -147,6 +151,7 @@ class AdaptedLinear(nn.Module):
             self._dropout(tokens),
             self._weights(tokens),
             tuple(slot in self.placement.detached for slot in slots),
+            self._shift(),
         )
         mixer = self.factor(MIXER, G) if mixed else None
         adapted, alpha = Adapt.apply(how, tokens, flat, mixer, *factors)  # type: ignore[no-untyped-call]
@@ -172,11 +177,39 @@ class AdaptedLinear(nn.Module):
             return torch.tensor([mixing.weights], device=x.device)
         return self.context.current.token_weights(len(x)) if mixing.kind == "instance" else None
 
+    def _shift(self) -> Float[Tensor, "k m"] | None:
+        """What is added to a mixer's logits: a correction, and in training what leaves one slot in a step."""
+        assert self.placement is not None
+        share, keys = self.placement.slot_dropout, self.context.current.keys
+        if self.placement.mixed and self.training and share and keys:
+            return alone(keys, len(self.placement.slots), share).to(self.factor(MIXER, G))
+        return self.factor(MIXER, C)[:, :, 0] if self.placement.mixed and hasattr(self, f"{MIXER}_{C}") else None
+
     def _dropout(self, x: Float[Tensor, "n d_in"]) -> Dropout | None:
         assert self.placement is not None
         rows = self.context.current
         drops = self.training and self.placement.dropout > 0 and bool(rows.keys)
         return rows.dropout(x, self.placement.dropout, self.index) if drops else None
+
+
+NEVER = -64.0
+"""Logit of a slot that is left out: e⁻⁶⁴ is nothing beside 1 in fp32."""
+
+
+@lru_cache(maxsize=4)
+def alone(keys: tuple[int, ...], slots: int, share: float) -> Float[Tensor, "k m"]:
+    """For every client's step zeros, or, with a probability of ``share``, ``NEVER`` for all slots but one.
+
+    >>> alone((1, 2), 2, 0.0)
+    tensor([[0., 0.],
+            [0., 0.]])
+    """
+    shift = torch.zeros(len(keys), slots)
+    for mine, key in zip(shift, keys, strict=True):
+        kept = int(torch.rand((), generator=rng(key, "slots")) / share * slots) if share else slots
+        if kept < slots:
+            mine.fill_(NEVER)[kept] = 0
+    return shift
 
 
 def features(layer: nn.Module) -> tuple[int, int]:

@@ -20,11 +20,11 @@ from torch import Tensor
 from fedalt.config import Task
 from fedalt.errors import UserError
 from fedalt.files import read_json, write_bytes, write_json
-from fedalt.names import ANCHOR, HEAD, MERGED, MIXER, A, B, G, Key, Tensors, parted
+from fedalt.names import ANCHOR, EVIDENCE, HEAD, MERGED, MIXER, A, B, C, G, Key, Tensors, parted
 
 _PREFIX = "base_model.model."
 _FACTORS = {A: ".lora_A.weight", B: ".lora_B.weight"}
-_MIXER = ".mixer.weight"
+_MIXER = {G: ".mixer.weight", C: ".mixer.bias"}
 _TASKS = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "image_classification": None}
 WEIGHTS = "adapter_model.safetensors"
 MIXER_FILE = "mixer.safetensors"
@@ -87,14 +87,14 @@ def _saved_as(head: str) -> str:
 
 
 def write_mixer(folder: Path, tensors: Tensors) -> None:
-    """Write every layer's mixer G in one file."""
-    named = {f"{_PREFIX}{k.module}{_MIXER}": v.contiguous() for k, v in tensors.items() if k.slot == MIXER}
+    """Write every layer's mixer in one file: G, and its shift where there is one."""
+    named = {f"{_PREFIX}{k.module}{_MIXER[k.factor]}": v.contiguous() for k, v in tensors.items() if k.slot == MIXER}
     write_bytes(folder / MIXER_FILE, save(named, metadata={"format": "pt"}))
 
 
 def write_extras(folder: Path, tensors: Tensors) -> None:
-    """Write what is neither a LoRA nor a mixer, if there is such: what is merged into the base, and the anchor."""
-    named = {str(key): value.contiguous() for key, value in tensors.items() if key.slot in (MERGED, ANCHOR)}
+    """Write what is neither a LoRA nor a mixer, if there is such: what is merged, the anchor, held-out losses."""
+    named = {str(key): value.contiguous() for key, value in tensors.items() if key.slot in (MERGED, ANCHOR, EVIDENCE)}
     if named:
         write_bytes(folder / EXTRA_FILE, save(named, metadata={"format": "pt"}))
 
@@ -113,7 +113,8 @@ def read_folder(folder: Path, slots: Sequence[str], mixed: bool) -> dict[Key, Te
             tensors[Key(name.removeprefix(_PREFIX).removesuffix(_FACTORS[factor]), slot, factor)] = value
     if mixed:
         for name, value in _load(folder / MIXER_FILE).items():
-            tensors[Key(name.removeprefix(_PREFIX).removesuffix(_MIXER), MIXER, G)] = value
+            factor = next(f for f, ending in _MIXER.items() if name.endswith(ending))
+            tensors[Key(name.removeprefix(_PREFIX).removesuffix(_MIXER[factor]), MIXER, factor)] = value
     if (folder / EXTRA_FILE).is_file():
         tensors |= {Key.parse(name): value for name, value in _load(folder / EXTRA_FILE).items()}
     return tensors

@@ -171,8 +171,12 @@ def states_in(checkpoint: Checkpoint, experiment: Experiment) -> PerClient[Clien
 
 def plans_of(experiment: Experiment, client: int, number: int) -> list[Plan]:
     """What a client does in every phase of a round."""
-    rows = experiment.training_rows(client)
-    return plan_phases(rows, client, experiment.config, number, len(experiment.method.phases(number)))
+    rows, phases = experiment.training_rows(client), experiment.method.phases(number)
+    plans = plan_phases(rows, client, experiment.config, number, len(phases))
+    if not any(phase.held_out for phase in phases) or not (held := experiment.examples[client].validation):
+        return plans
+    others = plan_phases(held, client, experiment.config, number, len(phases))
+    return [other if phase.held_out else plan for phase, plan, other in zip(phases, plans, others, strict=True)]
 
 
 def plan_phases(rows: Sequence[Example], client: int, config: RunConfig, number: int, phases: int) -> list[Plan]:

@@ -29,6 +29,7 @@ from fedalt.data.encode import (
 )
 from fedalt.data.federation import Federation, check_labels, labels_of
 from fedalt.data.load import Rows
+from fedalt.data.partition import held_out as split_off
 from fedalt.data.record import digests, record
 from fedalt.errors import UserError, listed
 from fedalt.evaluation.choices import options_of
@@ -232,7 +233,8 @@ class Experiment:
 
     def personalised(self, states: Sequence[ClientState]) -> list[ClientState]:
         """A cohort's models that answer, made from what clients keep."""
-        rows = {state.client: self.examples[state.client].train for state in states}
+        split = "validation" if self.method.held_out else "train"
+        rows = {state.client: getattr(self.examples[state.client], split) for state in states}
         return self.method.personalise(self.resident.model, states, rows, self.settings.answering)
 
     @property
@@ -300,6 +302,7 @@ def prepare(
                 text = f"{config.metric} asked for, but no test row of client {client} lists OPTIONS"
                 raise UserError(f"evaluation.metric: {text}")
     method = build(config, clients or len(federation.clients), resident.model.layer_sizes)
+    examples, kept = _held_out(examples, method.held_out, config.seed)
     method.rank_of(0)  # refuses ranks where there is no rule for them
     settings = RoundSettings(method, config.training, method.centralised or config.federation.heads == "shared")
     notes = (
@@ -307,9 +310,25 @@ def prepare(
         *shortened,
         *_padding(config, resident.model),
         *_notes(config, federation, examples, method),
+        *kept,
     )
     start = _adapter_start(config, method) if config.model.adapter_as == "start" else {}
     return Experiment(config, federation, examples, resident, method, settings, notes, rows, start)
+
+
+def _held_out(
+    examples: dict[int, ClientExamples], share: float, seed: int
+) -> tuple[dict[int, ClientExamples], tuple[str, ...]]:
+    """The examples with a share of training rows as validation rows, for clients that have none, and a note."""
+    lacking = [client for client, mine in examples.items() if share and not mine.validation and len(mine.train) > 1]
+    made = {}
+    for client in lacking:
+        mine = examples[client]
+        train, kept = split_off([example.row.output for example in mine.train], share, seed, client)
+        rows = {"train": train, "validation": kept}
+        made[client] = replace(mine, **{split: tuple(mine.train[i] for i in places) for split, places in rows.items()})
+    note = f"{share:g} of the training rows of {len(lacking)} clients are held out: the method chooses on them"
+    return {**examples, **made}, (note,) if lacking else ()
 
 
 def _adapter_start(config: RunConfig, method: Method) -> Tensors:

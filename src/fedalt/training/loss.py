@@ -43,6 +43,16 @@ def client_losses(
     return total / counts.clamp(min=1)
 
 
+def row_losses(model: AdaptedModel, batch: Batch) -> Float[Tensor, " n"]:
+    """Nats of every row's answer, or class."""
+    if model.heads:
+        return _class_losses(model, batch, None)
+    tokens = token_losses(model, batch)
+    ends = torch.tensor(batch.rows.lengths, device=tokens.device).cumsum(0)
+    row = torch.bucketize(batch.place.contiguous(), ends, right=True)
+    return tokens.new_zeros(len(ends)).index_add(0, row, tokens)
+
+
 def target_counts(batch: Batch) -> Int[Tensor, " k"]:
     """What every client has to predict in a batch."""
     return torch.bincount(batch.owner, minlength=len(batch.rows.sizes))

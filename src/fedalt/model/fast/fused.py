@@ -111,6 +111,7 @@ class Adaptation:
         dropout: Which inputs of A are kept, or None.
         weights: α where no mixer decides it; None where it is 1.
         detached: By slot, whether x gets no gradient through it; none when empty.
+        shift: What is added to the mixer's logits, per client.
     """
 
     counts: Counts
@@ -119,6 +120,7 @@ class Adaptation:
     dropout: Dropout | None
     weights: Float[Tensor, "#n m"] | None = None
     detached: tuple[bool, ...] = ()
+    shift: Float[Tensor, "k m"] | None = None
 
     def drop(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Zero what is dropped; the factor 1/(1−p) is on the narrow side of A."""
@@ -162,7 +164,7 @@ def _slots(ranks: tuple[int, ...], device: torch.device) -> Int[Tensor, " R"]:
 
 
 class Adapt(torch.autograd.Function):
-    """``y + s Σ_i α_i(x) B_i A_i x̃``, with α = softmax(G x) per token (given, or 1, without a mixer) and x̃ = drop(x).
+    """``y + s Σ_i α_i(x) B_i A_i x̃``, with α = softmax(G x + c) per token (given, or 1, without a mixer), x̃ = drop(x).
 
     Gradients, by token, for δ the gradient of the output, h = A x̃ and u = s·Bᵀδ over all slots:
 
@@ -193,7 +195,10 @@ class Adapt(torch.autograd.Function):
         h = per_client(how.drop(inner), a.transpose(1, 2), how.counts).to(full).mul_(how.keep)
         alpha = how.weights
         if g is not None:
-            alpha = torch.softmax(per_client(inner, g.to(working).transpose(1, 2), how.counts).to(full), dim=-1)
+            z = per_client(inner, g.to(working).transpose(1, 2), how.counts).to(full)
+            if how.shift is not None:
+                z += how.shift.repeat_interleave(torch.tensor(how.counts, device=z.device), 0)
+            alpha = torch.softmax(z, dim=-1)
         weighted = ((h if alpha is None else h * how.spread(alpha)) * how.scale).to(working)
         ctx.how = how
         ctx.save_for_backward(x, g, h, alpha, *factors)
