@@ -28,8 +28,8 @@ MIXER = "mixer"
 MERGED = "merged"
 """Pseudo-slot of what has been merged into the base, whose only factor is W ``[d_out, d_in]`` (FLoRA)."""
 EVIDENCE = "evidence"
-"""Pseudo-slot, of no module, of a client's losses on held-out rows; its only factor is E ``[3, n]``: with the individual
-LoRA alone, as the client answers, and with the shared LoRA alone."""
+"""Pseudo-slot, of no module, of a client's losses on held-out rows; its only factor is E ``[3, n]``: with
+the individual LoRA alone, as the client answers, and with the shared LoRA alone."""
 ANCHOR = "anchor"
 """Pseudo-slot, of no module, of what a client's prompts are compared with; its only factor is E ``[1, d]`` (FedDPA)."""
 HEAD = "head"

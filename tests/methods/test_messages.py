@@ -48,6 +48,11 @@ UP = {
     "fedprox": (LORA, n()),
     "ditto": (LORA, n()),
     "fedit_ft": (LORA, n()),
+    "select": (LORA, n()),
+    "fedalt_calibrated": (IND, n()),
+    "fedalt_joint": (LORA, n()),
+    "fedalt_shared_a": (IND, n()),
+    "fedalt_heldout_mixer": (IND, n()),
     "fedrot_lora": (LORA, n()),
     "zero_pad": (LORA, n()),
     "hetlora": (LORA, n()),
@@ -187,7 +192,7 @@ def test_methods_that_send_nothing_are_told_nothing(name: str) -> None:
 
 SECTIONS = (
     "fedalt", "fedit_split", "feddpa", "pf2lora", "fdlora", "hetlora", "lora_fair", "fedprox", "ditto", "fedit_ft",
-    "fedrot_lora",
+    "fedrot_lora", "select", "fedalt_calibrated", "fedalt_joint", "fedalt_heldout_mixer",
 )  # fmt: skip
 
 
@@ -215,6 +220,9 @@ def test_unknown_options_are_refused(section: str) -> None:
         ("ditto.weight", -1),
         ("fedit_ft.alone", 0),
         ("fedrot_lora.fit", "C"),
+        ("select.held_out", 0),
+        ("fedalt_calibrated.standard_errors", -1),
+        ("fedalt_joint.slot_dropout", 1.5),
         ("lora.ranks", [4, 0]),
     ],
 )

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedalt.cli import complete, show
+from fedalt.cli.advise import advise
 from fedalt.cli.audit import audit
 from fedalt.cli.bench import bench
 from fedalt.cli.compare import compare
@@ -303,6 +304,7 @@ GROUPS: dict[str, dict[Callable[..., None], str]] = {
         generate: 'fedalt generate runs/mine --client 3 "Greet Ada."',
         export: "fedalt export runs/mine --client 3 --out client3",
         onboard: "fedalt onboard runs/mine --data newcomers --epochs 5",
+        advise: "fedalt advise runs/fedalt_joint-reviews-seed0",
     },
     "Data": {
         partition: "fedalt partition --data rows.csv --clients 10 --out partition",

@@ -135,8 +135,10 @@ def _join(
         before |= _scored(experiment, states, arrival)
         if train:
             phases = method.newcomer_phases
-            rows = {client: experiment.examples[client].train for client in part}
-            plans = [plan_phases(mine, c, experiment.config, number + 1, len(phases)) for c, mine in rows.items()]
+            plans = [
+                plan_phases(phases, mine.train, c, experiment.config, number + 1, held=mine.validation)
+                for c, mine in ((client, experiment.examples[client]) for client in part)
+            ]
             states, _ = train_phases(experiment.resident.model, states, phases, plans, settings)
             states = experiment.personalised(states)
             after |= _scored(experiment, states, settings.answering)

@@ -13,7 +13,7 @@ from fedalt.data.encode import Example
 from fedalt.federation.client import ClientResult, cohort_size, cohorts, installed, run_clients
 from fedalt.federation.diagnostics import row_lora_drift
 from fedalt.federation.server import PerClient
-from fedalt.methods.base import Message
+from fedalt.methods.base import Message, Phase
 from fedalt.model.state import ClientState
 from fedalt.names import REST_OF_WORLD
 from fedalt.runs.checkpoint import Checkpoint
@@ -172,13 +172,20 @@ def states_in(checkpoint: Checkpoint, experiment: Experiment) -> PerClient[Clien
 def plans_of(experiment: Experiment, client: int, number: int) -> list[Plan]:
     """What a client does in every phase of a round."""
     rows, phases = experiment.training_rows(client), experiment.method.phases(number)
-    plans = plan_phases(rows, client, experiment.config, number, len(phases))
-    if not any(phase.held_out for phase in phases) or not (held := experiment.examples[client].validation):
-        return plans
-    others = plan_phases(held, client, experiment.config, number, len(phases))
-    return [other if phase.held_out else plan for phase, plan, other in zip(phases, plans, others, strict=True)]
+    return plan_phases(phases, rows, client, experiment.config, number, held=experiment.examples[client].validation)
 
 
-def plan_phases(rows: Sequence[Example], client: int, config: RunConfig, number: int, phases: int) -> list[Plan]:
-    """A plan for each of so many phases of a round."""
-    return [plan_round(rows, client, config.training, config.seed, number, phase=phase) for phase in range(phases)]
+def plan_phases(
+    phases: Sequence[Phase],
+    rows: Sequence[Example],
+    client: int,
+    config: RunConfig,
+    number: int,
+    *,
+    held: Sequence[Example],
+) -> list[Plan]:
+    """A plan for each phase of a round, on training rows or, where it says so and there are any, on held-out ones."""
+    return [
+        plan_round(held if phase.held_out and held else rows, client, config.training, config.seed, number, phase=place)
+        for place, phase in enumerate(phases)
+    ]
