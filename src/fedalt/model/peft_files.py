@@ -88,7 +88,8 @@ def _saved_as(head: str) -> str:
 
 def write_mixer(folder: Path, tensors: Tensors) -> None:
     """Write every layer's mixer in one file: G, and its shift where there is one."""
-    named = {f"{_PREFIX}{k.module}{_MIXER[k.factor]}": v.contiguous() for k, v in tensors.items() if k.slot == MIXER}
+    parts = {k: v.flatten() if k.factor == C else v for k, v in tensors.items() if k.slot == MIXER}
+    named = {f"{_PREFIX}{k.module}{_MIXER[k.factor]}": v.contiguous() for k, v in parts.items()}
     write_bytes(folder / MIXER_FILE, save(named, metadata={"format": "pt"}))
 
 
@@ -114,6 +115,7 @@ def read_folder(folder: Path, slots: Sequence[str], mixed: bool) -> dict[Key, Te
     if mixed:
         for name, value in _load(folder / MIXER_FILE).items():
             factor = next(f for f, ending in _MIXER.items() if name.endswith(ending))
+            value = value[:, None] if factor == C else value
             tensors[Key(name.removeprefix(_PREFIX).removesuffix(_MIXER[factor]), MIXER, factor)] = value
     if (folder / EXTRA_FILE).is_file():
         tensors |= {Key.parse(name): value for name, value in _load(folder / EXTRA_FILE).items()}
