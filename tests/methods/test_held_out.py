@@ -118,6 +118,11 @@ def test_the_rule_of_one_standard_error(rows: int, count: int, seed: int, width:
     assert one_standard_error(torch.tensor(losses), width) == c
 
 
+def test_a_loss_that_is_no_number_is_never_chosen() -> None:
+    losses = torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0], [3.0, 2.0]])
+    assert [one_standard_error(losses, 0.0), one_standard_error(losses[:2], 0.0)] == [2, 0]
+
+
 @pytest.mark.parametrize("name", CHOOSING)
 @pytest.mark.parametrize("width", [0.0, 1.0])
 def test_a_client_answers_with_its_own_choice(name: str, width: float) -> None:

@@ -21,6 +21,8 @@ from fedalt.training.loss import row_losses
 
 _ROWS = 16
 """Rows per client that are read at a time."""
+_WORST = 1e9
+"""Nats in place of a loss that is no number."""
 Candidate = Mapping[str, float]
 """A change of a client's model, by a name of the method's own → number."""
 
@@ -97,6 +99,7 @@ def one_standard_error(losses: Float[Tensor, "c n"], width: float = 1.0) -> int:
     """
     if losses.shape[1] < 2:
         return 0
+    losses = losses.nan_to_num(nan=_WORST, posinf=_WORST)
     excess = losses - losses[losses.mean(1).argmin()]
     error = excess.std(1) / losses.shape[1] ** 0.5
     return int((excess.mean(1) <= width * error).nonzero()[0])
