@@ -115,8 +115,8 @@ def read_folder(folder: Path, slots: Sequence[str], mixed: bool) -> dict[Key, Te
     if mixed:
         for name, value in _load(folder / MIXER_FILE).items():
             factor = next(f for f, ending in _MIXER.items() if name.endswith(ending))
-            value = value[:, None] if factor == C else value
-            tensors[Key(name.removeprefix(_PREFIX).removesuffix(_MIXER[factor]), MIXER, factor)] = value
+            key = Key(name.removeprefix(_PREFIX).removesuffix(_MIXER[factor]), MIXER, factor)
+            tensors[key] = value[:, None] if factor == C else value
     if (folder / EXTRA_FILE).is_file():
         tensors |= {Key.parse(name): value for name, value in _load(folder / EXTRA_FILE).items()}
     return tensors
