@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedalt.config import FederationConfig
 from fedalt.data.batches import collate
 from fedalt.data.encode import Example
 from fedalt.methods.base import Message, Method
@@ -33,6 +36,7 @@ from support import (
     random_states,
     round_settings,
     run_all,
+    run_rounds,
     shape_of,
     training,
 )
@@ -54,8 +58,7 @@ def literal_loss(state: ClientState, row: Example) -> float:
     plain = PlainClient(llama(), {k: v for k, v in state.tensors.items() if k.factor not in (C, E)}, SCALE)
     for path, layer in plain.layers.items():
         if (shift := state.tensors.get(Key(path, MIXER, C))) is not None:
-            biased = torch.nn.functional.pad(layer.mixer_G.detach(), (0, 0))
-            layer.forward = _shifted(layer, biased, shift)  # type: ignore[method-assign]
+            layer.forward = _shifted(layer, shift)
     ids = torch.tensor([row.prompt + row.answer])
     with torch.no_grad():
         log_p = plain.model(ids).logits[0].log_softmax(-1)
@@ -63,9 +66,9 @@ def literal_loss(state: ClientState, row: Example) -> float:
     return -sum(float(log_p[at, ids[0, at + 1]]) for at in places)
 
 
-def _shifted(layer: torch.nn.Module, g: Tensor, shift: Tensor) -> object:
+def _shifted(layer: Any, shift: Tensor) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        weights = torch.softmax(x @ g.T + shift[:, 0], dim=-1)
+        weights = torch.softmax(x @ layer.mixer_G.T + shift[:, 0], dim=-1)
         y = layer.base_layer(x)
         for i, name in enumerate(layer.names):
             a, b = getattr(layer, f"{name}_A"), getattr(layer, f"{name}_B")
@@ -201,9 +204,6 @@ def test_slot_dropout_leaves_one_lora_in_a_step() -> None:
 
 @pytest.mark.parametrize("delivery", ["broadcast", "unicast"])
 def test_a_shared_a_makes_the_row_loras_product_exact(delivery: str) -> None:
-    from fedalt.config import FederationConfig
-    from support import run_rounds
-
     method, model = method_of("fedalt_shared_a"), AdaptedModel(llama())
     config = FederationConfig(rest_of_world_delivery=delivery)
     history, server = run_rounds(model, method, ROWS, training(), 2, federation=config)

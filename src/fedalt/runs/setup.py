@@ -325,8 +325,9 @@ def _held_out(
     for client in lacking:
         mine = examples[client]
         train, kept = split_off([example.row.output for example in mine.train], share, seed, client)
-        rows = {"train": train, "validation": kept}
-        made[client] = replace(mine, **{split: tuple(mine.train[i] for i in places) for split, places in rows.items()})
+        made[client] = replace(
+            mine, train=tuple(mine.train[i] for i in train), validation=tuple(mine.train[i] for i in kept)
+        )
     note = f"{share:g} of the training rows of {len(lacking)} clients are held out: the method chooses on them"
     return {**examples, **made}, (note,) if lacking else ()
 
