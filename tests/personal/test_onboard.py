@@ -119,11 +119,11 @@ RULES = {
     "lora_fair": (BOTH, BOTH),
     "fedprox": (BOTH, BOTH),
     "ditto": ("personal.A personal.B", ""),  # what answers is the personal LoRA alone
-    "select": ("evidence.E individual.A individual.B", "global.A"),  # B is weighed
-    "fedalt_calibrated": ("evidence.E individual.A individual.B mixer.G", "rest_of_world.A rest_of_world.B"),
-    "fedalt_joint": ("evidence.E individual.A individual.B mixer.G", BOTH),
+    "select": ("evidence.E individual.A individual.B", BOTH),  # B is halved with everybody
+    "fedalt_calibrated": ("evidence.E individual.A individual.B mixer.G", "mixer.C rest_of_world.A rest_of_world.B"),
+    "fedalt_joint": ("evidence.E individual.A individual.B mixer.G", f"{BOTH} mixer.C"),  # nothing is corrected
     "fedalt_heldout_mixer": ("individual.A individual.B mixer.G", "rest_of_world.A rest_of_world.B"),
-    "fedalt_shared_a": ("individual.A individual.B mixer.G", "rest_of_world.A rest_of_world.B"),
+    "fedalt_shared_a": ("individual.A individual.B mixer.G", "individual.A rest_of_world.A rest_of_world.B"),
     "fedit_ft": (BOTH, ""),  # members have gone on alone
     "fedrot_lora": (BOTH, BOTH),
     "zero_pad": (BOTH, BOTH),
