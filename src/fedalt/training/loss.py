@@ -32,11 +32,7 @@ def client_losses(
     (The loss built into Hugging Face models averages over all tokens of a batch and would let long rows of one
     client shrink the steps of another.) ``counts`` are the targets of each client's step, where these are a part of it.
     """
-    if model.heads:
-        scores = model.class_scores(batch.inputs, batch.rows, probe)
-        losses = torch.nn.functional.cross_entropy(scores, batch.target, reduction="none")
-    else:
-        losses = token_losses(model, batch, probe)
+    losses = class_losses(model, batch, probe) if model.heads else token_losses(model, batch, probe)
     clients = len(batch.rows.sizes)
     counts = target_counts(batch) if counts is None else counts
     total = torch.zeros(clients, device=losses.device, dtype=losses.dtype).index_add(0, batch.owner, losses)
@@ -46,11 +42,17 @@ def client_losses(
 def row_losses(model: AdaptedModel, batch: Batch) -> Float[Tensor, " n"]:
     """Nats of every row's answer, or class."""
     if model.heads:
-        return _class_losses(model, batch, None)
+        return class_losses(model, batch)
     tokens = token_losses(model, batch)
     ends = torch.tensor(batch.rows.lengths, device=tokens.device).cumsum(0)
     row = torch.bucketize(batch.place.contiguous(), ends, right=True)
     return tokens.new_zeros(len(ends)).index_add(0, row, tokens)
+
+
+def class_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None = None) -> Float[Tensor, " n"]:
+    """Cross-entropy of every row's class, in nats."""
+    scores = model.class_scores(batch.inputs, batch.rows, probe)
+    return torch.nn.functional.cross_entropy(scores, batch.target, reduction="none")
 
 
 def target_counts(batch: Batch) -> Int[Tensor, " k"]:
