@@ -34,6 +34,7 @@ def build(kind: str) -> Any:
     torch.manual_seed(0)
     wide = {"initializer_range": WIDE}
     heads = {"n_layer": LAYERS, "n_head": 4, "vocab_size": VOCAB, **wide, **SPECIAL, **LABELS}
+    images = {"image_size": 8, "patch_size": 2, "num_channels": 1, **wide, **LABELS, **_without("vocab_size")}
     builders = {
         "bert": lambda: hf.BertForSequenceClassification(
             hf.BertConfig(max_position_embeddings=64, pad_token_id=PAD, **wide, **SMALL, **LABELS)
@@ -46,9 +47,9 @@ def build(kind: str) -> Any:
         ),
         "bloom": lambda: hf.BloomForSequenceClassification(hf.BloomConfig(hidden_size=HIDDEN, **heads)),
         "gpt2": lambda: hf.GPT2ForSequenceClassification(hf.GPT2Config(n_embd=HIDDEN, n_positions=64, **heads)),
-        "vit": lambda: hf.ViTForImageClassification(
-            hf.ViTConfig(image_size=8, patch_size=2, num_channels=1, **wide, **LABELS, **_without("vocab_size"))
-        ),
+        "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**images)),
+        "beit": lambda: hf.BeitForImageClassification(hf.BeitConfig(**images)),
+        "dinov2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**images)),
     }
     model = builders[kind]()
     with torch.no_grad():  # biases and norms start at 0 and 1, where a mistake may not show
@@ -57,7 +58,8 @@ def build(kind: str) -> Any:
     return model.float().eval()
 
 
-KINDS = ("bert", "roberta", "llama", "bloom", "gpt2", "vit")
+KINDS = ("bert", "roberta", "llama", "bloom", "gpt2", "vit", "beit", "dinov2")
+IMAGES = ("vit", "beit", "dinov2")
 
 
 def _without(name: str) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def examples(kind: str, count: int, seed: int, longest: int = 9) -> tuple[Exampl
     rows = []
     for i in range(count):
         label = draw.randrange(CLASSES)
-        if kind == "vit":
+        if kind in IMAGES:
             pixels = torch.randn(IMAGE, generator=torch.Generator().manual_seed(1000 * seed + i))
             rows.append(Example((), (), Row("", ""), label, Image(Row("", ""), 17, lambda row, p=pixels: p)))  # type: ignore[misc]
         else:

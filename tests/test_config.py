@@ -258,6 +258,29 @@ def test_devices_may_stand_in_one_word(devices: Any) -> None:
     assert parse_config(nested("federation.devices", devices), "x").federation.devices == ("cuda:0", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("key", "given", "read"),
+    [
+        ("data.tasks", "snli, cola", ("snli", "cola")),
+        ("model.labels", "no,yes", ("no", "yes")),
+        ("lora.ranks", "4,8", (4, 8)),
+        ("lora.ranks", 4, (4,)),
+        ("lora.layers", 0, (0,)),
+        ("training.betas", "0.8,0.9", (0.8, 0.9)),
+        ("evaluation.points", "after", ("after",)),
+    ],
+)
+def test_a_list_may_be_a_word_with_commas(key: str, given: Any, read: Any) -> None:
+    config = parse_config(nested(key, given), "x")
+    section, _, name = key.partition(".")
+    assert getattr(getattr(config, section), name) == read
+
+
+def test_what_several_settings_make_wrong_is_said_of_what_was_typed() -> None:
+    line = refused("validate", "--set", "evaluation.metric=accuracy")
+    assert line.startswith("--set evaluation.metric=accuracy: accuracy does not suit")
+
+
 def test_final_scores_are_those_after_aggregation() -> None:
     line = complaint({"evaluation": {"points": ["before"]}})
     assert line.startswith("x.yaml: evaluation.points = ")

@@ -13,7 +13,7 @@ import fedalt
 SOURCE = Path(fedalt.__file__).parent
 
 ORDER = (
-    {"names", "errors", "files", "seeding", "runtime", "compat"},
+    {"names", "errors", "files", "seeding", "runtime", "compat", "hub"},
     {"registry"},
     {"config"},
     {"model"},
@@ -31,7 +31,7 @@ ORDER = (
     {"__main__"},
 )
 """Rooms in the order in which they may use each other. Those of one line may, too, if they are of the first or data."""
-NEIGHBOURS = ({"names", "errors", "files", "seeding", "runtime", "compat"}, {"data", "datasets"}, {"cli", "api"})
+NEIGHBOURS = ({"names", "errors", "files", "seeding", "runtime", "compat", "hub"}, {"data", "datasets"}, {"cli", "api"})
 
 NEVER = {
     "model": {"fedalt.data", "fedalt.methods"},

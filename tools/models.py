@@ -34,7 +34,10 @@ from fedalt.files import write_text
 from fedalt.model.batch_layout import BatchLayout
 from fedalt.model.source import TINY_BASE, resolve_source
 from fedalt.model.targets import ALL_LINEAR, backbone_of
+from fedalt.personal.chat import Chat
 from fedalt.personal.rescore import rescore
+from fedalt.runs.folder import finished_run
+from fedalt.runs.setup import Resident, load_resident
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "embedding_size": 32, "word_embed_proj_dim": 32,
@@ -180,14 +183,15 @@ def try_one(case: Case, scratch: Path) -> dict[str, str]:
 
 
 def _looked_at(runs: Mapping[str, Run], auto: Any, folder: Path, targets: str) -> dict[str, str]:
-    model = runs["stacked"].client(0)._chat.resident.model
+    resident = load_resident(finished_run(runs["stacked"].folder)[1])
+    model = resident.model
     names = targets or ", ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in model.layers))
     loop = max(
         _apart(mine, _adapters(runs["loop"].folder, client)[name])
         for client in (0, 1)
         for name, mine in _adapters(runs["stacked"].folder, client).items()
     )
-    same, asked = _answers(runs["stacked"], auto, folder)
+    same, asked = _answers(runs["stacked"], resident, auto, folder)
     rows = "packed" if model.packs else f"padded: {model.unpacked}" if model.unpacked else "as they are"
     alone = 0.0 if model.sees else _alone(model, backbone_of(auto.from_pretrained(folder).eval()))
     works = max(loop, alone) < _EXACT and same == asked
@@ -218,14 +222,14 @@ def _alone(model: Any, plain: Any) -> float:
 
 
 @torch.no_grad()
-def _answers(done: Run, auto: Any, folder: Path) -> tuple[int, int]:
+def _answers(done: Run, resident: Resident, auto: Any, folder: Path) -> tuple[int, int]:
     """How many of the run's answers the exported LoRA gives in PEFT, and of how many."""
     from peft import PeftModel
 
     same = asked = 0
     scored = rescore(done.folder, None, None, False)
     for client in done.clients:
-        chat, lora = done.client(client)._chat, done.folder / "clients" / str(client) / "individual"
+        chat, lora = Chat(done.folder, client, resident), done.folder / "clients" / str(client) / "individual"
         encoder: Any = chat.encoder
         labels = chat.config.model.labels
         options = {"num_labels": len(labels), "ignore_mismatched_sizes": True} if labels else {}

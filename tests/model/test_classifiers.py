@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from classifiers import CLASSES, KINDS, PLACEMENT, adapted, build, examples, inp
 from fedalt.data.batches import collate
 from fedalt.errors import UserError
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.classifier import head_paths, summary_of
+from fedalt.model.classifier import _image_size, head_paths, summary_of
 from fedalt.names import HEAD
 from fedalt.training.loss import client_losses
 from support import HIDDEN, LAYERS, bitwise, distance, relative
@@ -22,7 +23,8 @@ SIZES = (3, 5, 1)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_summary_token_is_found(kind: str) -> None:
-    assert summary_of(build(kind))[0] == ("last" if kind in ("llama", "bloom", "gpt2") else "first")
+    seen = dict.fromkeys(("llama", "bloom", "gpt2"), "last") | dict.fromkeys(("beit", "dinov2"), "all")
+    assert summary_of(build(kind))[0] == seen.get(kind, "first")
 
 
 def test_a_model_whose_head_looks_elsewhere_is_refused() -> None:
@@ -30,7 +32,9 @@ def test_a_model_whose_head_looks_elsewhere_is_refused() -> None:
         image_size=8, patch_size=2, num_channels=1, embed_dim=8, depths=[1], num_heads=[2], window_size=2, num_labels=3
     )
     model = hf.SwinForImageClassification(config).eval()
-    with pytest.raises(UserError, match=r"model\.task: SwinForImageClassification looks at neither"):
+    with pytest.raises(
+        UserError, match=r"model\.task: SwinForImageClassification cannot be adapted: its layers see unlike"
+    ):
         AdaptedModel(model, targets=("query",), heads=head_paths(model, ()))
 
 
@@ -70,7 +74,7 @@ def test_a_client_without_rows_has_loss_and_gradient_zero(kind: str) -> None:
 
 
 def test_bert_packs_and_images_do_not() -> None:
-    assert adapted("bert").packs and adapted("llama").packs and not adapted("vit").packs
+    assert adapted("bert").packs and adapted("roberta").packs and adapted("llama").packs and not adapted("vit").packs
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,6 +134,13 @@ def test_a_vit_of_another_size(capsys: Any) -> None:
     )  # fmt: skip
     model = hf.ViTForImageClassification(config).eval()
     assert AdaptedModel(model, heads=head_paths(model, ())).image_tokens == 17
+
+
+@pytest.mark.parametrize("size", [16, [16], (16, 16), {"height": 16, "width": 16}])
+@pytest.mark.parametrize("inside", [False, True])
+def test_where_the_size_of_an_image_may_stand(size: Any, inside: bool) -> None:
+    about = SimpleNamespace(image_size=size, sub_configs={})
+    assert _image_size(SimpleNamespace(vision=about, sub_configs={"vision": None}) if inside else about) == (16, 16)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "vit"])

@@ -14,7 +14,7 @@ import pytest
 from fedalt.files import only_one
 from fedalt.runs.checkpoint import load_checkpoint, prune
 from fedalt.runs.folder import claim_folder
-from micro import call, data_folder, finished, refused, tree
+from micro import call, data_folder, finished, refused, settings, shared_data, shared_model, tree, write_yaml
 
 
 @pytest.fixture
@@ -25,6 +25,26 @@ def run(tmp_path: Path) -> Path:
 
 def newest(run: Path) -> Path:
     return max((run / "checkpoints").glob("round_*"))
+
+
+# --- any present folder
+
+
+def test_a_run_with_relative_paths_is_used_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home" / "inside").mkdir(parents=True)
+    shutil.copytree(shared_model(), tmp_path / "home" / "base")
+    shutil.copytree(shared_data(), tmp_path / "home" / "rows")
+    (tmp_path / "home" / "prompt.txt").write_text("Say: {instruction}\n")
+    monkeypatch.chdir(tmp_path / "home")
+    changes = {"federation__rounds": 1, "training__local_epochs": 1, "data__template": "prompt.txt"}
+    values = settings(Path("mine"), Path("base"), Path("rows"), **changes)
+    assert call("run", write_yaml(Path("x.yaml"), values)).code == 0
+    assert call("run", "x.yaml", "--resume").code == 0
+    monkeypatch.chdir(tmp_path / "home" / "inside")
+    assert "equal to the run's own scores" in call("evaluate", "../mine").out
+    monkeypatch.chdir(tmp_path)
+    done = call("run", "--out", "home/mine", "--resume", "--rounds", "2")
+    assert done.code == 0, done.err
 
 
 # --- one process at a time

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import click
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fedalt.cli import complete, show
+from fedalt.cli import show
 from fedalt.cli.advise import advise
 from fedalt.cli.audit import audit
 from fedalt.cli.bench import bench
@@ -23,6 +23,7 @@ from fedalt.cli.data import prepare as prepare_group
 from fedalt.cli.deploy import certs, server, site, status, submit
 from fedalt.cli.flags import INSIGHT_ROWS, OLD, Command, settings
 from fedalt.cli.known import env, methods, metrics
+from fedalt.cli.out import Client, Round, RunPath, figures, push
 from fedalt.cli.recipes import recipes
 from fedalt.cli.show import Json, option, print_json, say, switch
 from fedalt.config import RunConfig
@@ -40,16 +41,10 @@ app = typer.Typer(
 )
 
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"} | {
     name: name for name in ("bfloat16", "float16", "float32")
 }
 """Spelling of ``--dtype`` → its name in PyTorch."""
-Client = Annotated[int, option("N", "client id", "--client")]
-Round = Annotated[
-    Literal["best", "last"] | None,
-    switch("the best round on validation rows, or the last; the one in clients/ when not given", "--round"),
-]
 
 
 def _version(asked: bool) -> None:
@@ -299,10 +294,12 @@ GROUPS: dict[str, dict[Callable[..., None], str]] = {
         evaluate: "fedalt evaluate runs/mine --central",
         report: "fedalt report runs/mine --insight",
         audit: "fedalt audit runs/mine --client 3",
+        figures: "fedalt figures runs/mine --format pdf,svg",
     },
     "Models": {
         generate: 'fedalt generate runs/mine --client 3 "Greet Ada."',
         export: "fedalt export runs/mine --client 3 --out client3",
+        push: "fedalt push runs/mine --client 3 --repo me/client3",
         onboard: "fedalt onboard runs/mine --data newcomers --epochs 5",
         advise: "fedalt advise runs/fedalt_joint-reviews-seed0",
     },

@@ -26,7 +26,7 @@ from pydantic import (
 from fedalt.compat import as_recorded, settings_today, today
 from fedalt.config.data import DataConfig
 from fedalt.config.hints import explain
-from fedalt.config.section import Named, S, Section, settings_in
+from fedalt.config.section import Named, S, Section, as_list, settings_in
 from fedalt.errors import UserError, listed, shortened
 from fedalt.files import parse_yaml, read_bytes
 from fedalt.registry import (
@@ -94,19 +94,8 @@ def _device(name: str) -> str:
 Device = Annotated[str, AfterValidator(_device)]
 
 
-def _names(value: Any) -> Any:
-    """A command line has ``cuda:0,cuda:1``, or a single number."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [value]
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
-"""A list, or one text with commas."""
 _MetricName: TypeAlias = registered_name(METRICS)  # type: ignore[valid-type]
 _TrackerName: TypeAlias = registered_name(TRACKERS)  # type: ignore[valid-type]
-_MetricNames = Annotated[tuple[_MetricName, ...], BeforeValidator(_names)]
-_TrackerNames = Annotated[tuple[_TrackerName, ...], BeforeValidator(_names)]
 
 
 class ModelConfig(Section):
@@ -152,16 +141,16 @@ class LoraConfig(Section):
     )
     alpha: float = Field(32, gt=0, description="LoRA numerator; scale is alpha/r on both LoRAs (paper code: 32)")
     dropout: float = Field(0.05, ge=0, lt=1, description="one mask shared by both LoRAs (paper code: .05)")
-    targets: Names | None = Field(
+    targets: tuple[str, ...] | None = Field(
         None,
         min_length=1,
         description="linear layers with adapters, for example q_proj,v_proj, or all-linear; by architecture when not "
         "given",
     )
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_names)] | None = Field(
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, min_length=1, description="blocks with adapters, by number from 0, for example 0,1,2; all when not given"
     )
-    exclude: Names = Field((), description="linear layers without adapters, although targets names them")
+    exclude: tuple[str, ...] = Field((), description="linear layers without adapters, although targets names them")
     rslora: bool = Field(False, description="scale alpha over the root of r (rank-stabilised LoRA), not over r")
     init: Annotated[Literal["shared", "code_like", "per_client"], BeforeValidator(_no_distribution)] = Field(
         "shared", description="who starts from the same A and mixer: all, all but client 0 (paper code), nobody"
@@ -211,9 +200,7 @@ class TrainingConfig(Section):
         description="one schedule per round (paper code), or one over all rounds; absent clients skip their part",
     )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="optimiser of a client (paper code: adamw)")
-    betas: Annotated[tuple[_Decay, _Decay], BeforeValidator(_names)] = Field(
-        (0.9, 0.999), description="AdamW's decay of its two moments"
-    )
+    betas: tuple[_Decay, _Decay] = Field((0.9, 0.999), description="AdamW's decay of its two moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's addend to the denominator")
     momentum: float = Field(0, ge=0, lt=1, description="SGD's momentum")
     optimizer_state: Literal["reset", "persist"] = Field(
@@ -254,7 +241,7 @@ class FederationConfig(Section):
     cohort: int | None = Field(
         None, ge=1, description="clients on the model at a time; by rows' length and free memory when not given"
     )
-    devices: Annotated[tuple[Device, ...], BeforeValidator(_names)] | None = Field(
+    devices: tuple[Device, ...] | None = Field(
         None,
         min_length=1,
         description="devices of this machine that share the cohorts of a round, for example cuda:0,cuda:1, each with a "
@@ -287,7 +274,9 @@ class EvaluationConfig(Named):
         description="the score in tables, and the one that picks the best round on validation rows: the name of a "
         "metric, or FILE.py:Name, or module:Name; rouge1 or accuracy by task when not given",
     )
-    metrics: _MetricNames = Field((), description="more metrics to measure, besides those that fedalt has for the task")
+    metrics: tuple[_MetricName, ...] = Field(
+        (), description="more metrics to measure, besides those that fedalt has for the task"
+    )
     loss: bool = Field(
         False,
         description="also measure answer_loss: mean nats per token of the reference answers; far less noisy than ROUGE",
@@ -321,7 +310,7 @@ class ReportConfig(Named):
         ge=0,
         description="test rows per client for the client matrix and the mixer's weights in report.html; 0: none",
     )
-    trackers: _TrackerNames = Field(
+    trackers: tuple[_TrackerName, ...] = Field(
         (),
         description="where else losses, scores, bytes and seconds go: tensorboard, mlflow, wandb, trackio, or "
         "FILE.py:Name",
@@ -508,7 +497,7 @@ def _at(values: Any, dotted: str) -> Any:
 
 def _texts(value: Any) -> list[str]:
     """The names in a setting that holds one, a list of them, or one text with commas."""
-    values = _names(value)
+    values = as_list(value)
     return [one for one in values if isinstance(one, str)] if isinstance(values, list | tuple) else []
 
 
@@ -526,7 +515,7 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
         parent, _, last = key.rpartition(".")
         section = _at(named, parent)
         given = section.get(last) if isinstance(section, dict) else None
-        given = _names(given) if key in _LISTS else given
+        given = as_list(given) if key in _LISTS else given
         if isinstance(given, list | tuple):
             section[last] = [_name(one, registry, plugins) for one in given]
         elif given is not None:

@@ -79,8 +79,9 @@ def explain(error: Any, root: type[BaseModel], where: str, typed: Mapping[str, s
             return f"{known or where}: {key}: {_REFUSED[last]}"
         return f'{known or where}: unknown key "{shortened(key)}"{_meant(last, path, root)}'
     problem = _problem(error, key, root)
-    if not key:
-        return f"{where}: {problem}"
+    if not key:  # found by a look at several settings
+        about, _, rest = problem.partition(": ")
+        return f"{typed[about]}: {rest}" if typed and about in typed else f"{where}: {problem}"
     if inside:
         return f"{subject}: {_shown(value)} {problem}"
     return f"{subject}: {problem}" if known or _is_section(value) else f"{subject} = {_shown(value)}: {problem}"

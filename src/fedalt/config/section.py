@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from types import UnionType
+from typing import Any, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationInfo, field_validator
+
+
+def as_list(value: Any) -> Any:
+    """A command line has ``cuda:0,cuda:1``, or a single number."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return [value]
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+def _is_list(kind: Any) -> bool:
+    kinds = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
+    return any(get_origin(one) in (tuple, list) for one in kinds)
 
 
 class Section(BaseModel):
@@ -16,10 +29,13 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool:
             raise ValueError("true and false are allowed for switches only")
-        whole = cls.model_fields[str(info.field_name)].annotation in (int, int | None)
+        if _is_list(kind):
+            return as_list(value)
+        whole = kind in (int, int | None)
         if whole and isinstance(value, int | float) and not -(2**63) <= value < 2**63 and abs(value) != float("inf"):
             raise ValueError("must have less than 20 digits")
         return value

@@ -13,7 +13,6 @@ or the section ``data``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
@@ -42,10 +41,10 @@ from fedalt.data.record import held_out_in, reproduce
 from fedalt.data.sources.given import PREFIX, Given, read_handed_on
 from fedalt.data.sources.hub import is_loadable, is_saved, read_hub
 from fedalt.errors import UserError, alternatives, did_you_mean, listed
+from fedalt.hub import is_file_name, is_hub_name
 from fedalt.registry import OURS, SOURCES
 from fedalt.seeding import rng
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _FOLDERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, DataConfig], Federation | Pool]]] = {
     "client files": (is_client_folder, read_folder),
     "a saved Hugging Face data set": (is_saved, lambda path, config: read_hub(str(path), config)),
@@ -71,10 +70,10 @@ def read_source(config: DataConfig) -> Federation | Pool:
         return read_table(path, config)
     if path.is_dir():
         return _folder(path, config)
-    if ending(path):
+    if ending(path) or is_file_name(path.name):
         beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"data.source: there is no file {path}{did_you_mean(path.name, beside)}")
-    if _HUB_NAME.fullmatch(config.source):
+    if is_hub_name(config.source):
         return read_hub(config.source, config)
     raise UserError(
         f"data.source: {path} is no folder{did_you_mean(config.source, SOURCES)}; give a folder, a table "

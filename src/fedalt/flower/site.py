@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from fedalt.flower.members import rule_of
 from fedalt.flower.own import COLUMNS, SiteRows
 from fedalt.flower.requests import Common, Member, Opened, Part, Reply, Request, Scored, Scores, SiteError, Trained
 from fedalt.flower.wire import Shape, pack, unpack
+from fedalt.hub import is_hub_name
 from fedalt.methods.base import Message
 from fedalt.model.source import TINY_BASE
 from fedalt.model.state import ClientState
@@ -51,8 +51,6 @@ from fedalt.runs.rounds import frozen_settings
 from fedalt.runs.scoring import log_points, score_clients
 from fedalt.runs.setup import Bases, Experiment, RunInfo, prepare
 from fedalt.runtime import versions
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def _load(rows: SiteRows, config: RunConfig, client: int) -> tuple[RunConfig, Federation]:
@@ -98,7 +96,7 @@ def _check_paths(rows: SiteRows, config: RunConfig) -> None:
 
 
 def _may_be_path(model: str) -> bool:
-    return not _HUB_NAME.fullmatch(model) or Path(model).exists()
+    return not is_hub_name(model) or Path(model).exists()
 
 
 @contextmanager

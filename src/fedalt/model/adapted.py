@@ -50,7 +50,8 @@ class AdaptedModel:
         causal: Whether no token sees what comes after it.
         pads: Whether rows of unlike length may be padded on the right; else each length is read by itself.
         heads: Path → the head of whichever clients are on the model.
-        summary: Which token's state stands for a row: the last one's, for encoders the first one's, or the mean of all.
+        summary: Which token's state stands for a row: the last one's, for encoders the first one's, or the mean of all;
+            with "all" a head takes all of an image's.
         sees: Whether it looks at images.
         image_tokens: Tokens that an image becomes.
         trainable: What trains, stacked over clients.
@@ -81,7 +82,7 @@ class AdaptedModel:
         self.heads = take_heads(base, heads, self.context)
         self.pooler = self.heads.get(pooler_path(base))
         self.backbone = backbone_of(base)
-        if self.pooler is not None:
+        if self.pooler is not None and self.summary != "all":
             self.backbone.pooler = None
         paths = narrowed(find_targets(base, targets), layers, exclude)
         self.layers = {path: self._wrap(path, index) for index, path in enumerate(paths)}
@@ -103,6 +104,7 @@ class AdaptedModel:
                     _silence(module)
         self.window = smallest_window(base.config.get_text_config())
         self.unpacked, self.pads, self.causal = "", True, False
+        self.first_position = _first_position(self.backbone)
         if not self.sees:
             self._try_ways(packing)
         self.packs = packing and not self.unpacked
@@ -272,7 +274,9 @@ class AdaptedModel:
         if not packed and not self.pads and len(set(rows.lengths)) > 1:
             return self._by_length(inputs, rows, wanted, probe)
         rows = replace(rows, packed=packed, wanted=wanted if packed else None)
-        named = {"pixel_values": inputs} if self.sees else (_packed if packed else _padded)(inputs, rows)
+        named = {"pixel_values": inputs} if self.sees else _padded(inputs, rows)
+        if packed:
+            named = _packed(inputs, rows, self.first_position)
         options = {} if self.sees else {"use_cache": False}
         with self.rows(rows, probe):
             out = self.backbone(**{name: value for name, value in named.items() if name in self._accepted}, **options)
@@ -305,6 +309,10 @@ class AdaptedModel:
         probe: MixerProbe | None = None,
     ) -> Float[Tensor, "n classes"]:
         """Class logits of each sequence under its client's adapters and head."""
+        if self.summary == "all":
+            with self.rows(rows, probe):
+                scores: Tensor = self.base(pixel_values=inputs).logits
+            return scores
         out = self.summaries(inputs, rows, probe)
         pooler = first_token if self.summary == "mean" else self.pooler
         with self.rows(BatchLayout(rows.sizes)):
@@ -317,7 +325,7 @@ class AdaptedModel:
         probe: MixerProbe | None = None,
     ) -> Any:
         """As ``hidden``, with the one state ``[n, d]`` that stands for each row."""
-        if self.summary != "mean":
+        if self.summary not in ("mean", "all"):
             return self.hidden(inputs, rows, rows.summaries(self.summary).to(inputs.device), probe)
         out = self.hidden(inputs, rows, probe=probe)
         lengths = torch.tensor(rows.lengths, device=inputs.device)
@@ -333,9 +341,16 @@ class AdaptedModel:
         return layer
 
 
-def _packed(ids: Tensor, rows: BatchLayout) -> dict[str, Tensor]:
+def _first_position(backbone: nn.Module) -> int:
+    """The position of a row's first token: 0, but past the padding's own position in RoBERTa and its kin."""
+    tables = (module for name, module in backbone.named_modules() if name.endswith("position_embeddings"))
+    padding = next((getattr(table, "padding_idx", None) for table in tables), None)
+    return 0 if padding is None else int(padding) + 1
+
+
+def _packed(ids: Tensor, rows: BatchLayout, first: int = 0) -> dict[str, Tensor]:
     """One long row; positions count anew in each of the rows."""
-    positions = torch.cat([torch.arange(length) for length in rows.lengths]).to(ids.device)
+    positions = torch.cat([torch.arange(first, first + length) for length in rows.lengths]).to(ids.device)
     return {"input_ids": ids[None], "position_ids": positions[None]}
 
 

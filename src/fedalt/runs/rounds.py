@@ -22,7 +22,7 @@ from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint,
 from fedalt.runs.clients import ClientBackend, ClientReport, LocalClients
 from fedalt.runs.devices import Devices, fitting_cohort, started
 from fedalt.runs.events import EventLog, Sink, read_events
-from fedalt.runs.folder import RunFolder, check_code, kept
+from fedalt.runs.folder import RunFolder, check_code, kept, placed
 from fedalt.runs.setup import NO_VALIDATION, Experiment, RunInfo
 from fedalt.runtime import commit, peak_memory, versions
 
@@ -232,7 +232,8 @@ def find_checkpoint(info: RunInfo, folder: RunFolder) -> tuple[str, Checkpoint |
     config = info.config
     check_code(folder, config)
     folder.check("partition.json", "events.jsonl", "results/scores_", "results/eval_")
-    known_by = frozen_settings(config, info.method), settings_0_1(_frozen(config, info.method))
+    frozen = frozen_settings(config, info.method)
+    known_by = placed(frozen), frozen, settings_0_1(_frozen(config, info.method))
     run_, *older = (run_id(settings, info.base, info.rows) for settings in known_by if settings is not None)
     checkpoint = load_checkpoint(folder.checkpoints, run_, *older)
     if checkpoint and checkpoint.round > config.federation.rounds:

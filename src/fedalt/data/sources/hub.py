@@ -13,6 +13,7 @@ from fedalt.data.formats.columns import Record, find_label, has_header, to_pool
 from fedalt.data.formats.files import NAMES
 from fedalt.data.formats.images import HubPicture
 from fedalt.errors import UserError, did_you_mean, listed, needs
+from fedalt.hub import out_of_reach
 from fedalt.registry import SOURCES
 
 _ENDINGS = {".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl"}
@@ -75,12 +76,13 @@ def _load(name: str, config: str | None) -> Any:
         import datasets
     datasets.disable_progress_bars()
     folder = Path(name).expanduser()
+    why = "" if folder.is_dir() else out_of_reach()
     try:
         if folder.is_dir() and is_saved(folder):
             return datasets.load_from_disk(str(folder))
         return datasets.load_dataset(str(folder) if folder.is_dir() else name, config)
     except Exception as error:  # whatever builders, readers and the network raise: the data set cannot be had
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = why or " ".join(str(error).split()) or type(error).__name__
         missing = (
             f"{name} is no folder{did_you_mean(name, SOURCES)} and no file, nor a data set of the hub that can be had"
         )
