@@ -51,6 +51,7 @@ def pages() -> dict[str, str]:
         "reference/commands.md": commands_page(),
         "reference/methods.md": methods_page(),
         "reference/api.md": api_page(),
+        "reference/works.md": works_page(),
         "adr/index.md": decisions_page(),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
     }
@@ -132,6 +133,33 @@ def _code(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "`[" + ", ".join(map(str, value)) + "]`"
     return f"`{value}`"
+
+
+# ------------------------------------------------------------------------------------------------------ what works
+
+TESTED = {
+    "howto/data.md": ("Rows", "tests/data/test_formats.py::test_a_format_is_read_and_named"),
+    "models.md": ("Models", "tests/benchmarks/test_models.py::test_every_model_does_what_the_docs_say"),
+    "serve.md": ("Destinations", ""),
+}
+"""Page with a table of what goes in or out → what it is of, and the test of every row; in ``serve.md`` rows name it."""
+
+
+def works_page() -> str:
+    """Every format, model and destination of the other pages' first tables, with the test that holds it."""
+    text = "# What works, and which test holds it\n\nMade of the tables of other pages while the site is built.\n"
+    for name, (title, test) in TESTED.items():
+        rows = first_table((ROOT / "docs" / name).read_text(encoding="utf-8"))
+        text += f"\n## [{title}](../{name})\n\n| | | test |\n|---|---|---|\n"
+        text += "".join(f"| {what} | {how} | {f'`{test}`' if test else more[0]} |\n" for what, how, *more in rows)
+    return text
+
+
+def first_table(page: str) -> list[list[str]]:
+    """Cells of a page's first table, without its head."""
+    found = re.search(r"^\|[^\n]*\|\n\|[-| ]+\|\n((?:\|[^\n]*\|\n)+)", page, re.MULTILINE)
+    assert found
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in found[1].splitlines()]
 
 
 # -------------------------------------------------------------------------------------------------------- commands

@@ -257,6 +257,19 @@ SETTINGS: dict[str, Any] = {
 """Three rounds of three clients in a second or so."""
 
 
+TRAINED: dict[str, Any] = {
+    "training__local_epochs": 1,
+    "training__batch_size": 2,
+    "training__accumulate": 2,
+    "training__schedule": "cosine",
+    "training__schedule_scope": "run",
+    "training__warmup": 0.2,
+    "training__optimizer_state": "persist",
+    "evaluation__loss": True,
+}
+"""Everything that people expect of training, as changes."""
+
+
 def settings(out: Path, model: Path | None = None, data: Path | None = None, **changes: Any) -> dict[str, Any]:
     """Settings of a micro run; ``changes`` are dotted keys with ``__`` for the dot."""
     values = copy.deepcopy(SETTINGS)

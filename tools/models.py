@@ -67,6 +67,7 @@ class Case:
 _NAMES = {
     "Llama": "llama", "Mistral": "mistral", "Mixtral": "mixtral", "Qwen 2": "qwen2", "Qwen 2 MoE": "qwen2_moe",
     "Qwen 3": "qwen3", "Qwen 3 MoE": "qwen3_moe", "Gemma": "gemma", "Gemma 2": "gemma2", "Gemma 3": "gemma3_text",
+    "Gemma 3 with images": "gemma3",
     "Phi": "phi", "Phi-3": "phi3", "Phi-MoE": "phimoe", "GPT-2": "gpt2", "GPT-Neo": "gpt_neo", "GPT-NeoX": "gpt_neox",
     "GPT-J": "gptj", "OPT": "opt", "Bloom": "bloom", "Falcon": "falcon", "MPT": "mpt", "StableLM": "stablelm",
     "StarCoder 2": "starcoder2", "OLMo": "olmo", "OLMo 2": "olmo2", "Granite": "granite", "Cohere": "cohere",
@@ -78,6 +79,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "falcon": {"new_decoder_architecture": False},
     "deepseek_v3": {"num_key_value_heads": 4},
+    "gemma3": {"mm_tokens_per_image": 4},
     "mamba2": {"expand": 2, "num_heads": 8, "n_groups": 2},
     "swin": {
         "num_heads": [2, 2],
@@ -112,12 +114,17 @@ def _configuration(case: Case, vocabulary: int) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[case.kind]
+    return kind(**{**_sizes(kind, vocabulary), **_MORE.get(case.kind, {})})
+
+
+def _sizes(kind: Any, vocabulary: int) -> dict[str, Any]:
+    """Small sizes for a class of configurations, and for those within."""
     known = kind().to_dict()
     small = {name: value for name, value in _SMALL.items() if name in known or name in kind.attribute_map}
     if known.get("layer_types"):
         small["layer_types"] = (list(dict.fromkeys(known["layer_types"])) * 2)[:2]
     ends = {"vocab_size": vocabulary, "eos_token_id": 1, "bos_token_id": 1} if "vocab_size" in known else {}
-    return kind(**{**small, **ends, **_MORE.get(case.kind, {})})
+    return {**small, **ends, **{name: _sizes(inside, vocabulary) for name, inside in kind.sub_configs.items()}}
 
 
 def _rows(folder: Path, labelled: bool) -> Path:

@@ -49,6 +49,16 @@ def pages(made: ModuleType) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------ generated pages
 
 
+def test_every_row_of_what_works_names_a_test_that_is_there(pages: dict[str, str]) -> None:
+    rows = re.findall(r"^\| (?!\|)(.*) \|$", pages["reference/works.md"], re.MULTILINE)
+    assert len(rows) > 80
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named or " | not run" in row, row
+        for file, test in named:
+            assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), row
+
+
 @pytest.mark.parametrize(
     "line",
     [

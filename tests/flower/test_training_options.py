@@ -14,18 +14,8 @@ from fedalt.flower.server_app import serve
 from fedalt.model.state import load_state
 from fedalt.runs.setup import Bases
 from flower.grid import LocalGrid
-from micro import run_here, settings, shared_data, tree
+from micro import TRAINED, run_here, settings, shared_data, tree
 
-ALL: dict[str, Any] = {
-    "training__local_epochs": 1,
-    "training__batch_size": 2,
-    "training__accumulate": 2,
-    "training__schedule": "cosine",
-    "training__schedule_scope": "run",
-    "training__warmup": 0.2,
-    "training__optimizer_state": "persist",
-    "evaluation__loss": True,
-}
 EARLY: dict[str, Any] = {
     "training__lr": 0.3,
     "training__local_epochs": 1,
@@ -38,7 +28,11 @@ EARLY: dict[str, Any] = {
 
 RESTING = EARLY | {"federation__fraction": 0.7, "flower__allow_two": True, "flower__min_sites": 1}
 """Two of three take part, so that a site may have trained last some rounds before the best one."""
-CASES = {"all": (ALL, ("clients",)), "early": (EARLY, ("clients", "last")), "resting": (RESTING, ("clients", "last"))}
+CASES = {
+    "all": (TRAINED, ("clients",)),
+    "early": (EARLY, ("clients", "last")),
+    "resting": (RESTING, ("clients", "last")),
+}
 
 
 @pytest.mark.parametrize(("changes", "parts"), CASES.values(), ids=CASES)

@@ -138,3 +138,18 @@ def test_export_writes_the_file_and_the_same_model_beside_it(tmp_path: Path) -> 
         "export", finished("fedalt", "gpt2"), "--client", 1, "--to", tmp_path / "no", "--gguf", "f16"
     )
     assert not (tmp_path / "no").exists()
+
+
+@torch.no_grad()
+def test_llama_cpp_gives_the_same_greedy_answer(tmp_path: Path) -> None:
+    """By llama.cpp itself, in the package that has it compiled."""
+    cpp = pytest.importorskip("xllamacpp", reason="needs pip install xllamacpp")
+    model, prompt = small("llama", True), tokenizer()(TEXT)["input_ids"][:12]
+    write_gguf(tmp_path / "model.gguf", model, tokenizer(), "f16")
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    wanted = model.half().float().generate(torch.tensor([prompt]), **options)[0, len(prompt) :]
+    params = cpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(tmp_path / "model.gguf"), 128, 1, False
+    asked = {"prompt": prompt, "n_predict": 8, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+    said = cpp.Server(params).handle_completions(asked)
+    assert said["tokens"] == wanted.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -97,6 +99,21 @@ def test_the_card_and_the_dtype_of_a_merged_model(tmp_path: Path) -> None:
         "--merge --dtype bfloat16",
     ):
         assert part in card, part
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
+def test_a_static_lora_keeps_to_vllms_rules(tmp_path: Path, kind: str) -> None:
+    """Those of vLLM's ``PEFTHelper`` and ``parse_fine_tuned_lora_name``, by its documentation."""
+    export_static(finished("fedalt", kind), 1, tmp_path / "lora")
+    about = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert about["peft_type"] == "LORA" and about["r"] in (8, 16, 32, 64, 128, 256, 320, 512), about["r"]
+    assert about["bias"] == "none" and not about["modules_to_save"] and not about.get("use_dora")
+    targets = set(about["target_modules"])
+    for name, value in load_file(tmp_path / "lora" / "adapter_model.safetensors").items():
+        stem, _, factor = name.removesuffix(".weight").rpartition(".")
+        assert name.startswith("base_model.model.") and factor in ("lora_A", "lora_B"), name
+        assert any(stem.endswith(target) for target in targets), name
+        assert value.shape[factor == "lora_B"] == about["r"]
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,20 @@ def test_steps_are_those_of_the_clients_that_take_part(tmp_path: Path) -> None:
     assert cost.scoring_seconds > 0
 
 
+def test_moments_that_clients_keep_take_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"lora__targets": ["all-linear"], "lora__r": 64, "training__batch_size": 1}
+    kinds = {
+        kind: prepare(parse_config(settings(tmp_path / "run", training__optimizer_state=kind, **given), "x"))
+        for kind in ("reset", "persist")
+    }
+    trained = kinds["reset"].trained
+    free = 2 * 3 * 4 * 7 * trained  # half of it, for three clients whose adapters have seven copies and more
+    monkeypatch.setattr("fedalt.federation.client.free_memory", lambda device: free)
+    sizes = {kind: experiment.fitting_cohort for kind, experiment in kinds.items()}
+    assert sizes["persist"] < sizes["reset"]
+    assert estimate(kinds["persist"].with_cohort(1)).steps == estimate(kinds["reset"].with_cohort(1)).steps
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [8, 64])
 def test_peak_memory_is_foretold_within_a_fifth(tmp_path: Path, rows: int) -> None:

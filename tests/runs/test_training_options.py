@@ -19,6 +19,7 @@ from fedalt.model.state import load_state
 from fedalt.runs.setup import prepare
 from micro import (
     CLIENTS,
+    TRAINED,
     call,
     events,
     farthest,
@@ -34,17 +35,7 @@ from micro import (
     write_yaml,
 )
 
-ALL: dict[str, Any] = {
-    "training__local_epochs": 1,
-    "training__batch_size": 2,
-    "training__accumulate": 2,
-    "training__schedule": "cosine",
-    "training__schedule_scope": "run",
-    "training__warmup": 0.2,
-    "training__optimizer_state": "persist",
-    "evaluation__loss": True,
-    "federation__rounds": 4,
-}
+ALL = TRAINED | {"federation__rounds": 4}
 WILD: dict[str, Any] = {
     "training__lr": 0.3,
     "training__local_epochs": 1,

@@ -119,6 +119,7 @@ def answer(
         "attention_mask": mask.to(model.device),
         "max_new_tokens": config.max_new_tokens,
         "do_sample": False,
+        "num_return_sequences": 1,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }

@@ -179,6 +179,7 @@ class AdaptedModel:
         """Whether ``generate`` gives a batch the same with what it keeps of earlier tokens as without."""
         ids = torch.arange(1, 19, device=self.device).view(2, 9)
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        options |= {"num_return_sequences": 1}
         with self.rows(self._rows(2, 9)):
             kept, read = (self.base.generate(ids, **options, use_cache=cached) for cached in (True, False))
         return torch.equal(kept, read)

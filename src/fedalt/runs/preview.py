@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from fedalt.federation.client import cohort_size, cohorts, run_clients
 from fedalt.federation.server import PerClient, sample_clients
 from fedalt.model.base import load_about, load_tokenizer
 from fedalt.model.source import resolve_source
+from fedalt.model.state import ClientState
 from fedalt.runs.clients import plans_of
 from fedalt.runs.setup import Experiment, load_rows, read_settings, text_encoder
 from fedalt.runtime import peak_memory
@@ -186,10 +187,12 @@ def estimate(experiment: Experiment) -> Estimate:
 
 
 def _seconds_per_token(experiment: Experiment, largest: Sequence[Plan], first: Sequence[Plan]) -> float:
-    """Take the largest step, for the memory, and time the first ones."""
-    _train(experiment, largest)
+    """Take the largest step, for the memory, and time the first ones; moments that clients keep are there by then."""
+    kept, _ = _train(experiment, largest, {})
+    if experiment.config.training.optimizer_state == "persist":
+        _train(experiment, largest, kept)
     started = time.perf_counter()
-    phases = _train(experiment, first)
+    _, phases = _train(experiment, first, {})
     return (time.perf_counter() - started) / (phases * _tokens(first))
 
 
@@ -211,10 +214,12 @@ def _tokens(plans: Iterable[Plan]) -> int:
     return sum(plan.tokens for plan in plans)
 
 
-def _train(experiment: Experiment, plans: Sequence[Plan]) -> int:
-    """Take the steps in every phase of a round; the number of phases."""
+def _train(
+    experiment: Experiment, plans: Sequence[Plan], known: Mapping[int, ClientState]
+) -> tuple[dict[int, ClientState], int]:
+    """Take the steps in every phase of a round; the states after them, and the number of phases."""
     by_client = {plan.client: plan for plan in plans}
-    states = PerClient(by_client, experiment.initial_state)
+    states = PerClient(by_client, lambda client: known.get(client) or experiment.initial_state(client))
     model, settings, count = experiment.resident.model, experiment.settings, len(by_client)
     number = min(2, experiment.config.federation.rounds)  # the first round may have fewer phases
     phases = len(settings.method.phases(number))
@@ -222,9 +227,8 @@ def _train(experiment: Experiment, plans: Sequence[Plan]) -> int:
     def each(client: int) -> list[Plan]:
         return [by_client[client]] * phases
 
-    for _ in run_clients(model, list(by_client), states, {}, each, settings=settings, round_=number, cohort=count):
-        pass
-    return phases
+    results = run_clients(model, list(by_client), states, {}, each, settings=settings, round_=number, cohort=count)
+    return {result.state.client: result.state for result in results}, phases
 
 
 def _scoring_seconds(experiment: Experiment) -> float:

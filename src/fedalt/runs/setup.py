@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -186,6 +186,8 @@ class Experiment:
         """Clients on the model at a time, by the length of their rows and the memory that is free now."""
         lengths = [mean(map(len, mine.train)) for mine in self.examples.values()]
         whole = self.shape.size() + self.head_size
+        if self.config.training.optimizer_state == "persist":
+            whole += 2 * self.trained  # two moments, in the state before the round and in the one after it
         return fitting_cohort(self.resident.model, lengths, self.config.training.batch_size, whole, self.trained)
 
     @property
@@ -309,6 +311,7 @@ def prepare(
         *federation.notes[:1],
         *shortened,
         *_padding(config, resident.model),
+        *_searching(config, resident.base.model),
         *_notes(config, federation, examples, method),
         *kept,
     )
@@ -421,6 +424,25 @@ def _padding(config: RunConfig, model: AdaptedModel) -> tuple[str, ...]:
         return ()
     advice = "" if config.training.order == "bucketed" else "; training.order=bucketed wastes less"
     return (f"rows are padded, not packed, on this model: {model.unpacked}{advice}",)
+
+
+_NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0} | dict.fromkeys(
+    ("bad_words_ids", "suppress_tokens", "min_new_tokens", "sequence_bias", "exponential_decay_length_penalty")
+)
+"""What changes scores of next tokens, where it is not so."""
+
+
+def _searching(config: RunConfig, model: Any) -> Iterator[str]:
+    """What a model's folder says of how answers are found: ``generation_config.json``."""
+    if config.classifies:
+        return
+    said = model.generation_config
+    changed = {name: getattr(said, name, None) for name in _NEUTRAL}
+    named = [f"{name}={value}" for name, value in changed.items() if value not in (None, _NEUTRAL[name])]
+    if named:
+        yield f"the model's folder sets {', '.join(named)}: held to, by Transformers' own search, which is slower"
+    if (count := getattr(said, "num_return_sequences", None)) not in (None, 1):
+        yield f"the model's folder asks for num_return_sequences={count}: one answer is given and scored"
 
 
 def _notes(
