@@ -337,3 +337,14 @@ def test_quantisation_without_bitsandbytes_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'fedalt[quantized]'" in complaint(shared_model(), load_in="8bit")
+
+
+def test_a_folder_that_is_quantised_already_is_opened_as_it_says(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = load(shared_model(), load_in="4bit", device="cpu")
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    assert load(tmp_path, load_in="4bit", device="cpu").sha256 == base.sha256
+    for given in ({}, {"load_in": "8bit"}):
+        line = complaint(tmp_path, device="cpu", **given)
+        assert line == f"model.load_in: {tmp_path} is quantised to 4bit already; write model.load_in=4bit"

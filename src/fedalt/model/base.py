@@ -98,6 +98,7 @@ def load_base(config: ModelConfig) -> Base:
     except Exception as error:  # whatever a broken folder makes the libraries raise
         raise UserError(f"model.name: {config.name} is not {kind} that can be loaded ({first_line(error)})") from None
     model, loaded = opened
+    _check_quantized(model, config)
     missing = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
     heads = head_paths(model, missing) if config.labels is not None else ()
     lacking = sorted(key for key in missing if not _inside(key, heads))
@@ -116,6 +117,20 @@ def load_base(config: ModelConfig) -> Base:
         model.config.get_text_config().pad_token_id = read.pad_token_id
     new = tuple(path for path in heads if any(_inside(key, (path,)) for key in missing))
     return Base(model.eval(), read, source, fingerprint(model, heads), heads, new)
+
+
+def _check_quantized(model: Any, config: ModelConfig) -> None:
+    """Refuse weights that are quantised in their folder in another way than ``model.load_in`` says."""
+    said = getattr(model.config, "quantization_config", None)
+    if said is None:
+        return
+    about = said if isinstance(said, dict) else said.to_dict()
+    bits = next((bits for bits in ("4bit", "8bit") if about.get(f"load_in_{bits}")), None)
+    if bits is None:
+        kind = about.get("quant_method", "in a way of its own")
+        raise UserError(f"model.name: {config.name} is quantised ({kind}), which is not trained on here")
+    if bits != config.load_in:
+        raise UserError(f"model.load_in: {config.name} is quantised to {bits} already; write model.load_in={bits}")
 
 
 def _with_adapter(model: Any, config: ModelConfig) -> Any:

@@ -44,6 +44,11 @@ def resolve_source(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model.name: {name} is a folder, but no model folder: {_lacking(path)}")
+        if (path / "adapter_config.json").is_file():  # Transformers would put it on the base without a word
+            raise UserError(
+                f"model.name: {name} holds a base and an adapter (adapter_config.json); move the adapter into a folder "
+                "of its own, and name that with model.adapter"
+            )
         return str(path.resolve())
     if name in (MINILM, SMOLLM2):
         return _minilm() if name == MINILM else _smollm2()
