@@ -82,7 +82,7 @@ def test_a_model_goes_to_the_hub_with_its_card(hub: Hub, form: str) -> None:
     done = call("push", finished(), "--client", 1, "--repo", "me/mine", *options)
     assert done.code == 0, done.err
     assert f"pushed to {hub.place}/me/mine" in done.out
-    assert [(one["name"], one["private"]) for one in hub.made] == [("mine", True)]
+    assert [(one["name"], one["visibility"]) for one in hub.made] == [("mine", "private")]
     weights = "model.safetensors" if form == "merge" else "adapter_model.safetensors"
     assert load(hub.files[weights])
     card = hub.files["README.md"].decode()

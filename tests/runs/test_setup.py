@@ -48,7 +48,7 @@ def test_what_a_models_folder_says_of_answers_is_held_to_and_noted(tmp_path: Pat
     folder = model_folder(tmp_path / "model")
     plain = prepare(parse_config(settings(tmp_path / "run", folder), "x")).notes
     about = json.loads((folder / "generation_config.json").read_text())
-    about |= {"repetition_penalty": 1.9, "num_return_sequences": 3}
+    about |= {"do_sample": True, "repetition_penalty": 1.9, "num_return_sequences": 3}
     (folder / "generation_config.json").write_text(json.dumps(about))
     experiment = prepare(parse_config(settings(tmp_path / "run", folder), "x"))
     first, second = (note for note in experiment.notes if note not in plain)

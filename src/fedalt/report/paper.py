@@ -67,8 +67,12 @@ def _drawn(drawing: Drawing) -> Any:
                 set_to(*limits)
     for title, axis in zip(plot.layout.annotations, axes.values(), strict=False):
         axis.set_title(title.text)
+    groups = {trace.legendgroup or trace.name: trace.name for trace in reversed(plot.data)}
     named = {
-        label: handle for axis in axes.values() for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        label: handle
+        for axis in axes.values()
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        if label in groups.values()
     }
     if len(named) > 1:
         figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
@@ -92,7 +96,7 @@ def _curves(axis: Any, traces: Sequence[Any], plot: Any) -> None:
             capsize=2,
         )
     axis.grid(alpha=0.3, linewidth=0.5)
-    axis.xaxis.get_major_locator().set_params(integer=plot.layout.xaxis.tickformat == "d")
+    axis.xaxis.get_major_locator().set_params(integer=plot.layout.xaxis.tickformat == "d", min_n_ticks=1)
 
 
 def _bars(axis: Any, traces: Sequence[Any], plot: Any) -> None:
