@@ -29,7 +29,14 @@ def test_the_summary_token_is_found(kind: str) -> None:
 
 def test_a_model_whose_head_looks_elsewhere_is_refused() -> None:
     config = hf.SwinConfig(
-        image_size=8, patch_size=2, num_channels=1, embed_dim=8, depths=[1], num_heads=[2], window_size=2, num_labels=3
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        embed_dim=8,
+        depths=[1, 1],
+        num_heads=[2, 2],
+        window_size=2,
+        num_labels=3,
     )
     model = hf.SwinForImageClassification(config).eval()
     with pytest.raises(

@@ -130,6 +130,8 @@ class AdaptedModel:
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.base.get_input_embeddings().num_embeddings
         ids, others = (torch.randint(vocabulary, (23,), generator=generator).to(self.device) for _ in range(2))
+        for some in (ids, others) if self.first_position else ():
+            some[some == self.first_position - 1] += 1  # padding has no place among the positions of a text
         others[:9], others[12:] = ids[:9], ids[12:]
         rows, dtype = BatchLayout((1,), (9, 3, 11)), self.base.dtype
         wanted = torch.tensor([0, 8, 10, 12, 22], device=self.device)
