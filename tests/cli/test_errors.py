@@ -113,7 +113,7 @@ def _complaint(values: dict[Any, Any]) -> list[str]:
         ("federation.fraction", 1.01, "x.yaml: federation.fraction = 1.01: must be at most 1"),
         ("evaluation.stemmer", "perhaps", 'x.yaml: evaluation.stemmer = "perhaps": must be true or false'),
         ("data.source", 3, "x.yaml: data.source = 3: must be text"),
-        ("data.tasks", "qa", 'x.yaml: data.tasks = "qa": must be a list'),
+        ("data.tasks", {"qa": 1}, "x.yaml: data.tasks: must be a list"),
         ("data.tasks", [], "x.yaml: data.tasks = []: must not be empty"),
         ("data.label_names", "qa", 'x.yaml: data.label_names = "qa": must be a mapping of keys to values'),
         ("model.device", "gpu", 'x.yaml: model.device = "gpu": must be auto, cpu, cuda or cuda:N'),

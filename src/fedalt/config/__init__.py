@@ -461,6 +461,7 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
         config = RunConfig.model_validate({key: value for key, value in values.items() if key not in known} | own)
     except ValidationError as error:
         problems += error.errors()
+    problems = [one for one in problems if not _counted_without(one)]
     if problems:
         plugins = values.get("plugins")
         code = f"; plugins: {listed(plugins)}" if plugins and _are_texts(plugins) else ""
@@ -470,6 +471,11 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
         )
         raise UserError("\n".join(dict.fromkeys(lines)))
     return config
+
+
+def _counted_without(problem: Any) -> bool:
+    """Whether a list is too short only because what is wrong in it does not count."""
+    return problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]
 
 
 def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:
