@@ -150,6 +150,7 @@ def test_llama_cpp_gives_the_same_greedy_answer(tmp_path: Path) -> None:
     wanted = model.half().float().generate(torch.tensor([prompt]), **options)[0, len(prompt) :]
     params = cpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(tmp_path / "model.gguf"), 128, 1, False
-    asked = {"prompt": prompt, "n_predict": 8, "temperature": 0, "ignore_eos": True, "return_tokens": True}
-    said = cpp.Server(params).handle_completions(asked)
-    assert said["tokens"] == wanted.tolist()
+    asked = {"prompt": prompt, "n_predict": 8, "temperature": 0, "ignore_eos": True}
+    params.cpuparams.n_threads = 1
+    (said,) = cpp.Server(params).handle_completions(asked)["choices"]
+    assert said["text"] == tokenizer().decode(wanted)
