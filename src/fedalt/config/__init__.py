@@ -475,7 +475,7 @@ def parse_config(values: Mapping[str, Any], where: str, typed: Mapping[str, str]
 
 def _counted_without(problem: Any) -> bool:
     """Whether a list is too short only because what is wrong in it does not count."""
-    return problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]
+    return problem["type"] == "too_short" and bool(len(problem["input"]) >= problem["ctx"]["min_length"])
 
 
 def parse_received(values: Mapping[str, Any], where: str) -> RunConfig:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator
 
-from fedalt.config import Names
 from fedalt.config.data import text_keys
 from fedalt.config.hints import explain
 from fedalt.config.section import Section
@@ -33,12 +32,12 @@ class SiteRows(Section):
     task: Text | None = Field(None, description="what the server may call its task; the client's number if not given")
     min_rows: int = Field(10, ge=1, description="fewest rows that it trains on, and of which a score leaves it")
     secure: bool = Field(False, description="take part only where the server sees the sum of all uploads alone")
-    categories: Names = Field((), description="categories that the server may have scores of, by name")
+    categories: tuple[str, ...] = Field((), description="categories that the server may have scores of, by name")
     config: str | None = Field(None, description="as data.config, and the next as those of data")
     files: Literal["clients", "splits", "pool"] | None = None
-    text_columns: Names | None = Field(None, min_length=1)
+    text_columns: tuple[str, ...] | None = Field(None, min_length=1)
     label_column: str | None = None
-    columns: Names | None = Field(None, min_length=1)
+    columns: tuple[str, ...] | None = Field(None, min_length=1)
     label_names: Annotated[dict[str, str], BeforeValidator(text_keys)] | None = None
 
     @field_validator("categories")

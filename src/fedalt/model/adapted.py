@@ -328,7 +328,7 @@ class AdaptedModel:
         probe: MixerProbe | None = None,
     ) -> Any:
         """As ``hidden``, with the one state ``[n, d]`` that stands for each row."""
-        if self.summary not in ("mean", "all"):
+        if self.summary == "first" or self.summary == "last":  # noqa: PLR1714 - read by mypy
             return self.hidden(inputs, rows, rows.summaries(self.summary).to(inputs.device), probe)
         out = self.hidden(inputs, rows, probe=probe)
         lengths = torch.tensor(rows.lengths, device=inputs.device)

@@ -18,7 +18,13 @@ from fedalt.runs.folder import open_run
 FORMATS = ("pdf", "svg", "png")
 _MARKERS = dict(zip(SYMBOLS, "osD^P*vh", strict=True))
 _LINES = {"solid": "-", "dash": "--", "dot": ":"}
-_STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42, "svg.hashsalt": "f"}
+_STYLE: Any = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "f",
+}
 _WIDTH, _TICKS = 6.75, 12
 """Inches of a text's width in two columns; labels that fit below a heat map."""
 
