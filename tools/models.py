@@ -79,7 +79,14 @@ _MORE: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "falcon": {"new_decoder_architecture": False},
     "deepseek_v3": {"num_key_value_heads": 4},
-    "gemma3": {"mm_tokens_per_image": 4},
+    "gemma3": {
+        "mm_tokens_per_image": 4,
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            **{name: _SMALL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+            **{name: _SMALL[name] for name in ("intermediate_size", "image_size", "patch_size")},
+        },
+    },
     "mamba2": {"expand": 2, "num_heads": 8, "n_groups": 2},
     "swin": {
         "num_heads": [2, 2],
@@ -124,7 +131,8 @@ def _sizes(kind: Any, vocabulary: int) -> dict[str, Any]:
     if known.get("layer_types"):
         small["layer_types"] = (list(dict.fromkeys(known["layer_types"])) * 2)[:2]
     ends = {"vocab_size": vocabulary, "eos_token_id": 1, "bos_token_id": 1} if "vocab_size" in known else {}
-    return {**small, **ends, **{name: _sizes(inside, vocabulary) for name, inside in kind.sub_configs.items()}}
+    within = {name: inside for name, inside in kind.sub_configs.items() if hasattr(inside, "model_type")}
+    return {**small, **ends, **{name: _sizes(inside, vocabulary) for name, inside in within.items()}}
 
 
 def _rows(folder: Path, labelled: bool) -> Path:
