@@ -61,7 +61,7 @@ def resolve_source(name: str) -> str:
         raise UserError(f"model.name: {name} is {kind}, no model; give the folder that it lies in, with a config.json")
     known = (TINY_BASE, MINILM, SMOLLM2)
     beside = (one.name for one in path.parent.iterdir()) if path.parent.is_dir() else ()
-    meant = did_you_mean(path.name, (*known, *beside))
+    meant = did_you_mean(path.name, (*(() if "/" in name else known), *beside))
     if local or not is_hub_name(name):
         raise UserError(
             f"model.name: {name} is no model{meant}; give a folder, a GGUF file, a hub name, {alternatives(known)}"
