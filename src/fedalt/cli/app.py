@@ -205,7 +205,7 @@ def export(
 
 
 def onboard(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)],
+    run: RunPath,
     *,
     data: Annotated[
         str | None, option("DATA", "the newcomers' rows; the run's data.held_out clients if not given")
