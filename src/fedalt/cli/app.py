@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fedalt.cli import complete, show
+from fedalt.cli import show
 from fedalt.cli.advise import advise
 from fedalt.cli.audit import audit
 from fedalt.cli.bench import bench
