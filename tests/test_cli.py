@@ -16,7 +16,6 @@ import pytest
 
 from fedalt.config import RunConfig
 from fedalt.methods.fedalt_variants import ABLATIONS
-from fedalt.registry import METHODS
 from micro import (
     CLIENTS,
     ENVIRONMENT,
@@ -309,6 +308,7 @@ def test_static_export_says_what_it_loses(tmp_path: Path) -> None:
     assert personal == pytest.approx(own, abs=0.05)
     assert change == pytest.approx(static - personal, abs=0.11)
     assert sorted(path.name for path in (tmp_path / "taken").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
@@ -354,6 +354,8 @@ def test_report_is_rebuilt_from_the_log_and_the_insight_alone(tmp_path: Path) ->
 def test_report_of_a_run_without_events(tmp_path: Path) -> None:
     run = copy_of(finished(), tmp_path / "run")
     (run / "events.jsonl").unlink()
+    assert "events.jsonl: is gone since the run ended" in refused("report", run)
+    (run / "digests.json").unlink()
     assert "no run to report on" in refused("report", run)
 
 
@@ -595,7 +597,7 @@ def test_compare_checks_every_folder_before_the_first_run(tmp_path: Path) -> Non
 
 def test_an_unknown_method_gets_a_suggestion(tmp_path: Path) -> None:
     line = refused("run", config_file(tmp_path), "--method", "fedallt")
-    assert line == f'--method: "fedallt" is unknown (did you mean "fedalt"?); known: {", ".join(METHODS.names())}'
+    assert line.startswith('--method: "fedallt" is unknown (did you mean "fedalt"?); known: ditto, ')
     assert not (tmp_path / "run").exists()
 
 

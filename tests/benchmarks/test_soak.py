@@ -25,7 +25,7 @@ LINES = {
 
 def test_what_grows_is_said() -> None:
     rows = [row for row in table(LINES) if "**grows**" in row]
-    assert [row.split(" | ")[:2] for row in rows] == [["| resident memory, MB", "server"], ["| open handles", "server"]]
+    assert [row.split(" | ")[:2] for row in rows] == [["| memory (RSS), MB", "server"], ["| open handles", "server"]]
     first, last, slope, _ = grown(LINES["disk", "server"], "disk")
     assert (first, last) == (504_500, 534_500) and slope == pytest.approx(1000)
 

@@ -132,7 +132,8 @@ def same_tensors(found: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None
 
 def same_scores(found: Mapping[str, Any], old: Mapping[str, Any]) -> None:
     """Everything that the old scores say."""
-    known, exact = dict(flat(found)), machine() == read_json("expected/about.json")["machine"]
+    parted = {f"points.{i}": point for i, point in enumerate(found.get("points", []))}
+    known, exact = dict(flat({**found, **parted})), machine() == read_json("expected/about.json")["machine"]
     for key, value in flat(old):
         near = pytest.approx(value, rel=1e-3) if isinstance(value, float) and not exact else value
         assert known[key] == near, key
@@ -246,8 +247,17 @@ def test_an_old_table_is_made_again_from_its_runs(take: Take, out: str, options:
     old, file = read_json(f"{out}/{out}.json"), Path(out, f"{out}.json")
     file.unlink()
     made = done("compare", "table.yaml", *options, "--out", out, "--resume", "--json").json
-    same_scores(made, old)
-    same_scores(read_json(file), old)
+    same_scores(made, scores_alone(old))
+    same_scores(read_json(file), scores_alone(old))
+
+
+def scores_alone(table: Any) -> Any:
+    """An old table without its verdicts: they are over clients today, and were over pairs of client and seed."""
+    if isinstance(table, dict):
+        kept = {key: scores_alone(value) for key, value in table.items() if key not in ("sd", "against")}
+        points = kept.pop("points", [])
+        return kept | {f"points.{i}": point for i, point in enumerate(points)}
+    return [scores_alone(one) for one in table] if isinstance(table, list) else table
 
 
 # ------------------------------------------------------------------------------------------------------------- exports

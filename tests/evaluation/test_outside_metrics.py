@@ -139,11 +139,11 @@ def test_a_class_over_all_rows_with_settings(file: Path, tmp_path: Path) -> None
     [
         ("evaluation.metric={file}:lenght_gap", 'metric: {file} has no "lenght_gap" (did you mean "length_gap"?)'),
         ("evaluation.metric={file}:NUMBER", "metric: NUMBER in {file} is not a function or a class"),
-        ("evaluation.metric={file}:right", "evaluation.metric: right does not suit the task causal_lm; use rouge1"),
+        ("evaluation.metric={file}:right", ": right does not suit the task causal_lm; use rouge1"),
         ("evaluation.metric=rogue1", '(did you mean "rouge1"?)'),
         ("evaluation.metric=nowhere.py:x", "nowhere.py: no such file"),
         ("evaluation.metric=log_loss", "log_loss does not suit the task causal_lm"),
-        ("evaluation.metrics=option_accuracy", "evaluation.metrics: option_accuracy needs evaluation.options"),
+        ("evaluation.metrics=option_accuracy", "option_accuracy needs evaluation.options"),
         ("shared_letters.leest=2", 'unknown key "shared_letters.leest" (did you mean "least"?)'),
     ],
 )

@@ -363,7 +363,8 @@ def test_static_export_is_the_fixed_alpha_formula_and_merges(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_static_export_is_one_ordinary_lora_of_twice_the_rank(kind: str) -> None:
     to, _ = exported(kind)
-    assert sorted(path.name for path in to.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    written = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in to.iterdir()) == written
     about = json.loads((to / "adapter_config.json").read_text())
     assert (about["r"], about["lora_alpha"], about["rank_pattern"], about["alpha_pattern"]) == (8, 32, {}, {})
     assert about["fan_in_fan_out"] is (kind == "gpt2")

@@ -45,8 +45,8 @@ def test_a_model_that_counts_positions_through_all_rows_is_padded(
 ) -> None:
     own = adapted._packed
 
-    def counted_on(ids: Tensor, rows: BatchLayout) -> dict[str, Tensor]:
-        return own(ids, rows) | {"position_ids": torch.arange(len(ids))[None]}
+    def counted_on(ids: Tensor, rows: BatchLayout, *more: object) -> dict[str, Tensor]:
+        return own(ids, rows, *more) | {"position_ids": torch.arange(len(ids))[None]}
 
     assert AdaptedModel(gpt2().to(dtype)).packs
     monkeypatch.setattr(adapted, "_packed", counted_on)

@@ -94,6 +94,7 @@ def copy(run: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     shutil.copytree(run[0], folder)
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace(str(run[1]), str(file)))
+    (folder / "digests.json").unlink(missing_ok=True)
     return folder, file
 
 

@@ -162,6 +162,7 @@ def test_rows_that_are_gone_are_named(run: Path) -> None:
     config = (run / "config.yaml").read_text()
     source = load_config(run / "config.yaml").data.source
     (run / "config.yaml").write_text(config.replace(source, f"{source}-gone"))
+    (run / "digests.json").unlink()
     assert f"{source}-gone" in refused("report", run, "--insight")
 
 

@@ -11,7 +11,7 @@ from fedalt.config import parse_config
 from fedalt.runs.folder import claim_folder
 from fedalt.runs.rounds import run as run_engine
 from fedalt.runs.setup import prepare
-from micro import left_behind, of_kind, run_here, settings
+from micro import left_behind, of_kind, run_here, settings, shared_data
 from support import METHODS, VARIANTS
 
 SHORT = {
@@ -26,6 +26,8 @@ SHORT = {
 OWN: dict[str, dict[str, Any]] = {
     "fedalt_clusters": {"federation__rest_of_world_participation": "staleness_decay"},
     "fdlora": {"fdlora__budget": 9, "fdlora__sync_every": 2, "fdlora__few_shot": 2},
+    "fedalt_trimmed_mean": {"data__source": str(shared_data(clients=6)), "fedalt__trim": 0.25},
+    "fedalt_krum": {"data__source": str(shared_data(clients=6))},
     "feddpa_f": {"feddpa__samples": 2},
     "feddpa_t": {"feddpa__samples": 2},
     "hetlora": {"hetlora__tail": 0.5, "hetlora__decay": 1.0},
@@ -39,7 +41,9 @@ UNEQUAL: dict[str, dict[str, Any]] = {
 CASES = {name: {"method": name, **OWN.get(name, {})} for name in (*METHODS, *VARIANTS)} | UNEQUAL
 
 
-PRESENT = {"centralized": [1, 1, 1], "feddpa_f": [2, 2, 3], "fedit_ft": [2, 2, 3]}
+PRESENT = {"centralized": [1, 1, 1], "feddpa_f": [2, 2, 3], "fedit_ft": [2, 2, 3]} | {
+    name: [4, 4, 4] for name in ("fedalt_trimmed_mean", "fedalt_krum")
+}
 """Clients in each round, where it is not two: one model for all, and a private phase for everybody."""
 
 

@@ -48,7 +48,7 @@ SETTINGS: Mapping[str, Any] = {
     "flower.min_sites": 1,
     "flower.round_deadline": DEADLINE,
 }
-MEASURES = {"memory": (1e6, "resident memory, MB"), "handles": (1, "open handles"), "disk": (1e6, "disk, MB")}
+MEASURES = {"memory": (1e6, "memory (RSS), MB"), "handles": (1, "open handles"), "disk": (1e6, "disk, MB")}
 BOUNDS: Mapping[str, Callable[[float, int], float]] = {
     "memory": lambda first, rounds: max(30e6, first / 8),
     "handles": lambda first, rounds: 16,

@@ -76,14 +76,15 @@ class FedALTVariants(FedALT):
         """Refuses robust rules that are none with so few clients."""
         name, others, settings = self.settings.rest_of_world_aggregator, self.clients - 1, self.settings
         if others and name == "trimmed_mean" and settings.trim * others < 1:
+            instead = f"set fedalt.trim to {1 / others:.2g} or more" if others > 2 else "have more clients"
             raise UserError(
                 f"fedalt.trim: {settings.trim:g} of {others} other clients drops nobody, so trimmed_mean would be the "
-                f"plain mean; set fedalt.trim to {1 / others:.2g} or more, or have more clients"
+                f"plain mean; {instead}"
             )
         if others and name == "krum" and others < 2 * settings.byzantine + 3:
             raise UserError(
                 f"fedalt.byzantine: {settings.byzantine} faulty clients need {2 * settings.byzantine + 3} uploads for "
-                f"krum (n ≥ 2f + 3), and there are {others} others; lower it, or have more clients"
+                f"krum (n ≥ 2f + 3), and there are {others} others; {'lower it' if others > 2 else 'have more clients'}"
             )
         return super().remarks()
 
