@@ -48,7 +48,7 @@ def figures(
     formats: Annotated[str, typer.Option("--format", metavar="NAMES", help="pdf, svg and png, with commas")] = "pdf",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="folder (default: RUN/figures)")] = None,
 ) -> None:
-    """Write the figures of a report as files: curves, bars with intervals, heat maps."""
+    """Write the figures of a report as files: curves, bars, heat maps."""
     from fedalt.report.paper import FORMATS, write_figures
 
     kinds = list(dict.fromkeys(name.strip() for name in formats.split(",")))
