@@ -146,7 +146,11 @@ def kinds(keys: Iterable[Key]) -> str:
     return " ".join(sorted({f"{key.slot}.{key.factor}" for key in keys}))
 
 
-@pytest.mark.parametrize("name", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)])
+OF_MANY = ("fedalt_trimmed_mean", "fedalt_krum")  # refused with three clients
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name not in OF_MANY]
+
+
+@pytest.mark.parametrize("name", [*METHODS, *OTHERS])
 def test_every_method_has_its_own_rule(name: str, strangers: Path, tmp_path: Path) -> None:
     quick: dict[str, Any] = {"training__local_epochs": 1, "data__train_limit": 6, "evaluation__every": 2}
     small = {"fdlora__budget": 40, "lora_fair__steps": 20, "federation__rounds": 2}

@@ -68,13 +68,14 @@ class Nodes:
         at = dict[str, int]()  # message → the node it went to
         after = dict.fromkeys(requests, 0.0)
         got = 0
-        while waiting and time.monotonic() < until(got):
+        while waiting:
+            late = time.monotonic() >= until(got)
             self.look()
             for lost in [m for m, client in sent.items() if self.node_of.get(client) != at[m]]:
                 del sent[lost]  # its site has another node now, or none
             now = time.monotonic()
             out = [c for c in waiting if c in self.node_of and c not in sent.values() and after[c] <= now]
-            if out:
+            if out and not late:
                 sent |= self._push({client: waiting[client] for client in out}, self.node_of)
                 at |= {message: self.node_of[client] for message, client in sent.items()}
                 after |= dict.fromkeys(set(out) - set(sent.values()), now + again)
@@ -91,6 +92,8 @@ class Nodes:
                 reply = self._read(message, waiting.pop(client), client)
                 got += not reply.why
                 yield client, reply
+            if not replies and late:  # what came while one reply was waited for is taken first
+                return
             if not replies:
                 time.sleep(_POLL)
 
