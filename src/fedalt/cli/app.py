@@ -262,9 +262,7 @@ def report(
 
     if insight is not None:
         look(finished_run(run)[0], insight)
-    folder, _ = open_run(run)
-    folder.check("config.yaml", "partition.json", "events.jsonl", "results/final_scores.json", "results/scores_")
-    say(f"wrote {write_report(folder)}")
+    say(f"wrote {write_report(open_run(run)[0])}")
 
 
 @settings(starts=False)
