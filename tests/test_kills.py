@@ -1,7 +1,7 @@
 """``kill -9`` of every command that writes, at random moments and file operations; called again, it ends as if alone.
 
-This file, run as a script, imports the command once and forks for every call. ``FEDALT_TESTS_KILLS=100`` says how many kills
-are tried; without it there are none, for they take minutes.
+This file, run as a script, imports the command once and forks for every call. ``FEDALT_TESTS_KILLS=100`` says how many
+kills are tried; without it there are none, for they take minutes.
 """
 
 from __future__ import annotations
