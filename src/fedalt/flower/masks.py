@@ -22,7 +22,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,7 @@ class Session:
         secret, about = X25519PrivateKey.generate(), attempt(request)
         offer = Offer(client, weight, secret.public_key().public_bytes_raw().hex(), "")
         signature = sign(key, _signed(about, offer)) if key else ""
-        return Session(about, Offer(client, weight, offer.key, signature), secret)
+        return Session(about, replace(offer, signature=signature), secret)
 
     def masked(self, vector: Tensor, offers: Sequence[Offer]) -> bytes:
         """What this site sends, whose w·q are given."""

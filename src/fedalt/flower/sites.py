@@ -90,14 +90,15 @@ class RemoteClients:
         left = {client for client, report in found.items() if report.delivered}
         least = max(least, self.info.config.federation.secure_min)
         try:
+            asked = joining(self.info.config, self.run, len(self.info.clients))
+            asked = replace(asked, round=new.round, common=self.common.digest)
             for attempt in range(1, len(left) + 1):
-                asked = joining(self.info.config, self.run, len(self.info.clients))
-                asked = replace(asked, round=new.round, common=self.common.digest, attempt=attempt)
+                asked = replace(asked, attempt=attempt)
                 total = self._masked(asked, left, found, least)
                 if total is not None:
                     new.summed = self._opened(asked, total, found)
                     return
-                left &= {client for client in left if found[client].delivered}
+                left = {client for client in left if found[client].delivered}
         except UserError as error:
             self.log.emit("note", round=new.round, text=f"no sum of this round: {error}; clients keep what they have")
             found |= {client: replace(report, delivered=False) for client, report in found.items()}
