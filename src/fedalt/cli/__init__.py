@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+import threading
+from types import FrameType
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "could not create a primitive")
 
 
 def main() -> None:
-    """Entry point: 0 done, 2 the user's input is wrong, 1 anything else."""
+    """Entry point: 0 done, 2 the user's input is wrong, 1 anything else, 128 + N stopped by signal N."""
     import click
 
     from fedalt.cli.app import app
@@ -20,21 +23,39 @@ def main() -> None:
 
     keep_libraries_quiet()
     keep_freed_memory()
+    if threading.current_thread() is threading.main_thread():
+        for number in _NAMES:
+            signal.signal(number, _stop)
     try:
         code = app(prog_name="fedalt", standalone_mode=False)
-    except (UserError, click.UsageError) as error:
-        complain(usage_line(error) if isinstance(error, click.UsageError) else str(error))
-        sys.exit(2)
-    except (OSError, MemoryError, RuntimeError, ValueError) as error:
-        line = _of_the_machine(error)
-        if line is None:
-            raise
-        complain(line)
-        sys.exit(2)
-    except click.Abort:
-        sys.exit(1)
+    except (Exception, KeyboardInterrupt) as error:  # libraries in C may make another error of an interrupt
+        if not _asked:
+            if isinstance(error, click.Abort):
+                sys.exit(1)
+            usage = isinstance(error, click.UsageError)
+            line = (
+                usage_line(error) if usage else str(error) if isinstance(error, UserError) else _of_the_machine(error)
+            )
+            if line is None:
+                raise
+            complain(line)
+            sys.exit(2)
+    if _asked:
+        starts = sys.argv[1:2] in (["run"], ["compare"])
+        safe = "finished rounds are safe, --resume goes on from there" if starts else "nothing is left half written"
+        complain(f"stopped by {_NAMES[_asked[0]]}; {safe}")
+        sys.exit(128 + _asked[0])
     if code:
         sys.exit(code)
+
+
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_asked: list[int] = []
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _asked.append(number)
+    raise KeyboardInterrupt
 
 
 def _of_the_machine(error: Exception) -> str | None:

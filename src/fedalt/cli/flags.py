@@ -19,7 +19,7 @@ from typer.models import ArgumentInfo
 
 from fedalt.cli import complete
 from fedalt.cli.recipes import config_path
-from fedalt.cli.show import complain, option, switch
+from fedalt.cli.show import option, switch
 from fedalt.config import RunConfig, parse_override
 from fedalt.config.hints import fields_at, in_words
 from fedalt.errors import UserError, alternatives, did_you_mean, shortened
@@ -83,6 +83,12 @@ def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None
         @functools.wraps(command)
         def wrapper(**values: Any) -> None:
             path, sets = values.pop("config_file"), values.pop("sets")
+            if starts and "method" in names and path and (path / "config.yaml").is_file():
+                if not values["resume"]:
+                    raise UserError(
+                        f"{path} is the folder of a run; --resume goes on with it; its settings are {path}/config.yaml"
+                    )
+                path, values["out"] = path / "config.yaml", values["out"] or str(path)
             exists = _if_exists(values.pop("resume", False), values.pop("overwrite", False))
             flags = {_OPTIONS[name][0]: (spelt(_OPTIONS[name][1]), values.pop(name)) for name in names}
             flags = {key: (flag, value) for key, (flag, value) in flags.items() if value is not None}
@@ -99,9 +105,6 @@ def settings(*without: str, starts: bool = True) -> Callable[[Callable[..., None
                 command(config=config, **given, **values)
             except UserError as error:
                 raise UserError(_in_flags(str(error), {key: flag for key, (flag, _) in flags.items()})) from None
-            except KeyboardInterrupt:
-                complain("stopped; finished rounds are safe, --resume goes on from there")
-                raise typer.Exit(1) from None
 
         shared = [_parameter("config_file", _CONFIG), *(_parameter(name, _option(name)) for name in names)]
         if starts:

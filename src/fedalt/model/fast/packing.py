@@ -8,6 +8,7 @@ other numbers packed than padded; `AdaptedModel` tries it out and pads such a mo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -131,7 +132,12 @@ def attend_by_kernel(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [t, heads, c]
     longest = how.groups[0].width
     window = (-1, 0) if causal else (-1, -1)
-    options: dict[str, Any] = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+    options: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch before 2.13
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     y: Any = varlen_attn(
         q, k, v, how.starts, how.starts, longest, longest, scale=scaling, window_size=window, **options
     )
