@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedalt.cli.advise import advice_of
+from fedalt.comparisons.advice import advice_of
 from fedalt.model.peft_files import read_folder
 from fedalt.names import EVIDENCE, MIXER, C, E, Key
 from micro import CLIENTS, TRAIN, call, events, finished, refused
@@ -59,6 +59,9 @@ def test_a_run_keeps_what_it_chose_by(method: str, validation: int) -> None:
     assert any("held out" in note for note in notes) == (not validation)
     assert "equal to the run's own scores" in call("evaluate", run).out
     assert f"of {CLIENTS} clients" in call("advise", run).out
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert "Who should share" in report
+    assert all(one["words"] in report for one in call("advise", run, "--json").json["clients"].values())
 
 
 def test_shifts_are_in_the_mixers_file(tmp_path: Path) -> None:

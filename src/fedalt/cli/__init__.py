@@ -32,10 +32,10 @@ def main() -> None:
         if not _asked:
             if isinstance(error, click.Abort):
                 sys.exit(1)
-            usage = isinstance(error, click.UsageError)
-            line = (
-                usage_line(error) if usage else str(error) if isinstance(error, UserError) else _of_the_machine(error)
-            )
+            if isinstance(error, click.UsageError):
+                line: str | None = usage_line(error)
+            else:
+                line = str(error) if isinstance(error, UserError) else _of_the_machine(error)
             if line is None:
                 raise
             complain(line)
@@ -50,15 +50,15 @@ def main() -> None:
 
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-_asked: list[int] = []
+_asked: list[signal.Signals] = []
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    _asked.append(number)
+    _asked.append(signal.Signals(number))
     raise KeyboardInterrupt
 
 
-def _of_the_machine(error: Exception) -> str | None:
+def _of_the_machine(error: BaseException) -> str | None:
     """What an error says that comes of the size of what was asked for, or of a name that no file can have."""
     from fedalt.errors import shortened
 

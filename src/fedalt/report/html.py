@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedalt.comparisons.advice import ABOUT, advice
 from fedalt.comparisons.tables import budget_grid, conditions, finding, verdict_grid
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
@@ -57,6 +58,7 @@ def run_sections(folder: RunFolder) -> tuple[str, list[str], list[Section]]:
         Section("curves", "Curves", _curves(events, tasks, start["metric"], scored)),
         Section("clients", "Clients compared", others),
         Section("mixer", "Mixer", mixer),
+        Section("sharing", "Who should share", _advice(folder, tasks)),
         Section("row-lora", "Row LoRA", [figures.row_curves(events)] if rows else []),
         Section("data", "Data", [insights.partition_bars(insight, tasks)] if insight else []),
         Section("cost", "Cost", [_cost_table(events)]),
@@ -153,6 +155,20 @@ def _cost_table(events: Sequence[Event]) -> str:
         if e["event"] == "round"
     ]
     return table(["round", "training, s", "MB up", "MB down", "peak memory, GB"], rows, words=()) if rows else ""
+
+
+def _advice(folder: RunFolder, tasks: Mapping[str, str]) -> list[str | Drawing]:
+    """Where a finished run's method has chosen on held-out rows."""
+    known = advice(folder) if folder.final_scores.is_file() else {}
+    told = {c: one for c in tasks if c.isdigit() and (one := known.get(int(c)))}
+    if not told:
+        return []
+    words = [[client, tasks[client], str(one["rows"]), one["words"]] for client, one in told.items()]
+    return [
+        figures.sharing(told, tasks),
+        table(["client", "task", "rows", "advice"], words, words=(1, 3)),
+        paragraph(ABOUT),
+    ]
 
 
 def _notes(events: Sequence[Event]) -> str:
