@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
-from fedalt.cli import complete, show
-from fedalt.cli.show import print_json, say
+from fedalt.cli import show
+from fedalt.cli.out import RunPath
+from fedalt.cli.show import Json, print_json, say
 from fedalt.errors import UserError
 
 _WORDS = {
@@ -27,8 +26,8 @@ _ABOUT = (
 
 
 def advise(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
+    run: RunPath,
+    as_json: Json = False,
 ) -> None:
     """Say in plain words, client by client: train alone, mix, or share."""
     from fedalt.model.peft_files import read_folder
