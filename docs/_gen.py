@@ -282,11 +282,11 @@ def _returned(value: Any, seen: frozenset[Any] = frozenset()) -> Iterator[type]:
     """Classes in a function's own module that it returns, and those that their methods return."""
     methods = [m for name, m in vars(value).items() if name[0] != "_"] if inspect.isclass(value) else [value]
     for method in filter(inspect.isfunction, methods):
-        name = method.__annotations__.get("return")
-        kind = vars(sys.modules[method.__module__]).get(name) if isinstance(name, str) else name
-        if inspect.isclass(kind) and kind.__module__ == method.__module__ and kind not in seen:
-            yield kind
-            yield from _returned(kind, seen | {kind})
+        for name in str(method.__annotations__.get("return")).split(" | "):
+            kind = vars(sys.modules[method.__module__]).get(name)
+            if inspect.isclass(kind) and kind.__module__ == method.__module__ and kind not in seen:
+                yield kind
+                yield from _returned(kind, seen | {kind})
 
 
 def decisions_page() -> str:

@@ -1,11 +1,13 @@
 """What tests would otherwise take over from whoever started them."""
 
+import functools
 import os
 import signal
 import sys
 from collections.abc import Iterator
 
 import pytest
+import typer
 
 from fedalt.registry import _PLUGINS, ALL
 
@@ -13,6 +15,9 @@ for name in ("COLUMNS", "LINES"):  # the width of tables: readline notes the ter
     os.environ.pop(name, None)
 # a job in the background ignores Ctrl-C, and so would every process that a test starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+typer.main.get_command = functools.cache(typer.main.get_command)  # a process needs it once, tests a thousand times
+os.fsync = lambda descriptor: None  # what a killed process has written is there; a machine that fails is not tested
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""How the models that ship with fedalt, or that its recipes start from, are made. Not part of the wheel."""
+"""How shipped models are made and tables of the docs are measured. Not part of the wheel."""

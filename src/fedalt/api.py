@@ -6,16 +6,18 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from rich.console import Console
 
 from fedalt.comparisons.compare import compare as train_all
 from fedalt.comparisons.jobs import Budget
+from fedalt.comparisons.sweep import axes_of, grids, sweep_lines
+from fedalt.comparisons.sweep import sweep as train_points
 from fedalt.comparisons.tables import client_lines, finding, latex, markdown, score_grid
 from fedalt.config import RunConfig, with_settings
 from fedalt.data.federation import ClientData, Federation, Row
@@ -24,13 +26,14 @@ from fedalt.data.partition_settings import Partition
 from fedalt.data.sources.given import Given, given_source, handed_on
 from fedalt.errors import UserError, did_you_mean, listed, needs
 from fedalt.evaluation.metrics import metric_of
-from fedalt.files import write_text
+from fedalt.files import read_json, write_text
 from fedalt.methods.registry import as_variant
 from fedalt.personal.chat import Answer, Chat
 from fedalt.personal.export import export_folders
 from fedalt.progress import in_notebook, on_terminal
-from fedalt.report.html import write_comparison_report, write_report, write_reports
+from fedalt.report.html import write_comparison_report, write_report, write_reports, write_sweep_reports
 from fedalt.report.insights import look
+from fedalt.report.sweep import write_sweep_report
 from fedalt.runs.client_folder import client_ids
 from fedalt.runs.events import Sink
 from fedalt.runs.folder import (
@@ -433,12 +436,33 @@ class Client:
 # ------------------------------------------------------------------------------------------------------ several runs
 
 
+@overload
 def compare(
     data: Data | str | Path,
     base: Base | str | Path,
     methods: Sequence[Any],
     seeds: Sequence[int] | None = None,
     *,
+    sweep: None = None,
+    **given: Any,
+) -> Comparison: ...
+@overload
+def compare(
+    data: Data | str | Path,
+    base: Base | str | Path,
+    methods: Sequence[Any],
+    seeds: Sequence[int] | None = None,
+    *,
+    sweep: Mapping[str, Sequence[Any]],
+    **given: Any,
+) -> Sweep: ...
+def compare(
+    data: Data | str | Path,
+    base: Base | str | Path,
+    methods: Sequence[Any],
+    seeds: Sequence[int] | None = None,
+    *,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
     jobs: int = 1,
     out: str | Path | None = None,
     config: str | Path | RunConfig | None = None,
@@ -451,7 +475,7 @@ def compare(
     overwrite: bool = False,
     quiet: bool = False,
     **short: Any,
-) -> Comparison:
+) -> Comparison | Sweep:
     """Train several methods with several seeds on the same rows, and put them side by side; ``fedalt compare``.
 
     >>> import fedalt as fa
@@ -460,12 +484,19 @@ def compare(
     >>> list(table.table)
     ['local', 'fedit']
 
+    With ``sweep``, all of it once per value, or per combination of values of several settings; ``--sweep``:
+
+    >>> rates = fa.compare(data, "tiny-base", ["local"], rounds=1, epochs=1, quiet=True, sweep={"lr": [1e-3, 2e-3]})
+    >>> list(rates.points)
+    ['training.lr=0.001', 'training.lr=0.002']
+
     Args:
         data: From ``load_data``, or what that takes first.
         base: From ``load_base``, or a model's name.
         methods: Methods, each as ``run`` takes it; the same one with other settings counts as another.
         seeds: Seeds of start values, row order, dropout and participation; of the deal, too, unless ``load_data`` was
             given one. The settings' seed when not given.
+        sweep: Dotted key, or short name, of a setting → its values.
         jobs: Processes that share the runs; each holds a base of its own.
         out: Folder of the comparison; a temporary one, as for ``run``, when not given.
         config: A YAML file of settings, or settings; what is given besides replaces them.
@@ -490,12 +521,71 @@ def compare(
     entrants = [as_variant(method) for method in ([methods] if isinstance(methods, str) else methods)]
     place = _Place(out)
     given = (full, entrants, [full.seed] if seeds is None else seeds, place.path)
-    rest: Any = {"budget": match_budget, "partitions": partitions, "margin": margin, "tune": tune, "jobs": jobs}
+    rest: Any = {"budget": match_budget, "partitions": partitions, "margin": margin, "jobs": jobs}
     processes = jobs > 1 or full.federation.devices is not None
+    rest |= {"if_exists": if_exists, "bases": base.bases, "rows": data.rows}
+    axes = axes_of({KEYWORDS.get(key, key): values for key, values in (sweep or {}).items()})
+    if tune and axes:
+        raise UserError("compare: tune and sweep exclude each other")
     with _handed_on(data, processes), _bar(full.federation.rounds, quiet) as sink:
-        content = train_all(*given, if_exists=if_exists, sink=sink, bases=base.bases, rows=data.rows, **rest)
-    write_reports(place.path, content, full.report.insight, base.bases, data.rows)
+        if axes:
+            content = train_points(full, axes, *given[1:], sink=sink, **rest)
+        else:
+            content = train_all(*given, sink=sink, tune=tune, **rest)
+
+    def reports(folder: Path, comparison: Mapping[str, Any]) -> Path:
+        return write_reports(folder, comparison, full.report.insight, base.bases, data.rows)
+
+    if axes:
+        write_sweep_reports(place.path, content, reports)
+        return Sweep(content, base, data.rows, place)
+    reports(place.path, content)
     return Comparison(content, base, data.rows, place)
+
+
+class Sweep(_InFolder):
+    """A comparison per value of a setting. ``compare`` makes it.
+
+    >>> import fedalt as fa
+    >>> data = fa.load_data("tinyworld", clients=2, train_limit=8, test_limit=4)
+    >>> ranks = fa.compare(data, "tiny-base", ["local"], rounds=1, epochs=1, quiet=True, sweep={"lora.r": [4, 8]})
+    >>> [ranks.points[name].table["local"]["parameters"] for name in ranks.points]
+    [16384, 32768]
+
+    Attributes:
+        folder: Where everything is that the sweep has written.
+        points: ``key=value``, several with commas → its comparison.
+    """
+
+    def __init__(self, content: Mapping[str, Any], base: Base, rows: Rows, place: _Place) -> None:
+        self.folder = place.path
+        self._content, self._place = content, place
+        names = [point["name"] for point in content["points"]]
+        self.points = {
+            name: Comparison(read_json(self.folder / name / "comparison.json"), base, rows, place, name)
+            for name in names
+        }
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A line per point and method: the settings, then what ``sweep.csv`` has.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return _data_frame(sweep_lines(self._content))
+
+    def to_markdown(self) -> str:
+        """Methods × points on test rows and, where all clients have them, on validation rows."""
+        return "\n".join(markdown(grid) for grid in grids(self._content))
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write the report over all points, one HTML file; ``report.html`` in the folder when no path is given."""
+        return _copied(write_sweep_report(self.folder, self._content), path)
+
+    def __repr__(self) -> str:
+        return self.to_markdown()
+
+    _repr_markdown_ = to_markdown
 
 
 class Comparison(_InFolder):
@@ -516,8 +606,8 @@ class Comparison(_InFolder):
         finding: What came out, in one sentence.
     """
 
-    def __init__(self, content: Mapping[str, Any], base: Base, rows: Rows, place: _Place) -> None:
-        self.folder = place.path
+    def __init__(self, content: Mapping[str, Any], base: Base, rows: Rows, place: _Place, inside: str = "") -> None:
+        self.folder = place.path / inside
         self.table: dict[str, dict[str, Any]] = content["methods"]
         self.finding = finding(content)
         self._content, self._base, self._rows, self._place = content, base, rows, place
@@ -537,9 +627,7 @@ class Comparison(_InFolder):
         Raises:
             UserError: pandas is not installed.
         """
-        with needs("pandas", "data frames"):
-            import pandas
-        return pandas.DataFrame(client_lines(self._content))
+        return _data_frame(client_lines(self._content))
 
     def to_markdown(self) -> str:
         """Methods × tasks with average, difference to the reference and verdict; the best of each column in bold."""
@@ -690,6 +778,12 @@ def _bar(rounds: int, quiet: bool) -> AbstractContextManager[Sink]:
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
     notebook = type(shell).__name__ == "ZMQInteractiveShell"
     return in_notebook(rounds) if notebook else on_terminal(Console(stderr=True), rounds)
+
+
+def _data_frame(lines: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
+    with needs("pandas", "data frames"):
+        import pandas
+    return pandas.DataFrame(list(lines))
 
 
 def _copied(written: Path, path: str | Path | None) -> Path:

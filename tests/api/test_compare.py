@@ -77,6 +77,26 @@ def test_a_run_keeps_the_folder_of_its_comparison() -> None:
     assert not folder.exists()
 
 
+def test_a_sweep_has_the_numbers_of_the_command_line(tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
+    axes = {"lr": [0.01, 0.02], "lora.alpha": [8]}
+    data = fa.load_data(shared_data(), cutoff=64)
+    swept = fa.compare(data, shared_model(), METHODS[:2], [0], settings=REST, sweep=axes, **QUICK)
+    values = settings(tmp_path / "cli", federation__rounds=1, federation__cohort=2, training__local_epochs=1)
+    values |= {"evaluation": {"max_new_tokens": 3}, "lora": {"r": 4}}
+    flags = ("--sweep", "training.lr=0.01,0.02", "--sweep", "lora.alpha=8")
+    done = call("compare", write_yaml(tmp_path / "x.yaml", values), "--methods", "local,fedit", "--seeds", "0", *flags)
+    assert done.code == 0, done.err
+    assert list(swept.points) == ["training.lr=0.01,lora.alpha=8", "training.lr=0.02,lora.alpha=8"]
+    for name, point in swept.points.items():
+        assert (tmp_path / "cli" / name / "comparison.csv").read_text() == (point.folder / "comparison.csv").read_text()
+        assert point.runs["fedit", 0].config.training.lr == float(name[12:16])
+    assert swept.to_markdown() in (tmp_path / "cli/sweep.md").read_text(encoding="utf-8")
+    frame = swept.to_pandas()
+    assert len(frame) == 4 and {"training.lr", "method", "mean", "bytes_up"} <= set(frame.columns)
+    assert swept.report(tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!")
+
+
 def test_without_pandas(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UserError, match=r"data frames need pip install 'fedalt\[pandas\]'"):
@@ -119,6 +139,10 @@ def test_what_is_refused() -> None:
         ({"methods": ["fedalr"]}, "did you mean"),
         ({"methods": []}, "at least one"),
         ({"seeds": [-1]}, "a seed is 0 or more"),
+        ({"sweep": {"method": ["local"]}}, "method is not a setting to sweep; give methods"),
+        ({"sweep": {"lora.r": 4}}, r"lora.r: give a list of values"),
+        ({"sweep": {"lora.rr": [4]}}, "did you mean"),
+        ({"sweep": {"lora.r": [4]}, "tune": 2}, "exclude each other"),
     ):
         with pytest.raises(UserError, match=line):
             fa.compare(data, shared_model(), **{"methods": ["local"], **QUICK, **given})

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fedalt.benchmarks.soak import KINDS, fault, grown, picture, table
 from micro import ENVIRONMENT
+from tools.soak import KINDS, fault, grown, picture, table
 
+ROOT = Path(__file__).parents[2]
 FLAT = [100e6 + (i % 3) * 1e6 for i in range(40)]
 LINES = {
     ("memory", "door"): FLAT,
@@ -45,9 +46,9 @@ def test_faults_are_the_same_whoever_asks_and_the_first_site_has_none() -> None:
 
 @pytest.mark.slow
 def test_a_small_soak_ends_as_it_should(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "fedalt.benchmarks.soak", "--sites", "3", "--rounds", "6", "--failing", "0.3"]
+    words = [sys.executable, "-m", "tools.soak", "--sites", "3", "--rounds", "6", "--failing", "0.3"]
     words += ["--out", str(tmp_path / "soak.svg"), "--folder", str(tmp_path / "all")]
-    done = subprocess.run(words, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
     assert "\nended as it should\n" in done.stdout, done.stdout + done.stderr
     assert {"SuperLink", "door", "ServerApp", "a site"} <= {
         row.split(" | ")[1] for row in done.stdout.splitlines() if " | " in row

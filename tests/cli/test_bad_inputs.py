@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fedalt.cli.complete import fields
 from fedalt.config.hints import in_words
-from micro import call, finished, model_folder, settings, shared_data
+from micro import call, finished, model_folder, settings, shared_data, shared_model
 
 pytestmark = pytest.mark.slow
 MAY = " (may be taken)"
@@ -149,7 +149,7 @@ def given(name: str, *command: Any, **changes: str) -> Callable[[str], Callable[
 
 RESUMED = ["run", "CONFIG", "--resume"]
 FILES: dict[str, Callable[[str], Callable[[Path], list[Any]]]] = {
-    "settings": given("bad.yaml", "validate", "FILE"),
+    "settings": given("bad.yaml", "validate", "FILE", "--model", shared_model(), "--data", shared_data()),
     "rows.json": given("rows.json", "validate", "CONFIG", data__source="FILE"),
     "rows.jsonl": given("rows.jsonl", "validate", "CONFIG", data__source="FILE"),
     "rows.csv": given("rows.csv", "validate", "CONFIG", data__source="FILE"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 import micro
 from fedalt.flower.deploy.address import free_port
@@ -23,6 +24,8 @@ SPOILT = (sys.executable, str(Path(__file__).with_name("spoilt_site.py")))
 
 PATIENCE = 300.0
 """Seconds; machines may be slow."""
+CLOSE = 1e-5
+"""How far models may be from those of one machine."""
 
 
 class Deployment:
@@ -165,3 +168,21 @@ def wait(until: Callable[[], bool], why: Callable[[], str]) -> None:
     while not until():
         assert time.monotonic() < end, why()
         time.sleep(0.1)
+
+
+def values(folder: Path, name: str = "run", **changes: Any) -> dict[str, Any]:
+    return micro.settings(folder / name, **{"data__clients": 3, "evaluation__every": 3, **changes})
+
+
+def failures(run: Path) -> list[tuple[int, int, str]]:
+    return [(e["round"], e["client"], e["reason"]) for e in micro.of_kind(run, "client_failed")]
+
+
+def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys() and one
+    return max(float((value - other[name]).abs().max()) for name, value in one.items())
+
+
+def on_one_machine(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    micro.run_here(values(folder, "here", **changes))
+    return micro.adapters(folder / "here")

@@ -17,10 +17,11 @@ from flower.deployment import Deployment
 
 pytestmark = pytest.mark.slow
 SECRET = "patient4711mueller"
+SMALL = {"data__clients": 3, "data__source": "tinyworld", "data__train_limit": 12, "data__test_limit": 4}
 
 
 def values(folder: Path, **changes: Any) -> dict[str, Any]:
-    return micro.settings(folder / "run", **{"data__clients": 3, "data__source": "tinyworld", **changes})
+    return micro.settings(folder / "run", **{**SMALL, **changes})
 
 
 def test_a_site_that_holds_the_key_of_client_1_is_not_client_0(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_no_byte_that_a_site_sends_holds_a_secret(tmp_path: Path) -> None:
             deployment.start_site(client, *more, server=tap.address, data=data)
             deployment.wait_for(f"site{client}", "SuperNode ID")
         changes = {"flower__round_deadline": 20, "federation__rounds": 2, "evaluation__every": 2}
-        deployment.finish(values(tmp_path, **changes, flower__allow_two=False, data__train_limit=12))
+        deployment.finish(values(tmp_path, **changes, flower__allow_two=False))
         assert SECRET in deployment.log("site2"), "its own log says what is wrong"
     heard = bytes(tap.heard)
     assert b'"loss":' in heard and b'"rouge1":' in heard and b"ward" in heard, "all of it is heard, in plain text"

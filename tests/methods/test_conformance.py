@@ -42,6 +42,11 @@ EXECUTORS: dict[str, dict[str, Any]] = {
 }
 
 
+LAYERS = (
+    "fedit", "ffa_lora", "fedit_split", "feddpa_f", "feddpa_t", "pf2lora", "fdlora", "hetlora", "ditto",
+    "fedalt", "fedalt_shared_a", "fedalt_joint",
+)  # fmt: skip
+"""One of each way through layers and phases: ``check_method`` below holds all methods to the same on a Llama."""
 LIMITS = {"lora_fair": 1e-3, "pf2lora": 5e-4}
 """A thousand steps on the server add to the one's rounding; the other's private step is 100 times the others'."""
 ROUNDED = {("fedit_split", "bloom"): 5e-4, ("fedalt_shared_a", "bloom"): 1e-3}
@@ -66,8 +71,8 @@ def finished(name: str, executor: str, base: str = "llama") -> tuple[list[list[C
     return rounds(name, base, **EXECUTORS[executor])
 
 
-@pytest.mark.parametrize("base", MODELS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("base", ["bloom", "gpt2"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_executors_agree(name: str, base: str) -> None:
     runs = {title: finished(name, title, base) for title in EXECUTORS}
     expected, server = runs.pop("loop")
@@ -80,8 +85,8 @@ def test_executors_agree(name: str, base: str) -> None:
             assert distance(other.mean(), server.mean()) < limit(name, base)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("executor", ["cohorts of two", "loop"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_second_run_is_bitwise_equal(name: str, executor: str) -> None:
     runs = []
     model = AdaptedModel(llama())

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
 from rich.table import Table
 
-from fedalt.cli import complete, show
-from fedalt.cli.show import print_json, say
+from fedalt.cli import show
+from fedalt.cli.out import RunPath
+from fedalt.cli.show import Json, print_json, say
 from fedalt.errors import UserError
 
 
 def advise(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, for machines")] = False,
+    run: RunPath,
+    as_json: Json = False,
 ) -> None:
     """Say in plain words, client by client: train alone, mix, or share."""
     from fedalt.comparisons.advice import ABOUT, WORDS, advice

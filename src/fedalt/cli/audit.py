@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.table import Table
 
-from fedalt.cli import complete, show
+from fedalt.cli import show
+from fedalt.cli.out import RunPath
 from fedalt.cli.show import Json, option, print_json, say
 
 
 def audit(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", autocompletion=complete.runs)],
+    run: RunPath,
     client: Annotated[int | None, option("N", "only this client")] = None,
     *,
     rows: Annotated[int, option("N", "most training rows of a client", min=2)] = 200,

@@ -163,13 +163,9 @@ def _show(out: Path, comparison: Mapping[str, Any], reports: Reports, as_json: b
 
 def _show_sweep(out: Path, result: Mapping[str, Any], reports: Reports, as_json: bool) -> None:
     from fedalt.comparisons.sweep import grids
-    from fedalt.files import read_json
-    from fedalt.report.sweep import write_sweep_report
+    from fedalt.report.html import write_sweep_reports
 
-    written = [
-        reports(out / point["name"], read_json(out / point["name"] / "comparison.json")) for point in result["points"]
-    ]
-    report = write_sweep_report(out, result)
+    report, written = write_sweep_reports(out, result, reports)
     if as_json:
         print_json({"out": str(out), "report": str(report), "reports": [str(path) for path in written], **result})
         return

@@ -75,6 +75,16 @@ def parse_axis(text: str) -> Axis:
     return _ALIASES.get(key, key), parsed
 
 
+def axes_of(given: Mapping[str, Sequence[Any]]) -> list[Axis]:
+    """Keys and values that Python gives; short names are those of ``run``."""
+    for key, values in given.items():
+        if key in _ELSEWHERE:
+            raise UserError(f"sweep: {key} is not a setting to sweep; give {_ELSEWHERE[key].strip('-')}")
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise UserError(f"sweep: {key}: give a list of values, for example [4, 6, 8]")
+    return [(_ALIASES.get(key, key), list(values)) for key, values in given.items()]
+
+
 def points(config: RunConfig, axes: Sequence[Axis], rows: Rows | None = None) -> list[Point]:
     """Every combination of values, as configurations."""
     keys = [key for key, _ in axes]
@@ -130,7 +140,7 @@ def sweep(
         done.append(finish(members, point.config, out / point.name, if_exists, sink, **held))
     result = _collect(todo, done)
     write_json(out / "sweep.json", result)
-    write_csv(out / "sweep.csv", _lines(result))
+    write_csv(out / "sweep.csv", sweep_lines(result))
     tables = "\n".join(markdown(grid) for grid in grids(result))
     write_text(out / "sweep.md", f"# Sweep on {result['source']}\n\n{tables}")
     return result
@@ -213,7 +223,7 @@ def sent_up(point: Mapping[str, Any], method: str) -> float:
     return float(point["methods"][method]["bytes_up"] / point["clients"] / 1e6)
 
 
-def _lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def sweep_lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A line per point and method."""
     lines = []
     for point in result["points"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,13 @@ from fedalt.comparisons.tables import budget_grid, conditions, finding, verdict_
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in
-from fedalt.files import write_text
+from fedalt.files import read_json, write_text
 from fedalt.methods.registry import title_of
 from fedalt.personal.insight import read_insight
 from fedalt.report import comparison as compared
 from fedalt.report import figures, insights
 from fedalt.report.page import Section, code, grid_table, page, paragraph, table
+from fedalt.report.sweep import write_sweep_report
 from fedalt.report.theme import Drawing, caption, shown
 from fedalt.runs.events import Event, first_start, read_events
 from fedalt.runs.folder import RunFolder, kept_scores, open_run
@@ -114,6 +115,15 @@ def write_reports(
     for folder in folders:
         write_report(folder)
     return write_comparison_report(out, comparison)
+
+
+def write_sweep_reports(
+    out: Path, sweep: Mapping[str, Any], write: Callable[[Path, Mapping[str, Any]], Path]
+) -> tuple[Path, list[Path]]:
+    """Write the report of a sweep, and those of its comparisons by ``write``, say ``write_reports``."""
+    folders = [out / point["name"] for point in sweep["points"]]
+    written = [write(folder, read_json(folder / "comparison.json")) for folder in folders]
+    return write_sweep_report(out, sweep), written
 
 
 def _about(start: Event) -> str:

@@ -1,4 +1,4 @@
-"""``python -m fedalt.benchmarks.soak``: a long run across sites on this machine; sites are killed, come late and lie.
+"""``python -m tools.soak``: a long run across sites on this machine; sites are killed, come late and lie.
 
 A server behind its public door, sites with keys, and a run: by ``fedalt server``, ``site`` and ``submit``. In a share
 of ``--failing`` of all rounds of all sites but the first, that site or its trainer is killed with ``kill -9`` and is
@@ -35,6 +35,7 @@ from fedalt.flower.deploy.address import free_port
 from fedalt.flower.wire import pack, unpack
 from fedalt.runs.events import Event, read_events
 
+ROOT = Path(__file__).parents[1]
 DEADLINE, PATIENCE = 20.0, 600.0
 """``flower.round_deadline``: what a round takes while a site is away, for about a minute after each kill; and seconds
 after which whoever has not come at all never will."""
@@ -63,7 +64,7 @@ KINDS = ("kill", *WRONG)
 _SETTLED = 8.0
 """Seconds that a process must be old to be looked at: the ClientApps of a site live for a message."""
 _FAILING, _COMMAND = "FEDALT_SOAK_FAILING", "from fedalt.cli import main; main()"
-_FAULTY = "from fedalt.benchmarks.soak import be_faulty; be_faulty(); "
+_FAULTY = "from tools.soak import be_faulty; be_faulty(); "
 Lines = Mapping[tuple[str, str], Sequence[float]]
 """(A measure, of which part) → its values by round."""
 
@@ -172,7 +173,10 @@ class Federation:
     def _start(self, name: str, ready: str, *words: object, before: str = "") -> Callable[[], bool]:
         """Start a command; what it gives says whether its log has had a text since."""
         path = self.folder / f"{name}.log"
-        environment = os.environ | {_FAILING: str(self.failing), "OMP_NUM_THREADS": "1"}
+        modules = os.pathsep.join(
+            filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+        )  # sites find this module there
+        environment = os.environ | {_FAILING: str(self.failing), "OMP_NUM_THREADS": "1", "PYTHONPATH": modules}
         command = [sys.executable, "-c", before + _COMMAND, *map(str, words)]
         with path.open("ab") as log:
             start = log.tell()
@@ -335,7 +339,7 @@ def picture(lines: Lines, title: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it, print the table and what is wrong, draw the picture."""
-    parser = argparse.ArgumentParser(prog="python -m fedalt.benchmarks.soak", description="A long run with faults.")
+    parser = argparse.ArgumentParser(prog="python -m tools.soak", description="A long run with faults.")
     parser.add_argument("--sites", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--failing", type=float, default=0.1, help="share of (site, round) in which something fails")
