@@ -53,10 +53,11 @@ MEASURES = {"memory": (1e6, "memory (RSS), MB"), "handles": (1, "open handles"),
 BOUNDS: Mapping[str, Callable[[float, int], float]] = {
     "memory": lambda first, rounds: max(30e6, first / 8),
     "handles": lambda first, rounds: 16,
-    "disk": lambda first, rounds: 5e5 + 1e4 * rounds,
+    "disk": lambda first, rounds: 4e6 + 1e4 * rounds,
 }
 """By how much the last quarter of rounds may be above the first, from what the first has and the number of rounds. The
-door keeps up to 16 lines to the SuperLink, that up to five lines to its database, of two handles each."""
+door keeps up to 16 lines to the SuperLink, that up to five lines to its database, of two handles each;
+SQLite keeps up to 4 MB in its log, and then once as much in its file."""
 PARTS = {"flower-superlink": "SuperLink", "deploy.door": "door"}
 """Word of a command line → which part of the server it is; what else runs below it is Flower's for the run."""
 TOLD, WRONG = ("client", "client_failed"), ("late", "lie")
