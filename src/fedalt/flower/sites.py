@@ -196,6 +196,8 @@ class RemoteClients:
 
     def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
         """Let every site score its client; answers stay there."""
+        if self.info.config.privacy.report == "none":
+            return None
         points: Points = {"after": {}, "before": {}, "validation": {}}
         for client, reply in self._answers("score", messages, new.round):
             try:
@@ -259,7 +261,8 @@ class RemoteClients:
         except UserError as error:
             return ClientReport(client, _NO_STATS, False, reply.size, down, str(error)), 0.0
         new.put_upload(client, upload)
-        stats = TrainingStats(said.loss, said.steps, said.tokens, said.alpha)
+        loss = math.nan if said.loss is None else said.loss
+        stats = TrainingStats(loss, said.steps, said.tokens, said.alpha, said.epsilon)
         secure = self.info.config.federation.secure
         delivered = said.holds == new.round if secure else bool(upload)
         return ClientReport(client, stats, delivered, reply.size, down, cut=said.cut), 0.0 if secure else _norm(upload)

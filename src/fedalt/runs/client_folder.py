@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fedalt.compat import slot_today
+from fedalt.data.batches import Noise
 from fedalt.data.encode import template_text
 from fedalt.errors import UserError, listed
 from fedalt.files import intact, new_folder, read_json, write_json
@@ -18,6 +19,7 @@ from fedalt.model.state import ClientState
 from fedalt.names import Key, parted
 from fedalt.runs.folder import RunFolder, Which, final_scores
 from fedalt.runs.setup import Experiment
+from fedalt.training.privacy import spent
 
 CONFIG = "fedalt_config.json"
 MERGED_FIRST = "merged_first"
@@ -79,6 +81,7 @@ def client_config(experiment: Experiment, state: ClientState, round_: int) -> di
         "max_new_tokens": config.evaluation.max_new_tokens,
         "num_beams": config.evaluation.num_beams,
     }
+    noise = experiment.noise(state.client)
     return {
         "method": config.method,
         "task": config.model.task,
@@ -95,8 +98,15 @@ def client_config(experiment: Experiment, state: ClientState, round_: int) -> di
             if config.classifies
             else answers
         ),
+        **({"privacy": privacy(noise, state.private_steps)} if noise and state.private_steps else {}),
         "base": {"name": config.model.name, "source": base.source, "sha256": base.sha256, "dtype": config.model.dtype},
     }
+
+
+def privacy(noise: Noise, steps: int) -> dict[str, Any]:
+    """What a client has spent, and how."""
+    how = {"noise_multiplier": noise.multiplier, "clip": noise.clip, "rate": noise.rate, "steps": steps}
+    return {"epsilon": spent(noise, steps), "delta": noise.delta, **how}
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Trackers:
     _on_run_resumed = _on_run_started
 
     def _on_client(self, event: Event) -> None:
-        self.losses[f"loss/{event['client']}"] = event["loss"]
+        self.losses |= {f"{name}/{event['client']}": event[name] for name in ("loss", "epsilon") if event.get(name)}
 
     def _on_round(self, event: Event) -> None:
         names = {name: name for name in ("seconds", "bytes_up", "bytes_down", "product_gap", "row_lora_drift")}
