@@ -234,7 +234,7 @@ def test_noise_depends_on_key_client_phase_and_step_and_on_nobody_beside() -> No
 
 @pytest.mark.parametrize("method", ["fedalt", "fedit", "feddpa_t"])
 def test_stacked_is_a_loop_with_steps_that_are_empty_and_clients_that_stop(method: str) -> None:
-    rule, rows = method_of(method), {k: mine for k, mine in enumerate((*ROWS[:2], examples(9, seed=8)))}
+    rule, rows = method_of(method), dict(enumerate((*ROWS[:2], examples(9, seed=8))))
     config = training(batch_size=2, accumulate=2)
 
     def results(**executor: Any) -> list[Any]:
@@ -253,7 +253,7 @@ def test_stacked_is_a_loop_with_steps_that_are_empty_and_clients_that_stop(metho
     for one, other in zip(together, loop, strict=True):
         assert distance(one.state.tensors, other.state.tensors) < 5e-4
         assert one.stats.epsilon == other.stats.epsilon and one.stats.alpha == ()
-        assert one.state.private_steps == sum(len(mine) for mine in [one.stats.steps * [0]])
+        assert one.state.private_steps == one.stats.steps
 
 
 def test_a_client_stops_before_it_spends_too_much_and_the_others_go_on() -> None:
@@ -374,7 +374,7 @@ def test_without_sampling_epsilon_bounds_the_exact_one() -> None:
         assert norm.cdf(mu / 2 - tighter / mu) - math.exp(tighter) * norm.cdf(-mu / 2 - tighter / mu) > 1e-5
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.floats(0.3, 20), st.floats(0.005, 1), st.integers(1, 2000), st.sampled_from([1e-2, 1e-3, 1e-5]))
 def test_the_least_noise_that_keeps_to_a_budget(target: float, rate: float, steps: int, delta: float) -> None:
     sigma = noise_multiplier(target, rate, steps, delta)

@@ -269,8 +269,8 @@ class PrivacyConfig(Section):
     sampling: Literal["poisson"] = Field("poisson", description="every row is in a step with the same probability")
     report: Literal["scores", "all", "none"] = Field(
         "scores",
-        description="what leaves a site besides uploads: scores on test and validation rows; training losses, tokens "
-        "and mixer weights, too, which no epsilon covers; or neither",
+        description="what leaves a site besides uploads: scores on test and validation rows; losses and tokens of "
+        "training rows, too, which no epsilon covers; or neither",
     )
 
     @property

@@ -60,10 +60,10 @@ CODES = {
     "round": "asked for a round that is over, round {count} is done",
     "apart": "holds the upload of round {count}, and not the one that counts",
     "budget": "its privacy budget is spent",
-    "epsilon": "refused: it takes part only with privacy.epsilon of at most its own, privacy.delta of at most one row's "
-    "share, and without privacy.report=all",
+    "epsilon": "refused: it takes part only with a privacy.epsilon of at most its own, a privacy.delta of at most "
+    "1/rows, and without privacy.report=all",
     "unreported": "privacy.report=none lets no score out",
-    "sent_before": "has sent round {count} before and lost it since; another would spend more than is counted",
+    "sent_before": "has sent round {count} and lost it since; to go on would spend more than is counted",
     "not_finite": "its loss or adapter is not finite after training",
     "disk": "cannot write its state: disk full, or not permitted",
     "memory": "out of memory",

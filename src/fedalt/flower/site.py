@@ -302,7 +302,7 @@ class _Work:
             return self._reply(last, request)
         if last.round > request.round:
             raise SiteError("round", f"round {request.round} is over, round {last.round} is done", last.round)
-        if self.private and (sent := self._sent()) >= request.round:
+        if self.private and (sent := self._sent()) > last.round:
             raise SiteError("sent_before", count=sent)
         started, experiment = time.perf_counter(), self.experiment.in_folder(self.own)
         plans = plans_of(experiment, self.client, request.round)

@@ -30,6 +30,7 @@ from fedalt.runs.checkpoint import Checkpoint
 from fedalt.runs.clients import ClientReport
 from fedalt.runs.events import EventLog
 from fedalt.runs.folder import RunFolder
+from fedalt.runs.rounds import check_budget
 from fedalt.runs.scoring import Points, log_points
 from fedalt.runs.setup import RunInfo
 from fedalt.training.loop import TrainingStats
@@ -183,6 +184,8 @@ class RemoteClients:
         failed = [outcome for outcome in outcomes if outcome.failure]
         if len(outcomes) - len(failed) >= least:
             return
+        if len(failed) == len(outcomes):
+            check_budget([outcome.failure for outcome in failed], round_)
         for outcome in failed:
             self.log.emit("client_failed", round=round_, client=outcome.client, reason=outcome.failure)
         raise UserError(

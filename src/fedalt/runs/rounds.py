@@ -178,14 +178,19 @@ class Loop:
         return {"round": number, **means, "clients": clients}
 
 
-class BudgetSpent(UserError):
+class BudgetError(UserError):
     """No client may train any more."""
+
+
+def check_budget(failures: Sequence[str | None], number: int) -> None:
+    """End a run in which nobody may train any more."""
+    if all(failure and SPENT in failure for failure in failures):
+        raise BudgetError(f"no round {number}: privacy.epsilon is spent at every client")
 
 
 def check_some_left(failures: Sequence[str | None], number: int, lr: float) -> None:
     """Refuse to go on after a round in which every client failed."""
-    if all(failure and SPENT in failure for failure in failures):
-        raise BudgetSpent(f"no round {number}: privacy.epsilon is spent at every client")
+    check_budget(failures, number)
     if all(failures):
         raise UserError(
             f"round {number}: every client failed ({failures[0]}); a lower training.lr than {lr:g} may help; "
@@ -233,7 +238,7 @@ def go(loop: Loop) -> dict[str, Any]:
     try:
         while not loop.over:
             loop.round()
-    except BudgetSpent as error:
+    except BudgetError as error:
         if not loop.checkpoint.round:
             raise
         loop.log.emit("note", round=loop.checkpoint.round, text=str(error))

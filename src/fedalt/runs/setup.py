@@ -498,7 +498,7 @@ def _private(experiment: Experiment) -> Iterator[str]:
         f"{config.clip:g}, which stands in place of training.max_grad_norm; rows are sampled (Poisson)"
     )
     if config.report == "all":
-        yield "privacy.report=all: training losses, tokens and mixer weights are reported, and no epsilon covers them"
+        yield "privacy.report=all: losses and tokens of training rows are reported, and no epsilon covers them"
     if type(method).personalise is not Method.personalise:
         yield f"privacy: covers what is sent; for personal models {method.name} looks at rows again, without noise"
 
