@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -111,10 +112,11 @@ def privacy(noise: Noise, steps: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PersonalModel:
-    """A client's adapters as read from its folder, and how they sit on the base."""
+    """A client's adapters as read from its folder, how they sit on the base, and what ``privacy`` was spent."""
 
     state: ClientState
     placement: Placement
+    privacy: Mapping[str, Any] | None = None
 
 
 def read_client(run: RunFolder, client: int, base: Base, which: Which | None = None) -> PersonalModel:
@@ -131,7 +133,7 @@ def read_client(run: RunFolder, client: int, base: Base, which: Which | None = N
     tensors, heads = parted(read_folder(path, placement.slots, placement.mixed))
     tensors = {Key(k.module, slot_today(k.slot), k.factor): value for k, value in tensors.items()}
     placement = replace(placement, slots=tuple(map(slot_today, placement.slots)))
-    return PersonalModel(ClientState(who, round_, tensors, heads=heads), placement)
+    return PersonalModel(ClientState(who, round_, tensors, heads=heads), placement, about.get("privacy"))
 
 
 def client_folder(run: RunFolder, client: int, which: Which | None = None) -> Path:

@@ -50,11 +50,9 @@ def epsilon(rate: float, multiplier: float, steps: int, delta: float) -> float:
 @lru_cache(maxsize=4096)
 def noise_multiplier(target: float, rate: float, steps: int, delta: float) -> float:
     """The least σ, to a thousandth, with which so many steps stay within ε."""
-    low, high = _LEAST, _LEAST
-    while epsilon(rate, high, steps, delta) > target:
-        low, high = high, 2 * high
-        if high > _MOST:
-            raise UserError(f"privacy.epsilon: {target:g} at delta {delta:.2g} needs too much noise in {steps} steps")
+    low, high = _LEAST, _MOST
+    if epsilon(rate, high, steps, delta) > target:
+        raise UserError(f"privacy.epsilon: {target:g} at delta {delta:.2g} needs too much noise in {steps} steps")
     while high / low > 1.001:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if epsilon(rate, middle, steps, delta) > target else (low, middle)
