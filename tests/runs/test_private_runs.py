@@ -96,6 +96,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_bit(
     assert one == other and log == wanted, "steps of the round that was lost count once"
 
 
+@pytest.mark.slow
 def test_stacked_and_one_after_another_are_alike(tmp_path: Path, known_key: None) -> None:
     ways = [run(tmp_path / how, federation__executor=how) for how in ("stacked", "loop")]
     one, other = map(micro.adapters, ways)
@@ -119,6 +120,7 @@ def test_a_run_ends_before_it_spends_too_much(tmp_path: Path) -> None:
         run(tmp_path / "none", privacy__epsilon=0.01, privacy__noise_multiplier=1.0)
 
 
+@pytest.mark.slow
 def test_with_a_budget_rounds_are_not_added_and_with_given_noise_they_are(tmp_path: Path) -> None:
     out = run(tmp_path / "budget", federation__rounds=1)
     with pytest.raises(UserError, match="another run"):

@@ -75,8 +75,10 @@ def clipped(grads: Sequence[Mapping[Key, Tensor]], clip: float) -> dict[Key, Ten
 # ----------------------------------------------------------------------------------------------------- clipped sums
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", [*MODELS, "bert"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [*((method, "llama") for method in METHODS), *(("fedalt", name) for name in ("bloom", "gpt2", "bert"))],
+)
 @LAYOUTS
 def test_the_clipped_sum_is_that_of_rows_alone_on_plain_models(method: str, name: str, packing: bool) -> None:
     build = {**MODELS, "bert": bert}[name]
@@ -95,7 +97,7 @@ def test_the_clipped_sum_is_that_of_rows_alone_on_plain_models(method: str, name
             assert relative(found[key][k], expected) < 1e-5, key
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "llama", "gpt2", "vit", "dinov2"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama", "vit"])
 def test_the_heads_part_of_a_row_is_in_its_length(kind: str) -> None:
     model = classifiers.adapted(kind)
     mine = classifiers.states(model)
@@ -118,7 +120,7 @@ def test_the_heads_part_of_a_row_is_in_its_length(kind: str) -> None:
         assert grads or not any(sums[key][k].any() for key in sums)
 
 
-@pytest.mark.parametrize("method", ["fedalt", "fedit"])
+@pytest.mark.parametrize("method", ["fedalt"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @LAYOUTS
 def test_dropout_is_the_same_where_rows_are_measured_and_where_they_are_added(
@@ -156,7 +158,7 @@ def test_a_layer_that_is_used_twice_is_refused() -> None:
 MODEL = llama()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_one_row_more_moves_the_sum_by_no_more_than_the_clip(data: st.DataObject) -> None:
     draw = data.draw
@@ -232,7 +234,7 @@ def test_noise_depends_on_key_client_phase_and_step_and_on_nobody_beside() -> No
         assert abs(float(torch.corrcoef(torch.stack([first, other]))[0, 1])) < 0.05
 
 
-@pytest.mark.parametrize("method", ["fedalt", "fedit", "feddpa_t"])
+@pytest.mark.parametrize("method", ["fedalt", "feddpa_t"])
 def test_stacked_is_a_loop_with_steps_that_are_empty_and_clients_that_stop(method: str) -> None:
     rule, rows = method_of(method), dict(enumerate((*ROWS[:2], examples(9, seed=8))))
     config = training(batch_size=2, accumulate=2)
