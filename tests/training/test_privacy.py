@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest, norm
-from torch import Tensor
+from torch import Tensor, nn
 
 import classifiers
 from fedalt.data.batches import Noise, Plan, cohort_steps, collate, plan_round
@@ -22,7 +22,7 @@ from fedalt.errors import UserError
 from fedalt.federation.client import SPENT
 from fedalt.model.adapted import AdaptedModel
 from fedalt.model.state import ClientState
-from fedalt.names import Key
+from fedalt.names import A, B, Key
 from fedalt.seeding import secret_uniform
 from fedalt.training.loop import train
 from fedalt.training.privacy import clipped_sum, epsilon, noise_multiplier, private_losses
@@ -95,6 +95,52 @@ def test_the_clipped_sum_is_that_of_rows_alone_on_plain_models(method: str, name
             at += 1
         for key, expected in clipped(grads, clip).items():
             assert relative(found[key][k], expected) < 1e-5, key
+
+
+class LinearLora(nn.Module):
+    """A LoRA of two linear layers, which Opacus knows."""
+
+    def __init__(self, base_layer: nn.Module, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.a, self.b = (nn.Linear(value.shape[1], value.shape[0], bias=False) for value in (a, b))
+        self.a.weight.data, self.b.weight.data = a.clone(), b.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + SCALE * self.b(self.a(x))  # type: ignore[no-any-return]
+
+
+def test_the_clipped_sum_is_that_of_opacus() -> None:
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    model, (state, *_) = loaded(llama(), "fedit")
+    rows = [replace(row, prompt=row.prompt[:3], answer=row.answer[:1]) for row in ROWS[0]]  # of one length
+    sums = dict(zip(model.trainable, clipped_sum(model, collate([rows, (), ()]), [0.5] * 3)[1], strict=True))
+    plain = llama().requires_grad_(False)
+    layers = {path: LinearLora(plain.get_submodule(path), *parts) for path, parts in _factors(state).items()}
+    for path, layer in layers.items():
+        plain.set_submodule(path, layer)
+    watched = GradSampleModule(plain, loss_reduction="sum")
+    weights = [p for p in watched.parameters() if p.requires_grad]
+    optimizer = DPOptimizer(
+        torch.optim.SGD(weights, 1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=0.5,
+        expected_batch_size=1,
+        loss_reduction="sum",
+    )
+    logits = watched(input_ids=torch.tensor([row.prompt for row in rows])).logits[:, -1]
+    torch.nn.functional.cross_entropy(logits, torch.tensor([row.answer[0] for row in rows]), reduction="sum").backward()
+    optimizer.clip_and_accumulate()
+    for path, layer in layers.items():
+        for factor, part in ((A, layer.a), (B, layer.b)):
+            assert relative(sums[Key(path, "global", factor)][0], part.weight.summed_grad) < 1e-4  # type: ignore[arg-type]
+
+
+def _factors(state: ClientState) -> dict[str, tuple[Tensor, Tensor]]:
+    tensors = state.tensors
+    return {key.module: (a, tensors[key._replace(factor=B)]) for key, a in tensors.items() if key.factor == A}
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "llama", "vit"])
