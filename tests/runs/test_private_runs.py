@@ -15,6 +15,7 @@ import micro
 from fedalt.config import parse_config
 from fedalt.errors import UserError
 from fedalt.methods.registry import build, configured
+from fedalt.report.html import write_report
 from fedalt.runs import folder as run_folder
 from fedalt.runs import rounds as run_rounds
 from fedalt.runs.setup import prepare
@@ -64,6 +65,16 @@ def test_what_was_spent_is_in_the_log_and_in_every_clients_folder(done: Path) ->
         assert about["epsilon"] == by_hand > 4.9 and about["rate"] == 4 / 12
     [note] = [event["text"] for event in micro.of_kind(done, "note") if "privacy:" in event["text"]]
     assert "epsilon at most 5 a client" in note and "in place of training.max_grad_norm" in note
+    assert "epsilon, most of a client" in write_report(run_folder.RunFolder(done)).read_text()
+
+
+def test_a_comparison_has_what_was_spent_beside_what_it_cost(tmp_path: Path) -> None:
+    path = micro.write_yaml(tmp_path / "x.yaml", micro.settings(tmp_path, **{**PRIVATE, "federation__rounds": 1}))
+    compared = micro.call("compare", path, "--methods", "fedit,ffa_lora", "--out", tmp_path / "out")
+    assert compared.code == 0, compared.err
+    blocks = json.loads((tmp_path / "out/comparison.json").read_text())["methods"].values()
+    assert all(4.9 < block["epsilon"] <= 5 for block in blocks)
+    assert "epsilon: most that any client has spent" in (tmp_path / "out/comparison.md").read_text()
 
 
 def test_no_secret_is_left_and_two_runs_are_unlike(done: Path, tmp_path: Path) -> None:
