@@ -72,6 +72,14 @@ _LATER: dict[str, dict[str, Any]] = {
     },
     "federation": {"secure": False, "secure_min": 3},
     "evaluation": {"loss": False},
+    "privacy": {
+        "epsilon": None,
+        "noise_multiplier": None,
+        "delta": None,
+        "clip": 1.0,
+        "sampling": "poisson",
+        "report": "scores",
+    },
 }
 """Section → settings that came after fedalt 0.1, with the value that changes nothing."""
 
@@ -105,7 +113,7 @@ def without_later(frozen: dict[str, Any]) -> dict[str, Any]:
         frozen["data"]["limit_by"] = "first"
     for section, settings in _LATER.items():
         frozen[section] = {k: v for k, v in frozen[section].items() if k not in settings or v != settings[k]}
-    return frozen
+    return {section: part for section, part in frozen.items() if section != "privacy" or part}
 
 
 def _section(name: str, part: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,8 +39,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically and durably, readable like any other (mode 0644 less the umask).
+def write_bytes(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a file atomically and durably, readable like any other unless a mode is given (0644 with the usual umask).
 
     In a folder that is being filled (``filling``) a file is as good as the folder, and simply written.
     """
@@ -51,7 +51,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             path.write_bytes(data)
             return
         try:
-            with temporary.open("wb") as file:
+            with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

@@ -65,7 +65,7 @@ class Live:
         self._update(done, f"round {event['round']}/{self.rounds}{self.loss}")
 
     def _on_round(self, event: Mapping[str, Any]) -> None:
-        self.loss = f", loss {event['loss']:.3f}"
+        self.loss = "" if event["loss"] is None else f", loss {event['loss']:.3f}"
         self._update(event["round"] - 0.05, f"round {event['round']}/{self.rounds}{self.loss}")
 
     def _on_evaluated(self, event: Mapping[str, Any]) -> None:

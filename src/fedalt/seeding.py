@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 def derive_seed(run_seed: int, *parts: str | int) -> int:
@@ -16,3 +18,14 @@ def derive_seed(run_seed: int, *parts: str | int) -> int:
 def rng(run_seed: int, *parts: str | int) -> torch.Generator:
     """Return a fresh CPU generator for one purpose, for example ``rng(seed, "order", round, client)``."""
     return torch.Generator().manual_seed(derive_seed(run_seed, *parts))
+
+
+def derive_key(key: bytes, *parts: str | int) -> bytes:
+    """A key of 256 bits for one purpose, which tells nothing of ``key``."""
+    return hashlib.shake_256(key + "/".join(map(str, parts)).encode()).digest(32)
+
+
+def secret_uniform(key: bytes, count: int) -> Tensor:
+    """Numbers in (0, 1) in fp64, of 52 bits each, that only who has the key can tell from chance (SHAKE-256)."""
+    bits = np.frombuffer(hashlib.shake_256(key + b"uniform").digest(8 * count), "<u8") >> 12
+    return torch.from_numpy((bits + 0.5) * 2.0**-52)

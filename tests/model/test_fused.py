@@ -106,7 +106,7 @@ def test_in_bf16_as_on_a_gpu_everything_is_near_fp32(
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         if dtype == torch.bfloat16:
-            monkeypatch.setattr(fused, "_working_dtype", lambda x, factor: x.dtype)
+            monkeypatch.setattr(fused.Adaptation, "working", lambda how, x, factor: x.dtype)
             monkeypatch.setattr(fused, "_joins", lambda x: True)
         layer = AdaptedLinear(base.to(dtype), "w", INDEX, BatchContext())
         layer.place(Placement(SLOTS, SOFTMAX, S, 0.0), {k: v.clone() for k, v in tensors.items()}, list(tensors))

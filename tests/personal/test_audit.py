@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import mannwhitneyu
+from numpy.typing import NDArray
+from scipy.stats import mannwhitneyu, norm
 
 import micro
 from fedalt.errors import UserError
-from fedalt.personal.audit import Leak, area, audit, means
+from fedalt.personal.audit import Leak, area, audit, least_epsilon, means
 
 SCORES = st.lists(st.integers(-3, 3).map(float), min_size=2, max_size=12)
 
@@ -108,3 +109,51 @@ def test_means_are_over_clients() -> None:
     leaks = [Leak(c, "upload", 5, 5, auc, 0, 1, 0) for c, auc in enumerate((0.5, 0.6, 0.7))]
     mean, half = means(leaks)["upload"]
     assert mean == pytest.approx(0.6) and half == pytest.approx(4.302653 * 0.1 / 3**0.5)
+
+
+# --------------------------------------------------------------------------------------- against what was promised
+
+
+def test_the_least_epsilon_holds_as_often_as_it_says() -> None:
+    """Scores of a Gaussian mechanism: what is δ-likely at most bounds every attack on it, and an attack comes near."""
+    made, mu, delta = np.random.default_rng(1), 2.0, 1e-3
+    exact = 8.0  # ε of a sensitivity of 2 standard deviations at this δ: Φ(1 − ε/2) − e^ε Φ(−1 − ε/2) < δ
+    assert norm.cdf(mu / 2 - exact / mu) - np.exp(exact) * norm.cdf(-mu / 2 - exact / mu) < delta
+    found = [least_epsilon(made.normal(mu, 1, 2000), made.normal(0, 1, 2000), delta) for _ in range(40)]
+    assert np.mean(found) > 1.0 and max(found) < exact
+    pure = [least_epsilon(*randomised(made, 1.0)) for _ in range(300)]
+    assert np.mean([one > 1.0 for one in pure]) <= 0.05 and max(pure) > 0.3
+
+
+def randomised(made: np.random.Generator, epsilon: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Randomised response, which is exactly (ε, 0) private."""
+    truth = 1 / (1 + np.exp(-epsilon))
+    return (made.random(200) < truth).astype(float), (made.random(200) > truth).astype(float)
+
+
+def test_nothing_follows_from_few_rows_or_from_chance() -> None:
+    made = np.random.default_rng(2)
+    assert least_epsilon(np.array([1.0]), np.array([0.0])) == 0
+    assert least_epsilon(made.normal(size=500), made.normal(size=500)) == 0
+
+
+def test_an_attack_finds_less_than_a_private_run_has_promised_and_more_without_noise(
+    overfitted: Path, tmp_path: Path
+) -> None:
+    plain = audit(overfitted)
+    assert all(leak.promised is None for leak in plain)
+    private = run(
+        tmp_path / "run",
+        data__source=str(overfitted.parent / "data"),
+        training__local_epochs=6,
+        privacy__epsilon=2.0,
+        privacy__delta=1e-3,
+    )
+    leaks = audit(private)
+    assert len(leaks) == 12 and all(leak.promised and 1.9 < leak.promised <= 2 for leak in leaks)
+    assert all(leak.epsilon <= leak.promised for leak in leaks if leak.promised)
+    assert means(leaks)["personal"][0] < means(plain)["personal"][0] - 0.2
+    done = micro.call("audit", private, "--client", 0)
+    assert done.code == 0 and "by this attack, at most 2.00 by the run's account" in " ".join(
+        f"{done.out} {done.err}".split()
+    )

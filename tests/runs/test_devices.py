@@ -87,6 +87,17 @@ def test_two_workers_give_the_run_of_one_process(tmp_path: Path, rows: Path, met
     assert [note["text"] for note in of_kind(spread, "note") if "peak memory" in note["text"]]
 
 
+@pytest.mark.slow
+def test_two_workers_share_the_secret_of_a_private_run(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedalt.runs.folder.token_bytes", bytes)
+    private = {"privacy__epsilon": 5.0, "federation__rounds": 1}
+    spread = run(tmp_path / "spread", rows, **private, **TWO)
+    same_run(spread, run(tmp_path / "one", rows, **private))
+    assert all(event["epsilon"] > 0 for event in of_kind(spread, "client"))
+
+
 def test_cohorts_are_made_so_that_every_device_has_one(tmp_path: Path, rows: Path) -> None:
     """At a learning rate at which AdamW does not blow rounding up."""
     changes = {"method": "fedit", "federation__cohort": None, "training__lr": 2e-4}

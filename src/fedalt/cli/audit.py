@@ -39,6 +39,12 @@ def audit(
         table.add_section()
         table.add_row("mean", "", *(f"{mean:.2f} ± {half:.2f}" for mean, half in overall.values()))
     show.out.print(table)
+    for leak in leaks:
+        if leak.promised is not None:
+            say(
+                f"client {leak.client}, {VIEWS[leak.view]}: epsilon is at least {leak.epsilon:.2f} by this attack, "
+                f"at most {leak.promised:.2f} by the run's account"
+            )
     for view, (mean, half) in overall.items():
         say(_sentence(VIEWS[view], mean, 0.0 if math.isnan(half) else half, [x.found for x in leaks if x.view == view]))
 

@@ -331,7 +331,11 @@ def _cost(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
 
     trainers = max(1, len({event["client"] for event in runs[0] if event["event"] == "client"}))
     peaks = [event["peak_memory"] for events in runs for event in events if "peak_memory" in event]
+    spent = [
+        event["epsilon"] for events in runs for event in events if event["event"] == "client" and "epsilon" in event
+    ]
     return {
+        **({"epsilon": max(spent)} if spent else {}),
         "steps": total("client", "steps") / trainers,
         "tokens": total("client", "tokens") / trainers,
         "parameters": runs[0][0].get("trainable_parameters", 0),

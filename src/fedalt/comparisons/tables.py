@@ -265,6 +265,7 @@ def _count(number: int, word: str) -> str:
 def budget_grid(comparison: Mapping[str, Any]) -> Grid:
     """Scores beside what they cost."""
     gpu = any(block["peak_memory_gpu"] is not None for block in comparison["methods"].values())
+    private = any("epsilon" in block for block in comparison["methods"].values())
     metric = metric_of(comparison["metric"])
 
     def row(block: Mapping[str, Any]) -> list[Cell]:
@@ -282,14 +283,17 @@ def budget_grid(comparison: Mapping[str, Any]) -> Grid:
             f"{block['seconds']:.0f}",
             f"{block['scoring_seconds']:.0f}",
             *(NOTHING if peak is None else f"{peak / 1e9:.2f}" for peak in memory),
+            *([f"{block['epsilon']:.2f}" if "epsilon" in block else NOTHING] if private else []),
         ]
 
     head = ["method", "average", "steps", "tokens, k", "trained, k", "MB up", "MB down", "training, s", "scoring, s"]
-    head += ["memory, GB", *(["GPU, GB"] if gpu else [])]
+    head += ["memory, GB", *(["GPU, GB"] if gpu else []), *(["epsilon"] if private else [])]
     rows, below = _parted(comparison, row)
     notes = [
         "steps and tokens: of a client in the whole run; trained: parameters of a client; MB: all clients, all rounds"
     ]
+    if private:
+        notes.append("epsilon: most that any client has spent in a run, on every one of its training rows")
     return Grid("Budgets", head, rows, below, notes)
 
 

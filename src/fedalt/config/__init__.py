@@ -254,6 +254,31 @@ class FederationConfig(Section):
     secure_min: int = Field(3, ge=2, description="fewest clients in a secure sum")
 
 
+class PrivacyConfig(Section):
+    """Differential privacy of every single training row, in all that a client trains and sends; off unless asked for.
+
+    ``epsilon`` alone finds the noise for all rounds. With ``noise_multiplier``, too, it is where a client stops.
+    """
+
+    epsilon: float | None = Field(None, gt=0, description="most that the whole run may tell of any row of a client")
+    noise_multiplier: float | None = Field(
+        None, gt=0, description="standard deviation of the noise over clip; found from epsilon when not given"
+    )
+    delta: float | None = Field(None, gt=0, lt=1, description="1 / the client's training rows when not given")
+    clip: float = Field(1.0, gt=0, description="longest gradient of a row, in the place of training.max_grad_norm")
+    sampling: Literal["poisson"] = Field("poisson", description="every row is in a step with the same probability")
+    report: Literal["scores", "all", "none"] = Field(
+        "scores",
+        description="what leaves a site besides uploads: scores on test and validation rows; losses and tokens of "
+        "training rows, too, which no epsilon covers; or neither",
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether steps are private."""
+        return self.epsilon is not None or self.noise_multiplier is not None
+
+
 class EvaluationConfig(Named):
     """When and how clients are scored on their own rows."""
 
@@ -334,6 +359,7 @@ class RunConfig(Section):
     lora: LoraConfig = LoraConfig()
     training: TrainingConfig = TrainingConfig()
     federation: FederationConfig = FederationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
     flower: FlowerConfig = FlowerConfig()
@@ -403,6 +429,21 @@ class RunConfig(Section):
             raise ValueError(f"training.{unused}: training.optimizer={given.optimizer} has none; leave it out")
         if given.warmup > 1 and not given.warmup.is_integer():
             raise ValueError(f"training.warmup: {given.warmup:g} is no number of steps; a share of them is below 1")
+        return self
+
+    @model_validator(mode="after")
+    def _private_in_full(self) -> RunConfig:
+        given, training = self.privacy, self.training
+        if not given.on:
+            unused = next((key for key, value in given if value != PrivacyConfig.model_fields[key].default), None)
+            if unused:
+                raise ValueError(f"privacy.{unused}: without privacy.epsilon or privacy.noise_multiplier nothing does")
+            return self
+        if training.order != "strict" or training.repeat_order:
+            key = "repeat_order" if training.repeat_order else "order"
+            raise ValueError(f"training.{key}: privacy samples the rows of every step anew; leave it out")
+        if given.report == "none" and self.evaluation.early_stop:
+            raise ValueError("evaluation.early_stop: privacy.report=none lets no score out; leave one of them out")
         return self
 
     def _suitable(self) -> Iterator[str]:

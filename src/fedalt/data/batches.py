@@ -13,10 +13,33 @@ from torch import Tensor
 from fedalt.config import TrainingConfig
 from fedalt.data.encode import Example, Prompt, laid_out
 from fedalt.model.batch_layout import BatchLayout
-from fedalt.seeding import derive_seed, rng
+from fedalt.seeding import derive_key, derive_seed, rng, secret_uniform
 
 _WINDOW = 16
 """Batches whose rows are sorted by length together, with the order ``bucketed``."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What makes a client's steps private: sampled rows, clipped gradients, Gaussian noise.
+
+    Attributes:
+        key: Of whom sampling, dropout and noise can be told; it never leaves the client.
+        rate: Probability that a row is in a step.
+        expected: Rows in a step on average, by which sums are divided.
+        clip: Longest gradient of a row.
+        multiplier: Standard deviation of the noise on a sum, as a multiple of ``clip``.
+        delta: δ at which ε is counted.
+        epsilon: Most that may be spent, or None.
+    """
+
+    key: bytes
+    rate: float
+    expected: float
+    clip: float
+    multiplier: float
+    delta: float
+    epsilon: float | None
 
 
 @dataclass(frozen=True)
@@ -26,11 +49,13 @@ class Plan:
     Attributes:
         steps: Rows of every step; the last step of an epoch may be smaller.
         key: Seed of the client's dropout in this round.
+        noise: What makes the steps private, if they are.
     """
 
     client: int
     steps: tuple[tuple[Example, ...], ...]
     key: int
+    noise: Noise | None = None
 
     @property
     def tokens(self) -> int:
@@ -38,8 +63,20 @@ class Plan:
         return sum(len(row) for rows in self.steps for row in rows)
 
 
+def steps_of(rows: int, config: TrainingConfig) -> int:
+    """Steps of a client with so many rows in every phase of a round."""
+    return config.max_steps or config.local_epochs * -(-rows // (config.batch_size * config.accumulate))
+
+
 def plan_round(
-    examples: Sequence[Example], client: int, config: TrainingConfig, seed: int, round_: int, *, phase: int = 0
+    examples: Sequence[Example],
+    client: int,
+    config: TrainingConfig,
+    seed: int,
+    round_: int,
+    *,
+    phase: int = 0,
+    noise: Noise | None = None,
 ) -> Plan:
     """Shuffle a client's rows anew for every epoch, from (seed, round, client, phase) alone.
 
@@ -48,7 +85,17 @@ def plan_round(
     steps. With the order ``bucketed``, rows of like length share a batch: of every 16 batches' rows
     in the shuffled order, sorted by length, batches are cut and put into an order that is the same for all clients,
     so that long batches meet long ones. Only models that cannot pack rows are faster by it.
+
+    With ``noise`` a step has every row with the same probability, by a secret of the client, and may have none.
     """
+    if noise is not None:
+        noise = replace(noise, key=derive_key(noise.key, client, round_, phase))
+        sampled = (
+            secret_uniform(derive_key(noise.key, "rows", step), len(examples)) < noise.rate
+            for step in range(steps_of(len(examples), config))
+        )
+        chosen = tuple(tuple(examples[i] for i in mask.nonzero().flatten().tolist()) for mask in sampled)
+        return Plan(client, chosen, derive_seed(int.from_bytes(noise.key, "big"), "dropout"), noise)
     steps: list[tuple[Example, ...]] = []
     later = (phase,) if phase else ()
     size, most = config.batch_size * config.accumulate, config.max_steps

@@ -23,6 +23,10 @@ from fedalt.names import Tensors, parted
 from fedalt.runtime import release_freed_memory
 from fedalt.training.loop import OnStep, TrainingStats, Turn, moved, train
 from fedalt.training.optimizer import Penalty, optimizer_of, recall, remember
+from fedalt.training.privacy import spent
+
+SPENT = "its privacy budget is spent"
+"""Why a client trains no more."""
 
 
 def finite(value: Tensor) -> bool:
@@ -96,12 +100,42 @@ def client_round(
     ``install`` puts messages into states in place of ``installed``, which it may remember.
     """
     method = settings.method
+    over = [_over(state, mine) for state, mine in zip(states, plans, strict=True)]
+    if any(over):
+        stay = [i for i, spends in enumerate(over) if not spends]
+        going = iter(
+            client_round(
+                model,
+                [states[i] for i in stay],
+                [messages[i] for i in stay],
+                [plans[i] for i in stay],
+                settings,
+                round_=round_,
+                install=install,
+                on_step=on_step,
+            )
+            if stay
+            else ()
+        )
+        none = TrainingStats(0.0, 0, 0)
+        return [
+            ClientResult(state, {}, none, failure=SPENT) if spends else next(going)
+            for state, spends in zip(states, over, strict=True)
+        ]
     install = install or partial(installed, method)
     now = [method.before_training(install(*client), round_) for client in zip(states, messages, strict=True)]
     trained, stats = train_phases(model, now, method.phases(round_), plans, settings, on_step=on_step, round_=round_)
     down = [message.bytes if message else 0 for message in messages]
     clients = zip(states, now, trained, zip(stats, down, strict=True), strict=True)
     return [_result(settings, *client, round_=round_) for client in clients]
+
+
+def _over(state: ClientState, plans: Sequence[Plan]) -> bool:
+    """Whether a client's round would go beyond its privacy budget."""
+    noise = plans[0].noise if plans else None
+    if noise is None or noise.epsilon is None:
+        return False
+    return spent(noise, state.private_steps + sum(len(plan.steps) for plan in plans)) > noise.epsilon
 
 
 def train_phases(
@@ -122,8 +156,9 @@ def train_phases(
         model.load(now, settings.placement(phase), trainable)
         mine = [plan[number] for plan in plans]
         rule = phase.rule if penalty is None else phase.rule.with_penalty(penalty)
-        trains = moved(model, rule)
-        optimizer = optimizer_of(settings.training, list(trains.values()))
+        trains, noise = moved(model, rule), mine[0].noise
+        training = settings.training.model_copy(update={"max_grad_norm": math.inf} if noise else {})
+        optimizer = optimizer_of(training, list(trains.values()))
         recall(optimizer, trains, [state.optimizer for state in now])
         step = partial(_step, on_step, number, len(phases))
         done = train(model, mine, settings.training, step, rule=rule, optimizer=optimizer, turn=settings.turn(round_))
@@ -132,6 +167,13 @@ def train_phases(
             now = [replace(state, optimizer=memory) for state, memory in zip(now, memories, strict=True)]
         now = [state.with_tensors(*parted(tensors)) for state, tensors in zip(now, model.unstack(), strict=True)]
         stats = [new.following(old) for new, old in zip(done, stats, strict=True)]
+        if noise:
+            each = zip(now, mine, strict=True)
+            now = [replace(state, private_steps=state.private_steps + len(plan.steps)) for state, plan in each]
+            costs = [
+                spent(plan.noise, state.private_steps) for state, plan in zip(now, mine, strict=True) if plan.noise
+            ]
+            stats = [replace(of, epsilon=cost) for of, cost in zip(stats, costs, strict=True)]
     return now, stats
 
 

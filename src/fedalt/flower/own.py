@@ -32,6 +32,9 @@ class SiteRows(Section):
     task: Text | None = Field(None, description="what the server may call its task; the client's number if not given")
     min_rows: int = Field(10, ge=1, description="fewest rows that it trains on, and of which a score leaves it")
     secure: bool = Field(False, description="take part only where the server sees the sum of all uploads alone")
+    epsilon: float | None = Field(
+        None, gt=0, description="take part only with noise, by which the whole run tells no more of any row than this"
+    )
     categories: tuple[str, ...] = Field((), description="categories that the server may have scores of, by name")
     config: str | None = Field(None, description="as data.config, and the next as those of data")
     files: Literal["clients", "splits", "pool"] | None = None

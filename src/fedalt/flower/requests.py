@@ -59,6 +59,11 @@ CODES = {
     "state": "its state is of another run or damaged",
     "round": "asked for a round that is over, round {count} is done",
     "apart": "holds the upload of round {count}, and not the one that counts",
+    "budget": "its privacy budget is spent",
+    "epsilon": "refused: it takes part only with a privacy.epsilon of at most its own, a privacy.delta of at most "
+    "1/rows, and without privacy.report=all",
+    "unreported": "privacy.report=none lets no score out",
+    "sent_before": "has sent round {count} and lost it since; to go on would spend more than is counted",
     "not_finite": "its loss or adapter is not finite after training",
     "disk": "cannot write its state: disk full, or not permitted",
     "memory": "out of memory",
@@ -160,15 +165,17 @@ class Trained:
     Attributes:
         holds: Round of its last upload, 0 for none.
         cut: Numbers of the upload that a secure sum has no room for.
+        epsilon: What it has spent so far, where steps are private.
     """
 
     __pydantic_config__ = STRICT
-    loss: Finite
+    loss: Finite | None
     steps: Count
     tokens: Count
     alpha: Annotated[tuple[Finite, ...], Field(max_length=100_000)]
     holds: Number
     cut: Count = 0
+    epsilon: Finite | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from fedalt.data.load import elsewhere, load_as_it_is, load_federation
 from fedalt.errors import UserError
 from fedalt.evaluation.choices import options_of
 from fedalt.evaluation.metrics import metric_of, metrics_in, over_clients
-from fedalt.federation.client import client_round, installed
+from fedalt.federation.client import SPENT, client_round, installed
 from fedalt.federation.diagnostics import row_lora_drift
 from fedalt.federation.fixed import codes
 from fedalt.files import disk_errors, read_json, write_bytes, write_json
@@ -45,7 +46,7 @@ from fedalt.registry import SOURCES, TEMPLATES
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune, rounds_for
 from fedalt.runs.client_folder import save_client
 from fedalt.runs.clients import plans_of, states_in
-from fedalt.runs.events import EventLog
+from fedalt.runs.events import EventLog, read_events
 from fedalt.runs.folder import RunFolder
 from fedalt.runs.rounds import frozen_settings
 from fedalt.runs.scoring import log_points, score_clients
@@ -170,6 +171,9 @@ class Site:
                 _check_paths(rows, config)
             if rows.secure and not config.federation.secure:
                 raise SiteError("single")
+            given = config.privacy
+            if rows.epsilon is not None and (rows.epsilon < (given.epsilon or math.inf) or given.report == "all"):
+                raise SiteError("epsilon")
             self.consent.check_settings(config, request.clients)
         if unused := [f"data.{n}" for n in COLUMNS[:-1] if rows.data and getattr(config.data, n) is not None]:
             self.note(f"{', '.join(unused)} of the server's settings do not count here; --set {unused[0][5:]}=… does")
@@ -178,6 +182,8 @@ class Site:
             least, data = 1 if self.alone else rows.min_rows, federation.clients[self.client]
             if len(data.train) < least:
                 raise SiteError("few_rows", f"{len(data.train)} training rows; min_rows is {least}", len(data.train))
+            if rows.epsilon is not None and (given.delta or 0) > 1 / len(data.train):
+                raise SiteError("epsilon")
             if odd := _odd_labels(config, [*data.train, *data.validation, *data.test]):
                 raise SiteError(
                     "labels", f"{len(odd)} rows have labels such as {odd[0]!r}, not in model.labels", len(odd)
@@ -296,7 +302,9 @@ class _Work:
             return self._reply(last, request)
         if last.round > request.round:
             raise SiteError("round", f"round {request.round} is over, round {last.round} is done", last.round)
-        started, experiment = time.perf_counter(), self.experiment
+        if self.private and (sent := self._sent()) > last.round:
+            raise SiteError("sent_before", count=sent)
+        started, experiment = time.perf_counter(), self.experiment.in_folder(self.own)
         plans = plans_of(experiment, self.client, request.round)
         [result] = client_round(
             experiment.resident.model,
@@ -306,12 +314,15 @@ class _Work:
             experiment.settings,
             round_=request.round,
         )
+        if result.failure == SPENT:
+            raise SiteError("budget")
         if result.failure:
             self.log.emit("client_failed", round=request.round, client=self.client, reason=result.failure)
             raise SiteError("not_finite", f"round {request.round}: {result.failure}")
         wire = experiment.config.flower.wire
         block, stats = pack(result.upload, wire), asdict(result.stats)
-        body = {**stats, "holds": request.round if block else self._holds(last), "cut": result.cut}
+        untold = {"loss": None, "tokens": 0, "alpha": ()} if self.private and self._report != "all" else {}
+        body = {**stats, **untold, "holds": request.round if block else self._holds(last), "cut": result.cut}
         with _coded("disk"), next_checkpoint(last, request.round) as new:
             new.put_state(replace(result.state, sent=parted(unpack(block, wire))[0] or None))
             write_bytes(new.path / _BLOCK, block)
@@ -322,6 +333,19 @@ class _Work:
         self.log.emit("client", round=request.round, client=self.client, seconds=seconds, **stats)
         self.note(f"round {request.round}: loss {result.stats.loss:.4f}, {seconds:.1f} s, {len(block):,} bytes up")
         return self._reply(new, request)
+
+    @property
+    def private(self) -> bool:
+        """Whether its steps are private."""
+        return self.experiment.config.privacy.on
+
+    @property
+    def _report(self) -> str:
+        return self.experiment.config.privacy.report
+
+    def _sent(self) -> int:
+        """The last round of which anything may have left, by the site's own log."""
+        return max((event["round"] for event in read_events(self.log.path) if event["event"] == "client"), default=0)
 
     def offer(self, request: Request) -> Reply:
         """Begin an attempt at a secure sum."""
@@ -352,6 +376,8 @@ class _Work:
 
     def score(self, request: Request) -> Reply:
         """Score the client as it left training and as it would start the next round; answers stay at the site."""
+        if self.private and self._report == "none":
+            raise SiteError("unreported")
         before, after = self._states(request)
         client, number, both = self.client, request.round, ({self.client: before}, {self.client: after})
         points = score_clients(self.experiment, self.folder, number, *both, changed=request.told)
@@ -411,6 +437,7 @@ class _Work:
                 last = max(old["last"], block, key=lambda one: int(one["round"]))
                 final |= {"last": last, "best_validation": block, "kept": "best_validation"}
             write_json(self.own.final_scores, final)
+        self.own.key.unlink(missing_ok=True)
         self.note(f"wrote {self.folder.client(self.client)}")
         return Reply.to(request, self.client)
 

@@ -30,6 +30,7 @@ from fedalt.runs.checkpoint import Checkpoint
 from fedalt.runs.clients import ClientReport
 from fedalt.runs.events import EventLog
 from fedalt.runs.folder import RunFolder
+from fedalt.runs.rounds import check_budget
 from fedalt.runs.scoring import Points, log_points
 from fedalt.runs.setup import RunInfo
 from fedalt.training.loop import TrainingStats
@@ -183,6 +184,8 @@ class RemoteClients:
         failed = [outcome for outcome in outcomes if outcome.failure]
         if len(outcomes) - len(failed) >= least:
             return
+        if len(failed) == len(outcomes):
+            check_budget([outcome.failure for outcome in failed], round_)
         for outcome in failed:
             self.log.emit("client_failed", round=round_, client=outcome.client, reason=outcome.failure)
         raise UserError(
@@ -196,6 +199,8 @@ class RemoteClients:
 
     def score(self, new: Checkpoint, messages: Mapping[int, Message]) -> float | None:
         """Let every site score its client; answers stay there."""
+        if self.info.config.privacy.report == "none":
+            return None
         points: Points = {"after": {}, "before": {}, "validation": {}}
         for client, reply in self._answers("score", messages, new.round):
             try:
@@ -259,7 +264,8 @@ class RemoteClients:
         except UserError as error:
             return ClientReport(client, _NO_STATS, False, reply.size, down, str(error)), 0.0
         new.put_upload(client, upload)
-        stats = TrainingStats(said.loss, said.steps, said.tokens, said.alpha)
+        loss = math.nan if said.loss is None else said.loss
+        stats = TrainingStats(loss, said.steps, said.tokens, said.alpha, said.epsilon)
         secure = self.info.config.federation.secure
         delivered = said.holds == new.round if secure else bool(upload)
         return ClientReport(client, stats, delivered, reply.size, down, cut=said.cut), 0.0 if secure else _norm(upload)

@@ -39,7 +39,7 @@ from fedalt.model.layer import SUM, Mixing, Placement
 from fedalt.model.state import AdapterShape, ClientState
 from fedalt.names import GLOBAL, A, B, Key, Tensors
 from fedalt.seeding import rng
-from fedalt.training.optimizer import PLAIN, Rule
+from fedalt.training.optimizer import PLAIN, Plain, Rule
 
 _MOST_ROUNDS = 1000
 
@@ -170,6 +170,7 @@ class Method:
         bound.client_ranks = config.lora.ranks
         bound.setup()
         bound._check_secure()
+        bound._check_private()
         if config.evaluation.early_stop and bound.depends_on_rounds:
             raise UserError(
                 f"evaluation.early_stop: {bound.name} plans by the number of rounds, so none can be left out"
@@ -193,6 +194,26 @@ class Method:
         }
         if wrong := next((line for line, holds in why.items() if holds), None):
             raise UserError(f"federation.secure: {wrong}, and the server sees only a sum")
+
+    def _check_private(self) -> None:
+        """Refuse private steps where a row's part in them would not be bounded, or not be all of it."""
+        if not self.config.privacy.on:
+            return
+        phases = self.all_phases
+        why = {
+            f"{self.name} trains on everybody's rows in one place": self.centralised,
+            f"{self.name} trains nothing": not phases,
+            f"{self.name} takes steps of its own kind": any(not isinstance(phase.rule, Plain) for phase in phases),
+            f"{self.name} trains on held-out rows, too": any(phase.held_out for phase in phases),
+            "lora.ranks has factors that stay at zero, and noise would not": self.client_ranks is not None,
+        }
+        if wrong := next((line for line, holds in why.items() if holds), None):
+            raise UserError(f"privacy: {wrong}, which is not covered; use another method, or leave privacy out")
+
+    @property
+    def private_phases(self) -> int:
+        """Times that a client goes through its rows, ``local_epochs`` times each, in all rounds."""
+        return sum(len(self.phases(number)) for number in range(1, self.config.federation.rounds + 1))
 
     def setup(self) -> None:
         """Derive what follows from the settings, and refuse those that do not fit; called once, when bound."""
@@ -249,7 +270,9 @@ class Method:
     @property
     def plans_by_rounds(self) -> bool:
         """Whether a run's rounds differ with their number: by the method, or by a schedule over all of them."""
-        return self.depends_on_rounds or self.config.training.schedule_scope == "run"
+        privacy = self.config.privacy
+        solved = privacy.on and privacy.noise_multiplier is None
+        return self.depends_on_rounds or self.config.training.schedule_scope == "run" or solved
 
     def fraction(self, round_: int) -> float:
         """Share of the clients that take part in a round."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fedalt.errors import UserError
 from fedalt.seeding import derive_seed
 
 _LIKE = 0.8
@@ -149,6 +150,10 @@ class BatchLayout:
         each = tokens // sum(self.sizes)
         return tuple(size * each for size in self.sizes)
 
+    def row_counts(self, tokens: int) -> tuple[int, ...]:
+        """Tokens of every row in a layer's input of so many tokens."""
+        return self.lengths if self.packed else (tokens // sum(self.sizes),) * sum(self.sizes)
+
     @cached_property
     def client_tokens(self) -> tuple[int, ...]:
         """Tokens of every client, without padding."""
@@ -214,6 +219,29 @@ class MixerProbe:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
+class RowNorms:
+    """How long the gradient of every row is, over everything that trains; layer by layer, none of them kept.
+
+    Attributes:
+        squares: Squared lengths so far.
+        asked: Whether backward passes give these instead of gradients of adapters.
+        apart: Heads with a copy for every row, whose gradients are the rows' own.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.squares = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.asked = True
+        self.apart: list[Tensor] = []
+        self._seen: set[str] = set()
+
+    def add(self, name: str, grads: Float[Tensor, "rows ..."]) -> None:
+        """Take in the gradients of one tensor."""
+        if name in self._seen:
+            raise UserError(f"privacy: {name} is used twice in a step, so its rows' gradients cannot be told apart")
+        self._seen.add(name)
+        self.squares += grads.flatten(1).double().square().sum(1)
+
+
 class BatchContext:
     """The object that all adapted layers of one model hold: the current row map, and a probe when somebody looks.
 
@@ -223,6 +251,7 @@ class BatchContext:
     def __init__(self, attention: Callable[[bool], bool] = lambda packed: False) -> None:
         self.current = BatchLayout((1,))
         self.probe: MixerProbe | None = None
+        self.norms: RowNorms | None = None
         self.attention = attention
         self.windows: set[int] = set()
         """Windows that attention was asked to keep to."""
@@ -239,6 +268,29 @@ class BatchContext:
             self.attention(packed)
             self.current, self.probe = before
 
+    @contextmanager
+    def row_norms(self, rows: int, device: torch.device) -> Iterator[RowNorms]:
+        """Find every row's length of gradient in the enclosed forward and backward passes."""
+        self.norms = RowNorms(rows, device)
+        try:
+            yield self.norms
+        finally:
+            self.norms = None
+
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts for ``torch.utils.checkpoint``: the recompute sees the row map of its own forward."""
-        return nullcontext(), self.rows(self.current)
+        return nullcontext(), _Again(partial(self.rows, self.current))
+
+
+class _Again(AbstractContextManager[None]):
+    """A context that is entered once for every backward pass."""
+
+    def __init__(self, made: Callable[[], AbstractContextManager[None]]) -> None:
+        self._made = made
+
+    def __enter__(self) -> None:
+        self._now = self._made()
+        self._now.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._now.__exit__(*error)

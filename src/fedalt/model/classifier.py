@@ -167,8 +167,14 @@ class ClientHead(nn.Module):
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
         """Each client's rows through its own head."""
         stacked = {name: getattr(self, self._field(key)) for key, name in self._names.items()}
-        dtype = next(iter(stacked.values())).dtype
-        parts = x.to(dtype).split(list(self.context.current.counts(len(x))))
+        dtype, rows, norms = next(iter(stacked.values())).dtype, self.context.current, self.context.norms
+        counts = rows.counts(len(x))
+        if norms is not None:
+            owners = torch.arange(len(rows.sizes)).repeat_interleave(torch.tensor(rows.sizes)).to(x.device)
+            stacked = {name: value[owners] for name, value in stacked.items()}
+            norms.apart += [value for value in stacked.values() if value.requires_grad]
+            counts = rows.row_counts(len(x))
+        parts = x.to(dtype).split(list(counts))
         outs = [
             functional_call(self._head[0], {name: value[k] for name, value in stacked.items()}, (part,))
             for k, part in enumerate(parts)

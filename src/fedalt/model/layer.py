@@ -144,14 +144,18 @@ class AdaptedLinear(nn.Module):
         tokens = x.reshape(-1, self.in_features)
         flat = self._merged(tokens, y.reshape(-1, self.out_features))
         factors = [self.factor(slot, kind) for kind in (A, B) for slot in slots]
+        norms, rows = self.context.norms, self.context.current
         how = Adaptation(
-            self.context.current.counts(len(tokens)),
+            rows.counts(len(tokens)),
             tuple(a.shape[1] for a in factors[: len(slots)]),
             self.placement.scale,
             self._dropout(tokens),
             self._weights(tokens),
             tuple(slot in self.placement.detached for slot in slots),
             self._shift(),
+            norms,
+            rows.row_counts(len(tokens)) if norms else (),
+            self.path,
         )
         mixer = self.factor(MIXER, G) if mixed else None
         adapted, alpha = Adapt.apply(how, tokens, flat, mixer, *factors)  # type: ignore[no-untyped-call]

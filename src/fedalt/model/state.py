@@ -29,6 +29,7 @@ class ClientState:
         sent: Exactly what the server last received from it, or None yet; what it subtracts from a mean.
         heads: Its classification head, fp32 on the CPU; empty for a language model.
         optimizer: What its optimiser remembers, by the name of a moment; empty where it starts anew every round.
+        private_steps: Steps with noise that have been taken so far, of which ε follows.
     """
 
     client: int
@@ -37,6 +38,7 @@ class ClientState:
     sent: Tensors | None = None
     heads: Tensors = field(default_factory=dict)
     optimizer: Mapping[str, Tensors] = field(default_factory=dict)
+    private_steps: int = 0
 
     def with_tensors(self, changes: Tensors, heads: Tensors | None = None) -> ClientState:
         """The same state with some adapter tensors, and some of the head's, replaced."""
@@ -140,6 +142,7 @@ def save_state(state: ClientState, path: Path) -> None:
     for name, part in state.optimizer.items():
         tensors |= {f"{_OPTIMIZER}{name}.{key}": value.contiguous() for key, value in part.items()}
     header = {"client": state.client, "round": state.round, "has_sent": state.sent is not None}
+    header |= {"private_steps": state.private_steps} if state.private_steps else {}
     write_bytes(path, save(tensors, metadata={"fedalt": json.dumps(header)}))
 
 
@@ -153,7 +156,8 @@ def load_state(path: Path) -> ClientState:
             parts[part][Key.parse(key)] = file.get_tensor(name)
     sent = parts["sent"] if header["has_sent"] else None
     optimizer = {name.removeprefix(_OPTIMIZER): part for name, part in parts.items() if name.startswith(_OPTIMIZER)}
-    return ClientState(header["client"], header["round"], parts["own"], sent, parts["head"], optimizer)
+    steps = header.get("private_steps", 0)
+    return ClientState(header["client"], header["round"], parts["own"], sent, parts["head"], optimizer, steps)
 
 
 def save_tensors(tensors: Tensors, path: Path) -> None:

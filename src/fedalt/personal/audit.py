@@ -58,6 +58,8 @@ class Leak:
         low: Lower end of the 95 % interval of ``auc`` (DeLong et al., Biometrics 1988).
         high: Upper end.
         found: Share of training rows with a score above all but 1 % of the others.
+        epsilon: What the run must have told of a row at least, with a confidence of 95 %; see ``least_epsilon``.
+        promised: What it says it has told at most (``privacy.epsilon``), if it says so.
     """
 
     client: int
@@ -68,6 +70,8 @@ class Leak:
     low: float
     high: float
     found: float
+    epsilon: float = 0.0
+    promised: float | None = None
 
 
 def audit(run: Path, client: int | None = None, rows: int = 200) -> list[Leak]:
@@ -102,7 +106,10 @@ def audit(run: Path, client: int | None = None, rows: int = 200) -> list[Leak]:
         views = {"personal": (personal.state, personal.placement), **dict(_views(experiment, last, one))}
         for view in VIEWS.keys() & views.keys():
             scores = alone - _losses(experiment, views[view], both)
-            found.append(_leak(one, view, scores[: len(inside)], scores[len(inside) :]))
+            leak = _leak(one, view, scores[: len(inside)], scores[len(inside) :])
+            spent = personal.privacy or {}
+            least = least_epsilon(scores[: len(inside)], scores[len(inside) :], spent.get("delta", 0.0))
+            found.append(replace(leak, epsilon=least, promised=spent.get("epsilon")))
     order = list(VIEWS)
     return sorted(found, key=lambda leak: (leak.client, order.index(leak.view)))
 
@@ -158,6 +165,35 @@ def _leak(client: int, view: str, inside: Array, outside: Array) -> Leak:
     limit = np.sort(outside)[::-1][int(FALSE * len(outside))]
     found = float((inside > limit).mean())
     return Leak(client, view, len(inside), len(outside), auc, max(0.0, auc - reach), min(1.0, auc + reach), found)
+
+
+def least_epsilon(inside: Array, outside: Array, delta: float = 0.0, confidence: float = 0.95) -> float:
+    """The least ε that an attacker's success allows: true positives ≤ e^ε · false ones + δ, and negatives alike.
+
+    The threshold is the one that does best on half of the rows; the other half counts, by the ends of intervals of
+    Clopper and Pearson for all four rates. Rows are taken as independent, members and others as of one kind.
+    """
+    best, limit = 0.0, np.inf
+    for candidate in np.unique([*inside[::2], *outside[::2]]):
+        apart = float(np.mean(inside[::2] >= candidate) - np.mean(outside[::2] >= candidate))
+        best, limit = max((best, limit), (apart, float(candidate)))
+    hits, alarms = inside[1::2] >= limit, outside[1::2] >= limit
+    risk = (1 - confidence) / 4
+    bounds = (
+        (_end(hits, risk, high=False) - delta, _end(alarms, risk, high=True)),
+        (_end(~alarms, risk, high=False) - delta, _end(~hits, risk, high=True)),
+    )
+    return max([0.0, *(math.log(true / false) for true, false in bounds if true > 0)])
+
+
+def _end(found: NDArray[np.bool_], risk: float, *, high: bool) -> float:
+    """One end of the interval of a rate (Clopper and Pearson, 1934)."""
+    from scipy.stats import beta
+
+    count, total = int(found.sum()), len(found)
+    if high:
+        return 1.0 if count == total else float(beta.ppf(1 - risk, count + 1, total - count))
+    return 0.0 if count == 0 else float(beta.ppf(risk, count, total - count + 1))
 
 
 def area(inside: Array, outside: Array) -> tuple[float, float]:

@@ -274,6 +274,12 @@ def _card(frozen: _Frozen, cost: StaticExport, command: str, what: str, library:
     tasks = ", ".join(sorted({example.row.task for example in examples.train if example.row.task}))
     prompt = "" if config.classifies else f"- Prompts: template `{config.data.template}`\n"
     notes = "".join(f"\nNote: {note}.\n" for note in cost.notes)
+    if spent := frozen.personal.privacy:
+        notes += (
+            f"\nPrivacy: its LoRAs were trained with epsilon {spent['epsilon']:.3g} at delta {spent['delta']:.1e} for "
+            f"every training row (DP-SGD, {spent['steps']} steps, noise {spent['noise_multiplier']:.3g} times the clip "
+            f"{spent['clip']:g}); the mean of the mixer over training rows, and the scores, are outside of that.\n"
+        )
     return f"""---
 library_name: {library}
 {base}tags: [fedalt, federated-learning, lora]

@@ -153,6 +153,10 @@ def _scores_table(latest: Mapping[str, Event], tasks: Mapping[str, str]) -> str:
 
 
 def _cost_table(events: Sequence[Event]) -> str:
+    spent: dict[int, float] = {}
+    for e in events:
+        if e["event"] == "client" and "epsilon" in e:
+            spent[e["round"]] = max(spent.get(e["round"], 0.0), e["epsilon"])
     rows = [
         [
             str(e["round"]),
@@ -160,11 +164,20 @@ def _cost_table(events: Sequence[Event]) -> str:
             f"{e['bytes_up'] / 1e6:.2f}",
             f"{e['bytes_down'] / 1e6:.2f}",
             f"{e['peak_memory']['process'] / 1e9:.2f}",
+            *([f"{spent[e['round']]:.2f}" if e["round"] in spent else "–"] if spent else []),
         ]
         for e in events
         if e["event"] == "round"
     ]
-    return table(["round", "training, s", "MB up", "MB down", "peak memory, GB"], rows, words=()) if rows else ""
+    head = [
+        "round",
+        "training, s",
+        "MB up",
+        "MB down",
+        "peak memory, GB",
+        *(["epsilon, most of a client"] if spent else []),
+    ]
+    return table(head, rows, words=()) if rows else ""
 
 
 def _advice(folder: RunFolder, tasks: Mapping[str, str]) -> list[str | Drawing]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from fedalt.compat import slot_today
+from fedalt.data.batches import Noise
 from fedalt.data.encode import template_text
 from fedalt.errors import UserError, listed
 from fedalt.files import intact, new_folder, read_json, write_json
@@ -18,6 +20,7 @@ from fedalt.model.state import ClientState
 from fedalt.names import Key, parted
 from fedalt.runs.folder import RunFolder, Which, final_scores
 from fedalt.runs.setup import Experiment
+from fedalt.training.privacy import spent
 
 CONFIG = "fedalt_config.json"
 MERGED_FIRST = "merged_first"
@@ -79,6 +82,7 @@ def client_config(experiment: Experiment, state: ClientState, round_: int) -> di
         "max_new_tokens": config.evaluation.max_new_tokens,
         "num_beams": config.evaluation.num_beams,
     }
+    noise = experiment.noise(state.client)
     return {
         "method": config.method,
         "task": config.model.task,
@@ -95,16 +99,24 @@ def client_config(experiment: Experiment, state: ClientState, round_: int) -> di
             if config.classifies
             else answers
         ),
+        **({"privacy": privacy(noise, state.private_steps)} if noise and state.private_steps else {}),
         "base": {"name": config.model.name, "source": base.source, "sha256": base.sha256, "dtype": config.model.dtype},
     }
 
 
+def privacy(noise: Noise, steps: int) -> dict[str, Any]:
+    """What a client has spent, and how."""
+    how = {"noise_multiplier": noise.multiplier, "clip": noise.clip, "rate": noise.rate, "steps": steps}
+    return {"epsilon": spent(noise, steps), "delta": noise.delta, **how}
+
+
 @dataclass(frozen=True)
 class PersonalModel:
-    """A client's adapters as read from its folder, and how they sit on the base."""
+    """A client's adapters as read from its folder, how they sit on the base, and what ``privacy`` was spent."""
 
     state: ClientState
     placement: Placement
+    privacy: Mapping[str, Any] | None = None
 
 
 def read_client(run: RunFolder, client: int, base: Base, which: Which | None = None) -> PersonalModel:
@@ -121,7 +133,7 @@ def read_client(run: RunFolder, client: int, base: Base, which: Which | None = N
     tensors, heads = parted(read_folder(path, placement.slots, placement.mixed))
     tensors = {Key(k.module, slot_today(k.slot), k.factor): value for k, value in tensors.items()}
     placement = replace(placement, slots=tuple(map(slot_today, placement.slots)))
-    return PersonalModel(ClientState(who, round_, tensors, heads=heads), placement)
+    return PersonalModel(ClientState(who, round_, tensors, heads=heads), placement, about.get("privacy"))
 
 
 def client_folder(run: RunFolder, client: int, which: Which | None = None) -> Path:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import ClassVar, Protocol
 
 from fedalt.config import RunConfig
-from fedalt.data.batches import Plan, plan_round
+from fedalt.data.batches import Noise, Plan, plan_round
 from fedalt.data.encode import Example
 from fedalt.federation.client import ClientResult, cohort_size, cohorts, installed, run_clients
 from fedalt.federation.diagnostics import row_lora_drift
@@ -86,7 +86,7 @@ class LocalClients:
         self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
     ) -> list[ClientReport]:
         """Train and put into ``new`` what comes of it, and nothing of who rests."""
-        experiment, number = self.experiment, new.round
+        experiment, number = self.experiment.in_folder(self.folder), new.round
         results = run_clients(
             experiment.resident.model,
             chosen,
@@ -172,7 +172,8 @@ def states_in(checkpoint: Checkpoint, experiment: Experiment) -> PerClient[Clien
 def plans_of(experiment: Experiment, client: int, number: int) -> list[Plan]:
     """What a client does in every phase of a round."""
     rows, phases = experiment.training_rows(client), experiment.method.phases(number)
-    return plan_phases(phases, rows, client, experiment.config, number, held=experiment.examples[client].validation)
+    held, noise = experiment.examples[client].validation, experiment.noise(client)
+    return plan_phases(phases, rows, client, experiment.config, number, held=held, noise=noise)
 
 
 def plan_phases(
@@ -183,9 +184,18 @@ def plan_phases(
     number: int,
     *,
     held: Sequence[Example],
+    noise: Noise | None = None,
 ) -> list[Plan]:
     """A plan for each phase of a round, on training rows or, where it says so and there are any, on held-out ones."""
     return [
-        plan_round(held if phase.held_out and held else rows, client, config.training, config.seed, number, phase=place)
+        plan_round(
+            held if phase.held_out and held else rows,
+            client,
+            config.training,
+            config.seed,
+            number,
+            phase=place,
+            noise=noise,
+        )
         for place, phase in enumerate(phases)
     ]

@@ -77,6 +77,7 @@ class Devices(LocalClients):
         self, chosen: Sequence[int], messages: Mapping[int, Message], last: Checkpoint, new: Checkpoint
     ) -> list[ClientReport]:
         """Train cohort by cohort, wherever there is a free device."""
+        self.experiment.in_folder(self.folder)  # one key for all of them
         done = [report for part in self._spread("training", _train, chosen, messages, last, new) for report in part]
         new.clients |= {report.client for report in done if not report.failure}
         return done

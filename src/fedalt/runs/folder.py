@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_bytes
 from typing import Any, Literal, get_args
 
 import yaml
@@ -14,7 +15,18 @@ import yaml
 from fedalt.compat import as_recorded
 from fedalt.config import RunConfig, load_config, outside_code, read_yaml
 from fedalt.errors import UserError, listed
-from fedalt.files import disk_errors, intact, only_one, read_json, sha256, write_json, write_json_lines, write_text
+from fedalt.files import (
+    disk_errors,
+    intact,
+    only_one,
+    read_bytes,
+    read_json,
+    sha256,
+    write_bytes,
+    write_json,
+    write_json_lines,
+    write_text,
+)
 from fedalt.model.source import TINY_BASE
 from fedalt.registry import OURS, SOURCES, TEMPLATES
 from fedalt.runs.events import Event, first_start, read_events
@@ -36,6 +48,7 @@ class RunFolder:
         self.onboarding = path / "results" / "onboarding.json"  # of newcomers to a run
         self.digests = path / "digests.json"  # of the files of a run that has ended
         self.checkpoints = path / "checkpoints"
+        self.key = path / "privacy.key"  # of sampled rows and noise, as long as a private run goes on
         self.report = path / "report.html"
 
     def __eq__(self, other: object) -> bool:
@@ -69,6 +82,18 @@ class RunFolder:
         """Write the resolved configuration, with versions and such as comments, so that it can be run again."""
         body = yaml.safe_dump(placed(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
         write_text(self.config, "".join(f"# {line}\n" for line in header) + body)
+
+    def secret(self) -> bytes:
+        """The key of a private run, which only its owner may read; drawn by the operating system if there is none.
+
+        It is gone when the run has ended: nobody can take the noise away then.
+        """
+        if not self.key.is_file():
+            write_bytes(self.key, token_bytes(32), 0o600)
+        key = read_bytes(self.key)
+        if len(key) != 32:
+            raise UserError(f"{self.key}: damaged; remove it, and another key takes its place")
+        return key
 
     def seal(self, *more: Path) -> None:
         """Note what the files of a run are that has ended, or files that have been added since."""

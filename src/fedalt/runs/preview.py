@@ -193,7 +193,7 @@ def _seconds_per_token(experiment: Experiment, largest: Sequence[Plan], first: S
         _train(experiment, largest, kept)
     started = time.perf_counter()
     _, phases = _train(experiment, first, {})
-    return (time.perf_counter() - started) / (phases * _tokens(first))
+    return (time.perf_counter() - started) / max(1, phases * _tokens(first))
 
 
 def _rounds_cohorts(experiment: Experiment, number: int) -> Iterator[list[Plan]]:

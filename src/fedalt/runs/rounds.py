@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from fedalt.compat import settings_0_1, without_later
 from fedalt.config import RunConfig, used_code, used_sections
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in, over_clients
+from fedalt.federation.client import SPENT
 from fedalt.federation.diagnostics import product_gap
 from fedalt.federation.fixed import LIMIT
 from fedalt.federation.server import Server, sample_clients
@@ -83,6 +85,7 @@ class Loop:
         write_json(self.folder.final_scores, scores)
         final = kept(scores)
         means = {"metric": scores["metric"], "mean": final["mean"], "worst": final["worst"]}
+        self.folder.key.unlink(missing_ok=True)
         self.log.emit("run_finished", round=number, **means)
         self.folder.seal()
         return scores
@@ -126,19 +129,20 @@ class Loop:
                 "client",
                 round=number,
                 client=outcome.client,
-                loss=outcome.stats.loss,
+                loss=None if math.isnan(outcome.stats.loss) else outcome.stats.loss,
                 steps=outcome.stats.steps,
                 tokens=outcome.stats.tokens,
                 bytes_up=outcome.bytes_up,
                 bytes_down=outcome.bytes_down,
                 alpha=list(outcome.stats.alpha),
                 row_lora_drift=drifts.get(outcome.client),
+                **({} if outcome.stats.epsilon is None else {"epsilon": outcome.stats.epsilon}),
             )
         self.log.emit(
             "round",
             round=number,
             seconds=seconds,
-            loss=group_mean(outcome.stats.loss for outcome in trained),
+            loss=group_mean(outcome.stats.loss for outcome in trained if not math.isnan(outcome.stats.loss)),
             product_gap=None if self.server.config.secure else product_gap(self.server.adapters.values()),
             row_lora_drift=group_mean(drift for drift in drifts.values() if drift is not None),
             bytes_up=sum(outcome.bytes_up for outcome in outcomes),
@@ -166,14 +170,27 @@ class Loop:
         metric = self.info.config.metric
         files = {client: self.folder.scores(client, number) for client in self.info.clients}
         clients = {str(client): metrics_in(read_json(path)) for client, path in files.items() if path.is_file()}
+        if not clients and self.info.config.privacy.report == "none":
+            return {"round": number, "mean": None, "worst": None, "p10": None, "clients": {}}
         if not clients:
             raise UserError(f"round {number}: no site could be scored; add --resume when they are back")
         means = over_clients([scores[metric] for scores in clients.values()], metric)
         return {"round": number, **means, "clients": clients}
 
 
+class BudgetError(UserError):
+    """No client may train any more."""
+
+
+def check_budget(failures: Sequence[str | None], number: int) -> None:
+    """End a run in which nobody may train any more."""
+    if all(failure and SPENT in failure for failure in failures):
+        raise BudgetError(f"no round {number}: privacy.epsilon is spent at every client")
+
+
 def check_some_left(failures: Sequence[str | None], number: int, lr: float) -> None:
     """Refuse to go on after a round in which every client failed."""
+    check_budget(failures, number)
     if all(failures):
         raise UserError(
             f"round {number}: every client failed ({failures[0]}); a lower training.lr than {lr:g} may help; "
@@ -218,10 +235,15 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
 
 def go(loop: Loop) -> dict[str, Any]:
     """All rounds that are left, and the end."""
-    while not loop.over:
-        loop.round()
+    try:
+        while not loop.over:
+            loop.round()
+    except BudgetError as error:
+        if not loop.checkpoint.round:
+            raise
+        loop.log.emit("note", round=loop.checkpoint.round, text=str(error))
     number, best = loop.checkpoint.round, loop.checkpoint.best
-    if best and number < loop.info.config.federation.rounds:
+    if best and loop.over and number < loop.info.config.federation.rounds:
         text = f"stopped after round {number}: no better score on validation rows since round {best['round']}"
         loop.log.emit("note", round=number, text=text)
     return loop.finish()

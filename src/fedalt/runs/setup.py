@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from secrets import token_bytes
 from statistics import mean
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fedalt.config import RunConfig, used_code
 from fedalt.config.data import DataConfig
+from fedalt.data.batches import Noise, steps_of
 from fedalt.data.encode import (
     CHAT,
     AnswerEncoder,
@@ -45,7 +47,9 @@ from fedalt.model.layer import Placement
 from fedalt.model.peft_files import read_plain_lora
 from fedalt.model.state import AdapterShape, ClientState, digest, initial_state, start_group
 from fedalt.names import B, Key, Tensors
+from fedalt.runs.folder import RunFolder
 from fedalt.seeding import rng
+from fedalt.training.privacy import noise_multiplier
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ class Experiment:
         notes: What the user should know: skipped rows, a federation of two.
         rows: Where the rows came from; other runs may share it.
         start: What every client starts from instead of what is drawn, from ``model.adapter``.
+        key: Of sampled rows and noise, where steps are private; a run's own comes from its folder.
     """
 
     config: RunConfig
@@ -142,6 +147,7 @@ class Experiment:
     notes: tuple[str, ...]
     rows: Rows
     start: Tensors = field(default_factory=dict)
+    key: bytes = field(default_factory=lambda: token_bytes(32), repr=False)
 
     @property
     def shape(self) -> AdapterShape:
@@ -239,6 +245,21 @@ class Experiment:
         rows = {state.client: getattr(self.examples[state.client], split) for state in states}
         return self.method.personalise(self.resident.model, states, rows, self.settings.answering)
 
+    def in_folder(self, folder: RunFolder) -> Experiment:
+        """The same with the key of a run's folder, where steps are private."""
+        return replace(self, key=folder.secret()) if self.config.privacy.on else self
+
+    def noise(self, client: int) -> Noise | None:
+        """What makes a client's steps private, for all rounds, if they are."""
+        privacy, training, rows = self.config.privacy, self.config.training, len(self.examples[client].train)
+        if not privacy.on:
+            return None
+        size = training.batch_size * training.accumulate
+        rate, delta = min(1.0, size / rows), privacy.delta or min(1 / rows, 0.5)
+        steps = steps_of(rows, training) * self.method.private_phases
+        multiplier = privacy.noise_multiplier or noise_multiplier(privacy.epsilon or 0.0, rate, steps, delta)
+        return Noise(self.key, rate, rate * rows, privacy.clip, multiplier, delta, privacy.epsilon)
+
     @property
     def trainers(self) -> tuple[int, ...]:
         """Clients that may train: everybody, or the first in the name of all."""
@@ -316,7 +337,8 @@ def prepare(
         *kept,
     )
     start = _adapter_start(config, method) if config.model.adapter_as == "start" else {}
-    return Experiment(config, federation, examples, resident, method, settings, notes, rows, start)
+    experiment = Experiment(config, federation, examples, resident, method, settings, notes, rows, start)
+    return replace(experiment, notes=(*notes, *_private(experiment)))
 
 
 def _held_out(
@@ -457,6 +479,33 @@ def _notes(
     if method.leave_one_out and method.clients == 1:
         notes.append("one client: there is no rest of the world, so the mixer is bypassed and this equals local")
     return tuple(notes)
+
+
+def _private(experiment: Experiment) -> Iterator[str]:
+    """Notes on a run whose steps are private."""
+    config, method = experiment.config.privacy, experiment.method
+    found = [noise for client in experiment.examples if (noise := experiment.noise(client))]
+    if not found:
+        return
+    if not experiment.resident.model.pads:
+        raise UserError(
+            "privacy: rows of unlike length are read apart on this model; use another, or leave privacy out"
+        )
+    deltas, sigmas = sorted({n.delta for n in found}), sorted({n.multiplier for n in found})
+    most = f"epsilon at most {config.epsilon:g} a client" if config.epsilon else "no limit of epsilon"
+    yield (
+        f"privacy: {most}, delta {_range(deltas, '.1e')}, noise {_range(sigmas, '.3g')} times privacy.clip="
+        f"{config.clip:g}, which stands in place of training.max_grad_norm; rows are sampled (Poisson)"
+    )
+    if config.report == "all":
+        yield "privacy.report=all: losses and tokens of training rows are reported, and no epsilon covers them"
+    if type(method).personalise is not Method.personalise:
+        yield f"privacy: covers what is sent; for personal models {method.name} looks at rows again, without noise"
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    ends = [f"{value:{form}}" for value in dict.fromkeys((values[0], values[-1]))]
+    return " to ".join(ends)
 
 
 class Bases:

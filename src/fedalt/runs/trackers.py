@@ -63,7 +63,8 @@ class Trackers:
     """A sink for one run after another: a tracker run for each, its numbers by round.
 
     Logged are ``seconds``, ``bytes_up``, ``bytes_down``, ``product_gap``, ``row_lora_drift``, the loss of every client
-    and their mean (``loss/3``, ``loss/mean``), and after scoring every metric in the same way (``rouge1/3``, …).
+    and their mean (``loss/3``, ``loss/mean``), its ``epsilon/3`` where steps are private, and after scoring every
+    metric in the same way (``rouge1/3``, …).
     """
 
     def __init__(self, names: Sequence[str], out: Path, complain: Sink, config: Named) -> None:
@@ -100,7 +101,8 @@ class Trackers:
     _on_run_resumed = _on_run_started
 
     def _on_client(self, event: Event) -> None:
-        self.losses[f"loss/{event['client']}"] = event["loss"]
+        found = {name: event.get(name) for name in ("loss", "epsilon")}
+        self.losses |= {f"{name}/{event['client']}": value for name, value in found.items() if value is not None}
 
     def _on_round(self, event: Event) -> None:
         names = {name: name for name in ("seconds", "bytes_up", "bytes_down", "product_gap", "row_lora_drift")}

@@ -19,6 +19,7 @@ from fedalt.model.batch_layout import BatchLayout, MixerProbe
 from fedalt.names import Key
 from fedalt.training.loss import step_losses
 from fedalt.training.optimizer import PLAIN, Rule, Stacked, optimizer_of
+from fedalt.training.privacy import private_losses
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,14 @@ class TrainingStats:
         loss: Mean over the client's steps of its mean cross-entropy per answer token, in nats.
         tokens: Tokens read, prompts included.
         alpha: Mean mixer weight of the first slot in every layer, over the tokens of the last step; empty if unmixed.
+        epsilon: ε that the client has spent in all rounds so far, where steps are private.
     """
 
     loss: float
     steps: int
     tokens: int
     alpha: tuple[float, ...] = ()
+    epsilon: float | None = None
 
     def following(self, earlier: TrainingStats) -> TrainingStats:
         """This phase's loss and mixer weights, and the steps and tokens of both."""
@@ -105,11 +108,14 @@ def train(
     lengths = torch.tensor([len(plan.steps) for plan in plans], device=model.device)
     totals = torch.zeros(len(plans), device=model.device)
     steps, alphas = int(lengths.max()), dict[int, tuple[float, ...]]()
+    private = plans[0].noise is not None
     model.train()
     for step, parts in enumerate(cohort_steps(plans, config.batch_size)):
-        last = any(len(plan.steps) == step + 1 for plan in plans)
+        last = not private and any(len(plan.steps) == step + 1 for plan in plans)
         probes = [MixerProbe() if last else None for _ in parts]
         losses = partial(step_losses, model, parts, probes)
+        if private:
+            losses = partial(private_losses, model, parts, plans, step)
         totals += rule(losses, model.trainable, optimizer, learning_rates(config, step, lengths, turn), step < lengths)
         seen = [(probe, part.rows) for probe, part in zip(probes, parts, strict=True) if probe and probe.weights]
         if seen:

@@ -39,14 +39,15 @@ def client_losses(
     return total / counts.clamp(min=1)
 
 
-def row_losses(model: AdaptedModel, batch: Batch) -> Float[Tensor, " n"]:
-    """Nats of every row's answer, or class."""
+def row_losses(model: AdaptedModel, batch: Batch, *, mean: bool = False) -> Float[Tensor, " n"]:
+    """Nats of every row's answer, or of each of its tokens in the mean, or of its class."""
     if model.heads:
         return class_losses(model, batch)
     tokens = token_losses(model, batch)
     ends = torch.tensor(batch.rows.lengths, device=tokens.device).cumsum(0)
     row = torch.bucketize(batch.place.contiguous(), ends, right=True)
-    return tokens.new_zeros(len(ends)).index_add(0, row, tokens)
+    total = tokens.new_zeros(len(ends)).index_add(0, row, tokens)
+    return total / torch.bincount(row, minlength=len(ends)).clamp(min=1) if mean else total
 
 
 def class_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None = None) -> Float[Tensor, " n"]:
@@ -71,40 +72,46 @@ def step_losses(
         partial(client_losses, model, part.to(model.device), probe, counts)
         for part, probe in zip(parts, probes, strict=True)
     )
-    total: Tensor = PartLosses.apply(losses, *model.trainable.values())  # type: ignore[no-untyped-call]
+    parameters = list(model.trainable.values())
+    values, grads = part_gradients(losses, parameters)
+    total: Tensor = Given.apply(values, grads, *parameters)  # type: ignore[no-untyped-call]
     return total
 
 
-class PartLosses(torch.autograd.Function):
-    """The sum of several losses ``[k]`` whose gradients are found one after another.
+def part_gradients(
+    losses: Iterable[Callable[[], Float[Tensor, " k"]]], parameters: Sequence[Tensor]
+) -> tuple[Float[Tensor, " k"], list[Tensor | None]]:
+    """The sum of several losses and, where somebody will ask for them, its gradients, found part by part."""
+    needed, values = torch.is_grad_enabled() and bool(parameters), list[Tensor]()
+    grads: list[Tensor | None] = [None] * len(parameters)
+    for loss in losses:
+        value = loss()
+        values.append(value.detach())
+        if needed:
+            found = torch.autograd.grad(value.sum(), parameters, allow_unused=True)
+            grads = [
+                new if old is None else old if new is None else old + new for old, new in zip(grads, found, strict=True)
+            ]
+    return torch.stack(values).sum(0), grads
+
+
+class Given(torch.autograd.Function):
+    """Losses ``[k]`` whose gradients are known already.
 
     Client i's loss depends on the i-th slice of every parameter ``[k, …]`` alone, so the gradients of all are kept as
     those of the sum over clients.
     """
 
     @staticmethod
-    def forward(ctx: Any, losses: Iterable[Callable[[], Float[Tensor, " k"]]], *parameters: Tensor) -> Tensor:
-        """Forward and, where somebody will ask for it, backward, part by part."""
-        needed, values = any(ctx.needs_input_grad), list[Tensor]()
-        grads: list[Tensor | None] = [None] * len(parameters)
-        for loss in losses:
-            with torch.set_grad_enabled(needed):
-                value = loss()
-                total = value.sum()
-            values.append(value.detach())
-            if needed:
-                found = torch.autograd.grad(total, parameters, allow_unused=True)
-                grads = [
-                    new if old is None else old if new is None else old + new
-                    for old, new in zip(grads, found, strict=True)
-                ]
+    def forward(ctx: Any, values: Float[Tensor, " k"], grads: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:
+        """The losses."""
         ctx.save_for_backward(*grads)
-        return torch.stack(values).sum(0)
+        return values.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, " k"]) -> tuple[Tensor | None, ...]:
         """Each client's slices by its own factor."""
-        return None, *(None if kept is None else kept * columns(grad, kept) for kept in ctx.saved_tensors)
+        return None, None, *(None if kept is None else kept * columns(grad, kept) for kept in ctx.saved_tensors)
 
 
 def token_losses(model: AdaptedModel, batch: Batch, probe: MixerProbe | None = None) -> Float[Tensor, " s"]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedalt.model.batch_layout import Dropout
+from fedalt.model.batch_layout import Dropout, RowNorms
 
 Counts = Sequence[int]
 
@@ -112,6 +112,9 @@ class Adaptation:
         weights: α where no mixer decides it; None where it is 1.
         detached: By slot, whether x gets no gradient through it; none when empty.
         shift: What is added to the mixer's logits, per client.
+        norms: Where gradients of single rows are measured, if they are.
+        rows: Tokens per row, for that.
+        path: The layer's, for that.
     """
 
     counts: Counts
@@ -121,6 +124,23 @@ class Adaptation:
     weights: Float[Tensor, "#n m"] | None = None
     detached: tuple[bool, ...] = ()
     shift: Float[Tensor, "k m"] | None = None
+    norms: RowNorms | None = None
+    rows: Counts = ()
+    path: str = ""
+
+    def gradient(
+        self, name: str, x: Float[Tensor, "n i"], y: Float[Tensor, "n o"], dtype: torch.dtype
+    ) -> Tensor | None:
+        """Σ x ⊗ y of every client; where norms are asked for, of every row, to be measured and forgotten."""
+        if self.norms is None or not self.norms.asked:
+            return outer_per_client(x, y, self.counts).to(dtype)
+        self.norms.add(f"{self.path} {name}", outer_per_client(x, y, self.rows))
+        return None
+
+    def working(self, x: Tensor, factor: Tensor) -> torch.dtype:
+        """What the long products are computed in."""
+        half = x.is_cuda and x.dtype == torch.bfloat16 and self.norms is None  # a clipped sum may not be rounded
+        return x.dtype if half else factor.dtype
 
     def drop(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Zero what is dropped; the factor 1/(1−p) is on the narrow side of A."""
@@ -189,7 +209,7 @@ class Adapt(torch.autograd.Function):
         *factors: Tensor,
     ) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, "n m"] | None]:
         """Args after g: A ``[k, r, d_in]`` of every slot, then B ``[k, d_out, r]`` of every slot."""
-        full, working = factors[0].dtype, _working_dtype(x, factors[0])
+        full, working = factors[0].dtype, how.working(x, factors[0])
         a, b = _stack(factors, working)
         inner = x.to(working)
         h = per_client(how.drop(inner), a.transpose(1, 2), how.counts).to(full).mul_(how.keep)
@@ -213,7 +233,7 @@ class Adapt(torch.autograd.Function):
         """The formulas above."""
         x, g, h, alpha, *factors = ctx.saved_tensors
         how: Adaptation = ctx.how
-        full, working = factors[0].dtype, _working_dtype(x, factors[0])
+        full, working = factors[0].dtype, how.working(x, factors[0])
         a, b = _stack(factors, working)
         needs: Sequence[bool] = ctx.needs_input_grad[4:]
         delta, inner = grad.to(working), x.to(working)
@@ -225,10 +245,10 @@ class Adapt(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(needs)
         for i, span in enumerate(how.spans):
             if needs[i]:
-                grads[i] = outer_per_client(_rows(below[:, span]), dropped, how.counts).to(full)
+                grads[i] = how.gradient(f"A {i}", _rows(below[:, span]), dropped, full)
             if needs[len(how.ranks) + i]:
                 seen = (wh[:, span] * how.scale).to(working)
-                grads[len(how.ranks) + i] = outer_per_client(delta, seen, how.counts).to(full)
+                grads[len(how.ranks) + i] = how.gradient(f"B {i}", delta, seen, full)
         dx = None
         if ctx.needs_input_grad[1]:
             dx = how.drop(per_client(how.passed(below), a, how.counts))
@@ -236,14 +256,9 @@ class Adapt(torch.autograd.Function):
         if g is not None:
             beta = how.gathered(u * h)
             dz = (alpha * (beta - (alpha * beta).sum(1, keepdim=True))).to(working)
-            dg = outer_per_client(dz, inner, how.counts).to(full) if ctx.needs_input_grad[3] else None
+            dg = how.gradient("G", dz, inner, full) if ctx.needs_input_grad[3] else None
             dx = add_per_client(dx, dz, g.to(working), how.counts) if dx is not None else None
         return None, None if dx is None else dx.to(x.dtype), grad, dg, *grads
-
-
-def _working_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
-    """What the long products are computed in."""
-    return x.dtype if x.is_cuda and x.dtype == torch.bfloat16 else factor.dtype
 
 
 def _rows(x: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
