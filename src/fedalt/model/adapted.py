@@ -20,6 +20,7 @@ from fedalt.model.fast.branching import agree, branches_exactly, untouched
 from fedalt.model.fast.packing import enable_packing, smallest_window
 from fedalt.model.fast.patches import enable_trimming, fuse, pack_weights
 from fedalt.model.layer import AdaptedLinear, Placement, features
+from fedalt.model.offload import device_of, fetch_again, offloads
 from fedalt.model.state import ClientState
 from fedalt.model.targets import backbone_of, find_targets, is_linear, narrowed
 from fedalt.names import Key
@@ -89,8 +90,11 @@ class AdaptedModel:
         self.clients = 1
         self.trainable: dict[Key, nn.Parameter] = {}
         self._accepted = frozenset(signature(self.backbone.forward).parameters)
-        pack_weights(base)
-        fuse(base)
+        if offloads(base):  # what reads weights past their layer's forward does not find them
+            fetch_again(base)
+        else:
+            pack_weights(base)
+            fuse(base)
         packing = packing and not self.sees
         if packing:
             self.context.attention = enable_packing(base, self.context)
@@ -116,9 +120,8 @@ class AdaptedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the base, and so every batch, lives."""
-        device: torch.device = next(self.base.parameters()).device
-        return device
+        """Where the base computes, and so every batch lives."""
+        return device_of(self.base)
 
     @torch.no_grad()
     def _try_ways(self, packing: bool) -> None:
