@@ -6,6 +6,7 @@ on the meta device, so nothing may read it past its layer's forward.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -58,6 +59,7 @@ def spread(config: ModelConfig, device: torch.device) -> dict[str, Any]:
             room[place] = convert_file_size_to_int(most)
         except ValueError as error:
             raise UserError(f"model.max_memory: {first_line(error)}") from None
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # a note says it better
     return {"device_map": "auto", "max_memory": room, "offload_folder": _folder()}
 
 
@@ -98,16 +100,18 @@ def places(base: Any) -> str:
     parts = defaultdict[str, list[str]](list)
     for path, place in base.hf_device_map.items():
         parts[f"cuda:{place}" if isinstance(place, int) else str(place)].append(path)
-    sizes = {place: sum(_size(base.get_submodule(path)) for path in paths) for place, paths in parts.items()}
     said = [
-        f"{place} {sizes[place] / 1e6:,.1f} MB ({f'{paths[0]} to {paths[-1]}' if paths[0] else 'everything'})"
+        f"{place} {sum(_size(base, path) for path in paths) / 1e6:,.1f} MB "
+        f"({f'{paths[0]} to {paths[-1]}' if paths[0] else 'everything'})"
         for place, paths in parts.items()
     ]
     return f"model.device_map: {', '.join(said)}; computed on {device_of(base)}"
 
 
-def _size(module: nn.Module) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+def _size(base: Any, path: str) -> int:
+    """Bytes of a module's weights; those that are another's count there."""
+    named = base.get_submodule(path).named_parameters(prefix=path)
+    return sum(weight.nbytes for name, weight in named if name not in base.all_tied_weights_keys)
 
 
 class _Fetched(torch.autograd.Function):
