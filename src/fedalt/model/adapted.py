@@ -75,9 +75,9 @@ class AdaptedModel:
         self.context = BatchContext()
         self.sees = base.main_input_name == "pixel_values"
         self.summary: Summary | Literal["mean"] = "last"
-        self.image_tokens = 0
+        self.image_tokens, self._shares = 0, dict[str, float]()
         if heads:
-            self.summary, self.image_tokens = summary_of(base)
+            self.summary, self.image_tokens, self._shares = summary_of(base)
         if pooling == "mean":
             self.summary = "mean"
         self.heads = take_heads(base, heads, self.context)
@@ -204,9 +204,13 @@ class AdaptedModel:
     @property
     def bytes_per_token(self) -> int:
         """About what a training step keeps of every token, in terms of what all linear layers put out."""
-        linear = [features(module)[1] for module in self.backbone.modules() if is_linear(module)]
+        linear = [
+            features(module)[1] * self._shares.get(path.removesuffix(".base_layer"), 1)
+            for path, module in self.backbone.named_modules()
+            if is_linear(module)
+        ]
         kernels = self.packs and self.device.type == "cuda" and self.base.dtype in (torch.bfloat16, torch.float16)
-        return (_KEPT_BY_KERNELS if kernels else _KEPT) * sum(linear) * int(self.base.dtype.itemsize)
+        return int((_KEPT_BY_KERNELS if kernels else _KEPT) * sum(linear) * self.base.dtype.itemsize)
 
     @property
     def layer_sizes(self) -> dict[str, tuple[int, int]]:
