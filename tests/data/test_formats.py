@@ -146,8 +146,8 @@ CASES = [
             turns=(("user", "2+2?"), ("assistant", '{"name": "add", "arguments": {}}'), ("tool", "4")),
             chat='{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "", '
             '"tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": {}}}]}, '
-            '{"role": "tool", "content": "4", "tool_call_id": "1"}, {"role": "assistant", "content": "4."}], "tools": [{"type": '
-            '"function", "function": {"name": "add"}}]}',
+            '{"role": "tool", "content": "4", "tool_call_id": "1"}, {"role": "assistant", "content": "4."}], '
+            '"tools": [{"type": "function", "function": {"name": "add"}}]}',
         ),
         "OpenAI messages (messages + tools)",
     ),
