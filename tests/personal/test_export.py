@@ -117,7 +117,7 @@ def test_the_card_and_the_dtype_of_a_merged_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
 def test_a_static_lora_keeps_to_vllms_rules(tmp_path: Path, kind: str) -> None:
-    """Those of its ``PEFTHelper.validate_legal``, ``LoRAModel.from_local_checkpoint`` and ``LoRAConfig``, in its source.
+    """Those of ``PEFTHelper.validate_legal``, ``LoRAModel.from_local_checkpoint`` and ``LoRAConfig`` in its source.
 
     The rank is at most ``--max-lora-rank``. No module is saved whole, no bias, no DoRA, no rank or alpha of a layer's
     own; the scale is alpha over the rank. Every tensor is one factor of a linear layer that the base has.
