@@ -82,7 +82,7 @@ def likelier(chat: Chat, text: str) -> int:
 
 
 @pytest.mark.skipif(not HERE, reason="lm_eval is not installed")
-def test_a_merged_model_scores_the_same_in_the_harness_alone(tmp_path: Path, tasks: str) -> None:
+def test_a_merged_model_scores_the_same_there(tmp_path: Path, tasks: str) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
