@@ -50,6 +50,20 @@ def build(kind: str) -> Any:
         "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**images)),
         "beit": lambda: hf.BeitForImageClassification(hf.BeitConfig(**images)),
         "dinov2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**images)),
+        "swin": lambda: hf.SwinForImageClassification(
+            hf.SwinConfig(
+                embed_dim=8,
+                depths=[2, 1],
+                num_heads=[2, 2],
+                window_size=2,
+                drop_path_rate=0.0,
+                image_size=8,
+                patch_size=1,
+                num_channels=1,
+                **wide,
+                **LABELS,
+            )
+        ),
     }
     model = builders[kind]()
     with torch.no_grad():  # biases and norms start at 0 and 1, where a mistake may not show
@@ -58,8 +72,8 @@ def build(kind: str) -> Any:
     return model.float().eval()
 
 
-KINDS = ("bert", "roberta", "llama", "bloom", "gpt2", "vit", "beit", "dinov2")
-IMAGES = ("vit", "beit", "dinov2")
+KINDS = ("bert", "roberta", "llama", "bloom", "gpt2", "vit", "beit", "dinov2", "swin")
+IMAGES = ("vit", "beit", "dinov2", "swin")
 
 
 def _without(name: str) -> dict[str, Any]:

@@ -130,6 +130,28 @@ CASES = [
         "messages[].weight",
     ),
     Case(
+        "messages that call tools",
+        {
+            "tools": [{"type": "function", "function": {"name": "add"}}],
+            "messages": [
+                {"role": "user", "content": "2+2?"},
+                {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "add", "arguments": "{}"}}]},
+                {"role": "tool", "tool_call_id": "1", "content": "4"},
+                {"role": "assistant", "content": "4."},
+            ],
+        },
+        Row(
+            'User: 2+2?\n\nAssistant: {"name": "add", "arguments": {}}\n\nTool: 4',
+            "4.",
+            turns=(("user", "2+2?"), ("assistant", '{"name": "add", "arguments": {}}'), ("tool", "4")),
+            chat='{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "", '
+            '"tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": {}}}]}, '
+            '{"role": "tool", "content": "4", "tool_call_id": "1"}, {"role": "assistant", "content": "4."}], '
+            '"tools": [{"type": "function", "function": {"name": "add"}}]}',
+        ),
+        "OpenAI messages (messages + tools)",
+    ),
+    Case(
         "conversations (ShareGPT)",
         {
             "conversations": [
@@ -180,7 +202,7 @@ ASKED = {
     "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, {}, ["data.label_column: say which", "chosen"]),
     "plain text": ({"text": "a"}, {}, ["data.label_column: say which column is the label"]),
     "no answer": ({"messages": said("system: a", "user: b")}, {}, ["has no answer of the assistant"]),
-    "an unknown role": ({"messages": said("user: a", "tool: b", "assistant: c")}, {}, ['a turn of "tool"']),
+    "an unknown role": ({"messages": said("user: a", "wizard: b", "assistant: c")}, {}, ['a turn of "wizard"']),
     "an empty answer": ({"messages": said("user: a", "assistant:  ")}, {}, ['"turn of assistant" is empty']),
     "pictures in a message": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, *said("assistant: a")]},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from torch import Tensor
 
 from classifiers import CLASSES, KINDS, PLACEMENT, adapted, build, examples, inputs_of, plain_losses, states
 from fedalt.data.batches import collate
@@ -23,26 +26,34 @@ SIZES = (3, 5, 1)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_summary_token_is_found(kind: str) -> None:
-    seen = dict.fromkeys(("llama", "bloom", "gpt2"), "last") | dict.fromkeys(("beit", "dinov2"), "all")
+    seen = dict.fromkeys(("llama", "bloom", "gpt2"), "last") | dict.fromkeys(("beit", "dinov2", "swin"), "all")
     assert summary_of(build(kind))[0] == seen.get(kind, "first")
 
 
-def test_a_model_whose_head_looks_elsewhere_is_refused() -> None:
-    config = hf.SwinConfig(
-        image_size=8,
-        patch_size=2,
-        num_channels=1,
-        embed_dim=8,
-        depths=[1, 1],
-        num_heads=[2, 2],
-        window_size=2,
-        num_labels=3,
-    )
-    model = hf.SwinForImageClassification(config).eval()
+def test_a_model_whose_states_are_no_tokens_is_refused() -> None:
+    config = hf.ConvNextConfig(image_size=32, num_channels=1, num_stages=2, hidden_sizes=[8, 16], depths=[1, 1])
+    model = hf.ConvNextForImageClassification(config).eval()
     with pytest.raises(
-        UserError, match=r"model\.task: SwinForImageClassification cannot be adapted: its layers see unlike"
+        UserError, match=r"model\.task: ConvNextForImageClassification cannot be adapted: its states are no tokens"
     ):
-        AdaptedModel(model, targets=("query",), heads=head_paths(model, ()))
+        AdaptedModel(model, targets=("pwconv1",), heads=head_paths(model, ()))
+
+
+def test_layers_that_see_unlike_numbers_of_tokens_drop_the_same_stacked_or_alone() -> None:
+    model = adapted("swin", targets=("all-linear",))
+    mine = states(model)
+    groups = [examples("swin", count, seed=k) for k, count in enumerate(SIZES)]
+    model.train()
+
+    def losses(which: Sequence[int], dropout: float = 0.5) -> Tensor:
+        model.load([mine[k] for k in which], replace(PLACEMENT, dropout=dropout))
+        batch = collate([groups[k] for k in which])
+        return client_losses(model, replace(batch, rows=replace(batch.rows, keys=tuple(100 + k for k in which))))
+
+    together = losses(range(3))
+    for k in range(3):
+        assert relative(together[k], losses([k])[0]) < 1e-4
+    assert relative(together, losses(range(3), 0.0)) > 1e-2
 
 
 @pytest.mark.parametrize("packing", [True, False])

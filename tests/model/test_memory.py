@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from fedalt.model import base
-from fedalt.model.base import cache_bytes, free_memory
+from fedalt.model import offload
+from fedalt.model.base import cache_bytes
+from fedalt.model.offload import free_memory
 from support import MODELS, SMALL, VOCAB, opt
 
 
 def test_what_is_free_is_what_the_system_can_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base.psutil, "virtual_memory", lambda: SimpleNamespace(available=123, free=5))
+    monkeypatch.setattr(offload.psutil, "virtual_memory", lambda: SimpleNamespace(available=123, free=5))
     assert free_memory(torch.device("cpu")) == 123
 
 

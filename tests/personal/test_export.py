@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,22 @@ from transformers import (
     pipeline,
 )
 
+from fedalt.config import load_config
 from fedalt.errors import UserError
+from fedalt.model.layer import features
+from fedalt.model.targets import is_linear
 from fedalt.personal.export import export_merged, export_static
-from micro import call, finished, labelled_data, refused, settings, shared_classifier, shared_model, write_yaml
+from micro import (
+    call,
+    finished,
+    labelled_data,
+    micro_model,
+    refused,
+    settings,
+    shared_classifier,
+    shared_model,
+    write_yaml,
+)
 from support import relative
 
 PROMPT = "### Instruction:\nIs 3 more than 1? (0.4)\n\n### Response:\n"
@@ -103,17 +117,27 @@ def test_the_card_and_the_dtype_of_a_merged_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
 def test_a_static_lora_keeps_to_vllms_rules(tmp_path: Path, kind: str) -> None:
-    """Those of vLLM's ``PEFTHelper`` and ``parse_fine_tuned_lora_name``, by its documentation."""
-    export_static(finished("fedalt", kind), 1, tmp_path / "lora")
+    """Those of ``PEFTHelper.validate_legal``, ``LoRAModel.from_local_checkpoint`` and ``LoRAConfig`` in its source.
+
+    The rank is at most ``--max-lora-rank``. No module is saved whole, no bias, no DoRA, no rank or alpha of a layer's
+    own; the scale is alpha over the rank. Every tensor is one factor of a linear layer that the base has.
+    """
+    run = finished("fedalt", kind)
+    export_static(run, 1, tmp_path / "lora")
     about = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert about["peft_type"] == "LORA" and about["r"] in (8, 16, 32, 64, 128, 256, 320, 512), about["r"]
-    assert about["bias"] == "none" and not about["modules_to_save"] and not about.get("use_dora")
-    targets = set(about["target_modules"])
-    for name, value in load_file(tmp_path / "lora" / "adapter_model.safetensors").items():
+    assert {"r", "lora_alpha", "target_modules"} <= about.keys() and about["r"] <= 512
+    assert about["bias"] == "none"
+    own = ("modules_to_save", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "trainable_token_indices")
+    assert not any(about.get(name) for name in own)
+    lora = load_config(run / "config.yaml").lora
+    assert math.isclose(about["lora_alpha"] / about["r"], lora.scale(lora.r))
+    linear = {path: features(module) for path, module in micro_model(kind).named_modules() if is_linear(module)}
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for name, value in tensors.items():
         stem, _, factor = name.removesuffix(".weight").rpartition(".")
-        assert name.startswith("base_model.model.") and factor in ("lora_A", "lora_B"), name
-        assert any(stem.endswith(target) for target in targets), name
-        assert value.shape[factor == "lora_B"] == about["r"]
+        d_in, d_out = linear[stem.removeprefix("base_model.model.")]
+        assert tuple(value.shape) == {"lora_A": (about["r"], d_in), "lora_B": (d_out, about["r"])}[factor], name
+    assert {name.replace("lora_A", "lora_B") for name in tensors} <= tensors.keys()
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:

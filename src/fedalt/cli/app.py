@@ -29,7 +29,7 @@ from fedalt.cli.show import Json, option, print_json, say, switch
 from fedalt.config import RunConfig
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of
-from fedalt.runs.folder import IfExists
+from fedalt.runs.folder import IfExists, Which
 
 app = typer.Typer(
     name="fedalt",
@@ -82,10 +82,16 @@ def evaluate(
     central: Annotated[
         bool, switch("every client's model on the test rows of all clients together", "--central")
     ] = False,
+    lm_eval: Annotated[str | None, option("TASKS", "tasks of lm-evaluation-harness, or YAML files of such")] = None,
     which: Round = None,
     as_json: Json = False,
 ) -> None:
     """Score a run's saved adapters again."""
+    if lm_eval:
+        if data or central:
+            raise UserError("--lm-eval: its tasks have rows of their own; leave --data and --central out")
+        _harness(run, client, [task.strip() for task in lm_eval.split(",")], which, as_json)
+        return
     from fedalt.evaluation.metrics import metrics_in
     from fedalt.personal.rescore import rescore
     from fedalt.runs.folder import final_scores, kept, open_run
@@ -103,6 +109,25 @@ def evaluate(
     if data is None and not central:
         same = all(own["clients"][c] == metrics_in(s) for c, s in scores.items())
         show.out.print("equal to the run's own scores" if same else "[red]not equal to the run's own scores[/]")
+
+
+def _harness(run: Path, client: int | None, tasks: list[str], which: Which | None, as_json: bool) -> None:
+    from fedalt.personal.harness import harness
+
+    found = harness(run, client, tasks, which)
+    if as_json:
+        print_json({"run": str(run), "clients": found})
+        return
+    table = Table("client", "task", "metric", "value", "±")
+    for one, results in found.items():
+        for task, values in results.items():
+            for name, value in values.items():
+                metric, _, kept = name.partition(",")
+                if isinstance(value, float) and not metric.endswith("_stderr"):
+                    error = values.get(f"{metric}_stderr,{kept}")
+                    spread = f"{error:.4f}" if isinstance(error, float) else ""
+                    table.add_row(str(one), task, f"{metric} ({kept})", f"{value:.4f}", spread)
+    show.out.print(table)
 
 
 def generate(

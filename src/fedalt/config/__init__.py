@@ -116,6 +116,12 @@ class ModelConfig(Section):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen base")
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device_map: Literal["auto"] | None = Field(
+        None, description="auto keeps weights that the device has no room for in memory, and then on disk (accelerate)"
+    )
+    max_memory: dict[int | str, int | str] | None = Field(
+        None, description="room for weights with device_map, as accelerate has it, for example {0: 10GiB, cpu: 30GiB}"
+    )
     load_in: Literal["8bit", "4bit"] | None = Field(None, description="bitsandbytes quantisation (paper: 8bit)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     adapter: Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))] | None = Field(
@@ -418,6 +424,14 @@ class RunConfig(Section):
                 raise ValueError(f"evaluation.{key}: {name} needs evaluation.options=sum or mean")
         if given.loss and self.classifies:
             raise ValueError("evaluation.loss: classes have log_loss, which is always measured; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _offloaded_alone(self) -> RunConfig:
+        if self.model.max_memory and not self.model.device_map:
+            raise ValueError("model.max_memory: this is for model.device_map=auto; leave it out")
+        if self.federation.devices and self.model.device_map:
+            raise ValueError("model.device_map: with federation.devices every device has a whole base of its own")
         return self
 
     @model_validator(mode="after")

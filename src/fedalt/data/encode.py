@@ -15,6 +15,7 @@ or the section ``data``.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,18 +97,29 @@ class Chat:
 
     def __call__(self, instruction: str, beside: str = "") -> str:
         """The prompt."""
-        return self.render([("user", f"{instruction}\n{beside}" if beside else instruction)])
+        return self.render(messages_of([("user", f"{instruction}\n{beside}" if beside else instruction)]))
 
-    def render(self, turns: Sequence[Turn]) -> str:
-        """The text of a conversation that the assistant's answer follows."""
-        said = [{"role": role, "content": text} for role, text in turns]
+    def render(self, said: Sequence[Message], tools: Sequence[Any] = (), asks: bool = True) -> str:
+        """The text of a conversation, that the assistant's answer follows where it ``asks``."""
+        options: dict[str, Any] = {"tools": list(tools)} if tools else {}
         try:
-            return str(self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+            return str(
+                self.tokenizer.apply_chat_template(list(said), tokenize=False, add_generation_prompt=asks, **options)
+            )
         except Exception as error:  # whatever Jinja and the template raise
-            roles, reason = ", ".join(role for role, _ in turns), shortened(str(error), 200)
+            roles, reason = ", ".join(str(message["role"]) for message in said), shortened(str(error), 200)
             raise UserError(
                 f"data.template: chat: the tokenizer's template refuses turns of {roles}: {reason}"
             ) from None
+
+
+Message = Mapping[str, Any]
+"""A turn as chat templates take it."""
+
+
+def messages_of(turns: Sequence[Turn]) -> list[Message]:
+    """Turns as chat templates take them."""
+    return [{"role": role, "content": text} for role, text in turns]
 
 
 def get_template(name: str, tokenizer: Any, config: Named | None = None) -> Template:
@@ -274,7 +286,9 @@ class AnswerEncoder:
         """The row in tokens, or nothing when no token of the answer fits under the cut-off."""
         row = self._without_ends(row)
         spans: tuple[tuple[int, int], ...] = ()
-        if row.turns:
+        if row.chat:
+            row, prompt, spans, asked = self._calling(row)
+        elif row.turns:
             prompt, spans, asked = self._conversation(row.turns)
         else:
             bare = row.instruction.removesuffix(f"{INPUT}{row.input}") if row.input else row.instruction
@@ -284,6 +298,8 @@ class AnswerEncoder:
             return None
         asked = asked if self._joint else ""
         answer = self._answer(row.output, prompt, asked)
+        if row.chat:  # answers are compared without special tokens
+            row = replace(row, output=self.tokenizer.decode(answer, skip_special_tokens=True))
         room = self.cutoff - len(prompt)
         return Example(prompt, answer[:room], row, spans=spans, asked=asked, cut=max(0, len(answer) - room))
 
@@ -318,17 +334,69 @@ class AnswerEncoder:
         return (*ids, *_ids(self.tokenizer, text, not ids)), tuple(spans), text
 
     def _chat(self, chat: Chat, turns: Sequence[Turn]) -> tuple[Prompt, tuple[tuple[int, int], ...], str]:
-        text = chat.render(turns)
+        text = chat.render(messages_of(turns))
         ids, spans = _ids(self.tokenizer, text, special=False), list[tuple[int, int]]()
         for place, (role, said) in enumerate(turns):
             if role != "assistant" or not place:
                 continue
-            start = text.find(said.strip(), _common(text, chat.render(turns[:place])))
+            start = text.find(said.strip(), _common(text, chat.render(messages_of(turns[:place]))))
             if start < 0:  # the template shows earlier answers in another form
                 continue
-            first, end = (self._shared(ids, text[:to]) for to in (start, start + len(said.strip())))
-            spans.append((first, end + (ids[end : end + 1] == (self.tokenizer.eos_token_id,))))
+            spans.append(self._span(ids, text, start, start + len(said.strip())))
         return ids, tuple(spans), text
+
+    def _calling(self, row: Row) -> tuple[Row, Prompt, tuple[tuple[int, int], ...], str]:
+        """A row that calls tools, with its last answer as the template writes it; and as ``_conversation``."""
+        chat, given = self.template, json.loads(row.chat)
+        if not isinstance(chat, Chat):
+            raise UserError("data.template: rows with tools are laid out by a tokenizer's chat template only")
+        messages, tools, end = given["messages"], given["tools"], self.tokenizer.eos_token
+        for message in messages:
+            if message["role"] == "assistant":
+                message["content"] = _without(message["content"], end)
+        self._check_tools(messages, tools, chat)
+        *asked, last = messages
+        text = chat.render(asked, tools)
+        ids, spans = _ids(self.tokenizer, text, special=False), list[tuple[int, int]]()
+
+        def answered(place: int, text: str) -> tuple[int, int]:
+            """Where the answer at a place is in the whole text, without what ends its turn."""
+            before, after = chat.render(messages[:place], tools), chat.render(messages[: place + 1], tools, asks=False)
+            said = text[len(before) : _common(text, after)].partition(end)[0].rstrip()
+            if not text.startswith(before) or not said.strip():
+                raise UserError(
+                    "data.template: chat: the tokenizer's template writes answers elsewhere than their prompts end"
+                )
+            return len(before) + len(said) - len(said.lstrip()), len(before) + len(said)
+
+        for place, message in enumerate(asked):
+            if message["role"] == "assistant" and place:
+                spans.append(self._span(ids, text, *answered(place, text)))
+        if "tool_calls" in last:
+            whole = chat.render(messages, tools, asks=False)
+            row = replace(row, output=whole[slice(*answered(len(asked), whole))])
+        return row, ids, tuple(spans), text
+
+    def _check_tools(self, messages: Sequence[Message], tools: Sequence[Any], chat: Chat) -> None:
+        """Refuse a template that leaves out what a row says."""
+
+        def without(name: str) -> list[Message]:
+            return [{k: v for k, v in message.items() if k != name} for message in messages]
+
+        silent = [{**message, "content": ""} if message["role"] == "tool" else message for message in messages]
+        shown = chat.render(messages, tools, asks=False)
+        for what, said, given in (
+            ("tools", messages, ()),
+            ("tool_calls", without("tool_calls"), tools),
+            ("results of tools", silent, tools),
+        ):
+            if (said, given) != (messages, tools) and chat.render(said, given, asks=False) == shown:
+                raise UserError(f"data.template: chat: the tokenizer's template leaves out the {what} of rows")
+
+    def _span(self, ids: Prompt, text: str, start: int, end: int) -> tuple[int, int]:
+        """Tokens of an earlier answer, with the end-of-sequence token if it is there."""
+        first, after = (self._shared(ids, text[:to]) for to in (start, end))
+        return first, after + (ids[after : after + 1] == (self.tokenizer.eos_token_id,))
 
     def _shared(self, ids: Prompt, text: str) -> int:
         """How many tokens a beginning of the text has in common with the whole."""
@@ -467,8 +535,12 @@ def encode_client(encoder: Encoder, data: ClientData) -> ClientExamples:
         **encoded,
         skipped={name: len(pairs) - len(encoded[name]) for name, pairs in made.items()},
         cut={name: sum(example.cut > 0 for example in mine) for name, mine in encoded.items()},
-        ended={n: sum(e is not None and e.row is not row for row, e in pairs) for n, pairs in made.items()},
+        ended={n: sum(e is not None and _lost_end(row, e.row) for row, e in pairs) for n, pairs in made.items()},
     )
+
+
+def _lost_end(row: Row, read: Row) -> bool:
+    return read.turns != row.turns or (read.output != row.output and not row.chat)
 
 
 def encode_federation(federation: Federation, encoder: Encoder, config: DataConfig) -> dict[int, ClientExamples]:

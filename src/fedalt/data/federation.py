@@ -24,7 +24,7 @@ class Picture(Protocol):
 
 
 Turn = tuple[str, str]
-"""Role (``system``, ``user``, ``assistant``) and text."""
+"""Role (``system``, ``user``, ``assistant``, ``tool``) and text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Row:
         image: The image, where there is one.
         input: What the instruction ends with after Alpaca's heading, where a row has that.
         turns: What is said before the output, where a row is a conversation; ``instruction`` has it as one text.
+        chat: Messages, with the output, and tools as a chat template takes them, in JSON, where tools are called.
     """
 
     instruction: str
@@ -48,6 +49,7 @@ class Row:
     image: Picture | None = None
     input: str = ""
     turns: tuple[Turn, ...] = ()
+    chat: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from fedalt.data.encode import Input, Prompt
 from fedalt.evaluation.decode import Search, Unsupported
 from fedalt.evaluation.prompt_similarity import Weights
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.base import cache_bytes, free_memory
+from fedalt.model.base import cache_bytes
 from fedalt.model.batch_layout import BatchLayout
+from fedalt.model.offload import free_memory
 
 _IGNORES_PADDING = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 """Before that, a penalty of repetitions in a model's own settings counts padding as words of the prompt."""

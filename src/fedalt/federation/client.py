@@ -16,8 +16,8 @@ from fedalt.data.batches import Plan
 from fedalt.federation.fixed import on_grid
 from fedalt.methods.base import Message, Method, Phase
 from fedalt.model.adapted import AdaptedModel
-from fedalt.model.base import free_memory
 from fedalt.model.layer import Placement
+from fedalt.model.offload import free_memory
 from fedalt.model.state import ClientState
 from fedalt.names import Tensors, parted
 from fedalt.runtime import release_freed_memory

@@ -20,6 +20,7 @@ from fedalt.model.fast.branching import agree, branches_exactly, untouched
 from fedalt.model.fast.packing import enable_packing, smallest_window
 from fedalt.model.fast.patches import enable_trimming, fuse, pack_weights
 from fedalt.model.layer import AdaptedLinear, Placement, features
+from fedalt.model.offload import device_of, fetch_again, offloads
 from fedalt.model.state import ClientState
 from fedalt.model.targets import backbone_of, find_targets, is_linear, narrowed
 from fedalt.names import Key
@@ -74,9 +75,9 @@ class AdaptedModel:
         self.context = BatchContext()
         self.sees = base.main_input_name == "pixel_values"
         self.summary: Summary | Literal["mean"] = "last"
-        self.image_tokens = 0
+        self.image_tokens, self._shares = 0, dict[str, float]()
         if heads:
-            self.summary, self.image_tokens = summary_of(base)
+            self.summary, self.image_tokens, self._shares = summary_of(base)
         if pooling == "mean":
             self.summary = "mean"
         self.heads = take_heads(base, heads, self.context)
@@ -89,8 +90,11 @@ class AdaptedModel:
         self.clients = 1
         self.trainable: dict[Key, nn.Parameter] = {}
         self._accepted = frozenset(signature(self.backbone.forward).parameters)
-        pack_weights(base)
-        fuse(base)
+        if offloads(base):  # what reads weights past their layer's forward does not find them
+            fetch_again(base)
+        else:
+            pack_weights(base)
+            fuse(base)
         packing = packing and not self.sees
         if packing:
             self.context.attention = enable_packing(base, self.context)
@@ -116,9 +120,8 @@ class AdaptedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the base, and so every batch, lives."""
-        device: torch.device = next(self.base.parameters()).device
-        return device
+        """Where the base computes, and so every batch lives."""
+        return device_of(self.base)
 
     @torch.no_grad()
     def _try_ways(self, packing: bool) -> None:
@@ -201,9 +204,13 @@ class AdaptedModel:
     @property
     def bytes_per_token(self) -> int:
         """About what a training step keeps of every token, in terms of what all linear layers put out."""
-        linear = [features(module)[1] for module in self.backbone.modules() if is_linear(module)]
+        linear = [
+            features(module)[1] * self._shares.get(path.removesuffix(".base_layer"), 1)
+            for path, module in self.backbone.named_modules()
+            if is_linear(module)
+        ]
         kernels = self.packs and self.device.type == "cuda" and self.base.dtype in (torch.bfloat16, torch.float16)
-        return (_KEPT_BY_KERNELS if kernels else _KEPT) * sum(linear) * int(self.base.dtype.itemsize)
+        return int((_KEPT_BY_KERNELS if kernels else _KEPT) * sum(linear) * self.base.dtype.itemsize)
 
     @property
     def layer_sizes(self) -> dict[str, tuple[int, int]]:

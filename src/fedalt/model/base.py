@@ -9,23 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from fedalt.config import ModelConfig
 from fedalt.errors import UserError, first_line
 from fedalt.model.classifier import head_paths
+from fedalt.model.offload import held, spread
 from fedalt.model.peft_files import read_adapter_config
 from fedalt.model.source import resolve_source
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on a GPU also what torch has taken there and does not use."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-    return int(psutil.virtual_memory().available)
 
 
 def cache_bytes(base: Any) -> int:
@@ -92,6 +84,8 @@ def load_base(config: ModelConfig) -> Base:
             "quantization_config": quantization(config.load_in, config.labels is not None),
             "device_map": {"": device},
         }
+    if config.device_map:
+        options |= spread(config, torch.device(device))
     try:
         auto = getattr(transformers, _CLASSES[config.task])
         opened: Any = auto.from_pretrained(source, **options, output_loading_info=True)
@@ -106,10 +100,10 @@ def load_base(config: ModelConfig) -> Base:
         raise UserError(f"model.name: {config.name} is not {kind} that can be loaded (no weights for {lacking[0]})")
     if config.adapter and config.adapter_as == "merged":
         model = _with_adapter(model, config)
-    broken = next((name for name, weight in model.named_parameters() if not _finite(weight)), None)
+    broken = next((name for name, weight in model.named_parameters() if not _finite(held(model, name, weight))), None)
     if broken and not _inside(broken, heads):
         raise UserError(f"model.name: {config.name} has weights that are no numbers (NaN or infinite in {broken})")
-    if not config.load_in:
+    if not config.load_in and not config.device_map:
         model.to(device)
     keep_trainable_through(model)
     read = load_processor(source) if config.task == "image_classification" else load_tokenizer(source, not heads)
@@ -244,7 +238,7 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     for name, parameter in sorted(model.state_dict().items()):
         if not isinstance(parameter, torch.Tensor) or _inside(name, without):
             continue
-        flat = parameter.detach().reshape(-1)
+        flat = held(model, name, parameter).detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")

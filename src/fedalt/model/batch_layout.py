@@ -189,11 +189,14 @@ class BatchLayout:
         come from a seed and not from a stream, so a recompute under gradient checkpointing draws the same.
         """
         whole, places = self.part or (self, None)
-        tokens, width, own, first = sum(self.client_tokens), x.shape[1], list(self.client_tokens), 0
+        own, everybody = self.client_tokens, whole.client_tokens
+        if places is None and len(set(self.lengths)) == 1:  # layers may see unlike numbers of an image's tokens
+            own = everybody = self.counts(len(x))
+        tokens, width, first = sum(own), x.shape[1], 0
         bits = torch.empty(tokens, -(-width // 4), dtype=torch.int64, device=x.device)
         generator = torch.Generator(x.device)
-        mine = [None] * len(own) if places is None else places.to(x.device).split(own)
-        for part, at, key, count in zip(bits.split(own), mine, self.keys, whole.client_tokens, strict=True):
+        mine = [None] * len(own) if places is None else places.to(x.device).split(list(own))
+        for part, at, key, count in zip(bits.split(list(own)), mine, self.keys, everybody, strict=True):
             generator.manual_seed(derive_seed(key, layer))
             every = part if at is None else part.new_empty(count, part.shape[1])
             every.random_(-(1 << 63), None, generator=generator)

@@ -44,22 +44,17 @@ def class_logits(
 
 
 @torch.no_grad()
-def summary_of(base: Any) -> tuple[Summary, int]:
-    """Which token's state the model's own head looks at, found by trying; and how many tokens the tried rows had."""
+def summary_of(base: Any) -> tuple[Summary, int, dict[str, float]]:
+    """Which token's state the model's own head looks at, found by trying; and how many tokens the tried rows had.
+
+    Of an image model also how many tokens each linear layer sees for one of the final ones.
+    """
     outs: list[Any] = []
-    counts: set[int] = set()
     try:
         inputs, last = _trial(base)
-        backbone = backbone_of(base)
-        hooks = [backbone.register_forward_hook(lambda module, args, out: outs.append(out))]
-        hooks += [
-            module.register_forward_hook(lambda module, args, out: counts.add(args[0].shape[:-1].numel()))
-            for path, module in backbone.named_modules()
-            if is_linear(module) and not path.startswith("pooler.")
-        ]
+        hook = backbone_of(base).register_forward_hook(lambda module, args, out: outs.append(out))
         wanted = base(**inputs).logits.float()
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
         states = outs[0].last_hidden_state
     except torch.OutOfMemoryError:
         raise
@@ -67,23 +62,53 @@ def summary_of(base: Any) -> tuple[Summary, int]:
         raise UserError(
             f"model.task: {type(base).__name__} cannot be tried as a classifier ({first_line(error)})"
         ) from None
-    last = torch.full_like(last, states.shape[1] - 1) if states.dim() == 3 and "pixel_values" in inputs else last
+    images = inputs.get("pixel_values")
+    last = torch.full_like(last, states.shape[1] - 1) if states.dim() == 3 and images is not None else last
     for name, index in (("last", last), ("first", torch.zeros_like(last))):
         try:
             found = class_logits(base, outs[0], states[torch.arange(len(last)), index]).float()
         except Exception:  # a head that wants something else than one token's state
             continue
         if torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
-            return name, states.shape[1]  # type: ignore[return-value]
-    if "pixel_values" in inputs:
-        if states.dim() == 3 and counts == {states.shape[:2].numel()}:
-            return "all", states.shape[1]
-        kind = "its layers see unlike numbers of tokens" if counts else "it has no linear layers for adapters"
-        raise UserError(f"model.task: {type(base).__name__} cannot be adapted: {kind}; use ViT, DeiT, BEiT or DINOv2")
+            return name, states.shape[1], {}  # type: ignore[return-value]
+    if images is not None:
+        return "all", states.shape[1], _image_by_image(base, images, states)
     raise UserError(
         f"model.task: {type(base).__name__} looks at neither the first nor the last token's state; "
         "use a model of another family"
     )
+
+
+def _image_by_image(base: Any, images: Tensor, states: Tensor) -> dict[str, float]:
+    """How many tokens each layer sees for one of the final ones, where every layer takes one image after another."""
+    both, alone = (_layer_inputs(base, some) for some in (images, images[:1]))
+    why = "" if both else "it has no linear layers for adapters"
+    if both and states.dim() != 3:
+        why = "its states are no tokens"
+    for path, x in alone.items():
+        if len(both[path]) != len(images) * len(x) or not torch.allclose(both[path][: len(x)], x, rtol=1e-3, atol=1e-4):
+            why = f"{path} does not take the tokens of one image after another"
+    if why:
+        raise UserError(
+            f"model.task: {type(base).__name__} cannot be adapted: {why}; use ViT, DeiT, BEiT, DINOv2 or Swin"
+        )
+    return {path: len(x) / states.shape[1] for path, x in alone.items()}
+
+
+def _layer_inputs(base: Any, images: Tensor) -> dict[str, Float[Tensor, "n d"]]:
+    """What every linear layer of the backbone sees."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(path: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: seen.update({path: args[0].flatten(0, -2).float()})
+
+    backbone = backbone_of(base)
+    linear = {p: m for p, m in backbone.named_modules() if is_linear(m) and not p.startswith("pooler.")}
+    hooks = [module.register_forward_pre_hook(hook(path)) for path, module in linear.items()]
+    base(pixel_values=images)
+    for one in hooks:
+        one.remove()
+    return seen
 
 
 def _trial(base: Any) -> tuple[dict[str, Tensor], Tensor]:

@@ -131,7 +131,7 @@ def export_merged(run: Path, client: int, to: Path, which: Which | None = None, 
             check_gguf(base.model, base.tokenizer)
         cost = frozen.cost()
         del frozen.resident, base  # two copies of a base are one too many
-        base = load_base(config.model.model_copy(update={"load_in": None, "device": "cpu"}))
+        base = load_base(config.model.model_copy(update={"load_in": None, "device": "cpu", "device_map": None}))
         merge(base.model, frozen.state, frozen.placement.scale)
         if config.model.load_in:
             note = (

@@ -12,8 +12,18 @@ from fedalt.errors import UserError, listed
 from fedalt.evaluation.evaluate import Evaluation
 from fedalt.federation.client import cohort_size, cohorts
 from fedalt.runs.client_folder import client_folder, client_ids, read_client
-from fedalt.runs.folder import Which, final_scores, finished_run
+from fedalt.runs.folder import RunFolder, Which, final_scores, finished_run
 from fedalt.runs.setup import load_resident
+
+
+def clients_of(folder: RunFolder, client: int | None) -> list[int]:
+    """All clients of a run, or one."""
+    clients = [int(one) for one in final_scores(folder)["last"]["clients"]] if client is None else [client]
+    if not client_ids(folder):
+        raise UserError(f"{folder.path}: no client's model is here; of a run across sites each site has its own")
+    for one in clients:
+        client_folder(folder, one)
+    return clients
 
 
 def rescore(
@@ -34,11 +44,7 @@ def rescore(
         which: The best round on validation rows, or the last one; the one that is kept when not given.
     """
     folder, config = finished_run(path)
-    clients = [int(one) for one in final_scores(folder)["last"]["clients"]] if client is None else [client]
-    if not client_ids(folder):
-        raise UserError(f"{path}: no client's model is here; of a run across sites each site has its own")
-    for one in clients:
-        client_folder(folder, one)
+    clients = clients_of(folder, client)
     federation, shared = _rows(config, data)
     central = central or shared
     resident = load_resident(config)

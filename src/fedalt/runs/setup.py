@@ -44,6 +44,7 @@ from fedalt.model.adapted import AdaptedModel
 from fedalt.model.base import Base, load_base, positions
 from fedalt.model.classifier import drawn_heads
 from fedalt.model.layer import Placement
+from fedalt.model.offload import places
 from fedalt.model.peft_files import read_plain_lora
 from fedalt.model.state import AdapterShape, ClientState, digest, initial_state, start_group
 from fedalt.names import B, Key, Tensors
@@ -330,6 +331,7 @@ def prepare(
     settings = RoundSettings(method, config.training, method.centralised or config.federation.heads == "shared")
     notes = (
         *federation.notes[:1],
+        *filter(None, [places(resident.base.model)]),
         *shortened,
         *_padding(config, resident.model),
         *_searching(config, resident.base.model),

@@ -39,12 +39,16 @@ _TURNS = ("messages", "conversations", "conversation")
 _ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bot", "model", "bing", "bard"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bot", "model", "bing", "bard", "function_call"),
+    "tool": ("tool", "observation", "function"),
 }
 """Role → what OpenAI, ShareGPT and others call it."""
 _KEYS = (("role", "content"), ("from", "value"))
+_TOOL_KEYS = {"assistant": ("tool_calls", "function_call"), "tool": ("tool_call_id", "name")}
+"""Role → what its turns may hold beside their text."""
+_TOOLS = "tools"
 _CLIENTS = ("client", "client_id")
-_OPTIONAL = ("category", "system", "history", *_INPUTS)
+_OPTIONAL = ("category", "system", "history", _TOOLS, *_INPUTS)
 """Columns that are read if any split has them."""
 _UNREAD = "not read: "
 COARSE = "coarse_label"
@@ -82,6 +86,7 @@ class Columns:
         turns: Columns of a conversation, one after another.
         system: Column of a system prompt.
         history: Column of pairs of earlier questions and answers.
+        tools: Column of the tools that a conversation may call.
     """
 
     format: str
@@ -93,11 +98,12 @@ class Columns:
     turns: tuple[str, ...] = ()
     system: str = ""
     history: str = ""
+    tools: str = ""
 
     def __str__(self) -> str:
         if not self.format:
             return f"{'text: ' + ', '.join(self.text) if self.text else 'images'}; label: {self.label}"
-        beside = [name for name in (self.system, self.history) if name]
+        beside = [name for name in (self.system, self.history, self.tools) if name]
         if self.turns:
             return f"{self.format} ({' + '.join((*self.turns, *beside))})"
         return f"{self.format} ({' + '.join((*beside, *self.text, *filter(None, [self.input])))} → {self.label})"
@@ -105,7 +111,16 @@ class Columns:
     @property
     def read(self) -> set[str]:
         """Every column that is read."""
-        single = (self.label, self.category, self.extra or "", self.input, self.system, self.history, "task")
+        single = (
+            self.label,
+            self.category,
+            self.extra or "",
+            self.input,
+            self.system,
+            self.history,
+            self.tools,
+            "task",
+        )
         return {*self.text, *self.turns, *single} - {""}
 
 
@@ -354,7 +369,7 @@ def _beside(config: DataConfig, found: Columns, known: Mapping[str, Any]) -> dic
         return {}
     beside = {"system": "system"} if isinstance(known.get("system"), str) else {}
     if found.turns:
-        return beside
+        return beside | ({_TOOLS: _TOOLS} if _listed(known.get(_TOOLS)) else {})
     beside |= {"history": "history"} if _is_history(known.get("history")) else {}
     taken = {*found.text, found.label}
     name = next((name for name in _INPUTS if name in known and name not in taken), "")
@@ -376,10 +391,10 @@ def _row(
     own = _text(record, "task", "") or (_text(record, owner, task) if owner else task)
     category = _text(record, columns.category, "")
     if columns.turns:
-        turns = [turn for name in columns.turns for turn in _turns(record, name, told)]
+        messages = [message for name in columns.turns for message in _messages(record, name, told)]
         if columns.system and (system := _text(record, columns.system, "")):
-            turns = [("system", system), *turns]
-        return _conversed(turns, record, own, category, told)
+            messages = [{"role": "system", "content": system}, *messages]
+        return _conversed(messages, record, own, category, told)
     label = _text(record, columns.label)
     output = (config.label_names or {}).get(label, label)
     if record.picture:
@@ -404,16 +419,28 @@ def _earlier(record: Record, columns: Columns) -> list[Turn]:
     return turns
 
 
-def _conversed(turns: Sequence[Turn], record: Record, task: str, category: str, told: Counter[str]) -> Row:
+def _conversed(messages: Sequence[dict[str, Any]], record: Record, task: str, category: str, told: Counter[str]) -> Row:
     """The last answer, after everything before it."""
-    last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=0)
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
     if not last:
         raise UserError(f"{record.where}: the conversation has no answer of the assistant to a turn before it")
-    if last < len(turns) - 1:
+    if last < len(messages) - 1:
         told["conversations go on after their last answer; what follows it is left out"] += 1
-    for role, text in turns[: last + 1]:
-        check_text(text, f"turn of {role}", record.where)
-    return Row(_flat(turns[:last]), turns[last][1], task, category, turns=tuple(turns[:last]))
+    messages = messages[: last + 1]
+    tools = _whole(_listed(record.values.get(_TOOLS), record.where))
+    turns = [(message["role"], _shown(message)) for message in messages]
+    for role, text in turns:
+        check_text(text, f"turn of {role}", record.where, required=role != "tool")
+    chat = ""
+    if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+        chat = json.dumps({"messages": messages, "tools": tools}, ensure_ascii=False)
+    return Row(_flat(turns[:last]), turns[last][1], task, category, turns=tuple(turns[:last]), chat=chat)
+
+
+def _shown(message: Mapping[str, Any]) -> str:
+    """What a turn says, with the calls in it."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join(filter(None, [message["content"], *calls]))
 
 
 def _flat(turns: Sequence[Turn]) -> str:
@@ -423,25 +450,76 @@ def _flat(turns: Sequence[Turn]) -> str:
     return "\n\n".join(f"{role.capitalize()}: {text}" for role, text in turns)
 
 
-def _turns(record: Record, column: str, told: Counter[str]) -> list[Turn]:
-    turns: list[Turn] = []
+def _messages(record: Record, column: str, told: Counter[str]) -> list[dict[str, Any]]:
+    """Turns as a chat template takes them; those of one role are joined where no tool is called."""
+    messages: list[dict[str, Any]] = []
     value = record.values.get(column)
     if not _is_turns(value):
         raise UserError(
             f'{record.where}: "{column}" is no list of turns, each with role and content (or from and value)'
         )
     for turn in _values(value):
-        who, what = next(keys for keys in _KEYS if keys[0] in turn)
+        who, what = _keys(turn) or _KEYS[0]
         role = next((role for role, names in _ROLES.items() if turn[who] in names), None)
         if role is None:
             known = listed([name for names in _ROLES.values() for name in names])
             raise UserError(f'{record.where}: a turn of "{turn[who]}" cannot be read; the roles are {known}')
-        told.update({f"{_UNREAD}{column}[].{k}": 1 for k, v in turn.items() if k not in (who, what) and v is not None})
+        read = {k: _whole(turn[k]) for k in _TOOL_KEYS.get(role, ()) if turn.get(k)}
+        unread = turn.keys() - {who, what, *read}
+        told.update({f"{_UNREAD}{column}[].{k}": 1 for k in turn if k in unread and turn[k] is not None})
         text = _content(turn.get(what), column, record.where)
-        if turns and turns[-1][0] == role:
-            text = f"{turns.pop()[1]}\n{text}"
-        turns.append((role, text))
-    return turns
+        calls = _calls(text if turn[who] == "function_call" else None, read, f"{record.where}: {column}")
+        message = {"role": role, "content": "" if turn[who] == "function_call" else text, **read, **calls}
+        if messages and messages[-1]["role"] == role != "tool" and not {*message, *messages[-1]} - {"role", "content"}:
+            message["content"] = f"{messages.pop()['content']}\n{text}"
+        messages.append(message)
+    return messages
+
+
+def _calls(said: str | None, read: dict[str, Any], where: str) -> dict[str, Any]:
+    """The calls of a turn in one form: OpenAI's two, or LLaMA-Factory's turn of a call."""
+    calls = read.pop("tool_calls", None) or read.pop("function_call", None) or (said and _parsed(said))
+    if not calls:
+        if said is not None:
+            raise UserError(f"{where}: a function_call is JSON with name and arguments")
+        return {}
+    made = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise UserError(f"{where}: a tool call has no function with a name")
+        arguments = function.get("arguments") or {}
+        arguments = _parsed(arguments) if isinstance(arguments, str) else arguments  # templates write JSON themselves
+        if not isinstance(arguments, Mapping):
+            raise UserError(f"{where}: the arguments of the tool call {function['name']} are no JSON object")
+        beside = {k: v for k, v in call.items() if k == "id"}
+        made.append({**beside, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return {"tool_calls": made}
+
+
+def _parsed(text: str) -> Any:
+    """A text's JSON, or nothing."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _listed(tools: Any, where: str = "") -> list[Any]:
+    """Tools in a list, or in the JSON of one, each with its type; refused where they are something else."""
+    found = _parsed(tools) if isinstance(tools, str) else tools
+    if not isinstance(found, list | tuple):
+        if tools and where:
+            raise UserError(f'{where}: "{_TOOLS}" is no list of tools, nor its JSON')
+        return []
+    return [t if not isinstance(t, Mapping) or "function" in t else {"type": "function", "function": t} for t in found]
+
+
+def _whole(value: Any) -> Any:
+    """A value without the empty fields that columnar files give everybody."""
+    if isinstance(value, Mapping):
+        return {k: _whole(v) for k, v in value.items() if v is not None}
+    return [_whole(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _content(value: Any, column: str, where: str) -> str:
@@ -467,7 +545,13 @@ def _values(value: Any) -> list[Any]:
 
 def _is_turns(value: Any) -> bool:
     turns = _values(value)
-    return bool(turns) and all(isinstance(t, Mapping) and any(set(keys) <= t.keys() for keys in _KEYS) for t in turns)
+    return bool(turns) and all(isinstance(turn, Mapping) and _keys(turn) is not None for turn in turns)
+
+
+def _keys(turn: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What a turn's role and text are called; a turn that calls tools may have no text."""
+    calls = not turn.keys().isdisjoint(_TOOL_KEYS["assistant"])
+    return next((keys for keys in _KEYS if keys[0] in turn and (keys[1] in turn or calls)), None)
 
 
 def _is_history(value: Any) -> bool:
