@@ -140,8 +140,12 @@ def _scores_table(latest: Mapping[str, Event], tasks: Mapping[str, str]) -> str:
     return head + table(["client", "task", *(metric.title for metric in metrics)], rows, bold=len(rows) - 1)
 
 
-def _cost_table(events: Sequence[Event]) -> str:
-    rows = [
+COST = ["round", "training, s", "MB up", "MB down", "peak memory, GB"]
+
+
+def cost_rows(events: Sequence[Event]) -> list[list[str]]:
+    """What every round took, under the heads of ``COST``."""
+    return [
         [
             str(e["round"]),
             f"{e['seconds']:.1f}",
@@ -152,17 +156,26 @@ def _cost_table(events: Sequence[Event]) -> str:
         for e in events
         if e["event"] == "round"
     ]
-    return table(["round", "training, s", "MB up", "MB down", "peak memory, GB"], rows, words=()) if rows else ""
 
 
-def _notes(events: Sequence[Event]) -> str:
+def _cost_table(events: Sequence[Event]) -> str:
+    rows = cost_rows(events)
+    return table(COST, rows, words=()) if rows else ""
+
+
+def notes(events: Sequence[Event]) -> list[str]:
+    """What a reader should know, each line once."""
     lines = [e["text"] for e in events if e["event"] == "note"]
     lines += [
         f"client {e['client']} set aside in round {e['round']}: {e['reason']}"
         for e in events
         if e["event"] == "client_failed"
     ]
-    items = "".join(f"<li>{escape(line)}</li>" for line in dict.fromkeys(lines))
+    return list(dict.fromkeys(lines))
+
+
+def _notes(events: Sequence[Event]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in notes(events))
     return f"<ul>{items}</ul>" if items else ""
 
 
