@@ -114,6 +114,11 @@ class Dashboard:
         self.processes.resume(self.inside(asked["path"]))
         return {}
 
+    def forget(self, asked: Mapping[str, Any]) -> Any:
+        """Drop a start that came to nothing."""
+        self.processes.forget(self.inside(asked["path"]))
+        return {}
+
     async def estimate(self, request: Request) -> Response:
         """What a run will cost, found out in a process of its own; a new question ends the last one."""
         asked = await request.json()
@@ -180,7 +185,7 @@ def application(root: Path, token: str) -> Guard:
     routes = [Route("/", _page("index.html", "text/html")), Route("/style.css", _page("style.css", "text/css"))]
     routes += [Route("/app.js", _page("app.js", "text/javascript")), Route("/plotly.js", _plotly)]
     routes += map(get, (board.listed, board.run, board.comparison, board.side_by_side, board.fields, board.filled))
-    routes += map(post, (board.start, board.stop, board.resume))
+    routes += map(post, (board.start, board.stop, board.resume, board.forget))
     routes += [Route(f"/api/{one.__name__}", one, methods=["POST"]) for one in (board.estimate, board.chat)]
     routes += [Route("/report/{path:path}", board.report)]
     mistakes: dict[Any, Any] = dict.fromkeys((UserError, KeyError, ValueError, TypeError), _refused)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,12 @@ class Processes:
         if pid is None:
             raise UserError(f"{path}: no process holds this run")
         os.kill(pid, signal.SIGTERM)
+
+    def forget(self, path: Path) -> None:
+        """Drop what is known of a start that came to nothing; a run's folder stays."""
+        if self._alive(self._own(path)):
+            raise UserError(f"{path}: goes on; stop it first")
+        shutil.rmtree(self._own(path), ignore_errors=True)
 
     def pid(self, path: Path) -> int | None:
         """The process of a run: the one that was started here, or that holds its folder."""

@@ -23,6 +23,7 @@ def serve(root: Path, port: int, tell: Callable[[str], None]) -> None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((HOST, port))
+            listening.listen()  # who opens the address at once waits, and is not refused
         except OSError as error:
             raise UserError(f"--port {port}: cannot be used ({error.strerror}); choose another") from None
         tell(f"http://{HOST}:{listening.getsockname()[1]}/?token={token}")

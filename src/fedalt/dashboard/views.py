@@ -52,12 +52,13 @@ def run_view(folder: RunFolder, events: Sequence[Event]) -> dict[str, Any]:
     scores = {c: latest.get(c, {}).get(metric.name, 0.0) for c in start["tasks"]}
     clients = shown(scores, metric.higher_is_better)
     tasks = {c: escape(start["tasks"][c]) for c in clients}  # Plotly reads some HTML
+    few = [e for e in events if str(e.get("client", "")) in tasks or "client" not in e]
     layers = max((len(e["alpha"]) for e in trained.values()), default=0)
-    drawings = [figures.score_curves(events, tasks, metric.name)] if latest else []
-    drawings += [figures.loss_curves(events, tasks)] if trained else []
+    drawings = [figures.score_curves(few, tasks, metric.name)] if latest else []
+    drawings += [figures.loss_curves(few, tasks)] if trained else []
     apart = layers or any(e["row_lora_drift"] is not None for e in trained.values())
-    drawings += [figures.row_curves(events)] if apart else []
-    drawings += [figures.alpha_map(events, tasks, layers)] if layers else []
+    drawings += [figures.row_curves(few)] if apart else []
+    drawings += [figures.alpha_map(few, tasks, layers)] if layers else []
     metrics = [metric_of(name) for name in metrics_in({name: 0 for e in latest.values() for name in e})]
     rows = [
         [

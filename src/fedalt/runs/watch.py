@@ -17,7 +17,7 @@ from fedalt.runs.events import Event, event_in, first_start
 from fedalt.runs.folder import RunFolder
 
 COMPARISON = "comparison.json"
-_DEPTH, _TAIL = 4, 1 << 18
+_DEPTH, _TAIL = 4, 1 << 16
 _AFTER = {"round", "scores", "evaluated", "run_started", "run_resumed", "run_finished"}
 """Events that say of a round that it is over."""
 _ROUNDS = re.compile(r"^federation:\n(?:  .*\n)*?  rounds: (\d+)", re.MULTILINE)
@@ -167,7 +167,7 @@ def _gist(path: Path) -> dict[str, Any]:
         start, size = first_start(first), file.seek(0, os.SEEK_END)
         if start is None:
             return {}
-        for length in (_TAIL, 16 * _TAIL):
+        for length in (_TAIL, 64 * _TAIL):
             file.seek(max(size - length, 0))
             events = [event for line in file.read().split(b"\n") if (event := event_in(line))]
             if any(event["event"] == "round" for event in events):

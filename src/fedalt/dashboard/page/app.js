@@ -120,10 +120,10 @@ async function listPage(page) {
     return el("div", { className: "card" }, tick, el("a", { className: "name", href: link("run", run.path) }, run.path), state(run, bad),
       el("span", { className: "more" }, parts.join(" · ")), el("div", { className: "bar" }, done), bad && el("span", { className: "more error" }, bad));
   };
-  const other = one => el("div", { className: "card" }, "", el("span", { className: "name" }, one.path),
+  const other = one => el("div", { className: "card" }, el("span"), el("span", { className: "name" }, one.path),
     state({ state: one.alive ? "running" : "stopped" }, one.error),
     el("span", { className: `more ${one.error ? "error" : ""}` }, one.error || "in progress: a comparison, or a run before its first round"),
-    one.alive ? el("span", { className: "more" }, button("Stop", () => post("stop", { path: one.path }))) : null);
+    el("span", { className: "more" }, one.alive ? button("Stop", () => post("stop", { path: one.path })) : button("Forget", () => post("forget", { path: one.path }))));
 
   const draw = () => {
     const wanted = search.value.toLowerCase(), fits = name => name.toLowerCase().includes(wanted);
