@@ -86,15 +86,21 @@ def test_the_token_becomes_a_cookie_that_no_other_page_can_use_or_read(root: Pat
     assert {"HttpOnly", "SameSite=strict"} <= set(answer.headers["set-cookie"].split("; "))
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8501", "127.0.0.1.evil.example:8501", "", "192.168.0.1"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8501", "127.0.0.1.evil.example:8501", "", "192.168.0.1"]
+)
 def test_another_name_for_this_machine_is_refused(root: Path, host: str) -> None:
     page = visitor(root)
     assert page.get("/api/listed", headers={"Host": host}).status_code == 403
     assert page.get(f"/?token={TOKEN}", headers={"Host": host}).status_code == 403
-    assert page.get("/api/listed", headers={"Host": "localhost:8501", "Cookie": f"fedalt-8501={TOKEN}"}).status_code == 200
+    assert (
+        page.get("/api/listed", headers={"Host": "localhost:8501", "Cookie": f"fedalt-8501={TOKEN}"}).status_code == 200
+    )
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "http://127.0.0.1:9999", "https://127.0.0.1:8501", "null", ""])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "http://127.0.0.1:9999", "https://127.0.0.1:8501", "null", ""]
+)
 @pytest.mark.parametrize("name", POSTS)
 def test_a_page_of_another_origin_cannot_ask_for_anything(root: Path, origin: str, name: str) -> None:
     body = {"name": "theirs", "path": "plain", "values": {}, "prompt": "x", "clients": [0]}

@@ -77,9 +77,13 @@ class Dashboard:
         folder = RunFolder(self.inside(query["path"]))
         log, events = self._read(folder)
         summary, own = self.watch.summary(folder.path), self.processes.started(folder.path)
-        known = {"version": log.version, "summary": summary and asdict(summary), "started": own}
-        known["report"] = folder.report.is_file()
-        known["talks"] = folder.final_scores.is_file() and bool(client_ids(folder))
+        known = {
+            "version": log.version,
+            "summary": summary and asdict(summary),
+            "started": own,
+            "report": folder.report.is_file(),
+            "talks": folder.final_scores.is_file() and bool(client_ids(folder)),
+        }
         return known if query.get("have") == log.version else known | views.run_view(folder, events)
 
     def comparison(self, query: Mapping[str, str]) -> Any:
@@ -125,8 +129,8 @@ class Dashboard:
         command = await run_in_threadpool(lambda: self.processes.estimating(form.read(asked["values"])))
         if self._estimate and self._estimate.returncode is None:
             self._estimate.terminate()
-        pipes = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE}
-        process = self._estimate = await asyncio.create_subprocess_exec(*command, **pipes)
+        pipe = asyncio.subprocess.PIPE
+        process = self._estimate = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
         out, err = await process.communicate()
         if process.returncode:
             lines = err.decode(errors="replace").splitlines() or ["ended by another question"]

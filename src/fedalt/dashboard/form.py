@@ -28,7 +28,7 @@ def fields() -> list[dict[str, Any]]:
 
 
 def _section(path: str, schema: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    here, below = [], []
+    here, below = list[dict[str, Any]](), list[dict[str, Any]]()
     for name, given in schema.get("properties", {}).items():
         key, about = f"{path}.{name}".lstrip("."), given
         if "$ref" in given:
@@ -56,7 +56,9 @@ def _section(path: str, schema: Mapping[str, Any], known: Mapping[str, Any]) -> 
 
 def text_of(value: Any) -> str:
     """A value as YAML has it in one line."""
-    return str(yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).split("\n...")[0].strip())
+    return str(
+        yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).split("\n...")[0].strip()
+    )
 
 
 def read(values: Mapping[str, Any]) -> RunConfig:

@@ -61,7 +61,11 @@ class Guard:
             answer = RedirectResponse(f"/{rest}", 303)
             answer.set_cookie(_cookie(host), self.token, httponly=True, samesite="strict")
             return answer
-        return None if self._is_right(_given(headers, host)) else _refused("open the address that fedalt dashboard printed")
+        return (
+            None
+            if self._is_right(_given(headers, host))
+            else _refused("open the address that fedalt dashboard printed")
+        )
 
     def _is_right(self, given: str) -> bool:
         return secrets.compare_digest(given.encode(), self.token.encode())

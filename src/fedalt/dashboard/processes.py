@@ -117,7 +117,7 @@ class Processes:
             with suppress(psutil.Error):
                 process = psutil.Process(known["pid"])
                 if process.create_time() == known["created"] and process.status() != psutil.STATUS_ZOMBIE:
-                    return process.pid
+                    return int(process.pid)
         return None
 
     def _error(self, own: Path) -> str:

@@ -65,10 +65,13 @@ class Talk:
         manner = Manner(Sampling(temperature) if temperature else None, longest or None)
         clients = list(map(int, asked["clients"]))
         for who in [*clients, *([None] if asked.get("base") else [])]:
+
+            def piece(text: str, who: int | None = who) -> None:
+                tell({"who": who, "piece": text})
+
             client = who if who is not None else next(iter(clients or client_ids(folder)))
             chat = Chat(run, client, self._bases.of(config), manner=manner)
-            chat = chat if who is not None else chat.base_alone()
-            answer = chat.ask(str(asked["prompt"]), lambda piece, who=who: tell({"who": who, "piece": piece}))
+            answer = (chat if who is not None else chat.base_alone()).ask(str(asked["prompt"]), piece)
             alpha = [[text, round(weight, 3)] for text, weight in answer.alpha] if who is not None else []
             chances = list(answer.chances.items())[:5]
             yield {"who": who, "text": answer.text, "chances": chances, "alpha": alpha, "slots": answer.slots}

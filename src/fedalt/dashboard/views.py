@@ -127,9 +127,13 @@ def runs_compared(folders: Mapping[str, RunFolder], logs: Mapping[str, Sequence[
     keys = dict.fromkeys(key for mine in settings.values() for key in mine)
     rows = [[key, *(mine.get(key, "default") for mine in settings.values())] for key in keys]
     scores = [
-        [name, *(metric.text(b[key]) for key in ("mean", "worst", "p10")), f"{(b['bytes_up'] + b['bytes_down']) / 1e6:.1f}"]
-        + [f"{b['seconds']:.0f}"]
-        for name, b in blocks.items()
+        [
+            name,
+            *(metric.text(block[key]) for key in ("mean", "worst", "p10")),
+            f"{(block['bytes_up'] + block['bytes_down']) / 1e6:.1f}",
+            f"{block['seconds']:.0f}",
+        ]
+        for name, block in blocks.items()
     ]
     head = ["run", f"mean {metric.title}", "worst client", "10th percentile", "MB in all", "training, s"]
     return {

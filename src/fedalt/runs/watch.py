@@ -38,12 +38,12 @@ def found(root: Path, depth: int = _DEPTH) -> Iterator[Path]:
 
 def holders() -> dict[str, int]:
     """Folder → the Python process that has it open, as one does that holds a run's lock; looking takes no lock."""
-    held = dict[str, int]()
-    for process in os.scandir("/proc") if Path("/proc").is_dir() else ():
+    held, proc = dict[str, int](), Path("/proc")
+    for number in (int(path.name) for path in proc.glob("[0-9]*") if path.name != str(os.getpid())):
         with suppress(OSError):  # somebody else's, or gone
-            if process.name.isdecimal() and "python" in os.readlink(f"{process.path}/exe"):
-                opened = (os.readlink(entry.path) for entry in os.scandir(f"{process.path}/fd"))
-                held |= dict.fromkeys((path for path in opened if path.startswith("/")), int(process.name))
+            if "python" in (proc / f"{number}/exe").readlink().name:
+                opened = (link.readlink() for link in (proc / f"{number}/fd").iterdir())
+                held |= {str(path): number for path in opened if path.is_absolute()}
     return held
 
 
@@ -196,4 +196,3 @@ def _gist(path: Path) -> dict[str, Any]:
         "over": over,
         "each": seconds / len(rounds) if rounds else None,
     }
-
