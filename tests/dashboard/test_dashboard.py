@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -273,6 +277,63 @@ def test_a_start_that_cannot_be_is_refused(page: TestClient, root: Path, asked_f
     answer = page.post("/api/start", json={"values": {}, **asked_for})
     assert answer.status_code == 422 and told in answer.json()["error"], answer.text
     assert not (root / OWN).exists()
+
+
+HOLD = "import sys, time; from pathlib import Path; from fedalt.files import only_one\n" + (
+    "with only_one(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+)
+
+
+@contextlib.contextmanager
+def held(run: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has a run's lock, as one has that trains."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Path:
+    """A run that has come to its second of five rounds."""
+    run = tmp_path / "half"
+    shutil.copytree(finished(), run)
+    lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    over = next(i for i, line in enumerate(lines) if line.startswith('{"event": "evaluated", "round": 2'))
+    failed = {"event": "client_failed", "round": 3, "client": 1, "reason": "[red]no[/] numbers"}
+    (run / "events.jsonl").write_text("".join(lines[: over + 1]) + json.dumps(failed) + "\n" + '{"event": "cl')
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("  rounds: 3", "  rounds: 5"))
+    return run
+
+
+def test_a_run_that_another_process_holds_runs_and_is_stopped(half: Path) -> None:
+    page = visitor(half.parent)
+    with held(half) as process:
+        (run,) = asked(page, "listed")["runs"]
+        assert (run["state"], run["round"], run["rounds"]) == ("running", 2, 5)
+        assert run["eta"] > 0 and run["error"] == "client 1, round 3: [red]no[/] numbers"
+        assert "runs already" in page.post("/api/resume", json={"path": "half"}).json()["error"]
+        assert page.post("/api/stop", json={"path": "half"}).status_code == 200
+        assert process.wait(60) == -signal.SIGTERM
+    (run,) = asked(page, "listed")["runs"]
+    assert (run["state"], run["eta"]) == ("stopped", None)
+    assert asked(page, "run", path="half")["tables"][0]["rows"][1][-1] == "round 3: [red]no[/] numbers"
+
+
+def test_status_shows_the_runs_of_a_folder(half: Path) -> None:
+    shutil.copytree(finished("local"), half.parent / "other")
+    (half.parent / "empty").mkdir()
+    told = call("status", half.parent).out
+    assert "2 of 5" in told and "stopped" in told and "[red]no[/]" in told and "finished" in told
+    runs = {run["path"]: run for run in call("status", half.parent, "--json").json["folders"]}
+    assert set(runs) == {"half", "other"} and runs["other"]["state"] == "finished"
+    assert "none" in call("status", half.parent / "empty").out
+    assert "no such folder here" in refused("status", half.parent / "nowhere")
+    assert "exclude each other" in refused("status", half.parent, "--watch", "--json")
+    assert "give one of them" in refused("status", half.parent, "--state", half.parent)
 
 
 def test_a_run_that_nobody_holds_cannot_be_stopped(page: TestClient) -> None:
