@@ -37,6 +37,9 @@ _PAUSE = 2.0
 _BUNDLED = ("tinyworld", "digits")
 ServerAt = Annotated[str, option("HOST:PORT", "where fedalt server listens", "--server")]
 Ca = Annotated[Path | None, option("FILE", "ca.crt of fedalt certs; no encryption when not given", "--ca")]
+Metrics = Annotated[
+    int | None, option("PORT", "answer http://127.0.0.1:PORT/metrics, for Prometheus", "--metrics", min=1, max=65535)
+]
 LogJson = Annotated[bool, switch("a JSON object (time, line) a line, for machines", "--log-json")]
 
 
@@ -92,11 +95,13 @@ def server(
         "flower-server"
     ),
     plugins: Plugins = None,
+    metrics: Metrics = None,
     log_json: LogJson = False,
 ) -> None:
     """Serve a federation: start Flower's SuperLink, let the sites in, show its log until Ctrl-C."""
     with needs("flower", NEEDS):
         from fedalt.flower.deploy.address import on_loopback, parse_address
+        from fedalt.flower.deploy.metrics import measured
         from fedalt.flower.deploy.superlink import Server, serve
 
     if config_file is not None:
@@ -121,7 +126,8 @@ def server(
             )
 
     hold_plugins(plugins or ())
-    _leave(serve(asked, tell, ready))
+    with measured(state, metrics):
+        _leave(serve(asked, tell, ready))
 
 
 def site(
@@ -153,6 +159,7 @@ def site(
         ),
     ] = LONGEST,
     plugins: Plugins = None,
+    metrics: Metrics = None,
     log_json: LogJson = False,
     own: Annotated[
         list[str] | None,
@@ -166,6 +173,7 @@ def site(
 ) -> None:
     """Take part as one client: Flower's SuperNode, and a trainer that holds the base model, until Ctrl-C."""
     with needs("flower", NEEDS):
+        from fedalt.flower.deploy.metrics import measured
         from fedalt.flower.deploy.supervisor import Site, supervise
         from fedalt.flower.own import site_rows
 
@@ -183,7 +191,8 @@ def site(
     asked.check()
     tell = _logged(log_json)
     tell(f"$ {shlex.join(asked.command())}")
-    _leave(supervise(asked, tell))
+    with measured(state, metrics):
+        _leave(supervise(asked, tell))
 
 
 def status(
