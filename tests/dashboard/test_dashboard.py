@@ -67,8 +67,8 @@ def page(root: Path) -> Iterator[TestClient]:
         yield client
 
 
-def asked(page: TestClient, name: str, **values: str) -> Any:
-    answer = page.get(f"/api/{name}", params=values)
+def asked(page: TestClient, what: str, **values: str) -> Any:
+    answer = page.get(f"/api/{what}", params=values)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -178,6 +178,23 @@ def test_html_in_a_clients_name_stays_text(page: TestClient) -> None:
     assert run["tables"][0]["rows"][0][1] == HOSTILE, "which the page shows as text"
     assert f"0 {HOSTILE}" in [key["name"] for key in run["figures"][0]["keys"]]
     assert "<img" not in json.dumps([one["plot"] for one in run["figures"]]), "Plotly reads some HTML"
+
+
+def test_looking_at_a_run_runs_no_code_that_it_names(tmp_path: Path) -> None:
+    shutil.copytree(finished(), tmp_path / "run")
+    code, config = tmp_path / "mine.py", tmp_path / "run" / "config.yaml"
+    code.write_text(f"open({str(tmp_path / 'taken')!r}, 'w')\n")
+    config.write_text(f"{config.read_text()}plugins: [{code}]\n")
+    events = tmp_path / "run" / "events.jsonl"
+    events.write_text(events.read_text().replace("rouge1", "my_own"))
+    page = visitor(tmp_path)
+    run = asked(page, "run", path="run")
+    assert ["plugins", f"[{code}]"] in run["tables"][2]["rows"]
+    assert run["figures"][0]["plot"]["layout"]["yaxis"]["title"]["text"] == run["tables"][0]["head"][2] == "my_own"
+    asked(page, "filled", kind="run", name="run")
+    asked(page, "side_by_side", paths='["run", "run"]')
+    assert asked(page, "listed")["runs"][0]["metric"] == "my_own"
+    assert not (tmp_path / "taken").exists()
 
 
 def test_runs_side_by_side(page: TestClient) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from fedalt.config import NAMED, RunConfig, load_config, parse_override
+from fedalt.compat import as_recorded, settings_today
+from fedalt.config import NAMED, RunConfig, load_config, parse_override, read_yaml
 from fedalt.errors import UserError, choose
 from fedalt.registry import sections
 
@@ -77,23 +78,22 @@ def given_in(kind: str, name: str, runs: Mapping[str, Path]) -> dict[str, str]:
     if kind not in ("recipe", "run"):
         raise UserError(f"{kind}: must be recipe or run")
     known = recipes() if kind == "recipe" else {one: path / "config.yaml" for one, path in runs.items()}
-    return unusual(load_config(known[choose(kind, name, known)], recorded=kind == "run"))
+    return unusual(known[choose(kind, name, known)], recorded=kind == "run")
 
 
-def unusual(config: RunConfig) -> dict[str, str]:
-    """Dotted key → text of every setting that is not the default."""
-    own = {name: kind() for name, kind in sections().items() if name in config.sections}
-    values, usual = dict(_flat(config)), dict(_flat(RunConfig(sections=own)))
-    return {key: text_of(value) for key, value in values.items() if key != "out" and usual.get(key) != value}
+def unusual(file: Path, recorded: bool = True) -> dict[str, str]:
+    """Dotted key → text of every setting that is not the default; code that the settings name is not run."""
+    values, usual = settings_today(read_yaml(file)), dict(_flat("", RunConfig().model_dump(mode="json")))
+    for name, kind in sections().items():
+        usual |= _flat(name, kind().model_dump(mode="json"))
+    values = as_recorded(values) if recorded else values
+    return {key: text_of(value) for key, value in _flat("", values) if key != "out" and usual.get(key) != value}
 
 
-def _flat(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    def inside(path: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            dotted = f"{path}.{key}".lstrip(".")
-            if isinstance(value, dict) and key != "label_names":
-                yield from inside(dotted, value)
-            else:
-                yield dotted, value
-
-    return inside("", config.model_dump(mode="json"))
+def _flat(path: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        dotted = f"{path}.{key}".lstrip(".")
+        if isinstance(value, dict) and key != "label_names":
+            yield from _flat(dotted, value)
+        else:
+            yield dotted, value

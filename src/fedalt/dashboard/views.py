@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.comparisons.tables import Grid, Score, budget_grid, conditions, finding, score_grid, verdict_grid
-from fedalt.config import load_config
 from fedalt.dashboard.form import unusual
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of, metrics_in, over_clients
@@ -59,7 +58,9 @@ def run_view(folder: RunFolder, events: Sequence[Event]) -> dict[str, Any]:
     apart = layers or any(e["row_lora_drift"] is not None for e in trained.values())
     drawings += [figures.row_curves(few)] if apart else []
     drawings += [figures.alpha_map(few, tasks, layers)] if layers else []
-    metrics = [metric_of(name) for name in metrics_in({name: 0 for e in latest.values() for name in e})]
+    metrics = [
+        metric_of(name) for name in {metric.name: 0, **metrics_in({name: 0 for e in latest.values() for name in e})}
+    ]
     rows = [
         [
             c,
@@ -166,4 +167,4 @@ def _of(events: Iterable[Event], kind: str) -> list[Event]:
 
 
 def _settings(folder: RunFolder) -> dict[str, str]:
-    return unusual(load_config(folder.config, recorded=True)) if folder.config.is_file() else {}
+    return unusual(folder.config) if folder.config.is_file() else {}

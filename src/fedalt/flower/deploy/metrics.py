@@ -47,7 +47,7 @@ def samples(events: Sequence[Event]) -> Iterator[Sample]:
     for way in ("up", "down"):
         yield "fedalt_bytes_total", {"direction": way}, sum(event[f"bytes_{way}"] for event in rounds)
     yield "fedalt_failures_total", {}, sum(event["event"] == "client_failed" for event in events)
-    memory = next((event["peak_memory"] for event in reversed(events) if "peak_memory" in event), {})
+    memory: dict[str, int] = next((event["peak_memory"] for event in reversed(events) if "peak_memory" in event), {})
     yield from (("fedalt_memory_bytes", {"where": where}, size) for where, size in memory.items())
     yield "fedalt_finished", {}, any(event["event"] == "run_finished" for event in events[-1:])
 
