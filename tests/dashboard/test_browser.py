@@ -49,7 +49,7 @@ def dashboard(root: Path, cwd: Path) -> Iterator[str]:
         process.wait()
 
 
-def wait(tab: Tab, condition: str, seconds: float = 120) -> None:
+def wait(tab: Tab, condition: str, seconds: float = 300) -> None:
     """Until something is so on the page."""
     deadline = time.monotonic() + seconds
     while not tab.evaluate(f"Boolean({condition})"):

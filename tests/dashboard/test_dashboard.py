@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -351,6 +352,30 @@ def test_status_shows_the_runs_of_a_folder(half: Path) -> None:
     assert "no such folder here" in refused("status", half.parent / "nowhere")
     assert "exclude each other" in refused("status", half.parent, "--watch", "--json")
     assert "give one of them" in refused("status", half.parent, "--state", half.parent)
+
+
+@pytest.mark.parametrize(
+    ("output", "error"),
+    [
+        ("note: x\nerror: data.source: /x is no folder\n", "data.source: /x is no folder"),
+        ("error: stopped by SIGTERM; finished rounds are safe\n", ""),
+        (
+            "Traceback (most recent call last):\n  File\nZeroDivisionError: division by zero\n",
+            "ZeroDivisionError: division by zero",
+        ),
+        ("FedALT: scores\n", ""),
+    ],
+)
+def test_how_a_start_ended_is_known_and_can_be_forgotten(tmp_path: Path, output: str, error: str) -> None:
+    own = tmp_path / OWN / "inner" / "mine"
+    own.mkdir(parents=True)
+    (own / "process.json").write_text(json.dumps({"pid": os.getpid(), "created": 1.0}))  # another process's number
+    (own / "output.txt").write_text(output)
+    page = visitor(tmp_path)
+    assert asked(page, "run", path="inner/mine")["started"] == {"alive": False, "error": error}
+    assert [one["path"] for one in asked(page, "listed")["started"]] == ["inner/mine"] * bool(error)
+    assert page.post("/api/forget", json={"path": "inner/mine"}).status_code == 200
+    assert asked(page, "run", path="inner/mine")["started"] is None
 
 
 def test_a_run_that_nobody_holds_cannot_be_stopped(page: TestClient) -> None:

@@ -24,6 +24,8 @@ from fedalt.runs.watch import holders
 
 OWN = ".dashboard"
 """Folder among the runs: the settings, the output and the process of every run that was started here."""
+_STOPPED = "error: stopped by "
+"""How the last line of a run begins that somebody has stopped, which is no failure."""
 _NAME = re.compile(r"\w[\w.=,+-]{0,99}")
 
 
@@ -124,6 +126,6 @@ class Processes:
         """The line with which it ended, if that was an error's."""
         output = own / "output.txt"
         lines = output.read_text(encoding="utf-8", errors="replace").splitlines() if output.is_file() else []
-        told = [line for line in lines if line.startswith("error: ")]
+        told = [line for line in lines if line.startswith("error: ") and not line.startswith(_STOPPED)]
         crashed = any(line.startswith("Traceback") for line in lines)
         return told[-1].removeprefix("error: ") if told else lines[-1] if crashed else ""
