@@ -26,7 +26,7 @@ ORDER = (
     {"comparisons", "personal"},
     {"report"},
     {"flower"},
-    {"benchmarks", "testing", "progress", "start", "decorators"},
+    {"benchmarks", "testing", "progress", "start", "decorators", "dashboard"},
     {"cli", "api"},
     {"__main__"},
 )

@@ -34,6 +34,18 @@ def test_pieces_add_up_to_the_answer_that_is_given_without_them(beams: int) -> N
     assert mine.streams is (beams == 1)
 
 
+@pytest.mark.parametrize("method", ["fedalt", "fedit", "pf2lora"])
+def test_the_base_alone_answers_as_if_there_were_no_adapters(method: str) -> None:
+    mine = chat(finished(method), max_new_tokens=8)
+    personal = mine.ask(ASKED).text
+    ids = torch.tensor([mine.encoder.prompt(ASKED)])
+    alone = AutoModelForCausalLM.from_pretrained(mine.config.model.name).eval()
+    written = alone.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    text = mine.resident.base.tokenizer.decode(written, skip_special_tokens=True).strip()
+    assert mine.base_alone().ask(ASKED).text == text != personal
+    assert mine.ask(ASKED).text == personal, "the client's own model is what it was"
+
+
 def test_a_seed_gives_the_same_answers_and_another_seed_others() -> None:
     def said(seed: int, **how: Any) -> list[str]:
         mine = chat(sampling=Sampling(seed=seed, **how), max_new_tokens=8)

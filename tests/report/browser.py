@@ -77,7 +77,8 @@ class Tab:
         assert "exceptionDetails" not in result, (expression, result)
         return result["result"].get("value")
 
-    def open(self, path: Path, size: tuple[int, int], scheme: Scheme) -> Visit:
+    def look(self, size: tuple[int, int], scheme: Scheme) -> None:
+        """Be a phone or a desktop, dark or light."""
         width, height = size
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -87,12 +88,20 @@ class Tab:
             mobile=size == PHONE,
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def open(self, page: Path | str, size: tuple[int, int], scheme: Scheme) -> Visit:
+        """Open a file or an address."""
+        self.look(size, scheme)
         self.events = []
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=page.resolve().as_uri() if isinstance(page, Path) else page)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._next()
         # two frames, so that what is drawn on load and resized afterwards has been drawn
         self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+        return self.visit()
+
+    def visit(self) -> Visit:
+        """What has happened since the page was opened."""
         visit = Visit(self)
         for event in self.events:
             about = event["params"]

@@ -17,6 +17,7 @@ from fedalt.cli.advise import advise
 from fedalt.cli.audit import audit
 from fedalt.cli.bench import bench
 from fedalt.cli.compare import compare
+from fedalt.cli.dashboard import dashboard
 from fedalt.cli.data import data as data_group
 from fedalt.cli.data import partition
 from fedalt.cli.data import prepare as prepare_group
@@ -320,6 +321,7 @@ GROUPS: dict[str, dict[Callable[..., None], str]] = {
         report: "fedalt report runs/mine --insight",
         audit: "fedalt audit runs/mine --client 3",
         figures: "fedalt figures runs/mine --format pdf,svg",
+        dashboard: "fedalt dashboard runs",
     },
     "Models": {
         generate: 'fedalt generate runs/mine --client 3 "Greet Ada."',

@@ -6,11 +6,15 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -29,9 +33,13 @@ if TYPE_CHECKING:
 
 NEEDS = "certs, server, site, submit and status"
 SERVER = "127.0.0.1:9092"
+_PAUSE = 2.0
 _BUNDLED = ("tinyworld", "digits")
 ServerAt = Annotated[str, option("HOST:PORT", "where fedalt server listens", "--server")]
 Ca = Annotated[Path | None, option("FILE", "ca.crt of fedalt certs; no encryption when not given", "--ca")]
+Metrics = Annotated[
+    int | None, option("PORT", "answer http://127.0.0.1:PORT/metrics, for Prometheus", "--metrics", min=1, max=65535)
+]
 LogJson = Annotated[bool, switch("a JSON object (time, line) a line, for machines", "--log-json")]
 
 
@@ -87,11 +95,13 @@ def server(
         "flower-server"
     ),
     plugins: Plugins = None,
+    metrics: Metrics = None,
     log_json: LogJson = False,
 ) -> None:
     """Serve a federation: start Flower's SuperLink, let the sites in, show its log until Ctrl-C."""
     with needs("flower", NEEDS):
         from fedalt.flower.deploy.address import on_loopback, parse_address
+        from fedalt.flower.deploy.metrics import measured
         from fedalt.flower.deploy.superlink import Server, serve
 
     if config_file is not None:
@@ -116,7 +126,8 @@ def server(
             )
 
     hold_plugins(plugins or ())
-    _leave(serve(asked, tell, ready))
+    with measured(state, metrics):
+        _leave(serve(asked, tell, ready))
 
 
 def site(
@@ -148,6 +159,7 @@ def site(
         ),
     ] = LONGEST,
     plugins: Plugins = None,
+    metrics: Metrics = None,
     log_json: LogJson = False,
     own: Annotated[
         list[str] | None,
@@ -161,6 +173,7 @@ def site(
 ) -> None:
     """Take part as one client: Flower's SuperNode, and a trainer that holds the base model, until Ctrl-C."""
     with needs("flower", NEEDS):
+        from fedalt.flower.deploy.metrics import measured
         from fedalt.flower.deploy.supervisor import Site, supervise
         from fedalt.flower.own import site_rows
 
@@ -178,25 +191,86 @@ def site(
     asked.check()
     tell = _logged(log_json)
     tell(f"$ {shlex.join(asked.command())}")
-    _leave(supervise(asked, tell))
+    with measured(state, metrics):
+        _leave(supervise(asked, tell))
 
 
 def status(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUNS_DIR]", help="runs in a folder of this machine, without asking a server"),
+    ] = None,
+    *,
     server: ServerAt = SERVER,
     ca: Ca = None,
-    state: Annotated[Path | None, option("DIR", "on the server's machine: its state folder, for names")] = None,
+    state: Annotated[
+        Path | None, option("DIR", "on the server's machine: its state folder, for names and rounds")
+    ] = None,
+    watch: Annotated[bool, switch("again every two seconds, until Ctrl-C", "--watch")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a server's sites and runs."""
-    with needs("flower", NEEDS):
-        from fedalt.flower.deploy.superlink import now
+    """Show the runs of a folder, or a server's sites and runs."""
+    if folder and state:
+        raise UserError("RUNS_DIR asks no server, --state is about one; give one of them")
+    if watch and as_json:
+        raise UserError("--watch and --json exclude each other")
+    found: dict[str, Any] = {}
 
-    nodes, runs = now(connection(server, ca), state, teller(as_json))
+    def look() -> Group:
+        found.clear()
+        if folder is None:
+            with needs("flower", NEEDS):
+                from fedalt.flower.deploy.superlink import now
+
+            nodes, runs = now(connection(server, ca), state, silent if watch else teller(as_json))
+            found.update(server=server, sites=nodes, runs=runs)
+        if place := folder or state:
+            found["folders"] = folders_in(place)
+        makers = (("sites", node_table), ("runs", run_table), ("folders", folder_table))
+        return Group(*(table(found[name]) for name, table in makers if name in found))
+
+    tables = look()
     if as_json:
-        print_json({"server": server, "sites": nodes, "runs": runs})
-        return
-    show.out.print(node_table(nodes))
-    show.out.print(run_table(runs))
+        print_json(found)
+    elif not watch:
+        show.out.print(tables)
+    else:
+        with suppress(KeyboardInterrupt), Live(tables, console=show.out, auto_refresh=False) as live:
+            while True:
+                time.sleep(_PAUSE)
+                live.update(look(), refresh=True)
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def folders_in(place: Path) -> list[dict[str, Any]]:
+    """The runs of a folder, as its files have them."""
+    from fedalt.runs.watch import Watch
+
+    if not place.is_dir():
+        raise UserError(f"{place}: no such folder here")
+    return [asdict(one) for one in Watch(place).summaries()]
+
+
+def folder_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """Run folders, the one that was heard of last first."""
+    table = Table(title="run folders", title_justify="left")
+    for name in ("run", "method", "state"):
+        table.add_column(name, overflow="fold")
+    for name in ("round", "time left", "mean", "silent for"):
+        table.add_column(name, justify="right")
+    table.add_column("last error", overflow="fold")
+    for run in runs:
+        left = "" if run["eta"] is None else f"{timedelta(seconds=round(run['eta']))}"
+        mean = "" if run["mean"] is None else f"{run['mean']:.1f}"
+        heard = f"{timedelta(seconds=round(run['heard']))}"
+        state, count = _coloured(run["state"]), f"{run['round']} of {run['rounds']}"
+        table.add_row(Text(run["path"]), Text(run["method"]), state, count, left, mean, heard, Text(run["error"]))
+    if not runs:
+        table.caption = "none"
+    return table
 
 
 def connection(server: str, ca: Path | None) -> Connection:
@@ -254,6 +328,8 @@ _COLOURS = {
     "offline": "yellow",
     "registered": "blue",
     "running": "blue",
+    "finished": "green",
+    "stopped": "yellow",
     "finished:completed": "green",
     "finished:failed": "red",
 }

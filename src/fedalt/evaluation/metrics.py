@@ -86,8 +86,8 @@ class Metric:
 
 
 def metric_of(name: str) -> Metric:
-    """What is known of a metric."""
-    value, known = METRICS.get(name), Metric(name, name)
+    """What is known of a metric; its name alone where its code is not at hand."""
+    value, known = METRICS.get(name) if name in METRICS else None, Metric(name, name)
     found = {key: getattr(value, key, default) for key, default in vars(known).items() if key != "name"}
     return Metric(name, **found)
 

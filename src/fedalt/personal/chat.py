@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fedalt.evaluation.evaluate import probabilities
 from fedalt.evaluation.generate import Sampling, answer
 from fedalt.evaluation.prompt_similarity import load_to_answer
 from fedalt.model.base import positions
+from fedalt.names import B, W
 from fedalt.runs.client_folder import read_client
 from fedalt.runs.folder import Which, finished_run
 from fedalt.runs.setup import Resident, load_resident
@@ -86,6 +88,15 @@ class Chat:
         self.manner, self.said, self._asked = manner, tuple[Turn, ...](), 0
         longest = manner.max_new_tokens or self.config.evaluation.max_new_tokens
         self.evaluation = self.config.evaluation.model_copy(update={"max_new_tokens": longest})
+
+    def base_alone(self) -> Chat:
+        """What the base says without this client's adapters: those whose product is zero change nothing."""
+        if self.config.classifies:
+            raise UserError("a base alone has no head; only clients classify")
+        alone = copy(self)
+        none = {key: torch.zeros_like(value) for key, value in self.state.tensors.items() if key.factor in (B, W)}
+        alone.state = self.state.with_tensors(none)
+        return alone
 
     @property
     def streams(self) -> bool:

@@ -152,7 +152,8 @@ def _scores_table(latest: Mapping[str, Event], tasks: Mapping[str, str]) -> str:
     return head + table(["client", "task", *(metric.title for metric in metrics)], rows, bold=len(rows) - 1)
 
 
-def _cost_table(events: Sequence[Event]) -> str:
+def cost_rows(events: Sequence[Event]) -> tuple[list[str], list[list[str]]]:
+    """What every round took, with ε where there is one: a head, and a line a round."""
     spent: dict[int, float] = {}
     for e in events:
         if e["event"] == "client" and "epsilon" in e:
@@ -169,14 +170,12 @@ def _cost_table(events: Sequence[Event]) -> str:
         for e in events
         if e["event"] == "round"
     ]
-    head = [
-        "round",
-        "training, s",
-        "MB up",
-        "MB down",
-        "peak memory, GB",
-        *(["epsilon, most of a client"] if spent else []),
-    ]
+    head = ["round", "training, s", "MB up", "MB down", "peak memory, GB"]
+    return [*head, *(["epsilon, most of a client"] if spent else [])], rows
+
+
+def _cost_table(events: Sequence[Event]) -> str:
+    head, rows = cost_rows(events)
     return table(head, rows, words=()) if rows else ""
 
 
@@ -194,14 +193,19 @@ def _advice(folder: RunFolder, tasks: Mapping[str, str]) -> list[str | Drawing]:
     ]
 
 
-def _notes(events: Sequence[Event]) -> str:
+def notes(events: Sequence[Event]) -> list[str]:
+    """What a reader should know, each line once."""
     lines = [e["text"] for e in events if e["event"] == "note"]
     lines += [
         f"client {e['client']} set aside in round {e['round']}: {e['reason']}"
         for e in events
         if e["event"] == "client_failed"
     ]
-    items = "".join(f"<li>{escape(line)}</li>" for line in dict.fromkeys(lines))
+    return list(dict.fromkeys(lines))
+
+
+def _notes(events: Sequence[Event]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in notes(events))
     return f"<ul>{items}</ul>" if items else ""
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -37,41 +38,45 @@ _PATTERNS = {"": "", "/": "M9 11l8-10M7 7l5-6M14 11l5-6", ".": "M9 3h1M13 6h1M16
 
 
 def legend(figure: go.Figure, anchor: str) -> str:
-    """One key per name: traces of the same group share it. Nothing for a single one."""
+    """One key per name. Nothing for a single one."""
+    keys = "".join(
+        f'<button type="button" class="key" data-figure="{anchor}" data-traces="{json.dumps(key["traces"])}">'
+        f'<svg viewBox="0 0 26 12" aria-hidden="true">{"".join(map(_path, key["marks"]))}</svg>'
+        f"<span>{escape(key['name'])}</span></button>"
+        for key in keys_of(figure)
+    )
+    return keys and f'<div class="legend">{keys}</div>'
+
+
+def keys_of(figure: go.Figure) -> list[dict[str, Any]]:
+    """Name, traces and marks of every key; traces of the same group share one. None for a single name."""
     groups: dict[str, list[int]] = {}
     for place, trace in enumerate(figure.data):
         if trace.name:
             groups.setdefault(trace.legendgroup or trace.name, []).append(place)
-    if len(groups) < 2:
-        return ""
-    keys = "".join(_key(figure.data[places[0]], places, anchor) for places in groups.values())
-    return f'<div class="legend">{keys}</div>'
+    firsts = {places[0]: places for places in groups.values()} if len(groups) > 1 else {}
+    return [
+        {"name": str(figure.data[i].meta or figure.data[i].name), "traces": places, "marks": _marks(figure.data[i])}
+        for i, places in firsts.items()
+    ]
 
 
-def _key(trace: go.Scatter | go.Bar, places: list[int], anchor: str) -> str:
-    whole = escape(str(trace.meta or trace.name))
-    return (
-        f'<button type="button" class="key" data-figure="{anchor}" data-traces="{json.dumps(places)}">'
-        f'<svg viewBox="0 0 26 12" aria-hidden="true">{_bar(trace) if trace.type == "bar" else _line(trace)}</svg>'
-        f"<span>{whole}</span></button>"
-    )
-
-
-def _line(trace: go.Scatter) -> str:
+def _marks(trace: go.Scatter | go.Bar) -> list[dict[str, str]]:
+    """Attributes of the paths that stand for a trace."""
+    if trace.type == "bar":
+        hatch = {"d": _PATTERNS[trace.marker.pattern.shape or ""], "stroke": "#fff", "stroke-width": "1.2"}
+        return [{"d": _BAR, "fill": trace.marker.color}, hatch]
     colour = trace.line.color or trace.marker.color
-    parts = ""
-    if "lines" in trace.mode:
-        dash = _DASHES[trace.line.dash or "solid"]
-        parts = f'<path d="M0 6h26" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dash}"/>'
-    return parts + (f'<path d="{_SHAPES[trace.marker.symbol]}" fill="{colour}"/>' if "markers" in trace.mode else "")
+    line = {"stroke": colour, "stroke-width": "2.5", "stroke-dasharray": _DASHES[trace.line.dash or "solid"]}
+    point = {"d": _SHAPES[trace.marker.symbol.removesuffix("-open")], "fill": colour}
+    return [{"d": "M0 6h26", **line}] * ("lines" in trace.mode) + [point] * ("markers" in trace.mode)
 
 
-def _bar(trace: go.Bar) -> str:
-    pattern = _PATTERNS[trace.marker.pattern.shape or ""]
-    return f'<path d="{_BAR}" fill="{trace.marker.color}"/><path d="{pattern}" stroke="#fff" stroke-width="1.2"/>'
+def _path(attributes: Mapping[str, str]) -> str:
+    return "<path " + " ".join(f'{name}="{value}"' for name, value in attributes.items()) + "/>"
 
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --fg: #1c1e21; --bg: #fff; --line: #d8dade; --soft: #5c636c; --card: #f6f7f9;
   --own: 0,119,187; --others: 238,119,51; --dim: none; }
 @media (prefers-color-scheme: dark) { :root { --fg: #e4e6ea; --bg: #16181c; --line: #33373e; --soft: #9aa0a8;
@@ -144,7 +149,7 @@ def page(title: str, about: Sequence[str], sections: Sequence[Section], finding:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
+        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head>"
         f"<body><h1>{escape(title)}</h1>{lines}\n<nav>{links}</nav>\n{body}\n<script>{SCRIPT}</script></body></html>\n"
     )
 

@@ -52,14 +52,17 @@ def read_events(path: Path) -> Iterator[Event]:
         return
     lines = read_bytes(path).split(b"\n")
     for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            event = json.loads(line)
-            if "event" not in event:
-                raise ValueError
-        except (ValueError, TypeError, RecursionError):
-            if number == len(lines):
-                return
-            raise UserError(f"{path}:{number}: damaged (no event)") from None
-        yield event_today(event)
+        event = event_in(line)
+        if event:
+            yield event
+        elif line and number < len(lines):
+            raise UserError(f"{path}:{number}: damaged (no event)")
+
+
+def event_in(line: bytes) -> Event | None:
+    """The event of a line; nothing where it has none."""
+    try:
+        event = json.loads(line)
+        return event_today(event) if "event" in event else None
+    except (ValueError, TypeError, RecursionError):
+        return None

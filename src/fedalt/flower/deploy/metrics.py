@@ -1,0 +1,119 @@
+"""``/metrics`` for Prometheus, on loopback: what a state folder's logs say, and nothing that they do not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock, Thread
+
+from fedalt.errors import UserError, first_line
+from fedalt.runs.events import Event
+from fedalt.runs.watch import Log, found
+
+LOOPBACK = "127.0.0.1"
+_HELP = {
+    "fedalt_round": "gauge: the last round that was trained",
+    "fedalt_rounds": "gauge: rounds that were asked for",
+    "fedalt_clients": "gauge: clients whose training counted in that round",
+    "fedalt_loss": "gauge: mean training loss of that round, in nats",
+    "fedalt_seconds_total": "counter: seconds by phase",
+    "fedalt_bytes_total": "counter: bytes of adapters, up to the server and down to clients",
+    "fedalt_failures_total": "counter: times that a client was set aside",
+    "fedalt_memory_bytes": "gauge: peak memory, by where it is",
+    "fedalt_finished": "gauge: 1 when the run has ended well",
+    "fedalt_silent_seconds": "gauge: seconds since the log grew",
+}
+Sample = tuple[str, dict[str, str], float]
+
+
+def samples(events: Sequence[Event]) -> Iterator[Sample]:
+    """What a run's log says, of a server or of a site."""
+    trained = [event for event in events if event["event"] == "client"]
+    rounds = [event for event in events if event["event"] == "round"]
+    number = max((event["round"] for event in (*trained, *rounds)), default=0)
+    latest = [event["loss"] for event in trained if event["round"] == number]
+    yield "fedalt_round", {}, number
+    asked = [event["rounds"] for event in events if "rounds" in event]
+    yield from (("fedalt_rounds", {}, value) for value in asked[-1:])
+    yield "fedalt_clients", {}, len(latest)
+    if latest:
+        yield "fedalt_loss", {}, sum(latest) / len(latest)
+    for phase, kind in (("training", rounds or trained), ("scoring", [e for e in events if e["event"] == "evaluated"])):
+        yield "fedalt_seconds_total", {"phase": phase}, sum(event.get("seconds", 0.0) for event in kind)
+    for way in ("up", "down"):
+        yield "fedalt_bytes_total", {"direction": way}, sum(event[f"bytes_{way}"] for event in rounds)
+    yield "fedalt_failures_total", {}, sum(event["event"] == "client_failed" for event in events)
+    memory: dict[str, int] = next((event["peak_memory"] for event in reversed(events) if "peak_memory" in event), {})
+    yield from (("fedalt_memory_bytes", {"where": where}, size) for where, size in memory.items())
+    yield "fedalt_finished", {}, any(event["event"] == "run_finished" for event in events[-1:])
+
+
+def exposition(found: Iterable[Sample]) -> str:
+    """Samples in Prometheus' text format, those of a name together."""
+    lines: dict[str, list[str]] = {name: [] for name in _HELP}
+    for name, labels, value in found:
+        inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
+        lines[name].append(f"{name}{{{inside}}} {float(value)!r}\n")
+    heads = {name: text.split(": ") for name, text in _HELP.items()}
+    return "".join(
+        f"# HELP {name} {heads[name][1]}\n# TYPE {name} {heads[name][0]}\n{''.join(mine)}"
+        for name, mine in lines.items()
+        if mine
+    )
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+@contextmanager
+def measured(state: Path, port: int | None) -> Iterator[None]:
+    """Answer ``/metrics`` while the block runs, if there is a port."""
+    if port is None:
+        yield
+        return
+    log, busy = lru_cache(64)(Log), Lock()
+
+    def looked() -> Iterator[Sample]:
+        for path in found(state):
+            events = log(path / "events.jsonl")
+            for name, labels, value in samples(events.read()):
+                yield name, {"run": path.relative_to(state).as_posix(), **labels}, value
+            age = time.time() - events.path.stat().st_mtime
+            yield "fedalt_silent_seconds", {"run": path.relative_to(state).as_posix()}, age
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            host = self.headers.get("Host", "").rpartition(":")[0]
+            if self.path != "/metrics" or host not in (LOOPBACK, "localhost"):
+                self.send_error(404 if self.path != "/metrics" else 403)
+                return
+            try:
+                with busy:
+                    body = exposition(looked()).encode()
+            except (UserError, OSError) as error:
+                self.send_error(500, first_line(error))
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *about: object) -> None:
+            """Say nothing."""
+
+    try:
+        server = ThreadingHTTPServer((LOOPBACK, port), Answers)
+    except OSError as error:
+        raise UserError(f"--metrics {port}: cannot be used ({error.strerror}); choose another") from None
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
