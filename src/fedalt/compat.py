@@ -56,7 +56,7 @@ _SECTIONS_0_1: dict[str, dict[str, Any]] = {
 }
 """All sections of methods of fedalt 0.1 with their defaults: a run was known by all of them."""
 _LATER: dict[str, dict[str, Any]] = {
-    "model": {"adapter": None, "adapter_as": "merged"},
+    "model": {"adapter": None, "adapter_as": "merged", "device_map": None, "max_memory": None},
     "data": {"files": None, "boundary": "apart", "limit_by": "first"},
     "lora": {"rslora": False, "layers": None, "exclude": [], "distribution": "uniform"},
     "training": {

@@ -151,7 +151,7 @@ def test_killed_and_stopped_and_resumed_is_the_same_run(tmp_path: Path, rows: Pa
         return process.returncode, error
 
     code, error = disturbed(0, lambda worker: os.killpg(os.getpgid(worker.pid), signal.SIGINT))
-    assert (code, "stopped; finished rounds are safe" in error) == (1, True)
+    assert (code, "stopped by Ctrl-C; finished rounds are safe" in error) == (130, True)
     code, error = disturbed(1, lambda worker: worker.kill())
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert (code, len(lines)) == (2, 1)

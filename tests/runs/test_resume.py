@@ -248,9 +248,9 @@ def test_a_killed_run_is_resumed_by_the_command_in_a_process_of_its_own(outcome:
 def test_ctrl_c_says_how_to_go_on(outcome: Any) -> None:
     folder, codes = outcome[named("fedalt", CTRL_C)]
     text = (folder / "output.txt").read_text()
-    assert codes == [1, 0], text
+    assert codes == [130, 0], text
     assert "Traceback" not in text
-    assert "stopped; finished rounds are safe, --resume goes on from there" in text
+    assert "stopped by Ctrl-C; finished rounds are safe, --resume goes on from there" in text
     assert left_behind(folder / "run") == left_behind(outcome["fedalt"][0] / "run")
 
 

@@ -107,6 +107,7 @@ def test_config_is_resolved_and_runs_again() -> None:
         "lora",
         "training",
         "federation",
+        "privacy",
         "evaluation",
         "report",
         "flower",

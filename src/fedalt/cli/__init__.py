@@ -25,7 +25,8 @@ def main() -> None:
     keep_freed_memory()
     if threading.current_thread() is threading.main_thread():
         for number in _NAMES:
-            signal.signal(number, _stop)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as of a job in the background
+                signal.signal(number, _stop)
     try:
         code = app(prog_name="fedalt", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:  # libraries in C may make another error of an interrupt
@@ -53,9 +54,13 @@ _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _asked: list[signal.Signals] = []
 
 
+class _Stop(KeyboardInterrupt):
+    """Not the class itself: where one went through ``exec``, Python ends as if nobody had caught it."""
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     _asked.append(signal.Signals(number))
-    raise KeyboardInterrupt
+    raise _Stop
 
 
 def _of_the_machine(error: BaseException) -> str | None:

@@ -22,7 +22,7 @@ from fedalt.cli.data import data as data_group
 from fedalt.cli.data import partition
 from fedalt.cli.data import prepare as prepare_group
 from fedalt.cli.deploy import certs, server, site, status, submit
-from fedalt.cli.flags import INSIGHT_ROWS, OLD, Command, settings
+from fedalt.cli.flags import HELP, INSIGHT_ROWS, OLD, Command, settings
 from fedalt.cli.known import env, methods, metrics
 from fedalt.cli.out import Client, Round, RunPath, figures, push
 from fedalt.cli.recipes import recipes
@@ -38,7 +38,7 @@ app = typer.Typer(
     no_args_is_help=True,
     suggest_commands=False,  # Click has suggestions of its own
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": HELP},
 )
 
 

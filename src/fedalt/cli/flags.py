@@ -174,6 +174,7 @@ _BOTH = {"--method": "--methods", "--methods": "--method", "--seed": "--seeds"}
 """One name and several names: either spelling works where only the other one exists."""
 INSIGHT_ROWS = "10"
 """Test rows per client of ``fedalt report RUN --insight``."""
+HELP = ["-h", "--help"]
 _SPELT = "fedalt.spelt"
 
 
@@ -182,6 +183,7 @@ class Command(TyperCommand):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.context_settings.setdefault("help_option_names", HELP)
         for argument in (param for param in self.params if isinstance(param, click.Argument)):
             argument.help = _help_of(argument, self.callback)
 

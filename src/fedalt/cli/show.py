@@ -42,6 +42,7 @@ err = Console(stderr=True)
 def say(line: str) -> None:
     """Print a line as it is: never wrapped, square brackets are no colours."""
     out.print(line, soft_wrap=True, highlight=False, markup=False)
+    out.file.flush()  # a command that serves is read in its log
 
 
 def say_notes(notes: Sequence[str]) -> None:
