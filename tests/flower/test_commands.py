@@ -336,7 +336,7 @@ def test_a_server_that_is_killed_leaves_nothing_and_its_run_can_be_resumed(tmp_p
 
 def test_a_public_door_is_for_sites_only(tmp_path: Path) -> None:
     inside, outside = free_port(), free_port()
-    make_certs(tmp_path / "tls", 1)
+    make_certs(tmp_path / "tls", 1, days=10)
     places = ("--address", f"127.0.0.1:{inside}", "--public", f"127.0.0.1:{outside}")
     serve = ("server", *places, "--tls", tmp_path / "tls", "--state", tmp_path / "server")
     ca = ("--ca", tmp_path / "tls" / "ca.crt")
@@ -344,7 +344,10 @@ def test_a_public_door_is_for_sites_only(tmp_path: Path) -> None:
         server.until(f"at site N: fedalt site --server 127.0.0.1:{outside} ")
         with running(tmp_path / "site.log", *site(tmp_path, 0, outside, *secure(tmp_path, 0))) as joined:
             joined.until("SuperNode ID: ")
-            assert "online" in call("status", "--server", f"127.0.0.1:{inside}", *ca).out
+            seen = call("status", "--server", f"127.0.0.1:{inside}", *ca).out
+            assert "online" in seen
+            note = r"^note: server.pem ends on \S+, in 9 days: fedalt certs DIR --renew, and start the server again$"
+            assert re.search(note, seen, re.MULTILINE) and server.text.count("note: server.pem ends on") == 1
             assert "403" in refused("status", "--server", f"127.0.0.1:{outside}", *ca)
         unverified = ssl._create_unverified_context()
         for path in (
@@ -391,6 +394,28 @@ def test_a_key_that_was_taken_out_may_not_join_again(tmp_path: Path) -> None:
         assert "0 new keys; may join: client_0\n" in server.text
         line = refused(*site(tmp_path, 1, port, *secure(tmp_path, 1)))
         assert "public half is not registered there" in line
+
+
+@pytest.mark.slow
+def test_keys_take_effect_without_a_restart(tmp_path: Path) -> None:
+    inside, outside, tls = free_port(), free_port(), tmp_path / "tls"
+    make_certs(tls, 1)
+    places = ("--address", f"127.0.0.1:{inside}", "--public", f"127.0.0.1:{outside}")
+    ask = ("status", "--server", f"127.0.0.1:{inside}", "--ca", tls / "ca.crt", "--state", tmp_path / "server")
+    with running(tmp_path / "server.log", "server", *places, "--tls", tls, "--state", tmp_path / "server") as server:
+        server.until("at site N: ")
+        assert call("certs", tls, "--add", 1).code == 0
+        server.until("1 new keys; may join: client_0, client_1\n")
+        key = ("--ca", tls / "ca.crt", "--key", tmp_path / "client_1")
+        (tls / "keys/client_1").rename(tmp_path / "client_1")
+        with running(tmp_path / "site.log", *site(tmp_path, 1, outside, *key)) as joined:
+            joined.until("SuperNode ID: ")
+            assert call("certs", tls, "--revoke", 1).code == 0
+            server.until("unregister: client_1 may not join any more")
+            assert [node["site"] for node in call(*ask, "--json").json["sites"]] == ["client_0"]
+        assert "public half is not registered there" in refused(*site(tmp_path, 1, outside, *key))
+        (tls / "keys/client_0.pub").write_bytes(b"nonsense")
+        server.until("note: who may join is as it was: .*no public key")
 
 
 @pytest.mark.slow

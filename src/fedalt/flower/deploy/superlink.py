@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ _UP = "Uvicorn running on"
 _NOTHING = "N/A"
 _DOOR = "door"
 _AT_A_TIME = 4
+_LOOK = 5.0
+"""Seconds between looks whether there are other keys."""
 _SAFE = "finished rounds are in their run folders; start it again with this --state, then fedalt submit … --resume"
 DATABASE = "superlink.db"
 """The SuperLink's own file in a server's state folder."""
@@ -96,16 +101,22 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
         # on this process's death SIGKILL, because after SIGTERM a SuperLink waits for whoever reads a log
         running = {name: start([program(name), *arguments], environment, signal.SIGKILL)}
         watch.follow(name, running[name])
+        keys, due = _keys(server), float("inf")
         try:
-            while (happened := watch.next()) and happened.what == "line":
-                if line := shortened(happened.text):
+            while not (happened := watch.next(_LOOK)) or happened.what == "line":
+                if happened and (line := shortened(happened.text)):
                     tell(line)
-                if _UP in happened.text:
+                if happened and _UP in happened.text:
+                    keys, due = _keys(server), time.monotonic() + _LOOK
                     _let_sites_in(server, tell)
                     if door := _door(server):
                         running[_DOOR] = start(door, environment, signal.SIGKILL)
                         watch.follow(_DOOR, running[_DOOR])
                     ready()
+                if time.monotonic() > due:
+                    before, keys, due = keys, _keys(server), time.monotonic() + _LOOK
+                    if keys != before:
+                        _take_up(server, running.get(_DOOR), tell)
             if happened and happened.what == "signal":
                 tell(f"ended by {happened.text}: {_SAFE}")
         finally:
@@ -115,6 +126,27 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
     ended = happened.name if happened else name
     tell(f"{ended} ended with status {running[ended].returncode}")
     return 1
+
+
+def _keys(server: Server) -> set[tuple[str, int]]:
+    """Which keys there are, and of when."""
+    paths = (server.tls / SITE_KEYS).glob("*.pub") if server.tls else ()
+    found = set[tuple[str, int]]()
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
+def _take_up(server: Server, door: subprocess.Popen[str] | None, tell: Callable[[str], None]) -> None:
+    """Let in and keep out whom the keys in the folder say, from now on."""
+    try:
+        _let_sites_in(server, tell)
+    except UserError as error:
+        tell(f"note: who may join is as it was: {error}")
+        return
+    if door:
+        door.send_signal(signal.SIGHUP)
 
 
 def _door(server: Server) -> list[str] | None:
