@@ -134,11 +134,11 @@ def server(
             metavar="[CONFIG]", help="settings to check; runs come from fedalt submit", autocompletion=complete.configs
         ),
     ] = None,
-    address: Annotated[str, option("HOST:PORT", "where to listen; 0.0.0.0 for every interface")] = SERVER,
+    address: Annotated[str, option("HOST:PORT", "where runs are submitted; on loopback only, with --tls")] = SERVER,
     public: Annotated[
         str | None,
         option(
-            "HOST:PORT", "let sites in here, and nobody else: --address, where runs are submitted, can stay on loopback"
+            "HOST:PORT", "let sites in here, and nobody else; 0.0.0.0 for every interface; at --address when not given"
         ),
     ] = None,
     tls: Annotated[
@@ -154,7 +154,7 @@ def server(
     """Serve a federation: start Flower's SuperLink, let the sites in, show its log until Ctrl-C."""
     with needs("flower", NEEDS):
         from fedalt.flower.certs import ending, valid_until
-        from fedalt.flower.deploy.address import on_loopback, parse_address
+        from fedalt.flower.deploy.address import parse_address
         from fedalt.flower.deploy.metrics import measured
         from fedalt.flower.deploy.superlink import Server, serve
 
@@ -177,10 +177,6 @@ def server(
             tell(f"at site N: fedalt site --server {place} --client N --data DIR --state DIR{trust}")
         if not tls:
             tell("note: without --tls nothing is encrypted and anyone who reaches the port can join and submit runs")
-        elif public is None and not on_loopback(asked.address):
-            tell(
-                "note: whoever reaches this port can submit runs and register keys; --public is a way in for sites only"
-            )
 
     hold_plugins(plugins or ())
     with measured(state, metrics):

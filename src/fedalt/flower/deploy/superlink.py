@@ -16,7 +16,7 @@ from typing import Any
 from fedalt.errors import UserError, listed
 from fedalt.files import read_json, write_json
 from fedalt.flower.certs import CA, CERTIFICATE, KEY, SITE_KEYS, TLS, check_server, server_names, site_keys
-from fedalt.flower.deploy.address import WILDCARDS, Address, Connection, check_free
+from fedalt.flower.deploy.address import WILDCARDS, Address, Connection, check_free, on_loopback
 from fedalt.flower.deploy.control import control
 from fedalt.flower.deploy.folders import check_private, locked, make_private
 from fedalt.flower.deploy.processes import Watch, end, flower_environment, program, shortened, start
@@ -71,6 +71,11 @@ class Server:
             check_server(self.tls, hosts)
             check_private(self.tls / KEY)
             site_keys(self.tls)
+            if not on_loopback(self.address):
+                raise UserError(
+                    f"--address {self.address}: whoever reaches it can submit runs and register keys; keep it on "
+                    "loopback, as 127.0.0.1:9092 is, and let sites in with --public HOST:PORT"
+                )
         elif self.public:
             raise UserError("--public needs --tls DIR: a way in for everybody must be encrypted")
         check_free(self.address, "--address")
