@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib
 import io
 import os
 import stat
 import subprocess
+import tomllib
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ from fedalt.flower.deploy.submission import write_app
 from fedalt.flower.deploy.tasks import CLIENT_APP
 from flower.deployment import Deployment
 
-OURS = tomli_w.dumps(app_with({"settings": "{}", "resume": False, "overwrite": True}))
+OURS = tomli_w.dumps(app_with({"settings": "{}", "resume": False, "overwrite": True, "by": "ada@lab"}))
 LIST = (".info/CONTENT", "")
 MARK = "HOSTILE_BUNDLE_RAN"
 
@@ -97,6 +99,8 @@ def test_what_fedalt_submits_is_taken(tmp_path: Path) -> None:
     write_app(tmp_path, parse_config(values, "s"), "ask")
     check_bundle(build_fab_from_disk(tmp_path))
     check_bundle(bundle((PROJECT, OURS), LIST))
+    by = tomllib.loads((tmp_path / PROJECT).read_text())["tool"]["flwr"]["app"]["config"]["by"]
+    assert by.split("@")[0] == getpass.getuser()
 
 
 def test_flower_takes_apps_by_the_names_that_are_replaced() -> None:

@@ -16,8 +16,10 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 
 from fedalt.errors import UserError
 from fedalt.flower import certs
-from fedalt.flower.certs import make_certs
-from fedalt.flower.deploy.address import Address, Connection, UnreachableError, check_server
+from fedalt.flower.certs import check_server as check_files
+from fedalt.flower.certs import check_site_key, client_keys, make_certs
+from fedalt.flower.deploy.address import Address, Connection, UnreachableError, check_server, shown_until
+from fedalt.flower.deploy.folders import check_private
 from micro import call, refused
 
 
@@ -67,9 +69,9 @@ def test_another_ca_does_not_vouch_for_it(made: Path, tmp_path: Path) -> None:
 
 
 def test_certificates_end_when_asked(made: Path) -> None:
-    for name in ("ca.crt", "server.pem"):
+    for name, days in (("ca.crt", 300), ("server.pem", 30)):
         left = load(made / name).not_valid_after_utc - datetime.now(UTC)
-        assert timedelta(days=29) < left <= timedelta(days=30)
+        assert timedelta(days=days - 1) < left <= timedelta(days=days)
 
 
 def test_only_the_ca_may_sign(made: Path) -> None:
@@ -108,6 +110,49 @@ def test_keys_are_never_overwritten(made: Path) -> None:
 def test_a_host_that_is_no_name(tmp_path: Path, host: str) -> None:
     assert f'--host "{host}"' in refused("certs", tmp_path / "tls", "--sites", 1, "--host", host)
     assert not (tmp_path / "tls").exists()
+
+
+# --------------------------------------------------------------------------------------------------- over months
+
+
+def test_keys_are_added_rotated_and_revoked(tmp_path: Path) -> None:
+    tls = tmp_path / "tls"
+    make_certs(tls, 2)
+    first = client_keys(tls)
+    assert call("certs", tls, "--add", 2).code == call("certs", "--out", tls, "--rotate", 0).code == 0
+    then = client_keys(tls)
+    assert then.keys() == {0, 1, 2} and then[1] == first[1] and then[0] != first[0]
+    for client, public in then.items():
+        assert check_site_key(tls / f"keys/client_{client}").public_key() == public
+        check_private(tls / f"keys/client_{client}")
+    assert "client_1.pub  is gone" in call("certs", tls, "--revoke", 1).out
+    assert client_keys(tls).keys() == {0, 2} and not (tls / "keys/client_1").exists()
+    assert "exists already; --rotate 2" in refused("certs", tls, "--add", 2)
+    assert "no such key" in refused("certs", tls, "--rotate", 1)
+    assert call("certs", tls, "--revoke", 0).code == 0
+    assert "is the last key" in refused("certs", tls, "--revoke", 2)
+    assert "give one of" in refused("certs", tls, "--add", 3, "--renew")
+    assert "give one of" in refused("certs", tls)
+
+
+def test_a_servers_certificate_is_renewed_by_the_ca_that_was_kept(tmp_path: Path) -> None:
+    tls = tmp_path / "tls"
+    make_certs(tls, 1, ["fl.example.org"], days=10)
+    before = call("certs", tls, "--list", "--json").json
+    assert [one["days_left"] for one in before["certificates"]] == [99, 9] and before["clients"] == [0]
+    assert "note: server.pem ends on" in call("certs", tls, "--list").out
+    (tls / "server.key").rename(tmp_path / "server.key")
+    assert call("certs", tls, "--renew", "--host", "other.example.org", "--days", 60).code == 0
+    (tmp_path / "server.key").rename(tls / "server.key")
+    check_files(tls, ["localhost", "127.0.0.1", "fl.example.org", "other.example.org"])
+    assert "note" not in call("certs", tls, "--list").out
+    assert call("certs", tls, "--renew", "--days", 400).code == 0
+    assert call("certs", tls, "--list", "--json").json["certificates"][1]["days_left"] == 99, "not beyond its CA"
+    make_certs(tmp_path / "other", 1)
+    (tls / "ca.key").write_bytes((tmp_path / "other/ca.key").read_bytes())
+    assert "is not the key of" in refused("certs", tls, "--renew")
+    (tls / "ca.key").unlink()
+    assert refused("certs", tls, "--renew").startswith(f"{tls}/ca.key: cannot be read")
 
 
 # ------------------------------------------------------------------------------------------- a server's own folder
@@ -175,6 +220,8 @@ def test_a_site_trusts_the_server_of_its_ca_and_no_other(made: Path, tmp_path: P
     with listening(made) as port:
         check_server(Connection(Address("127.0.0.1", port), made / "ca.crt"))
         check_server(Connection(Address("localhost", port), made / "ca.crt"))
+        shown = shown_until(Connection(Address("localhost", port), made / "ca.crt"))
+        assert shown == load(made / "server.pem").not_valid_after_utc
         with pytest.raises(UserError, match=r"was not signed by the CA in .*other"):
             check_server(Connection(Address("127.0.0.1", port), tmp_path / "other" / "ca.crt"))
         with pytest.raises(UserError, match=r"for another host, and not for 127\.0\.0\.2"):

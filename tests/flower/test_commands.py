@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import http.client
 import os
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -119,8 +121,6 @@ def test_addresses_with_names_and_brackets() -> None:
 
 
 def test_an_address_in_use(tmp_path: Path) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = refused("server", "--address", f"127.0.0.1:{port}", "--state", tmp_path / "s")
@@ -336,7 +336,7 @@ def test_a_server_that_is_killed_leaves_nothing_and_its_run_can_be_resumed(tmp_p
 
 def test_a_public_door_is_for_sites_only(tmp_path: Path) -> None:
     inside, outside = free_port(), free_port()
-    make_certs(tmp_path / "tls", 1)
+    make_certs(tmp_path / "tls", 1, days=10)
     places = ("--address", f"127.0.0.1:{inside}", "--public", f"127.0.0.1:{outside}")
     serve = ("server", *places, "--tls", tmp_path / "tls", "--state", tmp_path / "server")
     ca = ("--ca", tmp_path / "tls" / "ca.crt")
@@ -344,7 +344,10 @@ def test_a_public_door_is_for_sites_only(tmp_path: Path) -> None:
         server.until(f"at site N: fedalt site --server 127.0.0.1:{outside} ")
         with running(tmp_path / "site.log", *site(tmp_path, 0, outside, *secure(tmp_path, 0))) as joined:
             joined.until("SuperNode ID: ")
-            assert "online" in call("status", "--server", f"127.0.0.1:{inside}", *ca).out
+            seen = call("status", "--server", f"127.0.0.1:{inside}", *ca).out
+            assert "online" in seen
+            note = r"^note: server.pem ends on \S+, in 9 days: fedalt certs DIR --renew, and start the server again$"
+            assert re.search(note, seen, re.MULTILINE) and server.text.count("note: server.pem ends on") == 1
             assert "403" in refused("status", "--server", f"127.0.0.1:{outside}", *ca)
         unverified = ssl._create_unverified_context()
         for path in (
@@ -362,6 +365,16 @@ def test_a_public_door_is_for_sites_only(tmp_path: Path) -> None:
 def test_a_public_door_needs_tls(tmp_path: Path) -> None:
     line = refused("server", "--public", f"127.0.0.1:{free_port()}", "--state", tmp_path / "s")
     assert line.startswith("--public needs --tls DIR")
+
+
+def test_runs_are_submitted_on_loopback_only(tmp_path: Path) -> None:
+    """Except without TLS, where nothing is protected and a note says so."""
+    make_certs(tmp_path / "tls", 1, ["192.0.2.1"])
+    serve = ("server", "--tls", tmp_path / "tls", "--state", tmp_path / "s", "--address")
+    for more in ((), ("--public", f"127.0.0.1:{free_port()}")):
+        for host in ("0.0.0.0", "192.0.2.1"):
+            assert "whoever reaches it can submit runs" in refused(*serve, f"{host}:{free_port()}", *more)
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.slow
@@ -394,6 +407,27 @@ def test_a_key_that_was_taken_out_may_not_join_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_keys_take_effect_without_a_restart(tmp_path: Path) -> None:
+    inside, outside, tls = free_port(), free_port(), tmp_path / "tls"
+    make_certs(tls, 1)
+    places = ("--address", f"127.0.0.1:{inside}", "--public", f"127.0.0.1:{outside}")
+    ask = ("status", "--server", f"127.0.0.1:{inside}", "--ca", tls / "ca.crt", "--state", tmp_path / "server")
+    with running(tmp_path / "server.log", "server", *places, "--tls", tls, "--state", tmp_path / "server") as server:
+        server.until("at site N: ")
+        assert call("certs", tls, "--add", 1).code == 0
+        server.until("1 new keys; may join: client_0, client_1\n")
+        key = ("--ca", tls / "ca.crt", "--key", tmp_path / "client_1")
+        (tls / "keys/client_1").rename(tmp_path / "client_1")
+        with running(tmp_path / "site.log", *site(tmp_path, 1, outside, *key)) as joined:
+            joined.until("SuperNode ID: ")
+            assert call("certs", tls, "--revoke", 1).code == 0
+            server.until("unregister: client_1 may not join any more")
+            assert [node["site"] for node in call(*ask, "--json").json["sites"]] == ["client_0"]
+        (tls / "keys/client_0.pub").write_bytes(b"nonsense")
+        server.until("note: who may join is as it was: .*no public key")
+
+
+@pytest.mark.slow
 def test_a_run_across_sites(federation, tmp_path: Path) -> None:
     folder, port, _ = federation
     config = write_yaml(tmp_path / "x.yaml", settings(tmp_path / "run", data__clients=3, training__local_epochs=1))
@@ -405,6 +439,7 @@ def test_a_run_across_sites(federation, tmp_path: Path) -> None:
             stack.enter_context(running(tmp_path / f"{i}.log", *site(tmp_path, i, port, *trust, *own)))
         run = stack.enter_context(running(tmp_path / "submit.log", *submit))
         assert run.popen.wait(PATIENCE) == 0, run.text
+        assert f": submitted by {getpass.getuser()}@{socket.gethostname()}\n" in run.text
         assert "finished: ROUGE-1, mean" in run.text
         assert run.text.count("$ flwr list fedalt --format json") == 1
         assert "scores after round 3" in run.text

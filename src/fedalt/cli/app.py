@@ -335,10 +335,10 @@ GROUPS: dict[str, dict[Callable[..., None], str]] = {
     },
     "Across sites": {
         certs: "fedalt certs --out tls --sites 3 --host server.example.org",
-        server: "fedalt server --address 0.0.0.0:9092 --tls tls",
-        site: "fedalt site --client 0 --data mine --state state --server HOST:9092",
-        submit: "fedalt submit demo --clients 3 --server HOST:9092 --ca tls/ca.crt",
-        status: "fedalt status --server HOST:9092 --ca tls/ca.crt",
+        server: "fedalt server --public 0.0.0.0:9443 --tls tls",
+        site: "fedalt site --client 0 --data mine --state state --server HOST:9443",
+        submit: "fedalt submit demo --clients 3 --tls tls",
+        status: "fedalt status --ca tls/ca.crt --state flower-server",
     },
     "Tools": {
         methods: "fedalt methods feddpa_t",

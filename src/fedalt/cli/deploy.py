@@ -44,25 +44,78 @@ LogJson = Annotated[bool, switch("a JSON object (time, line) a line, for machine
 
 
 def certs(
-    sites: Annotated[int, option("N", "number of sites, a key each", min=1)],
-    out: Annotated[Path | None, option("DIR", "new folder; must be given")] = None,
+    sites: Annotated[int | None, option("N", "make a new folder, with a key for each of so many sites", min=1)] = None,
+    out: Annotated[Path | None, option("DIR", "the folder; must be given")] = None,
     folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="the same as --out DIR", hidden=True)] = None,
     host: Annotated[
         list[str] | None, option("NAME", "name or IP address of the server, besides localhost; repeatable")
     ] = None,
-    days: Annotated[int, option("N", "how long the certificates are valid", min=1, max=36500)] = 365,
+    days: Annotated[
+        int, option("N", "how long the server's certificate is valid; the CA's ten times", min=1, max=36500)
+    ] = 365,
+    *,
+    show_all: Annotated[bool, switch("show certificates with their ends, and whose keys there are", "--list")] = False,
+    add: Annotated[int | None, option("CLIENT", "make the key of one more site", "--add", min=0)] = None,
+    rotate: Annotated[int | None, option("CLIENT", "make another key for a site", "--rotate", min=0)] = None,
+    revoke: Annotated[int | None, option("CLIENT", "take a site's key away", "--revoke", min=0)] = None,
+    renew: Annotated[bool, switch("sign the server's certificate anew, with ca.key of the folder", "--renew")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Make a CA, a server certificate and site keys, for a trial of TLS and authentication."""
+    """Make a CA, a server certificate and site keys, and look after them."""
     with needs("flower", NEEDS):
-        from fedalt.flower.certs import make_certs
+        from fedalt.flower import certs
 
     if (folder is None) == (out is None):
         raise UserError("--out: name one new folder, for example fedalt certs --out tls --sites 3")
     folder = out or folder
     assert folder
-    names = make_certs(folder, sites, host or (), days)
+    asked = {"--sites": sites, "--add": add, "--rotate": rotate, "--revoke": revoke}
+    given = [flag for flag, value in asked.items() if value is not None]
+    given += [flag for flag, value in (("--list", show_all), ("--renew", renew)) if value]
+    if len(given) != 1:
+        raise UserError("give one of --sites N (a new folder), --list, --add, --rotate, --revoke and --renew")
+    if as_json and not show_all:
+        raise UserError("--json goes with --list")
+    if show_all:
+        _show_certs(folder, as_json)
+    elif add is not None:
+        certs.add_key(folder, add)
+        say(f"{folder}/keys/client_{add}      for that site; the server needs client_{add}.pub in its folder")
+    elif rotate is not None:
+        certs.rotate_key(folder, rotate)
+        say(f"{folder}/keys/client_{rotate}      a new key; the server needs the new client_{rotate}.pub in its folder")
+    elif revoke is not None:
+        certs.revoke_key(folder, revoke)
+        say(f"{folder}/keys/client_{revoke}.pub  is gone; take it out of the server's folder, too, if that is another")
+    elif renew:
+        until = certs.renew(folder, host or (), days)
+        say(f"{folder}/server.pem  until {until:%Y-%m-%d}; sites need nothing new, the server has to be started again")
+    elif sites:
+        _say_made(folder, sites, certs.make_certs(folder, sites, host or (), days), days)
+
+
+def _show_certs(folder: Path, as_json: bool) -> None:
+    from fedalt.flower import certs
+
+    until, now = certs.valid_until(folder), datetime.now(UTC)
+    found = [{"file": n, "until": f"{end:%Y-%m-%d}", "days_left": (end - now).days} for n, end in until.items()]
+    clients = sorted(certs.client_keys(folder))
+    if as_json:
+        print_json({"certificates": found, "server": certs.server_names(folder), "clients": clients})
+        return
+    for one in found:
+        names = f", for {', '.join(certs.server_names(folder))}" if one["file"] == certs.CERTIFICATE else ""
+        say(f"{one['file']}  until {one['until']}, {one['days_left']} days left{names}")
+    for client in clients:
+        say(f"keys/client_{client}.pub  does not end")
+    for name, end in until.items():
+        for line in certs.ending(name, end):
+            say(f"note: {line}")
+
+
+def _say_made(folder: Path, sites: int, names: Sequence[str], days: int) -> None:
     say(f"{folder}/ca.crt            for the sites and for those who submit: whom to trust")
-    say(f"{folder}/ca.key            signs other certificates; keep it away from the server, or delete it")
+    say(f"{folder}/ca.key            signs other certificates, as --renew does; keep it away from the server")
     say(f"{folder}/server.pem, .key  for the server: {', '.join(names)}; {days} days")
     say(f"{folder}/keys/client_N     a private key for each of {sites} sites; all others need client_N.pub only")
 
@@ -81,11 +134,11 @@ def server(
             metavar="[CONFIG]", help="settings to check; runs come from fedalt submit", autocompletion=complete.configs
         ),
     ] = None,
-    address: Annotated[str, option("HOST:PORT", "where to listen; 0.0.0.0 for every interface")] = SERVER,
+    address: Annotated[str, option("HOST:PORT", "where runs are submitted; on loopback only, with --tls")] = SERVER,
     public: Annotated[
         str | None,
         option(
-            "HOST:PORT", "let sites in here, and nobody else: --address, where runs are submitted, can stay on loopback"
+            "HOST:PORT", "let sites in here, and nobody else; 0.0.0.0 for every interface; at --address when not given"
         ),
     ] = None,
     tls: Annotated[
@@ -100,7 +153,8 @@ def server(
 ) -> None:
     """Serve a federation: start Flower's SuperLink, let the sites in, show its log until Ctrl-C."""
     with needs("flower", NEEDS):
-        from fedalt.flower.deploy.address import on_loopback, parse_address
+        from fedalt.flower.certs import ending, valid_until
+        from fedalt.flower.deploy.address import parse_address
         from fedalt.flower.deploy.metrics import measured
         from fedalt.flower.deploy.superlink import Server, serve
 
@@ -116,14 +170,13 @@ def server(
 
     def ready() -> None:
         trust = f" --ca {tls}/ca.crt --key {tls}/keys/client_N" if tls else ""
+        for name, until in valid_until(tls).items() if tls else ():
+            for line in ending(name, until):
+                tell(f"note: {line}")
         for place in asked.for_sites:
             tell(f"at site N: fedalt site --server {place} --client N --data DIR --state DIR{trust}")
         if not tls:
             tell("note: without --tls nothing is encrypted and anyone who reaches the port can join and submit runs")
-        elif public is None and not on_loopback(asked.address):
-            tell(
-                "note: whoever reaches this port can submit runs and register keys; --public is a way in for sites only"
-            )
 
     hold_plugins(plugins or ())
     with measured(state, metrics):
@@ -223,11 +276,12 @@ def status(
                 from fedalt.flower.deploy.superlink import now
 
             nodes, runs = now(connection(server, ca), state, silent if watch else teller(as_json))
-            found.update(server=server, sites=nodes, runs=runs)
+            found.update(server=server, sites=nodes, runs=runs, notes=_ending(server, ca))
         if place := folder or state:
             found["folders"] = folders_in(place)
         makers = (("sites", node_table), ("runs", run_table), ("folders", folder_table))
-        return Group(*(table(found[name]) for name, table in makers if name in found))
+        notes = (Text(f"note: {line}") for line in found.get("notes", ()))
+        return Group(*(table(found[name]) for name, table in makers if name in found), *notes)
 
     tables = look()
     if as_json:
@@ -239,6 +293,17 @@ def status(
             while True:
                 time.sleep(_PAUSE)
                 live.update(look(), refresh=True)
+
+
+def _ending(server: str, ca: Path | None) -> list[str]:
+    """Warnings of certificates that end soon."""
+    from fedalt.flower.certs import CA, CERTIFICATE, check_ca, ending
+    from fedalt.flower.deploy.address import shown_until
+
+    if ca is None:
+        return []
+    shown = shown_until(connection(server, ca))
+    return [*ending(CERTIFICATE, shown), *ending(CA, check_ca(ca).not_valid_after_utc)]
 
 
 def silent(line: str) -> None:

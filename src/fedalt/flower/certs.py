@@ -1,4 +1,4 @@
-"""Certificates and keys: made for a trial, and checked, with one clear line for each thing that can be wrong."""
+"""Certificates and keys: made, changed and checked, with one clear line for each thing that can be wrong."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -28,6 +29,7 @@ from fedalt.errors import UserError, listed
 from fedalt.files import new_folder, read_bytes, write_bytes
 
 CA = "ca.crt"
+CA_KEY = "ca.key"
 CERTIFICATE = "server.pem"
 KEY = "server.key"
 SITE_KEYS = "keys"
@@ -42,13 +44,7 @@ PublicKey: TypeAlias = ec.EllipticCurvePublicKey
 def check_server(folder: Path, hosts: Sequence[str]) -> None:
     """Check a server's ``ca.crt``, ``server.pem`` and ``server.key``; the certificate must be for all of ``hosts``."""
     ca, certificate = check_ca(folder / CA), _certificate(folder / CERTIFICATE)
-    key = folder / KEY
-    try:
-        private = load_pem_private_key(read_bytes(key), password=None)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{key}: no private key in PEM format without a password ({error})") from None
-    if private.public_key() != certificate.public_key():
-        raise UserError(f"{key}: is not the key of {folder / CERTIFICATE}")
+    _key_of(folder / CERTIFICATE, folder / KEY)
     _check_dates(folder / CERTIFICATE, certificate)
     try:
         certificate.verify_directly_issued_by(ca)
@@ -57,6 +53,28 @@ def check_server(folder: Path, hosts: Sequence[str]) -> None:
     for host in hosts:
         if host not in (names := names_of(certificate)):
             raise UserError(f"{folder / CERTIFICATE}: is for {listed(names)}, and not for {host}")
+
+
+def _key_of(certificate: Path, key: Path) -> CertificateIssuerPrivateKeyTypes:
+    try:
+        private = load_pem_private_key(read_bytes(key), password=None)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{key}: no private key in PEM format without a password ({error})") from None
+    if private.public_key() != _certificate(certificate).public_key():
+        raise UserError(f"{key}: is not the key of {certificate}")
+    return cast(CertificateIssuerPrivateKeyTypes, private)
+
+
+def valid_until(folder: Path) -> dict[str, datetime]:
+    """File → when it ends, of a folder's certificates."""
+    return {name: _certificate(folder / name).not_valid_after_utc for name in (CA, CERTIFICATE)}
+
+
+def ending(what: str, until: datetime) -> list[str]:
+    """A warning, if a certificate ends soon."""
+    left = (until - datetime.now(UTC)).days
+    how = "fedalt certs DIR --renew, and start the server again" if what != CA else "make a new folder of certificates"
+    return [f"{what} ends on {until:%Y-%m-%d}, in {left} days: {how}"] if left < SOON else []
 
 
 def server_names(folder: Path) -> list[str]:
@@ -158,6 +176,10 @@ def _check_dates(path: Path, certificate: x509.Certificate) -> None:
         raise UserError(f"{path}: is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC only")
 
 
+SOON = 30
+"""Days of a certificate from which on it is warned of."""
+_CA_TIMES = 10
+"""How many times as long as a server's certificate a CA's is valid: sites need not be given another."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SKEW = timedelta(hours=1)
 """Certificates count from an hour ago, for sites whose clocks are late."""
@@ -175,20 +197,70 @@ def make_certs(folder: Path, sites: int, hosts: Sequence[str] = (), days: int = 
     alternatives = x509.SubjectAlternativeName([_alternative(name) for name in names])
     until = datetime.now(UTC) + timedelta(days=days)
     ca_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
-    ca = _ca(ca_key, until)
-    server = _server(server_key, alternatives, until, ca, ca_key)
+    ca = _ca(ca_key, datetime.now(UTC) + _CA_TIMES * timedelta(days=days))
+    server = _server(server_key.public_key(), alternatives, until, ca, ca_key)
     with new_folder(folder) as inside:
         write_bytes(inside / CA, ca.public_bytes(Encoding.PEM))
-        _write_private(inside / "ca.key", ca_key, PrivateFormat.PKCS8)
+        _write_private(inside / CA_KEY, ca_key, PrivateFormat.PKCS8)
         write_bytes(inside / CERTIFICATE, server.public_bytes(Encoding.PEM))
         _write_private(inside / KEY, server_key, PrivateFormat.PKCS8)
         for site in range(sites):
-            key = ec.generate_private_key(ec.SECP384R1())
-            path = inside / SITE_KEYS / f"client_{site}"
-            _write_private(path, key, PrivateFormat.OpenSSH)
-            public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-            write_bytes(path.with_name(f"{path.name}.pub"), public + b"\n")
+            _make_key(inside, site)
     return names
+
+
+def _make_key(folder: Path, client: int) -> None:
+    key = ec.generate_private_key(ec.SECP384R1())
+    _write_private(folder / SITE_KEYS / f"client_{client}", key, PrivateFormat.OpenSSH)
+    write_bytes(folder / SITE_KEYS / f"client_{client}.pub", key.public_key().public_bytes(*_FORM) + b"\n")
+
+
+def renew(folder: Path, hosts: Sequence[str] = (), days: int = 365) -> datetime:
+    """Sign the server's certificate anew, for the same key and names and for ``hosts``; returns when it ends.
+
+    Needs ``ca.key``, and no key of the server's.
+    """
+    ca, old = check_ca(folder / CA), _certificate(folder / CERTIFICATE)
+    ca_key, public = _key_of(folder / CA, folder / CA_KEY), old.public_key()
+    if not isinstance(public, PublicKey):
+        raise UserError(f"{folder / CERTIFICATE}: is none of fedalt certs (ECDSA); renew it as it was made")
+    until = min(datetime.now(UTC) + timedelta(days=days), ca.not_valid_after_utc)
+    names = dict.fromkeys([*names_of(old), *hosts])
+    alternatives = x509.SubjectAlternativeName([_alternative(name) for name in names])
+    write_bytes(folder / CERTIFICATE, _server(public, alternatives, until, ca, ca_key).public_bytes(Encoding.PEM))
+    return until
+
+
+def add_key(folder: Path, client: int) -> None:
+    """Make the key of one more site."""
+    place = folder / SITE_KEYS / f"client_{client}"
+    if not place.parent.is_dir():
+        raise UserError(f"{place.parent}: no such folder; fedalt certs --out {folder} --sites N makes it")
+    if there := [path for path in (place, place.with_name(f"{place.name}.pub")) if path.exists()]:
+        raise UserError(f"{there[0]}: exists already; --rotate {client} makes another key")
+    _make_key(folder, client)
+
+
+def rotate_key(folder: Path, client: int) -> None:
+    """Make another key for a site; the old one is gone."""
+    _public_of(folder, client)
+    _make_key(folder, client)
+
+
+def revoke_key(folder: Path, client: int) -> None:
+    """Take a site's key away, both halves as far as they are here."""
+    public = _public_of(folder, client)
+    if len(site_keys(folder)) == 1:
+        raise UserError(f"{public}: is the last key, and a server without any does not start; end the server instead")
+    public.unlink()
+    public.with_suffix("").unlink(missing_ok=True)
+
+
+def _public_of(folder: Path, client: int) -> Path:
+    public = folder / SITE_KEYS / f"client_{client}.pub"
+    if not public.is_file():
+        raise UserError(f"{public}: no such key; fedalt certs {folder} --list shows those that there are")
+    return public
 
 
 def _alternative(host: str) -> x509.GeneralName:
@@ -204,21 +276,21 @@ def _alternative(host: str) -> x509.GeneralName:
         raise UserError(f'--host "{host}": write a name or an IP address, without a port') from None
 
 
-def _builder(name: str, key: ec.EllipticCurvePrivateKey, until: datetime) -> x509.CertificateBuilder:
+def _builder(name: str, key: PublicKey, until: datetime) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
         .subject_name(_name(name))
-        .public_key(key.public_key())
+        .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(min(datetime.now(UTC), until) - _SKEW)
         .not_valid_after(until)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 
 
 def _ca(key: ec.EllipticCurvePrivateKey, until: datetime) -> x509.Certificate:
     return (
-        _builder("fedalt trial CA", key, until)
+        _builder("fedalt trial CA", key.public_key(), until)
         .issuer_name(_name("fedalt trial CA"))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs=True), critical=True)
@@ -227,13 +299,13 @@ def _ca(key: ec.EllipticCurvePrivateKey, until: datetime) -> x509.Certificate:
 
 
 def _server(
-    key: ec.EllipticCurvePrivateKey,
+    key: PublicKey,
     alternatives: x509.SubjectAlternativeName,
     until: datetime,
     ca: x509.Certificate,
-    ca_key: ec.EllipticCurvePrivateKey,
+    ca_key: CertificateIssuerPrivateKeyTypes,
 ) -> x509.Certificate:
-    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(cast(PublicKey, ca.public_key()))
     return (
         _builder("fedalt server", key, until)
         .issuer_name(ca.subject)
@@ -268,4 +340,4 @@ def _usage(signs: bool) -> x509.KeyUsage:
 def _write_private(path: Path, key: ec.EllipticCurvePrivateKey, form: PrivateFormat) -> None:
     path.parent.mkdir(exist_ok=True)
     path.touch(mode=0o600)
-    write_bytes(path, key.private_bytes(Encoding.PEM, form, NoEncryption()))
+    write_bytes(path, key.private_bytes(Encoding.PEM, form, NoEncryption()), mode=0o600)

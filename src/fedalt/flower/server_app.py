@@ -16,7 +16,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedalt.config import RunConfig, parse_received
-from fedalt.errors import UserError
+from fedalt.errors import UserError, shortened
 from fedalt.evaluation.metrics import metric_of
 from fedalt.federation.server import Server
 from fedalt.files import only_one, read_json, write_json
@@ -51,6 +51,7 @@ def main(grid: Grid, context: Context) -> None:
     given = context.run_config
     exists: IfExists = "resume" if given["resume"] else "overwrite" if given["overwrite"] else "ask"
     settings = json.loads(str(given["settings"]))
+    _log.info("run %s: submitted by %s", context.run_id, shortened(str(given["by"])))
     bound(GRID, errors=True)
     retry_soon(GRID, "pull_objects", settings["flower"]["round_deadline"])
     try:

@@ -7,6 +7,7 @@ import http.client
 import socket
 import ssl
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -131,6 +132,19 @@ def _status(connection: Connection) -> int:
         return line.getresponse().status
     finally:
         line.close()
+
+
+def shown_until(connection: Connection) -> datetime:
+    """When the certificate ends that a server with TLS shows."""
+    place = connection.address.host, connection.address.port
+    trusted = ssl.create_default_context(cafile=str(connection.ca))
+    try:
+        line = trusted.wrap_socket(socket.create_connection(place, _SECONDS), server_hostname=place[0])
+        with line:
+            ends = str((line.getpeercert() or {})["notAfter"])
+    except OSError as error:
+        raise UnreachableError(f"{connection.address}: no server answers ({error.strerror or error})") from None
+    return datetime.fromtimestamp(ssl.cert_time_to_seconds(ends), UTC)
 
 
 def _certificate_problem(error: ssl.SSLCertVerificationError, connection: Connection) -> str:

@@ -22,7 +22,7 @@ _MOST = 1 << 20
 _LINE = 200
 _NAMED = 5
 _NONE = object()
-_SETTINGS = {"settings": str, "resume": bool, "overwrite": bool}
+_SETTINGS = {"settings": str, "resume": bool, "overwrite": bool, "by": str}
 
 
 def app_with(settings: Mapping[str, Any]) -> dict[str, Any]:

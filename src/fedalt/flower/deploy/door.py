@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
+import signal
 import socket
 import ssl
 import sys
@@ -39,6 +40,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fedalt.errors import UserError
 from fedalt.flower.certs import CA, CERTIFICATE, KEY, site_keys
 
 OPEN = "/v1/fleet/"
@@ -281,11 +283,22 @@ def main() -> None:
     """Serve until told to end."""
     host, port, inside, folder = sys.argv[1:]
     tls = Path(folder)
+    known = signed_by(site_keys(tls))
+
+    def read_keys(*_: object) -> None:
+        nonlocal known
+        with suppress(UserError):  # the server says what is wrong
+            known = signed_by(site_keys(tls))
+
+    def is_known(request: Request) -> bool:
+        return known(request)
+
+    signal.signal(signal.SIGHUP, read_keys)
     constants.SSL_HANDSHAKE_TIMEOUT = BEGIN
     sslproto.SSLProtocol.max_size = SMALL  # of a buffer that every line has: a quarter of the usual
     trust = ssl.create_default_context(cafile=str(tls / CA))
     config = uvicorn.Config(
-        door(f"https://{inside}", trust, signed_by(site_keys(tls))),
+        door(f"https://{inside}", trust, is_known),
         http=Punctual,
         ws="none",
         loop="asyncio",  # another one would not ask Gate.accept

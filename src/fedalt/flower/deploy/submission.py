@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import re
+import socket
 import subprocess
 import tempfile
 import time
@@ -61,8 +64,18 @@ def submit(config: RunConfig, connection: Connection, if_exists: IfExists, tell:
 def write_app(folder: Path, config: RunConfig, if_exists: IfExists) -> None:
     """Write the app: nothing but a ``pyproject.toml``, as all code is in the installed package."""
     settings = json.dumps(config.portable())
-    run = app_with({"settings": settings, "resume": if_exists == "resume", "overwrite": if_exists == "overwrite"})
+    how = {"resume": if_exists == "resume", "overwrite": if_exists == "overwrite"}
+    run = app_with({"settings": settings, **how, "by": _account()})
     (folder / PROJECT).write_text(tomli_w.dumps(run), encoding="utf-8")
+
+
+def _account() -> str:
+    """Who submits, for the server's log: what this machine says, and no proof."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # no name for this number
+        name = str(os.getuid())
+    return re.sub(r"[^\w.@-]", "?", f"{name}@{socket.gethostname()}", flags=re.ASCII)[:100]
 
 
 class _Log:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 from fedalt.errors import UserError, listed
 from fedalt.files import read_json, write_json
 from fedalt.flower.certs import CA, CERTIFICATE, KEY, SITE_KEYS, TLS, check_server, server_names, site_keys
-from fedalt.flower.deploy.address import WILDCARDS, Address, Connection, check_free
+from fedalt.flower.deploy.address import WILDCARDS, Address, Connection, check_free, on_loopback
 from fedalt.flower.deploy.control import control
 from fedalt.flower.deploy.folders import check_private, locked, make_private
 from fedalt.flower.deploy.processes import Watch, end, flower_environment, program, shortened, start
@@ -22,6 +25,8 @@ _UP = "Uvicorn running on"
 _NOTHING = "N/A"
 _DOOR = "door"
 _AT_A_TIME = 4
+_LOOK = 5.0
+"""Seconds between looks whether there are other keys."""
 _SAFE = "finished rounds are in their run folders; start it again with this --state, then fedalt submit … --resume"
 DATABASE = "superlink.db"
 """The SuperLink's own file in a server's state folder."""
@@ -66,6 +71,11 @@ class Server:
             check_server(self.tls, hosts)
             check_private(self.tls / KEY)
             site_keys(self.tls)
+            if not on_loopback(self.address):
+                raise UserError(
+                    f"--address {self.address}: whoever reaches it can submit runs and register keys; keep it on "
+                    "loopback, as 127.0.0.1:9092 is, and let sites in with --public HOST:PORT"
+                )
         elif self.public:
             raise UserError("--public needs --tls DIR: a way in for everybody must be encrypted")
         check_free(self.address, "--address")
@@ -96,16 +106,22 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
         # on this process's death SIGKILL, because after SIGTERM a SuperLink waits for whoever reads a log
         running = {name: start([program(name), *arguments], environment, signal.SIGKILL)}
         watch.follow(name, running[name])
+        keys, due = _keys(server), float("inf")
         try:
-            while (happened := watch.next()) and happened.what == "line":
-                if line := shortened(happened.text):
+            while not (happened := watch.next(_LOOK)) or happened.what == "line":
+                if happened and (line := shortened(happened.text)):
                     tell(line)
-                if _UP in happened.text:
+                if happened and _UP in happened.text:
+                    keys, due = _keys(server), time.monotonic() + _LOOK
                     _let_sites_in(server, tell)
                     if door := _door(server):
                         running[_DOOR] = start(door, environment, signal.SIGKILL)
                         watch.follow(_DOOR, running[_DOOR])
                     ready()
+                if time.monotonic() > due:
+                    before, keys, due = keys, _keys(server), time.monotonic() + _LOOK
+                    if keys != before:
+                        _take_up(server, running.get(_DOOR), tell)
             if happened and happened.what == "signal":
                 tell(f"ended by {happened.text}: {_SAFE}")
         finally:
@@ -115,6 +131,27 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
     ended = happened.name if happened else name
     tell(f"{ended} ended with status {running[ended].returncode}")
     return 1
+
+
+def _keys(server: Server) -> set[tuple[str, int]]:
+    """Which keys there are, and of when."""
+    paths = (server.tls / SITE_KEYS).glob("*.pub") if server.tls else ()
+    found = set[tuple[str, int]]()
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
+def _take_up(server: Server, door: subprocess.Popen[str] | None, tell: Callable[[str], None]) -> None:
+    """Let in and keep out whom the keys in the folder say, from now on."""
+    try:
+        _let_sites_in(server, tell)
+    except UserError as error:
+        tell(f"note: who may join is as it was: {error}")
+        return
+    if door:
+        door.send_signal(signal.SIGHUP)
 
 
 def _door(server: Server) -> list[str] | None:
