@@ -32,6 +32,8 @@ def n(r: int) -> int:
         ("fedsa_lora", 8, [8], n(8), n(8) // 2),
         ("fedit_split", 8, [4, 4], n(8) + MIXER, n(8) + MIXER),
         ("ffa_lora", 16, [16], n(8), n(8)),
+        ("rolora", 16, [16], n(8), n(16)),
+        ("fedex_lora", 8, [8], n(8), n(8)),
         ("feddpa_f", 8, [8, 8], n(8), n(8)),
         ("feddpa_t", 8, [8, 8], n(8), n(8)),
         ("fdlora", 8, [8, 8], n(8), n(8)),
