@@ -56,6 +56,7 @@ UP = {
     "fedrot_lora": (LORA, n()),
     "rolora": (LORA, n()),
     "fedex_lora": (LORA, n()),
+    "fed_sb": ({("global", "R")}, RANK**2 * len(SIZES)),
     "zero_pad": (LORA, n()),
     "hetlora": (LORA, n()),
     "flexlora": (LORA, n()),

@@ -128,6 +128,7 @@ RULES = {
     "fedrot_lora": (BOTH, BOTH),
     "rolora": (BOTH, BOTH),
     "fedex_lora": (BOTH, f"{BOTH} merged.W"),
+    "fed_sb": ("global.B", BOTH),  # B⁰ R
     "zero_pad": (BOTH, BOTH),
     "hetlora": (BOTH, BOTH),
     "flexlora": (BOTH, BOTH),

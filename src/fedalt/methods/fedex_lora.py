@@ -19,7 +19,7 @@ from fedalt.registry import METHODS
 class FedExLoRA(Method):
     """Everybody starts from the mean of A and the mean of B; the residual of their product goes into the base.
 
-        W0 ← W0 + s (Σ_k p_k B_k A_k − B̄ Ā),   so that W0 + s B̄ Ā gains s Σ_k p_k B_k A_k exactly
+        W0' = W0 + s (Σ_k p_k B_k A_k − B̄ Ā),   so that W0' + s B̄ Ā = W0 + s Σ_k p_k B_k A_k exactly
 
     A ``[r, d_in]``, B ``[d_out, r]``. Singhal et al., ACL 2025, arXiv 2410.09432, and its code. The residual has a rank
     of at most (n − 1)·r for n uploads, and is sent as factors of that rank; as Σ p_k (B_k − B̄) = 0, for any client j
