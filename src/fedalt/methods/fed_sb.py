@@ -45,11 +45,9 @@ class FedSB(Method):
 
     def remarks(self) -> Sequence[str]:
         """Refuse ranks beyond a layer's size."""
-        path, size = min(((path, size[1]) for path, size in self.layers.items()), key=lambda found: found[1])
-        if self.widest > size:
-            raise UserError(
-                f"lora.r: {self.widest} is more than the {size} outputs of {path}, and fed_sb needs as many"
-            )
+        for path, (_, size) in self.layers.items():
+            if self.widest > size:
+                raise UserError(f"lora.r: {self.widest} is more than the {size} outputs of {path}, too many for fed_sb")
         return ()
 
     @property
