@@ -35,14 +35,14 @@ ANCHOR = "anchor"
 HEAD = "head"
 """Pseudo-slot of a classification head; its factors are the names of the head's parameters."""
 
-A, B, G, W, E, C = "A", "B", "G", "W", "E", "C"
-"""C ``[m, 1]`` is a shift of a mixer's logits, beside its G ``[m, d_in]``."""
+A, B, G, W, E, C, R = "A", "B", "G", "W", "E", "C", "R"
+"""C ``[m, 1]`` is a shift of a mixer's logits, beside its G ``[m, d_in]``; R ``[r, r]`` the core of a LoRA B R A."""
 RANK_AXIS = {A: 0, B: 1}
 """Axis of a factor along which its rank lies."""
 
 
 class Key(NamedTuple):
-    """Address of one tensor: module path in the base model, slot, and factor A ``[r, d_in]``, B, G, W, E or C."""
+    """Address of one tensor: module path in the base model, slot, and factor A ``[r, d_in]``, B, G, W, E, C or R."""
 
     module: str
     slot: str

@@ -89,6 +89,7 @@ def test_every_method_is_in_the_table_and_in_the_json() -> None:
         ("centralized", "its rows"),
         ("fedit", "A, B"),
         ("ffa_lora", "B"),
+        ("fed_sb", "R"),
         ("fedsa_lora", "A"),
         ("fedalt", "A, B"),
         ("fedalt_averaged_mixer", "A, B, mixer"),

@@ -159,6 +159,7 @@ UPLOADED: dict[str, set[str]] = {
     "fedit_split": {"part0.A", "part0.B", "part1.A", "part1.B", "mixer.G"},
     "fedsa_lora": {"global.A"},
     "ffa_lora": {"global.B"},
+    "fed_sb": {"global.R"},
     "local": set(),
     "zero_shot": set(),
 }

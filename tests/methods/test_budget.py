@@ -32,6 +32,9 @@ def n(r: int) -> int:
         ("fedsa_lora", 8, [8], n(8), n(8) // 2),
         ("fedit_split", 8, [4, 4], n(8) + MIXER, n(8) + MIXER),
         ("ffa_lora", 16, [16], n(8), n(8)),
+        ("fed_sb", 32, [32], 64 * 32**2, 64 * 32**2),  # as much as 256 would be, and four times the rank is tried
+        ("rolora", 16, [16], n(8), n(16)),
+        ("fedex_lora", 8, [8], n(8), n(8)),
         ("feddpa_f", 8, [8, 8], n(8), n(8)),
         ("feddpa_t", 8, [8, 8], n(8), n(8)),
         ("fdlora", 8, [8, 8], n(8), n(8)),

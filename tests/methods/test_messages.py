@@ -54,6 +54,9 @@ UP = {
     "fedalt_shared_a": (IND, n()),
     "fedalt_heldout_mixer": (IND, n()),
     "fedrot_lora": (LORA, n()),
+    "rolora": (LORA, n()),
+    "fedex_lora": (LORA, n()),
+    "fed_sb": ({("global", "R")}, RANK**2 * len(SIZES)),
     "zero_pad": (LORA, n()),
     "hetlora": (LORA, n()),
     "flexlora": (LORA, n()),
@@ -69,6 +72,7 @@ DOWN = {name: size for name, (_, size) in UP.items()} | {
     "fedalt_stack": 2 * n(),
     "fedalt_clusters": 2 * n(),
     "flora": 3 * n(),
+    "fedex_lora": 3 * n(),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "hetlora": {"hetlora__prune": False},
@@ -258,6 +262,7 @@ def test_weights_that_would_have_no_effect_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("init", ["code_like", "per_client"])
-def test_ffa_needs_an_a_that_all_share(init: str) -> None:
+@pytest.mark.parametrize("name", ["ffa_lora", "rolora"])
+def test_means_of_b_need_an_a_that_all_share(name: str, init: str) -> None:
     with pytest.raises(UserError, match=rf"lora\.init: {init} .* use shared"):
-        method_of("ffa_lora", lora__init=init)
+        method_of(name, lora__init=init)

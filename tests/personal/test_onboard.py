@@ -126,6 +126,9 @@ RULES = {
     "fedalt_shared_a": ("individual.A individual.B mixer.G", "individual.A rest_of_world.A rest_of_world.B"),
     "fedit_ft": (BOTH, ""),  # members have gone on alone
     "fedrot_lora": (BOTH, BOTH),
+    "rolora": (BOTH, BOTH),
+    "fedex_lora": (BOTH, f"{BOTH} merged.W"),
+    "fed_sb": ("global.B", BOTH),  # B⁰ R
     "zero_pad": (BOTH, BOTH),
     "hetlora": (BOTH, BOTH),
     "flexlora": (BOTH, BOTH),

@@ -57,13 +57,7 @@ class FLoRA(Unequal):
 
     def receive(self, state: ClientState, message: Message) -> ClientState:
         """Merge, and start a new LoRA."""
-        changes: dict[Key, Tensor] = {}
-        for key, a in message.tensors.items():
-            if key.factor == A:
-                merged = Key(key.module, MERGED, W)
-                product = message.tensors[key._replace(factor=B)].double() @ a.double()
-                changes[merged] = changes.get(merged, state.tensors[merged].double()) + product
-        changes = {key: value.float() for key, value in changes.items()}
+        changes = merged(state, message.tensors)
         rank, seed = self.rank_of(state.client), self.config.seed
         for key, old in state.tensors.items():
             if key.slot == GLOBAL:
@@ -73,3 +67,14 @@ class FLoRA(Unequal):
                     gaussian = self.config.lora.distribution == "gaussian"
                     changes[key][:rank] = drawn(rank, old.shape[1], own, rank if gaussian else None)
         return replace(state.with_tensors(changes), optimizer={})  # whose moments are of a LoRA that is gone
+
+
+def merged(state: ClientState, stacks: Tensors) -> dict[Key, Tensor]:
+    """What is merged into a client's base, with the products of some stacks added."""
+    sums: dict[Key, Tensor] = {}
+    for key, a in stacks.items():
+        if key.factor == A:
+            place = Key(key.module, MERGED, W)
+            product = stacks[key._replace(factor=B)].double() @ a.double()
+            sums[place] = sums.get(place, state.tensors[place].double()) + product
+    return {key: value.float() for key, value in sums.items()}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fedalt.errors import UserError
 from fedalt.model.batch_layout import BatchContext, Dropout
 from fedalt.model.fast.fused import Adapt, Adaptation
-from fedalt.names import MERGED, MIXER, A, B, C, G, Key, W
+from fedalt.names import MERGED, MIXER, A, B, C, G, Key, R, W
 from fedalt.seeding import rng
 
 
@@ -144,6 +144,10 @@ class AdaptedLinear(nn.Module):
         tokens = x.reshape(-1, self.in_features)
         flat = self._merged(tokens, y.reshape(-1, self.out_features))
         factors = [self.factor(slot, kind) for kind in (A, B) for slot in slots]
+        bases: dict[str, Tensor | None] = dict.fromkeys(slots)
+        for i, slot in enumerate(slots, len(slots)):
+            if (core := getattr(self, f"{slot}_{R}", None)) is not None:
+                bases[slot], factors[i] = factors[i], factors[i] @ core
         norms, rows = self.context.norms, self.context.current
         how = Adaptation(
             rows.counts(len(tokens)),
@@ -156,6 +160,7 @@ class AdaptedLinear(nn.Module):
             norms,
             rows.row_counts(len(tokens)) if norms else (),
             self.path,
+            tuple(bases.values()),
         )
         mixer = self.factor(MIXER, G) if mixed else None
         adapted, alpha = Adapt.apply(how, tokens, flat, mixer, *factors)  # type: ignore[no-untyped-call]

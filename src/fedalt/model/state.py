@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from fedalt.files import write_bytes
-from fedalt.names import MERGED, MIXER, A, B, G, Key, Tensors, W
+from fedalt.names import MERGED, MIXER, A, B, G, Key, R, Tensors, W
 from fedalt.seeding import rng
 
 
@@ -54,12 +54,14 @@ class AdapterShape:
         mixed: Whether each layer has a softmax mixer G ``[m, d_in]``.
         layers: Module path → (d_in, d_out).
         merged: Whether each layer has a dense W ``[d_out, d_in]`` for what is merged into the base.
+        core: Whether each LoRA has an R ``[r, r]`` between A and B, which starts at zero in B's place.
     """
 
     ranks: Mapping[str, int]
     mixed: bool
     layers: Mapping[str, tuple[int, int]]
     merged: bool = False
+    core: bool = False
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -78,6 +80,8 @@ class AdapterShape:
             for slot, rank in self.ranks.items():
                 shapes[Key(path, slot, A)] = (rank, d_in)
                 shapes[Key(path, slot, B)] = (d_out, rank)
+                if self.core:
+                    shapes[Key(path, slot, R)] = (rank, rank)
             if self.mixed:
                 shapes[Key(path, MIXER, G)] = (len(self.ranks), d_in)
             if self.merged:
@@ -96,6 +100,13 @@ def drawn(rows: int, columns: int, generator: torch.Generator, normal: int | Non
         return torch.randn(rows, columns, generator=generator) / normal
     draw = torch.rand(rows, columns, generator=generator)
     return (2 * draw - 1) / float(columns**0.5)
+
+
+def orthonormal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Orthonormal columns; their signs are fixed, so that all machines draw the same up to rounding."""
+    q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
+    signed: torch.Tensor = q * r.diagonal().sign()
+    return signed.float()
 
 
 def initial_state(
@@ -121,11 +132,14 @@ def initial_state(
     group = start_group(init, client)
     tensors = {}
     for key, (rows, columns) in shape.shapes().items():
-        zero = key.factor in (B, W) or key.slot in frozen or (key.slot == MIXER and mixer_init == "zeros")
+        basis = shape.core and key.factor == B
+        zero = key.factor in (B, W, R) and not basis
+        zero |= key.slot in frozen or (key.slot == MIXER and mixer_init == "zeros")
         place = shape.slots.index(key.slot) if key.slot in shape.slots else MIXER  # not its name: methods start alike
         own = rng(seed, "init", group, key.module, place, key.factor)
         normal = (rank or rows) if distribution == "gaussian" and key.factor == A else None
-        tensors[key] = torch.zeros(rows, columns) if zero else drawn(rows, columns, own, normal)
+        random = orthonormal(rows, columns, own) if basis else drawn(rows, columns, own, normal)
+        tensors[key] = torch.zeros(rows, columns) if zero else random
         if key.factor == A and rank is not None:
             tensors[key][rank:] = 0
     return ClientState(client, 0, tensors)

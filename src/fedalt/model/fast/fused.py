@@ -115,6 +115,7 @@ class Adaptation:
         norms: Where gradients of single rows are measured, if they are.
         rows: Tokens per row, for that.
         path: The layer's, for that.
+        bases: By slot, B of a LoRA B R A whose core trains, for that; the B that it is given here is B R.
     """
 
     counts: Counts
@@ -127,6 +128,7 @@ class Adaptation:
     norms: RowNorms | None = None
     rows: Counts = ()
     path: str = ""
+    bases: Sequence[Float[Tensor, "k d_out r"] | None] = ()
 
     def gradient(
         self, name: str, x: Float[Tensor, "n i"], y: Float[Tensor, "n o"], dtype: torch.dtype
@@ -136,6 +138,11 @@ class Adaptation:
             return outer_per_client(x, y, self.counts).to(dtype)
         self.norms.add(f"{self.path} {name}", outer_per_client(x, y, self.rows))
         return None
+
+    def inward(self, slot: int, delta: Float[Tensor, "n d_out"]) -> Float[Tensor, "n o"]:
+        """δ, but B⁰ᵀδ where a row's gradient to a core is measured."""
+        basis = self.bases[slot] if self.norms is not None and self.norms.asked and self.bases else None
+        return delta if basis is None else per_client(delta, basis, self.counts)
 
     def working(self, x: Tensor, factor: Tensor) -> torch.dtype:
         """What the long products are computed in."""
@@ -248,7 +255,7 @@ class Adapt(torch.autograd.Function):
                 grads[i] = how.gradient(f"A {i}", _rows(below[:, span]), dropped, full)
             if needs[len(how.ranks) + i]:
                 seen = (wh[:, span] * how.scale).to(working)
-                grads[len(how.ranks) + i] = how.gradient(f"B {i}", delta, seen, full)
+                grads[len(how.ranks) + i] = how.gradient(f"B {i}", how.inward(i, delta), seen, full)
         dx = None
         if ctx.needs_input_grad[1]:
             dx = how.drop(per_client(how.passed(below), a, how.counts))
