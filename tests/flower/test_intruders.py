@@ -17,7 +17,7 @@ from flower.deployment import Deployment
 
 pytestmark = pytest.mark.slow
 SECRET = "patient4711mueller"
-SMALL = {"data__clients": 3, "data__source": "tinyworld", "data__train_limit": 12, "data__test_limit": 4}
+SMALL = {"data__clients": 3, "data__source": "tinyworld", "data__train_limit": 12, "data__test_limit": 12}
 
 
 def values(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -273,7 +273,11 @@ class RemoteClients:
     def _read(self, client: int, reply: Reply, round_: int) -> tuple[Trained, Tensors]:
         if not isinstance(reply.body, Trained):
             raise UserError(reply.why)
-        method = self.info.method
+        method, privacy = self.info.method, self.info.config.privacy
+        if (reply.body.loss is None) != (privacy.on and privacy.report != "all"):
+            raise UserError(
+                f"client {client}: {'no' if reply.body.loss is None else 'a'} loss, unlike others in this round"
+            )
         if len(reply.body.alpha) not in (0, len(method.layers)):
             raise UserError(f"client {client}: {len(reply.body.alpha)} mixer weights, of {len(method.layers)} layers")
         due = False if self.info.config.federation.secure else uploads_in(method, round_)
