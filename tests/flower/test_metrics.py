@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from micro import finished, of_kind, refused
+from micro import events, finished, of_kind, refused
 
 pytest.importorskip("flwr", reason="needs pip install 'fedalt[flower]'")
 
@@ -54,6 +54,12 @@ def test_a_state_folder_is_measured_on_loopback(tmp_path: Path) -> None:
         assert line.startswith(f"--metrics {port}: cannot be used")
     with pytest.raises(ConnectionError):
         asked(port)
+
+
+def test_sites_of_a_private_run_tell_no_loss() -> None:
+    log = [{**event, "loss": None} if event["event"] == "client" else event for event in events(finished())]
+    found = {name: value for name, _, value in samples(log)}
+    assert "fedalt_loss" not in found and found["fedalt_clients"] == 3
 
 
 def test_a_sites_log_has_its_own_rounds() -> None:

@@ -66,7 +66,7 @@ def run_view(folder: RunFolder, events: Sequence[Event]) -> dict[str, Any]:
             c,
             start["tasks"][c],
             *(m.text(latest.get(c, {}).get(m.name)) for m in metrics),
-            f"{trained[c]['loss']:.3f}" if c in trained else "–",
+            f"{trained[c]['loss']:.3f}" if c in trained and trained[c]["loss"] is not None else "–",
             f"{trained[c]['round']}" if c in trained else "–",
             failed.get(c, ""),
         ]

@@ -36,12 +36,13 @@ def samples(events: Sequence[Event]) -> Iterator[Sample]:
     rounds = [event for event in events if event["event"] == "round"]
     number = max((event["round"] for event in (*trained, *rounds)), default=0)
     latest = [event["loss"] for event in trained if event["round"] == number]
+    losses = [loss for loss in latest if loss is not None]  # a private run's sites tell none
     yield "fedalt_round", {}, number
     asked = [event["rounds"] for event in events if "rounds" in event]
     yield from (("fedalt_rounds", {}, value) for value in asked[-1:])
     yield "fedalt_clients", {}, len(latest)
-    if latest:
-        yield "fedalt_loss", {}, sum(latest) / len(latest)
+    if losses:
+        yield "fedalt_loss", {}, sum(losses) / len(losses)
     for phase, kind in (("training", rounds or trained), ("scoring", [e for e in events if e["event"] == "evaluated"])):
         yield "fedalt_seconds_total", {"phase": phase}, sum(event.get("seconds", 0.0) for event in kind)
     for way in ("up", "down"):
