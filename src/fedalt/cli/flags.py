@@ -183,9 +183,12 @@ class Command(TyperCommand):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.context_settings.setdefault("help_option_names", HELP)
         for argument in (param for param in self.params if isinstance(param, click.Argument)):
             argument.help = _help_of(argument, self.callback)
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """The same ones in any context: click keeps the option of the first that asks."""
+        return HELP
 
     def make_parser(self, ctx: click.Context) -> Any:
         """Click's parser, which knows the other spellings, too."""
