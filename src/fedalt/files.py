@@ -77,6 +77,12 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values))
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """Read what ``write_json_lines`` has written."""
+    with intact(path):
+        return [json.loads(line) for line in read_bytes(path).decode().split("\n") if line]
+
+
 def read_bytes(path: Path) -> bytes:
     """Read a file; what may have no end, a pipe or a device, is refused."""
     try:

@@ -24,6 +24,7 @@ from fedalt.comparisons.statistics import half_width, paired
 from fedalt.comparisons.sweep import Point, parse_axis, points, sweep
 from fedalt.comparisons.tables import (
     EQUAL,
+    WHO,
     Grid,
     Score,
     budget_grid,
@@ -34,6 +35,7 @@ from fedalt.comparisons.tables import (
     markdown,
     score_grid,
     verdict_grid,
+    who,
 )
 from fedalt.comparisons.tune import at_edge, spans, trials
 from fedalt.config import RunConfig, load_config, parse_config, with_settings
@@ -94,6 +96,44 @@ def test_gains_and_harm_are_by_client(done: Any) -> None:
         assert block["scoring_seconds"] > 0
         assert block["peak_memory"] > 1e6
     assert methods["local"]["harmed"] == 0
+
+
+def test_who_gained_is_told_by_rows(done: Any) -> None:
+    out, comparison = done
+    asked = measures(config().evaluation, False)
+    rows: dict[str, dict[str, list[float]]] = {}
+    for name in ("local", "fedit"):
+        for client in comparison["tasks"]:
+            files = [out / f"{name}-seed{seed}" / "results" / f"eval_client{client}_round2.jsonl" for seed in (0, 1)]
+            lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+            values = [[score([one], asked)[comparison["metric"]] for one in mine] for mine in lines]
+            rows.setdefault(name, {})[client] = [sum(pair) / 2 for pair in zip(*values, strict=True)]
+    block = comparison["methods"]["fedit"]
+    for client, mine in rows["fedit"].items():
+        apart = [a - b for a, b in zip(mine, rows["local"][client], strict=True)]
+        assert block["gain_per_client"][client] == pytest.approx(sum(apart) / len(apart))
+        assert block["gain_ci95"][client] == pytest.approx(half_width(apart))
+    assert "gain_ci95" not in comparison["methods"]["local"]
+    *lines, note = who(comparison)
+    assert [line.split(" against ")[0] for line in lines] == ["FedIT", "FedALT"]
+    assert note == WHO
+    assert lines[0] in (out / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_better_and_worse_are_beyond_the_interval() -> None:
+    block = {
+        "title": "Ours",
+        "harmed": 2,
+        "gain_per_client": {"0": 3.0, "1": -4.0, "2": 1.0, "3": 5.0, "4": -1.0},
+        "gain_ci95": {"0": 1.0, "1": 2.0, "2": 1.5, "3": 0.5, "4": None},
+    }
+    known = {"metric": "rouge1", "methods": {"a": block, "centralized": block | {"harmed": None}}}
+    assert who(known) == [
+        "Ours against training alone: better for 2 of 5 clients (3: +5.0 ± 0.5, 0: +3.0 ± 1.0), "
+        "worse for 1 of 5 clients (1: -4.0 ± 2.0), undecided for 2",
+        WHO,
+    ]
+    assert who({"metric": "rouge1", "methods": {"a": block | {"gain_ci95": None}}}) == []
 
 
 def test_every_method_is_tested_against_fedalt(done: Any) -> None:

@@ -30,6 +30,7 @@ from fedalt.comparisons.tables import (
     score_grid,
     seeds,
     verdict_grid,
+    who,
 )
 from fedalt.config import RunConfig
 from fedalt.errors import UserError, choose, shortened
@@ -153,6 +154,8 @@ def _show(out: Path, comparison: Mapping[str, Any], reports: Reports, as_json: b
         return
     methods = comparison["methods"]
     show.out.print(compare_table(comparison))
+    for line in who(comparison):
+        say(line)
     paths = {"report": report, **{name: block["runs"][0] for name, block in methods.items()}}
     for name, path in paths.items():
         say(f"{name:<{max(map(len, paths))}}  {path}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedalt.errors import listed
 from fedalt.evaluation.metrics import Metric, metric_of
 from fedalt.files import write_json, write_text
 
@@ -191,6 +192,7 @@ def _reference(comparison: Mapping[str, Any]) -> str:
 
 
 BEYOND = "beyond these: 95 % interval for other clients, draws of rows and seeds (hierarchical bootstrap)"
+WHO = "client: gain over Local ± half of its 95 % interval over the client's own test rows"
 HARMED = "harmed: mean over seeds worse than Local's"
 
 
@@ -251,6 +253,28 @@ def finding(comparison: Mapping[str, Any]) -> str:
         f"{units} clients, {f'{draws} draws of rows, ' if draws > 1 else ''}{_count(len(comparison['seeds']), 'seed')}"
     )
     return f"{_reference(comparison)}: {', '.join(parts)} ({metric.title}, {over})."
+
+
+def who(comparison: Mapping[str, Any]) -> list[str]:
+    """For whom a method is better than training alone, and for whom worse, a line per method; none without Local."""
+    metric, said = metric_of(comparison["metric"]), []
+    for block in comparison["methods"].values():
+        halves, gains = block.get("gain_ci95"), block["gain_per_client"]
+        if not halves or block["harmed"] is None:
+            continue
+        signs = {
+            c: 0 if half is None or abs(gains[c]) <= half else 1 if gains[c] > 0 else -1 for c, half in halves.items()
+        }
+        parts = []
+        for sign, word in ((1, "better"), (-1, "worse")):
+            mine = sorted((c for c in gains if signs[c] == sign), key=lambda c: -abs(gains[c]))
+            each = [f"{c}: {metric.text(gains[c], sign=True)} ± {metric.text(halves[c])}" for c in mine]
+            parts.append(
+                f"{word} for {len(mine)} of {_count(len(gains), 'client')} ({listed(each, 4)})" if each else ""
+            )
+        parts.append(f"undecided for {unsure}" if (unsure := sum(not sign for sign in signs.values())) else "")
+        said.append(f"{block['title']} against training alone: {', '.join(filter(None, parts))}")
+    return [*said, WHO] if said else []
 
 
 def _and(words: Sequence[str]) -> str:
@@ -346,7 +370,7 @@ def write_comparison(out: Path, comparison: Mapping[str, Any]) -> None:
     write_json(out / "comparison.json", comparison)
     write_csv(out / "comparison.csv", client_lines(comparison))
     grids = (score_grid(comparison), verdict_grid(comparison), gain_grid(comparison), budget_grid(comparison))
-    text = "\n".join(markdown(grid) for grid in grids if grid)
+    text = "\n".join([*(markdown(grid) for grid in grids if grid), *(f"{line}  " for line in who(comparison))])
     head = "\n\n".join(filter(None, (f"# Comparison on {comparison['source']}", finding(comparison))))
     write_text(out / "comparison.md", f"{head}\n\n{text}")
 

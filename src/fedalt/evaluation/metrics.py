@@ -124,8 +124,7 @@ def score(lines: Sequence[Mapping[str, Any]], asked: Sequence[Measure]) -> dict[
         lines: One mapping per row: ``answer``, ``reference``, ``category``, and for some ``option`` or ``probability``.
         asked: What is measured.
     """
-    single = [measure for measure in asked if not measure.metric.corpus]
-    rows = [{m.metric.name: m(*_pair(m, line)) for m in single if m.metric.reads in line} for line in lines]
+    rows = row_scores(lines, asked)
 
     def block(places: Sequence[int]) -> dict[str, Any]:
         found: dict[str, Any] = {"rows": len(places)}
@@ -140,6 +139,12 @@ def score(lines: Sequence[Mapping[str, Any]], asked: Sequence[Measure]) -> dict[
     categories = sorted({line["category"] for line in lines})
     parts = {c: block([i for i, line in enumerate(lines) if line["category"] == c]) for c in categories}
     return {**block(range(len(lines))), "categories": parts}
+
+
+def row_scores(lines: Iterable[Mapping[str, Any]], asked: Sequence[Measure]) -> list[dict[str, float]]:
+    """What is measured of every row by itself."""
+    single = [measure for measure in asked if not measure.metric.corpus]
+    return [{m.metric.name: m(*_pair(m, line)) for m in single if m.metric.reads in line} for line in lines]
 
 
 def _pair(measure: Measure, line: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedalt.comparisons.advice import ABOUT, advice
-from fedalt.comparisons.tables import budget_grid, conditions, finding, verdict_grid
+from fedalt.comparisons.tables import budget_grid, conditions, finding, verdict_grid, who
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in
@@ -92,13 +92,14 @@ def comparison_sections(out: Path, comparison: Mapping[str, Any]) -> list[Sectio
     few = {**comparison, "tasks": {c: comparison["tasks"][c] for c in shown(_summed(comparison), higher)}}
     curves, notes = compared.method_curves(comparison, titles), map(paragraph, conditions(comparison))
     first = next(iter(blocks.values()))["runs"][:1]
+    judged = grid_table(verdict_grid(comparison))
     made = [code(comparison["command"])] if comparison.get("command") else []
     made += [_config(RunFolder(Path(run))) for run in first if RunFolder(Path(run)).config.is_file()]
     return [
         Section(
             "scores", "Scores", [compared.score_table(few, titles), *notes, compared.score_bars(few, titles), curves]
         ),
-        Section("gains", "Differences", [grid_table(verdict_grid(comparison)), compared.gain_map(few, titles)]),
+        Section("gains", "Differences", [judged, *map(paragraph, who(comparison)), compared.gain_map(few, titles)]),
         Section("cost", "Budgets", [compared.cost_plot(few, titles), grid_table(budget_grid(comparison))]),
         Section("words", "Words", [compared.words(comparison, titles)]),
         Section("runs", "Runs", [compared.links(out, comparison)]),
