@@ -597,7 +597,7 @@ def test_compare_checks_every_folder_before_the_first_run(tmp_path: Path) -> Non
 
 def test_an_unknown_method_gets_a_suggestion(tmp_path: Path) -> None:
     line = refused("run", config_file(tmp_path), "--method", "fedallt")
-    assert line.startswith('--method: "fedallt" is unknown (did you mean "fedalt"?); known: ')
+    assert line.startswith('--method: "fedallt" is unknown (did you mean "fedalt"?); known: ditto, ')
     assert not (tmp_path / "run").exists()
 
 

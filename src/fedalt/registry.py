@@ -52,12 +52,14 @@ class Entry(Generic[T]):
         name: Its name on the command line, in YAML files and in tables.
         origin: ``fedalt``, ``file PATH``, ``package NAME``, or ``session`` for what a notebook or prompt has defined.
         digest: SHA-256 of the source file of an outside thing; None for ours.
+        module: The module that has registered it.
     """
 
     name: str
     value: T
     origin: str = OURS
     digest: str | None = None
+    module: str = ""
 
 
 class Registry(Generic[T]):
@@ -114,7 +116,8 @@ class Registry(Generic[T]):
 
     def add(self, name: str, value: T, module: str | None = None) -> None:
         """Give something a name; ``module`` says where it comes from, if it cannot say so itself."""
-        origin, digest = _origin(module or str(getattr(value, "__module__", "")), value)
+        module = module or str(getattr(value, "__module__", ""))
+        origin, digest = _origin(module, value)
         if origin != OURS:
             self._load()  # a collision with one of ours is found whoever is imported first
         if name in self._reserved:
@@ -123,7 +126,7 @@ class Registry(Generic[T]):
         again = old and (old.origin == origin or old.digest == digest is not None)  # a cell or a file that runs again
         if old and not again:
             raise UserError(f'{self.kind} "{name}" of {origin}: {old.origin} has one of this name; choose another')
-        self._entries[name] = Entry(name, value, origin, digest)
+        self._entries[name] = Entry(name, value, origin, digest, module)
         if inspect.isclass(value) and hasattr(value, "name") and not vars(value).get("name"):
             value.name = name
 
@@ -224,7 +227,7 @@ class Registry(Generic[T]):
     def entries(self) -> tuple[Entry[T], ...]:
         """Everything with a name."""
         self._load()
-        return tuple(self._entries.values())
+        return tuple(sorted(self._entries.values(), key=lambda e: (e.origin != OURS, e.origin == OURS and e.module)))
 
     def _own(self, module: ModuleType) -> dict[str, T]:
         """What a plugin defines that could be registered here."""

@@ -58,7 +58,7 @@ def test_methods_and_metrics() -> None:
     done = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
     ours = [name for name in METHODS.names() if METHODS.entry(name).origin == "fedalt"]  # other tests may add some
-    assert sorted(names(complete.methods(""))) == sorted(ours), "a file may import another method before its own"
+    assert names(complete.methods(""))[: len(ours)] == ours, "in the order of their modules, whatever is imported first"
     assert "exact_match" in names(complete.metrics(""))
 
 
