@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from fedalt.config import RunConfig, with_settings
 from fedalt.data.federation import Pool
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
-from fedalt.evaluation.metrics import Measure, Metric, measures, metric_of, over_clients, row_scores
+from fedalt.evaluation.metrics import Measure, Metric, measure_of, metric_of, over_clients, row_scores
 from fedalt.files import read_json, read_json_lines, write_json
 from fedalt.methods.registry import Variant, build, configured, method_names, refuse_session, title_of
 from fedalt.registry import split_reference
@@ -241,12 +242,10 @@ def collect(
     for name, block in methods.items():
         block.update(_gains(block, methods.get(LOCAL), name not in REFERENCE_ROWS, metric), against=tests.get(name))
     if LOCAL in methods and not metric.corpus:
-        [measure] = [
-            one for one in measures(config.evaluation, bool(config.model.labels)) if one.metric.name == metric.name
-        ]
-        alone = _by_row(members, LOCAL, measure)
+        measure, alone = measure_of(metric.name, config.evaluation), [m for m in members if m.name == LOCAL]
         for name in set(methods) - {LOCAL, *REFERENCE_ROWS}:
-            methods[name]["gain_ci95"] = _told_apart(_by_row(members, name, measure), alone)
+            ours = [member for member in members if member.name == name]
+            methods[name]["gain_ci95"] = {c: _apart(ours, alone, c, measure) for c in methods[name]["per_client"]}
     constant = majority([(member.label, member.config) for member in runs], metric, rows)
     if constant:
         block = {**_block(constant, metric, len(draws)), "title": "majority", "against": None}
@@ -291,24 +290,19 @@ def _gains(block: dict[str, Any], local: dict[str, Any] | None, federated: bool,
     }
 
 
-def _by_row(members: Sequence[Member], name: str, measure: Measure) -> dict[str, np.ndarray]:
-    """Client → scores of its test rows, means over the seeds of a draw, of all draws one after the other."""
-    runs = [member for member in members if member.name == name]
-    found: dict[str, np.ndarray] = {}
-    for client in kept_scores(runs[0].folder)["clients"]:
-        draws: dict[int | None, list[list[float]]] = {}
-        for member in runs:
-            lines = read_json_lines(member.folder.answers(int(client), kept_scores(member.folder)["round"]))
-            values = [one.get(measure.metric.name, np.nan) for one in row_scores(lines, [measure])]
-            draws.setdefault(member.draw, []).append(values)
-        found[client] = np.concatenate([np.mean(one, axis=0) for one in draws.values()])
-    return found
-
-
-def _told_apart(ours: Mapping[str, np.ndarray], alone: Mapping[str, np.ndarray]) -> dict[str, float | None]:
-    """Client → half of the 95 % interval of its gain over Local, over its test rows."""
-    apart = {client: scores - alone[client] for client, scores in ours.items()}
-    return {client: half_width(rows[~np.isnan(rows)].tolist()) for client, rows in apart.items()}
+def _apart(ours: Sequence[Member], alone: Sequence[Member], client: str, measure: Measure) -> float | None:
+    """Half of the 95 % interval of a client's gain over Local, over its test rows; runs with a row are averaged."""
+    gains: dict[Any, list[float]] = {}
+    for pair in zip(ours, alone, strict=True):
+        counts: Counter[Any] = Counter()
+        lines = [read_json_lines(m.folder.answers(int(client), kept_scores(m.folder)["round"])) for m in pair]
+        for line, *scores in zip(lines[0], *(row_scores(mine, [measure]) for mine in lines), strict=True):
+            counts[row := (line["text"], line["reference"])] += 1
+            if all(scores):
+                gains.setdefault((row, counts[row]), []).append(
+                    scores[0][measure.metric.name] - scores[1][measure.metric.name]
+                )
+    return half_width([mean(one) for one in gains.values()])
 
 
 def _method(members: Sequence[Member], metric: Metric) -> dict[str, Any]:

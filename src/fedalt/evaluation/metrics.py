@@ -114,7 +114,12 @@ def measures(config: EvaluationConfig, classes: bool) -> list[Measure]:
     ours = [entry.name for entry in METRICS.entries() if entry.origin == OURS]
     asked = [*((config.metric,) if config.metric else ()), *config.metrics]
     suiting = [name for name in ours if metric_of(name).task == ("class" if classes else "text")]
-    return [Measure(metric_of(n), METRICS.make(n, config.section, config)) for n in dict.fromkeys((*suiting, *asked))]
+    return [measure_of(name, config) for name in dict.fromkeys((*suiting, *asked))]
+
+
+def measure_of(name: str, config: EvaluationConfig) -> Measure:
+    """A metric, ready to be called."""
+    return Measure(metric_of(name), METRICS.make(name, config.section, config))
 
 
 def score(lines: Sequence[Mapping[str, Any]], asked: Sequence[Measure]) -> dict[str, Any]:
@@ -189,10 +194,10 @@ def exact_match(answer: str, reference: str) -> float:
     return 100.0 * (answer.strip() == reference.strip())
 
 
-@METRICS.register("accuracy", task="class", corpus=True, points=True)
-def accuracy(answers: Sequence[str], references: Sequence[str]) -> float:
+@METRICS.register("accuracy", task="class", points=True)
+def accuracy(answer: str, reference: str) -> float:
     """Share of rows whose most probable class is the right one."""
-    return 100 * sum(a == r for a, r in zip(answers, references, strict=True)) / len(references)
+    return 100.0 * (answer == reference)
 
 
 @METRICS.register("macro_f1", title="macro-F1", task="class", corpus=True, points=True)
@@ -213,15 +218,14 @@ def macro_f1(answers: Sequence[str], references: Sequence[str]) -> float:
     "log_loss",
     title="log-loss",
     task="class",
-    corpus=True,
     reads="probability",
     higher_is_better=False,
     unit="nats",
     digits=3,
 )
-def log_loss(probabilities: Sequence[float], references: Sequence[str]) -> float:
+def log_loss(probability: float, reference: str) -> float:
     """Mean of -log p(right class). p counts as 1e-12 at least."""
-    return -sum(log(max(p, _LEAST)) for p in probabilities) / len(references)
+    return -log(max(probability, _LEAST))
 
 
 @METRICS.register("option_accuracy", title="option accuracy", task="text", reads="option", points=True)
