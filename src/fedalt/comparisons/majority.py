@@ -9,7 +9,7 @@ from fedalt.config import RunConfig
 from fedalt.data.federation import ClientData
 from fedalt.data.load import Rows
 from fedalt.evaluation.choices import options_of
-from fedalt.evaluation.metrics import Measure, Metric, measures
+from fedalt.evaluation.metrics import Measure, Metric, measure_of
 
 Scores = dict[str, dict[str, float]]
 """Label of a run → client → score."""
@@ -24,7 +24,7 @@ def majority(runs: Iterable[tuple[str, RunConfig]], metric: Metric, rows: Rows) 
         return None
     found: Scores = {}
     for label, config in runs:
-        asked = next(m for m in measures(config.evaluation, config.classifies) if m.metric.name == metric.name)
+        asked = measure_of(metric.name, config.evaluation)
         clients = rows.both(config.data, config.seed)[0].clients.items()
         found[label] = {str(client): _constant(data, asked) for client, data in clients}
     return found
