@@ -1,14 +1,15 @@
-# make demo | make deploy-demo | make test | make docs | make check | make clean   (git, make, Python 3.11 or newer)
+# make demo | make demo-llm | make deploy-demo | make test | make docs | make check | make clean   (git, make, Python 3.11 or newer)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo deploy-demo test test-slow docs lint check clean
+.PHONY: demo demo-llm deploy-demo test test-slow docs lint check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    eight clients, three methods, three minutes: a table, a report, models to talk to"
+	@echo "make demo-llm    a real language model at three institutes that answer patients; fetches 98 MB and MedQuAD; ten minutes"
 	@echo "make deploy-demo    a server and three sites on Flower, on this machine; one is killed and comes back"
 	@echo "make test    the test suite"
 	@echo "make docs    the documentation as a site, in build/site"
@@ -23,6 +24,15 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/fedalt compare recipes/demo.yaml --methods local,fedit,fedalt --out runs/demo --overwrite
+
+MEDQUAD := build/MedQuAD# or where you have a copy of the repository
+
+demo-llm: $(STAMP)
+	$(BIN)/fedalt prepare smollm2
+	test -d $(MEDQUAD) || git clone --quiet --depth 1 https://github.com/abachaa/MedQuAD $(MEDQUAD)
+	test -d build/medquad || $(BIN)/fedalt prepare medquad --from $(MEDQUAD) --out build/medquad
+	$(BIN)/fedalt compare recipes/demo_llm.yaml --data build/medquad --methods local,fedit,fedalt --out runs/demo-llm --overwrite
+	$(BIN)/fedalt generate runs/demo-llm/fedalt-seed42 --compare 0,1,2 "What are the treatments for Asthma ?"
 
 deploy-demo: $(STAMP)
 	$(BIN)/python examples/deploy_demo.py
