@@ -321,7 +321,12 @@ def _write_start(loop: Loop, resumed: bool) -> None:
         folder.events.unlink(missing_ok=True)
         write_json(folder.partition, info.partition)
     folder.write_config(info.config, [f"{name}: {value}" for name, value in about.items() if value])
-    loop.log.emit(
+    log_start(loop.log, info, loop.run, done, resumed=resumed)
+
+
+def log_start(log: EventLog, info: RunInfo, run_: str, done: int, *, resumed: bool) -> None:
+    """Say what run this is; at a site, of the one client that it has."""
+    log.emit(
         "run_resumed" if resumed else "run_started",
         round=done,
         method=info.config.method,
@@ -333,10 +338,10 @@ def _write_start(loop: Loop, resumed: bool) -> None:
         source=info.source,
         metric=info.config.metric,
         base=info.base,
-        run=loop.run,
+        run=run_,
         shared_parameters=info.shared,
         trainable_parameters=info.trainable,
-        versions=about,
+        versions={**versions(), "commit": commit()},
     )
     for note in () if resumed else info.notes:
-        loop.log.emit("note", round=done, text=note)
+        log.emit("note", round=done, text=note)

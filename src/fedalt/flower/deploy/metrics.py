@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock, Thread
 
 from fedalt.errors import UserError, first_line
-from fedalt.runs.events import Event
+from fedalt.runs.events import Event, ended
 from fedalt.runs.watch import Log, found
 
 LOOPBACK = "127.0.0.1"
@@ -24,6 +24,7 @@ _HELP = {
     "fedalt_bytes_total": "counter: bytes of adapters, up to the server and down to clients",
     "fedalt_failures_total": "counter: times that a client was set aside",
     "fedalt_memory_bytes": "gauge: peak memory, by where it is",
+    "fedalt_epsilon": "gauge: what a client's training has told of any of its rows so far, in a private run",
     "fedalt_finished": "gauge: 1 when the run has ended well",
     "fedalt_silent_seconds": "gauge: seconds since the log grew",
 }
@@ -45,12 +46,15 @@ def samples(events: Sequence[Event]) -> Iterator[Sample]:
         yield "fedalt_loss", {}, sum(losses) / len(losses)
     for phase, kind in (("training", rounds or trained), ("scoring", [e for e in events if e["event"] == "evaluated"])):
         yield "fedalt_seconds_total", {"phase": phase}, sum(event.get("seconds", 0.0) for event in kind)
+    moved = [event for event in events if event["event"] == "reply"] or rounds  # a site logs all that it answers
     for way in ("up", "down"):
-        yield "fedalt_bytes_total", {"direction": way}, sum(event[f"bytes_{way}"] for event in rounds)
+        yield "fedalt_bytes_total", {"direction": way}, sum(event[f"bytes_{way}"] for event in moved)
+    spent = {event["client"]: event["epsilon"] for event in trained if "epsilon" in event}
+    yield from (("fedalt_epsilon", {"client": str(client)}, value) for client, value in spent.items())
     yield "fedalt_failures_total", {}, sum(event["event"] == "client_failed" for event in events)
     memory: dict[str, int] = next((event["peak_memory"] for event in reversed(events) if "peak_memory" in event), {})
     yield from (("fedalt_memory_bytes", {"where": where}, size) for where, size in memory.items())
-    yield "fedalt_finished", {}, any(event["event"] == "run_finished" for event in events[-1:])
+    yield "fedalt_finished", {}, ended(events)
 
 
 def exposition(found: Iterable[Sample]) -> str:
