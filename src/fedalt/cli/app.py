@@ -21,7 +21,7 @@ from fedalt.cli.dashboard import dashboard
 from fedalt.cli.data import data as data_group
 from fedalt.cli.data import partition
 from fedalt.cli.data import prepare as prepare_group
-from fedalt.cli.deploy import certs, server, site, status, submit
+from fedalt.cli.deploy import certs, drain, server, site, status, submit
 from fedalt.cli.flags import HELP, INSIGHT_ROWS, OLD, Command, settings
 from fedalt.cli.known import env, methods, metrics
 from fedalt.cli.out import Client, Round, RunPath, figures, push
@@ -352,6 +352,7 @@ GROUPS: dict[str, dict[Callable[..., None], str]] = {
         site: "fedalt site --client 0 --data mine --state state --server HOST:9443",
         submit: "fedalt submit demo --clients 3 --tls tls",
         status: "fedalt status --ca tls/ca.crt --state flower-server",
+        drain: "fedalt drain /var/lib/fedalt/site",
     },
     "Tools": {
         methods: "fedalt methods feddpa_t",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -233,10 +233,11 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
             return go(loop)
 
 
-def go(loop: Loop) -> dict[str, Any]:
-    """All rounds that are left, and the end."""
+def go(loop: Loop, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """All rounds that are left, each after a check that may refuse to go on, and the end."""
     try:
         while not loop.over:
+            check()
             loop.round()
     except BudgetError as error:
         if not loop.checkpoint.round:
