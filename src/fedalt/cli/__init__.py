@@ -18,7 +18,7 @@ def main() -> None:
     from fedalt.cli.app import app
     from fedalt.cli.flags import usage_line
     from fedalt.cli.show import complain
-    from fedalt.errors import UserError
+    from fedalt.errors import LeftError, UserError
     from fedalt.runtime import keep_freed_memory, keep_libraries_quiet
 
     keep_libraries_quiet()
@@ -31,7 +31,7 @@ def main() -> None:
     try:
         code = app(prog_name="fedalt", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:  # libraries in C may make another error of an interrupt
-        left = str(error) if isinstance(error, KeyboardInterrupt) else ""
+        left = str(error) if isinstance(error, LeftError) else ""
         if not _asked:
             if isinstance(error, click.Abort):
                 sys.exit(1)

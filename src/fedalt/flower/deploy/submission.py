@@ -18,7 +18,7 @@ from typing import Any, get_args
 import tomli_w
 
 from fedalt.config import RunConfig
-from fedalt.errors import UserError, listed
+from fedalt.errors import LeftError, UserError, listed
 from fedalt.flower.deploy.address import Connection
 from fedalt.flower.deploy.bundle import PROJECT, app_with
 from fedalt.flower.deploy.control import NAME, Control, control, going_on
@@ -46,7 +46,8 @@ def submit(config: RunConfig, connection: Connection, if_exists: IfExists, tell:
 
     Raises:
         RunFailedError: The run failed for another reason, or the server has gone.
-        KeyboardInterrupt: The user has stopped it, here and at the server, or has left one that was followed.
+        KeyboardInterrupt: The user has stopped it, here and at the server.
+        LeftError: The user has stopped following a run that goes on.
     """
     with control(connection, tell) as superlink, tempfile.TemporaryDirectory(prefix="fedalt-app-") as app:
         if known := [run["run-id"] for run in superlink.runs() if going_on(run) and run["fab-hash"] in _hashes(config)]:
@@ -87,7 +88,7 @@ def _attend(superlink: Control, run: str, connection: Connection, tell: Callable
     except KeyboardInterrupt:
         trust = f" --ca {connection.ca}" if connection.ca else ""
         again = f"fedalt submit --attach {run} --server {connection.address}{trust}"
-        raise KeyboardInterrupt(f"run {run} goes on; {again} follows it again") from None
+        raise LeftError(f"run {run} goes on; {again} follows it again") from None
 
 
 def _hashes(config: RunConfig) -> set[str]:
