@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class LeftError(Exception):
+    """An interrupt, and what goes on all the same, for the one line that says how the command ended."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``' (did you mean "x"?)'`` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.5)

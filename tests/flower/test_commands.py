@@ -441,7 +441,7 @@ def test_a_run_across_sites(federation, tmp_path: Path) -> None:
         assert run.popen.wait(PATIENCE) == 0, run.text
         assert f": submitted by {getpass.getuser()}@{socket.gethostname()}\n" in run.text
         assert "finished: ROUGE-1, mean" in run.text
-        assert run.text.count("$ flwr list fedalt --format json") == 1
+        assert run.text.count("$ flwr list fedalt --format json") == 2, "before, and until it has ended"
         assert "scores after round 3" in run.text
         assert [event["round"] for event in events(tmp_path / "run") if event["event"] == "round"] == [1, 2, 3]
         assert "holds a run already; add --resume" in refused(*submit)

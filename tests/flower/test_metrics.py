@@ -66,9 +66,13 @@ def test_a_sites_log_has_its_own_rounds() -> None:
     events = [
         {"event": "client", "round": 1, "client": 2, "seconds": 3.0, "loss": 2.0},
         {"event": "client_failed", "round": 2, "client": 2, "reason": "not finite"},
-        {"event": "client", "round": 3, "client": 2, "seconds": 1.5, "loss": 1.0},
+        {"event": "client", "round": 3, "client": 2, "seconds": 1.5, "loss": 1.0, "epsilon": 2.5},
+        {"event": "run_finished", "round": 3},
+        {"event": "reply", "round": 3, "client": 2, "bytes_up": 5, "bytes_down": 7},
     ]
     found = {(name, *labels.values()): value for name, labels, value in samples(events)}
     assert found["fedalt_round",] == 3 and found["fedalt_clients",] == 1 and found["fedalt_loss",] == 1.0
+    assert (found["fedalt_bytes_total", "up"], found["fedalt_bytes_total", "down"]) == (5, 7), "of every answer"
+    assert found["fedalt_epsilon", "2"] == 2.5 and found["fedalt_finished",] == 1
     assert found["fedalt_seconds_total", "training"] == 4.5 and found["fedalt_failures_total",] == 1
     assert "fedalt_bytes_total" in exposition(samples(events)) and "fedalt_loss" not in exposition(samples([]))

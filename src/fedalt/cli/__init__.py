@@ -18,7 +18,7 @@ def main() -> None:
     from fedalt.cli.app import app
     from fedalt.cli.flags import usage_line
     from fedalt.cli.show import complain
-    from fedalt.errors import UserError
+    from fedalt.errors import LeftError, UserError
     from fedalt.runtime import keep_freed_memory, keep_libraries_quiet
 
     keep_libraries_quiet()
@@ -27,9 +27,11 @@ def main() -> None:
         for number in _NAMES:
             if signal.getsignal(number) != signal.SIG_IGN:  # as of a job in the background
                 signal.signal(number, _stop)
+    left = ""
     try:
         code = app(prog_name="fedalt", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:  # libraries in C may make another error of an interrupt
+        left = str(error) if isinstance(error, LeftError) else ""
         if not _asked:
             if isinstance(error, click.Abort):
                 sys.exit(1)
@@ -44,7 +46,7 @@ def main() -> None:
     if _asked:
         starts = sys.argv[1:2] in (["run"], ["compare"])
         safe = "finished rounds are safe, --resume goes on from there" if starts else "nothing is left half written"
-        complain(f"stopped by {_NAMES[_asked[0]]}; {safe}")
+        complain(f"stopped by {_NAMES[_asked[0]]}; {left or safe}")
         sys.exit(128 + _asked[0])
     if code:
         sys.exit(code)

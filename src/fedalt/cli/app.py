@@ -21,7 +21,7 @@ from fedalt.cli.dashboard import dashboard
 from fedalt.cli.data import data as data_group
 from fedalt.cli.data import partition
 from fedalt.cli.data import prepare as prepare_group
-from fedalt.cli.deploy import certs, server, site, status, submit
+from fedalt.cli.deploy import certs, drain, server, site, status, submit
 from fedalt.cli.flags import HELP, INSIGHT_ROWS, OLD, Command, settings
 from fedalt.cli.known import env, methods, metrics
 from fedalt.cli.out import Client, Round, RunPath, figures, push
@@ -280,15 +280,28 @@ def report(
             min=0,
         ),
     ] = None,
+    alone: Annotated[
+        bool, switch("at a site: first train its client without the others, with the same settings", "--alone")
+    ] = False,
 ) -> None:
-    """Rebuild report.html from events.jsonl and results/insight.json."""
+    """Rebuild report.html from events.jsonl and results/insight.json; at a site (STATE/RUN) its own."""
+    from fedalt.flower.own_report import state_of, write_own_report
     from fedalt.report.html import write_report
     from fedalt.report.insights import look
     from fedalt.runs.folder import finished_run, open_run
 
+    state = state_of(run)
+    if alone and state is None:
+        raise UserError(f"{run}: --alone is for a run at a site, STATE/RUN")
     if insight is not None:
         look(finished_run(run)[0], insight)
-    say(f"wrote {write_report(open_run(run)[0])}")
+    if alone and state:
+        from fedalt.flower.trainer import site_in
+
+        site = site_in(state)
+        with show.live(1) as progress:
+            site.train_alone(run.absolute().name, progress)
+    say(f"wrote {(write_own_report if state else write_report)(open_run(run)[0])}")
 
 
 @settings(starts=False)
@@ -339,6 +352,7 @@ GROUPS: dict[str, dict[Callable[..., None], str]] = {
         site: "fedalt site --client 0 --data mine --state state --server HOST:9443",
         submit: "fedalt submit demo --clients 3 --tls tls",
         status: "fedalt status --ca tls/ca.crt --state flower-server",
+        drain: "fedalt drain /var/lib/fedalt/site",
     },
     "Tools": {
         methods: "fedalt methods feddpa_t",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedalt.cli import complete, show
-from fedalt.cli.flags import settings
+from fedalt.cli.flags import only_with, settings
 from fedalt.cli.recipes import config_path
 from fedalt.cli.show import Json, complain, option, print_json, say, switch
 from fedalt.config import RunConfig, load_config, parse_override, with_settings
@@ -31,7 +31,7 @@ from fedalt.runs.folder import IfExists
 if TYPE_CHECKING:
     from fedalt.flower.deploy.address import Connection
 
-NEEDS = "certs, server, site, submit and status"
+NEEDS = "certs, drain, server, site, submit and status"
 SERVER = "127.0.0.1:9092"
 _PAUSE = 2.0
 _BUNDLED = ("tinyworld", "digits")
@@ -450,19 +450,31 @@ def submit(
     simulation: Annotated[
         bool, switch("Flower's simulation on this machine instead of a server", "--simulation")
     ] = False,
+    attached: Annotated[
+        str | None,
+        option("[RUN]", "follow a run that goes on, the latest one unless named, and start none", "--attach"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Hand a run to a server (flwr run), show its log, and wait until it has ended.
 
-    The run folder is made where fedalt server runs, models stay at the sites.
+    The run folder is made where fedalt server runs, models stay at the sites. A run with the same settings that goes on
+    there is followed, and no other started.
     """
     with needs("flower", NEEDS):
-        from fedalt.flower.deploy.submission import RunFailedError
+        from fedalt.flower.deploy.submission import attach
         from fedalt.flower.deploy.submission import submit as hand_over
         from fedalt.flower.server_app import checked
 
     if ca and tls:
         raise UserError("--ca and --tls exclude each other")
+    if attached:
+        only_with("--attach", "attached", "server", "ca", "tls", "as_json")
+        at = connection(server, tls / "ca.crt" if tls else ca)
+        with _failing():
+            run = attach(attached, at, teller(as_json))
+        print_json({"run": run}) if as_json else say(f"run {run} has finished")
+        return
     if allow_two:
         config = with_settings(config, {"flower.allow_two": True})
     checked(config)
@@ -470,12 +482,32 @@ def submit(
     if simulation:
         _simulate(config, if_exists)
     else:
-        try:
+        with _failing():
             hand_over(config, connection(server, tls / "ca.crt" if tls else ca), if_exists, teller(as_json))
-        except RunFailedError as error:
-            complain(str(error))
-            raise typer.Exit(1) from None
     _show(config, since, as_json)
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """A run that has failed is one line, and exit code 1."""
+    from fedalt.flower.deploy.submission import RunFailedError
+
+    try:
+        yield
+    except RunFailedError as error:
+        complain(str(error))
+        raise typer.Exit(1) from None
+
+
+def drain(
+    state: Annotated[Path, typer.Argument(metavar="STATE", help="the --state of a fedalt site or server that runs")],
+) -> None:
+    """Let a site or server finish what it is at, take nothing else, and end; returns when it has."""
+    with needs("flower", NEEDS):
+        from fedalt.flower.deploy.folders import drain
+
+    drain(state)
+    say(f"{state} is drained; start it again to go on")
 
 
 def _simulate(config: RunConfig, if_exists: IfExists) -> None:

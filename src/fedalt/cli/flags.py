@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_origin
 
 import click
 import typer
+from click.core import ParameterSource
 from click.exceptions import NoArgsIsHelpError
 from rich.markup import escape
 from typer.core import TyperCommand
@@ -174,6 +175,8 @@ _BOTH = {"--method": "--methods", "--methods": "--method", "--seed": "--seeds"}
 """One name and several names: either spelling works where only the other one exists."""
 INSIGHT_ROWS = "10"
 """Test rows per client of ``fedalt report RUN --insight``."""
+_UNSAID = {"--insight": INSIGHT_ROWS, "--attach": "latest"}
+"""Options whose value, a number, may be left out."""
 HELP = ["-h", "--help"]
 _SPELT = "fedalt.spelt"
 
@@ -201,13 +204,21 @@ class Command(TyperCommand):
         return parser
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Remember how options were spelt, and write the number of ``--insight`` out where it is missing."""
+        """Remember how options were spelt, and write values out that may be left out."""
         words = [word.partition("=")[0] for word in args]
         ctx.meta[_SPELT] = {new: old for old, new in (OLD | _BOTH).items() if old in words}
         full: list[str] = []
         for here, after in pairwise([*args, ""]):
-            full += [here, INSIGHT_ROWS] if here == "--insight" and not after.isdigit() else [here]
+            full += [here, _UNSAID[here]] if here in _UNSAID and not after.isdigit() else [here]
         return super().parse_args(ctx, full)
+
+
+def only_with(flag: str, *names: str) -> None:
+    """Refuse what was given beside an option that it does not go with; ``names`` are parameters that it does."""
+    context = click.get_current_context()
+    for param in context.command.params:
+        if param.name not in names and context.get_parameter_source(param.name or "") == ParameterSource.COMMANDLINE:
+            raise UserError(f"{_name(param, context)} has no effect with {flag}; leave it out")
 
 
 def spelt(flag: str, context: click.Context | None = None) -> str:

@@ -22,6 +22,7 @@ from fedalt.federation.server import Server
 from fedalt.files import only_one, read_json, write_json
 from fedalt.flower.certs import TLS, PublicKey, client_keys
 from fedalt.flower.consent import check_few, check_pooled, check_two
+from fedalt.flower.deploy.folders import STATE, draining
 from fedalt.flower.inflate import bound
 from fedalt.flower.members import common_to, info_of, member_of, rule_of
 from fedalt.flower.nodes import Nodes
@@ -105,7 +106,7 @@ def serve(
             raise UserError(
                 f"{len(sites.members)} sites joined, flower.min_sites asks for {config.flower.min_sites}: {why}"
             )
-        scores = go(loop)
+        scores = go(loop, _check_drain)
         from fedalt.report.html import write_report
 
         write_report(folder)
@@ -150,7 +151,18 @@ def _gather(nodes: Nodes, config: RunConfig, name: str, clients: int) -> dict[in
     asked, deadline = joining(config, name, clients), time.monotonic() + config.flower.round_deadline
     least = min(config.flower.min_sites, clients)
     requests = dict.fromkeys(range(clients), asked)
-    return dict(nodes.ask(requests, lambda got: deadline if got >= least else float("inf")))
+
+    def until(got: int) -> float:
+        _check_drain()
+        return deadline if got >= least else float("inf")
+
+    return dict(nodes.ask(requests, until))
+
+
+def _check_drain() -> None:
+    """Begin nothing at a server that is being drained."""
+    if (state := os.environ.get(STATE)) and draining(Path(state)):
+        raise UserError("this server is drained; finished rounds are safe, submit with --resume when it is back")
 
 
 def _members(replies: dict[int, Reply]) -> dict[int, Member]:

@@ -3,7 +3,7 @@
 STATE/<run>/                  a run's folder, with one client in it
     checkpoints/round_NNNN/   its state after each of the last two rounds, and what it replied, whole or not there
     results/, clients/<id>/   its answers, scores and personal model: readable by fedalt generate, evaluate, export
-    events.jsonl              what it did
+    events.jsonl              what it did, as in any run's folder, and every ``reply`` that left it
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedalt.config import RunConfig, parse_received, used_code, with_settings
+from fedalt.config import FederationConfig, PrivacyConfig, RunConfig, parse_received, used_code, with_settings
 from fedalt.data.encode import Example
 from fedalt.data.federation import Federation, Row
 from fedalt.data.load import elsewhere, load_as_it_is, load_federation
@@ -35,6 +35,7 @@ from fedalt.flower.consent import FEW, Consent
 from fedalt.flower.masks import Sums
 from fedalt.flower.members import rule_of
 from fedalt.flower.own import COLUMNS, SiteRows
+from fedalt.flower.own_report import ALONE, BLOCK
 from fedalt.flower.requests import Common, Member, Opened, Part, Reply, Request, Scored, Scores, SiteError, Trained
 from fedalt.flower.wire import Shape, pack, unpack
 from fedalt.hub import is_hub_name
@@ -46,12 +47,12 @@ from fedalt.registry import SOURCES, TEMPLATES
 from fedalt.runs.checkpoint import Checkpoint, load_checkpoint, next_checkpoint, prune, rounds_for
 from fedalt.runs.client_folder import save_client
 from fedalt.runs.clients import plans_of, states_in
-from fedalt.runs.events import EventLog, read_events
-from fedalt.runs.folder import RunFolder
-from fedalt.runs.rounds import frozen_settings
+from fedalt.runs.events import EventLog, Sink, read_events
+from fedalt.runs.folder import RunFolder, claim_folder, open_run
+from fedalt.runs.rounds import frozen_settings, log_start, run
 from fedalt.runs.scoring import log_points, score_clients
 from fedalt.runs.setup import Bases, Experiment, RunInfo, prepare
-from fedalt.runtime import versions
+from fedalt.runtime import peak_memory, versions
 
 
 def _load(rows: SiteRows, config: RunConfig, client: int) -> tuple[RunConfig, Federation]:
@@ -113,7 +114,7 @@ def _coded(code: str) -> Iterator[None]:
 
 _OWN = (INDIVIDUAL, LOCAL, PRIVATE, PERSONAL)
 """Slots that only their client trains, and no server fills."""
-_REPLY, _BLOCK = "reply.json", "reply.safetensors"
+_REPLY = "reply.json"
 
 
 @dataclass
@@ -152,10 +153,27 @@ class Site:
                 work = self._working(request)
                 work.check(request)
                 done: Reply = getattr(work, request.do)(request)
+                work.record(request, done)
                 return done
         except SiteError as error:
             self.note(f"{request.do}: {error}")
-            return Reply.failed(request, self.client, error)
+            failed = Reply.failed(request, self.client, error)
+            with suppress(UserError):  # where nothing can be written
+                if self._work:
+                    self._work.record(request, failed)
+            return failed
+
+    def train_alone(self, run_: str, sink: Sink = lambda event: None) -> None:
+        """Train and score the client by itself, with a run's settings and for as many rounds, in that run's folder."""
+        own, config = open_run(self.state / run_)
+        rounds = len({event["round"] for event in read_events(own.events) if event["event"] == "client"})
+        if not rounds:
+            raise UserError(f"{own.path}: no round was trained here")
+        config, mine = _load(self.rows, config, self.client)
+        changes = {"method": "local", "out": str(own.path / ALONE), "privacy": PrivacyConfig()}
+        config = config.model_copy(update=changes | {"federation": FederationConfig(rounds=rounds)})
+        config = config.having("evaluation", every=rounds, early_stop=None)
+        run(prepare(config, self.bases.of(config), mine, 1), claim_folder(config.folder, "overwrite"), sink)
 
     def _working(self, request: Request) -> _Work:
         if self._work is None or self._work.key != (request.run, request.settings, request.clients):
@@ -198,7 +216,8 @@ class Site:
         own = RunFolder(self.state / request.run)
         with _coded("disk"), disk_errors(own.path):
             own.path.mkdir(parents=True, exist_ok=True)
-            own.write_config(experiment.config, [f"{name}: {value}" for name, value in versions().items()])
+            mine = experiment.config.model_copy(update={"out": str(own.path)})  # the server's path is none of here
+            own.write_config(mine, [f"{name}: {value}" for name, value in versions().items()])
         folder = self.results(own, experiment.config)
         key = (request.run, request.settings, request.clients)
         told = None if self.alone else rows
@@ -285,10 +304,16 @@ class _Work:
         if request.common and request.common != self.common.digest:
             raise SiteError("changed")
 
+    def record(self, request: Request, reply: Reply) -> None:
+        """Log an answer before it leaves, and which of the client's uploads the server said that it counts."""
+        said = {"bytes_up": reply.size, "bytes_down": request.size, "counts": request.counts, "error": reply.error}
+        self.log.emit("reply", round=request.round, client=self.client, do=request.do, **said)
+
     def join(self, request: Request) -> Reply:
         """Say what the server must know before the first round; nothing of it tells a row."""
         info, last = self.info, self._last()
         task = info.tasks[str(self.client)] if self.rows is None else self.rows.task or str(self.client)
+        log_start(self.log, info, self.identity, last.round, resumed=self.log.path.is_file())
         skipped = sum(self.experiment.examples[self.client].skipped.values())
         member = Member(info.samples[self.client], task, self._holds(last), self.common, skipped)
         self.note(f"joined {request.run}: {info.config.method}, {request.clients} clients, round {last.round} done")
@@ -325,14 +350,19 @@ class _Work:
         body = {**stats, **untold, "holds": request.round if block else self._holds(last), "cut": result.cut}
         with _coded("disk"), next_checkpoint(last, request.round) as new:
             new.put_state(replace(result.state, sent=parted(unpack(block, wire))[0] or None))
-            write_bytes(new.path / _BLOCK, block)
+            write_bytes(new.path / BLOCK, block)
             write_json(new.path / _REPLY, body)
             new.write_manifest(self.identity)
         prune(self.own.checkpoints, self._scored(request.round))
         seconds = time.perf_counter() - started
-        self.log.emit("client", round=request.round, client=self.client, seconds=seconds, **stats)
+        reply = self._reply(new, request)
+        known = {name: value for name, value in stats.items() if value is not None}
+        moved = {"seconds": seconds, "bytes_up": reply.size, "bytes_down": request.size, "row_lora_drift": None}
+        self.log.emit("client", round=request.round, client=self.client, **known, **moved)
+        also = {"loss": stats["loss"], "product_gap": None, "peak_memory": peak_memory()}
+        self.log.emit("round", round=request.round, **moved, **also)
         self.note(f"round {request.round}: loss {result.stats.loss:.4f}, {seconds:.1f} s, {len(block):,} bytes up")
-        return self._reply(new, request)
+        return reply
 
     @property
     def private(self) -> bool:
@@ -372,16 +402,19 @@ class _Work:
         last = self._last()
         if not self.experiment.config.federation.secure or last.round != request.round:
             raise SiteError("round", f"no secure sum of round {request.round} here", last.round)
-        return (last.path / _BLOCK).read_bytes()
+        return (last.path / BLOCK).read_bytes()
 
     def score(self, request: Request) -> Reply:
         """Score the client as it left training and as it would start the next round; answers stay at the site."""
         if self.private and self._report == "none":
             raise SiteError("unreported")
+        started = time.perf_counter()
         before, after = self._states(request)
         client, number, both = self.client, request.round, ({self.client: before}, {self.client: after})
         points = score_clients(self.experiment, self.folder, number, *both, changed=request.told)
         log_points(self.log, number, points, self.experiment.config.metric)
+        seconds = time.perf_counter() - started
+        self.log.emit("evaluated", round=number, seconds=seconds, peak_memory=peak_memory())
         drift = row_lora_drift(before.tensors, after.tensors) if REST_OF_WORLD in self.experiment.shape.slots else None
         scores = read_json(self.folder.scores(client, number))
         metric = metric_of(self.experiment.config.metric)
@@ -426,6 +459,7 @@ class _Work:
         config = self.experiment.config
         save_client(self.folder, personal, self.experiment, request.round)
         scored = self.folder.scores(self.client, request.round)
+        means: Mapping[str, float | None] = {"mean": None, "worst": None}
         if self.folder == self.own and scored.is_file():  # a finished run with one client
             scores = metrics_in(read_json(scored))
             means = over_clients([scores[config.metric]], config.metric)
@@ -438,6 +472,7 @@ class _Work:
                 final |= {"last": last, "best_validation": block, "kept": "best_validation"}
             write_json(self.own.final_scores, final)
         self.own.key.unlink(missing_ok=True)
+        self.log.emit("run_finished", round=request.round, metric=config.metric, **means)
         self.note(f"wrote {self.folder.client(self.client)}")
         return Reply.to(request, self.client)
 
@@ -514,5 +549,5 @@ class _Work:
     def _reply(self, last: Checkpoint, request: Request) -> Reply:
         body = read_json(last.path / _REPLY)
         trained = Trained(**{**body, "alpha": tuple(body["alpha"])})
-        block = b"" if self.experiment.config.federation.secure else (last.path / _BLOCK).read_bytes()
+        block = b"" if self.experiment.config.federation.secure else (last.path / BLOCK).read_bytes()
         return Reply.to(request, self.client, body=trained, block=block)

@@ -75,7 +75,7 @@ def _run(state: Path) -> NoReturn:
             listener.bind(path)
             listener.listen()
             write_json(state / TRAINER, {"socket": path, "pid": os.getpid()})
-            _serve(listener, _site(state))
+            _serve(listener, site_in(state))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -88,7 +88,8 @@ def _short_folder() -> str:
         raise UserError(f"nothing can be written where temporary files go ({error.strerror})") from None
 
 
-def _site(state: Path) -> Any:
+def site_in(state: Path) -> Any:
+    """The site of a state folder, as its ``site.json`` has it."""
     from fedalt.flower.consent import Consent
     from fedalt.flower.own import site_rows
     from fedalt.flower.site import Site

@@ -130,8 +130,9 @@ def write_sweep_reports(
 def _about(start: Event) -> str:
     known = {k: v for k, v in start["versions"].items() if v and k != "commit"}
     versions = ", ".join(f"{name} {value}" for name, value in known.items())
+    count = len(start["clients"])
     return (
-        f"{len(start['clients'])} clients, {start['rounds']} rounds, {start['trainable_parameters']:,} trainable and "
+        f"{count} client{'s' * (count > 1)}, {start['rounds']} rounds, {start['trainable_parameters']:,} trainable and "
         f"{start['shared_parameters']:,} shared parameters per client. {versions}."
     )
 

@@ -40,6 +40,11 @@ def first_start(events: Iterable[Event]) -> Event | None:
     return next((event for event in events if event["event"] in ("run_started", "run_resumed")), None)
 
 
+def ended(events: Iterable[Event]) -> bool:
+    """Whether the last thing that a run did was to end well; a site answers once more then."""
+    return [event["event"] for event in events if event["event"] != "reply"][-1:] == ["run_finished"]
+
+
 def run_ids(events: Iterable[Event]) -> set[str]:
     """What identifies a run in its checkpoints; nothing where one of its starts does not say so, as in fedalt 0.1."""
     found = {event.get("run") for event in events if event["event"] in ("run_started", "run_resumed")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -233,10 +233,11 @@ def run(experiment: Experiment, folder: RunFolder, sink: Sink = lambda event: No
             return go(loop)
 
 
-def go(loop: Loop) -> dict[str, Any]:
-    """All rounds that are left, and the end."""
+def go(loop: Loop, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """All rounds that are left, each after a check that may refuse to go on, and the end."""
     try:
         while not loop.over:
+            check()
             loop.round()
     except BudgetError as error:
         if not loop.checkpoint.round:
@@ -321,7 +322,12 @@ def _write_start(loop: Loop, resumed: bool) -> None:
         folder.events.unlink(missing_ok=True)
         write_json(folder.partition, info.partition)
     folder.write_config(info.config, [f"{name}: {value}" for name, value in about.items() if value])
-    loop.log.emit(
+    log_start(loop.log, info, loop.run, done, resumed=resumed)
+
+
+def log_start(log: EventLog, info: RunInfo, run_: str, done: int, *, resumed: bool) -> None:
+    """Say what run this is; at a site, of the one client that it has."""
+    log.emit(
         "run_resumed" if resumed else "run_started",
         round=done,
         method=info.config.method,
@@ -333,10 +339,10 @@ def _write_start(loop: Loop, resumed: bool) -> None:
         source=info.source,
         metric=info.config.metric,
         base=info.base,
-        run=loop.run,
+        run=run_,
         shared_parameters=info.shared,
         trainable_parameters=info.trainable,
-        versions=about,
+        versions={**versions(), "commit": commit()},
     )
     for note in () if resumed else info.notes:
-        loop.log.emit("note", round=done, text=note)
+        log.emit("note", round=done, text=note)

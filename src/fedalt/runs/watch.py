@@ -13,7 +13,7 @@ from typing import Any
 
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import group_mean
-from fedalt.runs.events import Event, event_in, first_start
+from fedalt.runs.events import Event, ended, event_in, first_start
 from fedalt.runs.folder import RunFolder
 
 COMPARISON = "comparison.json"
@@ -175,7 +175,7 @@ def _gist(path: Path) -> dict[str, Any]:
     last: dict[str, Event] = {event["event"]: event for event in events}
     rounds = [event for event in events if event["event"] == "round"]
     asked = _ROUNDS.search(folder.config.read_text(encoding="utf-8")) if folder.config.is_file() else None
-    over, trained = events[-1]["event"] == "run_finished", rounds[-1] if rounds else {}
+    over, trained = ended(events), rounds[-1] if rounds else {}
     scored = [e for e in events if e["event"] == "scores" and e["point"] == "after"]
     scores = [e[start["metric"]] for e in scored if e["round"] == scored[-1]["round"] and start["metric"] in e]
     seconds = sum(e["seconds"] for e in events if e["event"] in ("round", "evaluated"))

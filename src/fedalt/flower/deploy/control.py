@@ -6,7 +6,7 @@ import json
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,11 @@ class Control:
             lines = [line for text in answer["error-message"].splitlines() if (line := shortened(text))]
             raise UserError(f"{self.address}: {' '.join(lines).rstrip('.')}")
         return answer
+
+
+def going_on(run: Mapping[str, Any]) -> bool:
+    """Whether a run of ``Control.runs`` has not ended."""
+    return not run["status"].startswith("finished")
 
 
 @contextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from fedalt.errors import UserError
 from fedalt.files import disk_errors, lock, read_json, write_json
 from fedalt.flower.trainer import SITE
 
-_LOCK = "lock"
+_LOCK, _DRAIN = "lock", "drain"
+STATE = "FEDALT_STATE"
+"""Variable with which a server's programs find its state folder."""
+_LOOK = 0.2
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -30,11 +34,36 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         lock(descriptor, f"--state {folder}: {what} uses this folder now; end it or choose another folder")
+        (folder / _DRAIN).unlink(missing_ok=True)
         yield
     finally:
         os.umask(before)
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def drain(folder: Path) -> None:
+    """Ask the site or server of a state folder to finish what it is at and to end, and wait until it has."""
+    if not _used(folder):
+        raise UserError(f"{folder}: no fedalt site or server runs with this --state")
+    with disk_errors(folder):
+        (folder / _DRAIN).touch()
+    while _used(folder):
+        time.sleep(_LOOK)
+
+
+def draining(folder: Path) -> bool:
+    """Whether it is to end so."""
+    return (folder / _DRAIN).exists()
+
+
+def _used(folder: Path) -> bool:
+    with suppress(FileNotFoundError, NotADirectoryError), (folder / _LOCK).open() as file:
+        try:
+            lock(file.fileno(), "")
+        except UserError:
+            return True
+    return False
 
 
 def make_private(folder: Path, mark: str, tell: Callable[[str], None]) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
+from urllib.parse import quote
 
 from fedalt.errors import UserError, first_line
-from fedalt.runs.events import Event
+from fedalt.flower.deploy.superlink import DATABASE
+from fedalt.runs.events import Event, ended
 from fedalt.runs.watch import Log, found
 
 LOOPBACK = "127.0.0.1"
@@ -24,10 +27,16 @@ _HELP = {
     "fedalt_bytes_total": "counter: bytes of adapters, up to the server and down to clients",
     "fedalt_failures_total": "counter: times that a client was set aside",
     "fedalt_memory_bytes": "gauge: peak memory, by where it is",
+    "fedalt_epsilon": "gauge: what a client's training has told of any of its rows so far, in a private run",
     "fedalt_finished": "gauge: 1 when the run has ended well",
     "fedalt_silent_seconds": "gauge: seconds since the log grew",
+    "fedalt_site_online": "gauge: 1 while the SuperLink counts a site's node as online",
+    "fedalt_site_silent_seconds": "gauge: seconds since it heard an online site, or since one has been offline",
 }
 Sample = tuple[str, dict[str, str], float]
+_NODES = "SELECT name, node_id, online_until, heartbeat_interval FROM node WHERE status != 'unregistered'"
+PATIENCE = 2
+"""Heartbeats until Flower counts a node as offline."""
 
 
 def samples(events: Sequence[Event]) -> Iterator[Sample]:
@@ -45,12 +54,30 @@ def samples(events: Sequence[Event]) -> Iterator[Sample]:
         yield "fedalt_loss", {}, sum(losses) / len(losses)
     for phase, kind in (("training", rounds or trained), ("scoring", [e for e in events if e["event"] == "evaluated"])):
         yield "fedalt_seconds_total", {"phase": phase}, sum(event.get("seconds", 0.0) for event in kind)
+    moved = [event for event in events if event["event"] == "reply"] or rounds  # a site logs all that it answers
     for way in ("up", "down"):
-        yield "fedalt_bytes_total", {"direction": way}, sum(event[f"bytes_{way}"] for event in rounds)
+        yield "fedalt_bytes_total", {"direction": way}, sum(event[f"bytes_{way}"] for event in moved)
+    spent = {event["client"]: event["epsilon"] for event in trained if "epsilon" in event}
+    yield from (("fedalt_epsilon", {"client": str(client)}, value) for client, value in spent.items())
     yield "fedalt_failures_total", {}, sum(event["event"] == "client_failed" for event in events)
     memory: dict[str, int] = next((event["peak_memory"] for event in reversed(events) if "peak_memory" in event), {})
     yield from (("fedalt_memory_bytes", {"where": where}, size) for where, size in memory.items())
-    yield "fedalt_finished", {}, any(event["event"] == "run_finished" for event in events[-1:])
+    yield "fedalt_finished", {}, ended(events)
+
+
+def sites(state: Path) -> Iterator[Sample]:
+    """Flower's own word on the sites, from the SuperLink's database; nothing where there is none."""
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str((state / DATABASE).absolute()))}?mode=ro", uri=True)) as base:
+            nodes = base.execute(_NODES).fetchall()
+    except sqlite3.Error:  # a site has none, and a server that is starting no table yet
+        return
+    now = time.time()
+    for name, number, until, interval in nodes:
+        label, online = {"site": name or str(number % 2**64)}, until is not None and until > now
+        yield "fedalt_site_online", label, online
+        if until is not None:
+            yield "fedalt_site_silent_seconds", label, now - until + (PATIENCE * interval if online else 0)
 
 
 def exposition(found: Iterable[Sample]) -> str:
@@ -86,6 +113,7 @@ def measured(state: Path, port: int | None) -> Iterator[None]:
                 yield name, {"run": path.relative_to(state).as_posix(), **labels}, value
             age = time.time() - events.path.stat().st_mtime
             yield "fedalt_silent_seconds", {"run": path.relative_to(state).as_posix()}, age
+        yield from sites(state)
 
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,6 +48,7 @@ def main() -> None:
     loop.time = Waits(longest)
     retry_soon(LOOP, "pull_objects")
     look_at_apps(loop)
+    leave_when_asked(loop)
     bound_answers()
     say_heartbeats()
     flower_supernode()
@@ -80,6 +82,19 @@ def look_at_apps(loop: Any) -> None:
     replace_in(
         loop, _pull_and_store_message=pull_and_look, _verify_fab=checked, get_fused_config_from_fab=lambda *_: {}
     )
+
+
+def leave_when_asked(loop: Any) -> None:
+    """On SIGUSR1 answer the message at hand, take no other, and leave as on SIGTERM."""
+    pull, asked = loop._pull_and_store_message, list[int]()
+    signal.signal(signal.SIGUSR1, lambda number, _: asked.append(number))
+
+    def pull_or_leave(**given: Any) -> Any:
+        if asked:
+            signal.raise_signal(signal.SIGTERM)
+        return pull(**given)
+
+    replace_in(loop, _pull_and_store_message=pull_or_leave)
 
 
 class Bounded(httpx.Client):

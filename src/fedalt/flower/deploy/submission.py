@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import json
 import os
 import re
@@ -12,15 +13,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tomli_w
 
 from fedalt.config import RunConfig
-from fedalt.errors import UserError
+from fedalt.errors import LeftError, UserError, listed
 from fedalt.flower.deploy.address import Connection
 from fedalt.flower.deploy.bundle import PROJECT, app_with
-from fedalt.flower.deploy.control import NAME, Control, control
+from fedalt.flower.deploy.control import NAME, Control, control, going_on
 from fedalt.flower.deploy.processes import plain, shortened
 from fedalt.runs.folder import IfExists
 
@@ -34,27 +35,78 @@ class RunFailedError(Exception):
     """A run did not end well, for a reason that is not the user's input; one line says what and how to go on."""
 
 
+LATEST = "latest"
+
+
 def submit(config: RunConfig, connection: Connection, if_exists: IfExists, tell: Callable[[str], None]) -> None:
     """Hand a run to a server, show its log, and wait for its end; the run folder is one of the server's machine.
 
-    ``tell`` is called with Flower's commands and every line of the ServerApp.
+    A run with the same settings, of the same account, that goes on there is followed instead. ``tell`` is called with
+    Flower's commands and every line of the ServerApp.
 
     Raises:
         RunFailedError: The run failed for another reason, or the server has gone.
         KeyboardInterrupt: The user has stopped it, here and at the server.
+        LeftError: The user has stopped following a run that goes on.
     """
     with control(connection, tell) as superlink, tempfile.TemporaryDirectory(prefix="fedalt-app-") as app:
+        if known := [run["run-id"] for run in superlink.runs() if going_on(run) and run["fab-hash"] in _hashes(config)]:
+            _attend(superlink, known[0], connection, tell)
+            return
         write_app(Path(app), config, if_exists)
         log = _Log(tell)
         try:
             _follow(superlink, ["run", app, NAME, "--stream"], log)
             if log.run is None:
                 raise RunFailedError(f"flwr run could not start the run: {' '.join(log.rest)}")
-            outcome = _outcome(superlink, log.run)
+            _end(superlink, log)
         except KeyboardInterrupt:
             if log.run:
                 superlink.stop(log.run)
             raise
+
+
+def attach(run: str, connection: Connection, tell: Callable[[str], None]) -> str:
+    """Follow a run of a server, or its ``LATEST`` that goes on, to its end; its id. Raises as ``submit`` does."""
+    with control(connection, tell) as superlink:
+        runs = superlink.runs()
+        found = [one["run-id"] for one in runs if (going_on(one) if run == LATEST else one["run-id"] == run)]
+        if not found:
+            some = listed([one["run-id"] for one in runs if going_on(one)]) or "none"
+            raise UserError(f"--attach {run}: no such run at {connection.address}; in progress: {some}")
+        _attend(superlink, found[0], connection, tell)
+        return str(found[0])
+
+
+def _attend(superlink: Control, run: str, connection: Connection, tell: Callable[[str], None]) -> None:
+    """Follow a run that somebody has begun."""
+    tell(f"following run {run}, which has begun before; Ctrl-C leaves it going")
+    log = _Log(tell, run)
+    try:
+        _follow(superlink, ["log", run, NAME, "--stream"], log)
+        _end(superlink, log)
+    except KeyboardInterrupt:
+        trust = f" --ca {connection.ca}" if connection.ca else ""
+        again = f"fedalt submit --attach {run} --server {connection.address}{trust}"
+        raise LeftError(f"run {run} goes on; {again} follows it again") from None
+
+
+def _hashes(config: RunConfig) -> set[str]:
+    """Of the apps that ``write_app`` makes of these settings."""
+    from flwr.cli.build import build_fab_from_disk
+
+    found = set[str]()
+    for how in get_args(IfExists):
+        with tempfile.TemporaryDirectory(prefix="fedalt-app-") as app:
+            write_app(Path(app), config, how)
+            found.add(hashlib.sha256(build_fab_from_disk(Path(app))).hexdigest())
+    return found
+
+
+def _end(superlink: Control, log: _Log) -> None:
+    """Wait until the run has ended, and say if that was not well."""
+    assert log.run
+    outcome = _outcome(superlink, log.run)
     if log.error:
         raise UserError(log.error)
     if outcome["status"] != "finished:completed":
@@ -81,9 +133,8 @@ def _account() -> str:
 class _Log:
     """What ``flwr`` prints, taken apart."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self.tell = tell
-        self.run: str | None = None
+    def __init__(self, tell: Callable[[str], None], run: str | None = None) -> None:
+        self.tell, self.run = tell, run
         self.error = ""
         self.rest: list[str] = []
 
@@ -128,6 +179,6 @@ def _outcome(superlink: Control, run: str) -> dict[str, Any]:
             [found] = [each for each in superlink.runs() if each["run-id"] == run]
         except UserError as error:
             raise RunFailedError(f"{error}; run {run} may have been cut off; {_GO_ON}") from None
-        if found["status"].startswith("finished"):
+        if not going_on(found):
             return found
         time.sleep(_POLL)

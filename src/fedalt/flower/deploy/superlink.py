@@ -17,8 +17,8 @@ from fedalt.errors import UserError, listed
 from fedalt.files import read_json, write_json
 from fedalt.flower.certs import CA, CERTIFICATE, KEY, SITE_KEYS, TLS, check_server, server_names, site_keys
 from fedalt.flower.deploy.address import WILDCARDS, Address, Connection, check_free, on_loopback
-from fedalt.flower.deploy.control import control
-from fedalt.flower.deploy.folders import check_private, locked, make_private
+from fedalt.flower.deploy.control import control, going_on
+from fedalt.flower.deploy.folders import STATE, check_private, draining, locked, make_private
 from fedalt.flower.deploy.processes import Watch, end, flower_environment, program, shortened, start
 
 _UP = "Uvicorn running on"
@@ -100,13 +100,14 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
     """
     name, *arguments = server.command()
     environment = flower_environment(server.state.absolute() / "flwr")
+    environment |= {STATE: str(server.state.absolute())}
     environment |= {TLS: str(server.tls.absolute())} if server.tls else {}
     with locked(server.state, "another server"), Watch() as watch:
         make_private(server.state, DATABASE, tell)
         # on this process's death SIGKILL, because after SIGTERM a SuperLink waits for whoever reads a log
         running = {name: start([program(name), *arguments], environment, signal.SIGKILL)}
         watch.follow(name, running[name])
-        keys, due = _keys(server), float("inf")
+        keys, due, leaving = _keys(server), float("inf"), False
         try:
             while not (happened := watch.next(_LOOK)) or happened.what == "line":
                 if happened and (line := shortened(happened.text)):
@@ -122,6 +123,12 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
                     before, keys, due = keys, _keys(server), time.monotonic() + _LOOK
                     if keys != before:
                         _take_up(server, running.get(_DOOR), tell)
+                    if draining(server.state) and not leaving:
+                        tell("draining: rounds at hand are finished, no other begins")
+                        leaving = True
+                    elif leaving and not _at_work(server):
+                        tell(f"drained: {_SAFE}")
+                        return 0
             if happened and happened.what == "signal":
                 tell(f"ended by {happened.text}: {_SAFE}")
         finally:
@@ -131,6 +138,13 @@ def serve(server: Server, tell: Callable[[str], None], ready: Callable[[], None]
     ended = happened.name if happened else name
     tell(f"{ended} ended with status {running[ended].returncode}")
     return 1
+
+
+def _at_work(server: Server) -> bool:
+    """Whether there is a run that has not ended."""
+    with suppress(UserError), control(server.connection) as superlink:
+        return any(going_on(run) for run in superlink.runs())
+    return True
 
 
 def _keys(server: Server) -> set[tuple[str, int]]:

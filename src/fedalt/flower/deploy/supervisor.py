@@ -15,7 +15,7 @@ from fedalt.errors import UserError
 from fedalt.files import disk_errors
 from fedalt.flower.certs import check_ca, check_site_key
 from fedalt.flower.deploy.address import Connection, UnreachableError, check_server
-from fedalt.flower.deploy.folders import check_private, claim_site, locked, make_private
+from fedalt.flower.deploy.folders import check_private, claim_site, draining, locked, make_private
 from fedalt.flower.deploy.node import HEARD
 from fedalt.flower.deploy.processes import ProcessEvent, Watch, end, flower_environment, plain, shortened, start
 from fedalt.flower.trainer import SITE, WRONG
@@ -97,7 +97,7 @@ class _Supervisor:
         self.site, self.tell, self.watch = site, tell, watch
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.deaths = {name: deque[float](maxlen=_DEATHS) for name in (_TRAINER, _NODE)}
-        self.refused = self.silent = False
+        self.refused = self.silent = self.leaving = False
         self.heard = time.monotonic()
         self.refused_since: float | None = None
         self.last = dict.fromkeys(self.deaths, "no word")
@@ -112,8 +112,10 @@ class _Supervisor:
             self._start_trainer()
             self._start_node()
             while not (happened := self.watch.next(_LOOK)) or happened.what != "signal":
+                if draining(self.site.state) and not self.leaving:
+                    self._leave()
                 if happened and not self._went_on(happened):
-                    return 1
+                    return 0 if self.leaving else 1
                 self._listen()
             return self._asked_to_end(happened)
         finally:
@@ -122,9 +124,15 @@ class _Supervisor:
             if node and node.returncode in (0, -signal.SIGTERM):
                 self.online.unlink(missing_ok=True)
 
-    def _asked_to_end(self, happened: ProcessEvent) -> int:
-        self.tell(f"ended by {happened.text}: finished rounds are safe in {self.site.state}; start it again to go on")
+    def _asked_to_end(self, happened: ProcessEvent | None = None) -> int:
+        how = f"ended by {happened.text}" if happened else "drained"
+        self.tell(f"{how}: finished rounds are safe in {self.site.state}; start it again to go on")
         return 0
+
+    def _leave(self) -> None:
+        self.leaving = True
+        self.tell("draining: what is at hand is finished and answered, nothing else is taken")
+        self.processes[_NODE].send_signal(signal.SIGUSR1)
 
     def _went_on(self, happened: ProcessEvent) -> bool:
         """Do what there is to do; false if the SuperNode has ended by itself."""
@@ -148,7 +156,7 @@ class _Supervisor:
                     self.tell(f"{error}; waiting for it")
                     told = True
             happened = self.watch.next(_PAUSE)
-            if happened and happened.what == "signal":
+            if draining(self.site.state) or (happened and happened.what == "signal"):
                 self._asked_to_end(happened)
                 return False
 
@@ -215,6 +223,9 @@ class _Supervisor:
     def _node_goes_on(self) -> bool:
         """Start the SuperNode again if it was refused or killed; false if it has ended by itself."""
         end(self.processes[_NODE])
+        if self.leaving:
+            self._asked_to_end()
+            return False
         parting, self.parting = self.parting, []
         address, status = self.site.connection.address, self.processes[_NODE].returncode
         if any(_KEYLESS in line for line in parting):
