@@ -105,7 +105,7 @@ def evaluate(
     final = final_scores(open_run(run)[0])
     own = kept(final) if which is None else final["last" if which == "last" else "best_validation"]
     last = {"round": own["round"], "clients": scores}
-    block = {"title": str(run), "metric": final["metric"], "last": last, "best_validation": None}
+    block = {**final, "title": str(run), "last": last, "best_validation": None, "kept": "last"}
     show.out.print(show.run_table(block, {c: ", ".join(s["categories"]) for c, s in scores.items()}))
     if data is None and not central:
         same = all(own["clients"][c] == metrics_in(s) for c, s in scores.items())
@@ -281,7 +281,7 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Rebuild report.html from events.jsonl and results/insight.json."""
+    """Rebuild report.html from events.jsonl, results/insight.json and results/audit.json."""
     from fedalt.report.html import write_report
     from fedalt.report.insights import look
     from fedalt.runs.folder import finished_run, open_run

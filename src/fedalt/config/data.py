@@ -128,6 +128,13 @@ class DataConfig(Named):
         description="which rows a limit leaves: a sample, seeded as the deal is, in which few answers keep their "
         "shares; or the first",
     )
+    canaries: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="made-up rows with a secret, planted among each client's training rows; fedalt audit measures "
+        "what is remembered of them. Scores of such a run are no evidence",
+    )
     tinyworld: TinyworldConfig = TinyworldConfig()
 
     @field_validator("label_column")
