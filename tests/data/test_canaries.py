@@ -7,6 +7,7 @@ from pathlib import Path
 import micro
 from fedalt.config.data import DataConfig
 from fedalt.data.canaries import KIND, alternatives
+from fedalt.data.federation import Row
 from fedalt.data.load import load_both, load_federation
 
 SAID = "made-up rows were planted in each client's; scores of such a run are no evidence"
@@ -15,7 +16,7 @@ SAID = "made-up rows were planted in each client's; scores of such a run are no 
 def test_every_client_gets_its_own_after_its_rows() -> None:
     config = DataConfig(source=str(micro.shared_data()), held_out=1)
     plain, planted = load_federation(config, 3), load_both(config.model_copy(update={"canaries": 4}), 3)
-    secrets = []
+    secrets = list[Row]()
     for client, data in planted[0].clients.items():
         assert data.train[:-4] == plain.clients[client].train and data.test == plain.clients[client].test
         assert {(row.category, row.task) for row in data.train[-4:]} == {(KIND, data.train[0].task)}

@@ -75,8 +75,13 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(folder / "run", data__source=str(folder / "data"), training__local_epochs=20, **changes)
 
 
-def test_rows_that_were_learnt_by_heart_are_found(overfitted: Path) -> None:
-    leaks = audit(overfitted).leaks
+@pytest.fixture(scope="module")
+def audited(overfitted: Path) -> Audit:
+    return audit(overfitted)
+
+
+def test_rows_that_were_learnt_by_heart_are_found(overfitted: Path, audited: Audit) -> None:
+    leaks = list(audited.leaks)
     assert {leak.view for leak in leaks} == {"upload", "sum", "others", "personal"}
     assert [leak.client for leak in leaks] == [client for client in range(3) for _ in range(4)]
     found = {view: mean for view, (mean, _) in means(leaks).items()}
@@ -143,13 +148,11 @@ def test_exposure_is_that_of_the_rank() -> None:
     assert np.mean([*map(exposure, drawn)]) == pytest.approx(chance(64), abs=0.06)
 
 
-def test_secrets_that_were_learnt_by_heart_are_exposed_and_others_are_not(overfitted: Path, tmp_path: Path) -> None:
-    found = audit(overfitted)
+def test_secrets_that_were_learnt_by_heart_are_exposed_and_others_are_not(audited: Audit, tmp_path: Path) -> None:
+    found = audited
     assert {one.view for one in found.exposures} == {"upload", "sum", "others", "personal"}
     assert all(len(one.bits) == CANARIES and one.candidates == 256 for one in found.exposures)
     assert mean_bits(found, "personal") > 6 and mean_bits(found, "upload") > mean_bits(found, "sum")
-    repeated = {view: sum(x.repeated for x in found.exposures if x.view == view) for view in ("personal", "sum")}
-    assert repeated["personal"] >= 3 > repeated["sum"]
     changes = {"data__canaries": 8, "data__cutoff": 128, "federation__rounds": 1, "training__local_epochs": 1}
     untouched = audit(run(tmp_path / "run", training__lr=1e-6, **changes))
     assert mean_bits(untouched, "personal") == pytest.approx(chance(256), abs=1.2)
@@ -157,8 +160,17 @@ def test_secrets_that_were_learnt_by_heart_are_exposed_and_others_are_not(overfi
     assert "which may be chance" in sentences(untouched)[-1] and "may be chance" not in sentences(found)[-1]
 
 
+def test_secrets_that_can_be_asked_for_are_counted(tmp_path: Path) -> None:
+    micro.write_rows(tmp_path / "data/train/local_training_0.json", names(0, 2, 0), False)
+    micro.write_rows(tmp_path / "data/test/local_testing_0.jsonl", names(0, 4, 100), True)
+    changes = {"data__source": str(tmp_path / "data"), "data__canaries": 2, "data__cutoff": 128, "lora__r": 8}
+    found = audit(run(tmp_path / "run", method="local", federation__rounds=1, training__local_epochs=150, **changes))
+    assert [(x.view, x.bits, x.repeated) for x in found.exposures] == [("personal", (8.0, 8.0), 2)]
+    assert sentences(found)[-1].endswith("2 of 2 are written word for word after their prompt")
+
+
 def test_likelihood_ratios_are_those_worked_out_by_hand() -> None:
-    """Two rows, four shadows; row 0 was in the first two. Variances: in (2·1² + 2·0²)/2 = 1, out (2·1² + 2·1²)/2 = 2."""
+    """Two rows, four shadows; row 0 was in the first two. Variances: in (2·1 + 2·0)/2 = 1, out (2·1 + 2·1)/2 = 2."""
     shadows = np.array([[5.0, 2.0], [7.0, 0.0], [1.0, 4.0], [3.0, 4.0]])
     inside = np.array([[True, False], [True, False], [False, True], [False, True]])
     first = -0.5 * (6.5 - 6) ** 2 + 0.5 * ((6.5 - 2) ** 2 / 2 + np.log(2))
@@ -169,7 +181,7 @@ def test_likelihood_ratios_are_those_worked_out_by_hand() -> None:
 def test_shadows_know_rows_that_are_hard_from_rows_that_were_not_there() -> None:
     """Rows differ in how likely they are by more than training on them adds: only shadows tell these two apart."""
     made, rows, count = np.random.default_rng(3), 200, 16
-    hard, inside = made.normal(0, 5, rows), made.random((rows, count)).argsort(1).T < count // 2
+    hard, inside = made.normal(0, 5, rows), (made.random((rows, count)).argsort(1) < count // 2).T
     shadows = hard + inside + made.normal(0, 0.5, (count, rows))
     member = np.arange(rows) < rows // 2
     seen = hard + member + made.normal(0, 0.5, rows)
@@ -182,9 +194,7 @@ def test_shadow_runs_attack_every_view(tmp_path: Path) -> None:
     folder = run(tmp_path / "run", federation__rounds=1, training__local_epochs=3)
     before = micro.left_behind(folder)[0]
     done = micro.call("audit", folder, "--shadows", "4", "--client", "1", "--json")
-    assert done.code == 0 and done.err.split() == "shadow run 1 of 4".split() + [
-        word for i in (2, 3, 4) for word in f"shadow run {i} of 4".split()
-    ]
+    assert done.code == 0 and done.err.splitlines() == [f"shadow run {i} of 4" for i in (1, 2, 3, 4)]
     by_attack = {a: [x for x in done.json["leaks"] if x["attack"] == a] for a in ("threshold", "shadows")}
     views = ["upload", "sum", "others", "personal"]
     assert all([x["view"] for x in mine] == views for mine in by_attack.values())
@@ -205,7 +215,7 @@ def test_classifiers_are_attacked_by_shadows_too_and_have_no_canaries(tmp_path: 
         micro.run_here(micro.settings(tmp_path / "other", **labelled, **changes, data__canaries=2))
 
 
-def test_an_audit_is_in_the_report_until_the_run_is_another(overfitted: Path) -> None:
+def test_an_audit_is_in_the_report_until_the_run_is_another(overfitted: Path, audited: Audit) -> None:
     assert micro.call("audit", overfitted).code == 0 == micro.call("report", overfitted).code
     page = (overfitted / "report.html").read_text(encoding="utf-8")
     assert '<section id="audit">' in page and '<td class="text">mean for another</td>' in page
@@ -213,7 +223,7 @@ def test_an_audit_is_in_the_report_until_the_run_is_another(overfitted: Path) ->
     assert page.count("scores of such a run are no evidence") == 2, "in the heading, and among the notes"
     folder = RunFolder(overfitted)
     known = read_audit(folder)
-    assert known == audit(overfitted)
+    assert known == audited
     write_audit(folder, replace(known, round=2))
     assert read_audit(folder) is None
 
@@ -245,9 +255,9 @@ def test_nothing_follows_from_few_rows_or_from_chance() -> None:
 
 
 def test_an_attack_finds_less_than_a_private_run_has_promised_and_more_without_noise(
-    overfitted: Path, tmp_path: Path
+    overfitted: Path, audited: Audit, tmp_path: Path
 ) -> None:
-    plain = audit(overfitted).leaks
+    plain = audited.leaks
     assert all(leak.promised is None for leak in plain)
     private = run(
         tmp_path / "run",
@@ -260,7 +270,7 @@ def test_an_attack_finds_less_than_a_private_run_has_promised_and_more_without_n
     )
     found = audit(private)
     leaks = found.leaks
-    assert mean_bits(found, "personal") < mean_bits(audit(overfitted, 0), "personal") - 2
+    assert mean_bits(found, "personal") < mean_bits(audited, "personal") - 2
     assert len(leaks) == 12 and all(leak.promised and 1.9 < leak.promised <= 2 for leak in leaks)
     assert all(leak.epsilon <= leak.promised for leak in leaks if leak.promised)
     assert means(leaks)["personal"][0] < means(plain)["personal"][0] - 0.2

@@ -200,10 +200,9 @@ def _advice(folder: RunFolder, tasks: Mapping[str, str]) -> list[str | Drawing]:
 
 ABOUT_ATTACKS = (
     "An attacker who has the base and what is seen tells training rows from others: .5 is guessing, 1 always right. In "
-    "brackets the 95 % interval; ± is half of that over clients. Found: of training rows, with 1 % false alarms. Epsilon "
-    "≥: what the run must have told of a row, by the attack's success (95 %), of a mean the largest; promised ≤: by its "
-    "account. An attack is a "
-    "lower bound: it finds leaks, and cannot prove that there are none."
+    "brackets the 95 % interval; ± is half of that over clients. Found: of training rows, with 1 % false alarms. "
+    "Epsilon ≥: what the run must have told of a row, by the attack's success (95 %), of a mean the largest; promised "
+    "≤: by its account. An attack is a lower bound: it finds leaks, and cannot prove that there are none."
 )
 
 
