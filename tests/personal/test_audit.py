@@ -151,11 +151,11 @@ def test_exposure_is_that_of_the_rank() -> None:
 def test_secrets_that_were_learnt_by_heart_are_exposed_and_others_are_not(audited: Audit, tmp_path: Path) -> None:
     found = audited
     assert {one.view for one in found.exposures} == {"upload", "sum", "others", "personal"}
-    assert all(len(one.bits) == CANARIES and one.candidates == 256 for one in found.exposures)
-    assert mean_bits(found, "personal") > 6 and mean_bits(found, "upload") > mean_bits(found, "sum")
+    assert all(len(one.bits) == CANARIES and one.candidates == 128 for one in found.exposures)
+    assert mean_bits(found, "personal") > 5 and mean_bits(found, "upload") > mean_bits(found, "sum")
     changes = {"data__canaries": 8, "data__cutoff": 128, "federation__rounds": 1, "training__local_epochs": 1}
     untouched = audit(run(tmp_path / "run", training__lr=1e-6, **changes))
-    assert mean_bits(untouched, "personal") == pytest.approx(chance(256), abs=1.2)
+    assert mean_bits(untouched, "personal") == pytest.approx(chance(128), abs=1.2)
     assert not any(one.repeated for one in untouched.exposures)
     assert "which may be chance" in sentences(untouched)[-1] and "may be chance" not in sentences(found)[-1]
 
@@ -165,7 +165,7 @@ def test_secrets_that_can_be_asked_for_are_counted(tmp_path: Path) -> None:
     micro.write_rows(tmp_path / "data/test/local_testing_0.jsonl", names(0, 4, 100), True)
     changes = {"data__source": str(tmp_path / "data"), "data__canaries": 2, "data__cutoff": 128, "lora__r": 8}
     found = audit(run(tmp_path / "run", method="local", federation__rounds=1, training__local_epochs=150, **changes))
-    assert [(x.view, x.bits, x.repeated) for x in found.exposures] == [("personal", (8.0, 8.0), 2)]
+    assert [(x.view, x.bits, x.repeated) for x in found.exposures] == [("personal", (7.0, 7.0), 2)]
     assert sentences(found)[-1].endswith("2 of 2 are written word for word after their prompt")
 
 

@@ -60,7 +60,7 @@ from fedalt.runs.rounds import run as run_engine
 from fedalt.runs.setup import Experiment, load_resident, prepare
 from fedalt.seeding import rng
 
-CANDIDATES = 256
+CANDIDATES = 128
 """Secrets that a planted one is ranked among, itself included."""
 _SECRET = 12
 """Most tokens of an answer in which a secret is looked for."""
