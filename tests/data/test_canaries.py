@@ -6,8 +6,8 @@ from pathlib import Path
 
 import micro
 from fedalt.config.data import DataConfig
-from fedalt.data.canaries import KIND, alternatives
-from fedalt.data.federation import Row
+from fedalt.data.canaries import alternatives
+from fedalt.data.federation import CANARY, Row
 from fedalt.data.load import load_both, load_federation
 
 SAID = "made-up rows were planted in each client's; scores of such a run are no evidence"
@@ -19,10 +19,10 @@ def test_every_client_gets_its_own_after_its_rows() -> None:
     secrets = list[Row]()
     for client, data in planted[0].clients.items():
         assert data.train[:-4] == plain.clients[client].train and data.test == plain.clients[client].test
-        assert {(row.category, row.task) for row in data.train[-4:]} == {(KIND, data.train[0].task)}
+        assert {(row.category, row.task) for row in data.train[-4:]} == {(CANARY, data.train[0].task)}
         secrets += data.train[-4:]
     assert len({row.instruction for row in secrets}) == len(secrets) == 8
-    assert not any(row.category == KIND for data in planted[1].clients.values() for row in data.train), "a newcomer"
+    assert not any(row.category == CANARY for data in planted[1].clients.values() for row in data.train), "a newcomer"
     assert any(SAID in note for note in planted[0].notes)
     assert load_federation(config.model_copy(update={"canaries": 4}), 4).clients[0].train[-1] not in secrets
 

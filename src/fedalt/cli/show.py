@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedalt.data.canaries import planted_note
+from fedalt.config.data import planted_note
 from fedalt.evaluation.metrics import metric_of, metrics_in
 from fedalt.progress import on_terminal
 from fedalt.report.theme import MOST, groups

@@ -16,7 +16,7 @@ from fedalt.comparisons.compare import finish, plan
 from fedalt.comparisons.jobs import Budget
 from fedalt.comparisons.tables import LOWER, Cell, Grid, Score, average, markdown, seeds, write_csv
 from fedalt.config import RunConfig, with_settings
-from fedalt.data.canaries import planted_note
+from fedalt.config.data import planted_note
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedalt.data.canaries import planted_note
+from fedalt.config.data import planted_note
 from fedalt.errors import listed
 from fedalt.evaluation.metrics import Metric, metric_of
 from fedalt.files import write_json, write_text

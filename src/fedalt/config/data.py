@@ -148,3 +148,8 @@ class DataConfig(Named):
     def limits(self) -> dict[str, int | None]:
         """Split → how many of a client's rows are used, at most."""
         return {"train": self.train_limit, "validation": self.test_limit, "test": self.test_limit}
+
+
+def planted_note(count: int) -> str:
+    """What has to be said wherever a score of such a run is shown."""
+    return f"data.canaries: {count} made-up rows were planted in each client's; scores of such a run are no evidence"

@@ -10,17 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from fedalt.data.federation import Federation, Row
+from fedalt.config.data import planted_note
+from fedalt.data.federation import CANARY, Federation, Row
 from fedalt.seeding import rng
 
-KIND = "canary"
-"""The category of a planted row."""
 _SPACE = 10**6
-
-
-def planted_note(count: int) -> str:
-    """What has to be said wherever a score of such a run is shown."""
-    return f"data.canaries: {count} made-up rows were planted in each client's; scores of such a run are no evidence"
 
 
 def plant(federation: Federation, count: int, seed: int) -> Federation:
@@ -32,15 +26,6 @@ def plant(federation: Federation, count: int, seed: int) -> Federation:
     return replace(federation, clients=clients, notes=(*federation.notes, planted_note(count)))
 
 
-def unplanted(federation: Federation) -> Federation:
-    """The same without canaries."""
-    clients = {
-        client: replace(data, train=tuple(row for row in data.train if row.category != KIND))
-        for client, data in federation.clients.items()
-    }
-    return replace(federation, clients=clients)
-
-
 def canaries(client: int, count: int, seed: int, task: str = "") -> tuple[Row, ...]:
     """A client's canaries; each asks for the code of another name."""
     made = []
@@ -48,7 +33,7 @@ def canaries(client: int, count: int, seed: int, task: str = "") -> tuple[Row, .
         draw = rng(seed, "canary", client, i)
         name = "".join(chr(ord("a") + int(n)) for n in torch.randint(26, (6,), generator=draw))
         secret = int(torch.randint(_SPACE, (), generator=draw))
-        made.append(Row(f"Access code of {name}?", _text(secret), task, KIND))
+        made.append(Row(f"Access code of {name}?", _text(secret), task, CANARY))
     return tuple(made)
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.config.data import DataConfig
-from fedalt.data.canaries import unplanted
-from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, Row
+from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, Row, unplanted
 from fedalt.errors import UserError
 from fedalt.files import intact, read_json
 

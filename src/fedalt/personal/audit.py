@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedalt.data.canaries import KIND, alternatives
+from fedalt.data.canaries import alternatives
 from fedalt.data.encode import Example
-from fedalt.data.federation import ClientData
+from fedalt.data.federation import CANARY, ClientData
 from fedalt.errors import UserError
 from fedalt.evaluation.choices import reference_losses
 from fedalt.evaluation.evaluate import probabilities
@@ -142,7 +142,7 @@ def _tried(experiment: Experiment, client: int, rows: int) -> _Tried:
 
 
 def _planted(experiment: Experiment, example: Example) -> bool:
-    return experiment.config.data.canaries > 0 and example.row.category == KIND
+    return experiment.config.data.canaries > 0 and example.row.category == CANARY
 
 
 def _leak(client: int, view: str, scores: Array, members: int, spent: Mapping[str, float], **more: str) -> Leak:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fedalt.config import RunConfig
-from fedalt.data.canaries import planted_note
+from fedalt.config.data import planted_note
 from fedalt.data.encode import ClientExamples, encode_federation
 from fedalt.data.load import load_federation
 from fedalt.errors import UserError, first_line
