@@ -57,7 +57,7 @@ _SECTIONS_0_1: dict[str, dict[str, Any]] = {
 """All sections of methods of fedalt 0.1 with their defaults: a run was known by all of them."""
 _LATER: dict[str, dict[str, Any]] = {
     "model": {"adapter": None, "adapter_as": "merged", "device_map": None, "max_memory": None},
-    "data": {"files": None, "boundary": "apart", "limit_by": "first"},
+    "data": {"files": None, "boundary": "apart", "limit_by": "first", "canaries": 0},
     "lora": {"rslora": False, "layers": None, "exclude": [], "distribution": "uniform"},
     "training": {
         "accumulate": 1,

@@ -156,6 +156,7 @@ def test_what_a_site_saved_answers_there(tmp_path: Path, bases: Bases) -> None:
         ({"method": "fedalt_averaged_mixer"}, 3, "mixer", "would upload this site's mixer"),
         ({"method": "fedit_split"}, 3, "mixer", "would upload this site's mixer"),
         ({"method": "centralized"}, 3, "pooled", "trains on everybody's rows"),
+        ({"data__canaries": 2}, 3, "planted", "plants made-up rows"),
         ({}, 2, "two", "lets each one have the LoRA that the other shares"),
         ({"method": "fedit"}, 2, "two", "lets each one have the LoRA that the other shares"),
         ({"flower__allow_two": True}, 3, "allow_two", "a site that agrees is started with --allow-two"),

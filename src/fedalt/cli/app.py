@@ -105,7 +105,7 @@ def evaluate(
     final = final_scores(open_run(run)[0])
     own = kept(final) if which is None else final["last" if which == "last" else "best_validation"]
     last = {"round": own["round"], "clients": scores}
-    block = {"title": str(run), "metric": final["metric"], "last": last, "best_validation": None}
+    block = {**final, "title": str(run), "last": last, "best_validation": None, "kept": "last"}
     show.out.print(show.run_table(block, {c: ", ".join(s["categories"]) for c, s in scores.items()}))
     if data is None and not central:
         same = all(own["clients"][c] == metrics_in(s) for c, s in scores.items())
@@ -284,7 +284,7 @@ def report(
         bool, switch("at a site: first train its client without the others, with the same settings", "--alone")
     ] = False,
 ) -> None:
-    """Rebuild report.html from events.jsonl and results/insight.json; at a site (STATE/RUN) its own."""
+    """Rebuild report.html from events.jsonl, results/insight.json and results/audit.json; at a site (STATE/RUN) its own."""
     from fedalt.flower.own_report import state_of, write_own_report
     from fedalt.report.html import write_report
     from fedalt.report.insights import look

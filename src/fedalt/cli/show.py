@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedalt.config.data import planted_note
 from fedalt.evaluation.metrics import metric_of, metrics_in
 from fedalt.progress import on_terminal
 from fedalt.report.theme import MOST, groups
@@ -85,6 +86,7 @@ def run_table(scores: Mapping[str, Any], tasks: Mapping[str, str]) -> Table:
     """Final scores of one run, a line per client as long as there are not too many."""
     last, best = kept(scores), scores["best_validation"]
     table = Table(title=f"{escape(scores['title'])}: scores after round {last['round']}", title_justify="left")
+    table.caption = planted_note(scores["canaries"]) if scores.get("canaries") else None
     table.add_column("client")
     table.add_column("task")
     metrics = [metric_of(name) for name in metrics_in({n: 0 for values in last["clients"].values() for n in values})]

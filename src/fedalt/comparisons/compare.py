@@ -264,6 +264,7 @@ def collect(
         "early_stop": config.evaluation.early_stop is not None,
         "methods": methods,
         "majority": constant,
+        **({"canaries": config.data.canaries} if config.data.canaries else {}),
     }
 
 

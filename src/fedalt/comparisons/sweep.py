@@ -16,6 +16,7 @@ from fedalt.comparisons.compare import finish, plan
 from fedalt.comparisons.jobs import Budget
 from fedalt.comparisons.tables import LOWER, Cell, Grid, Score, average, markdown, seeds, write_csv
 from fedalt.config import RunConfig, with_settings
+from fedalt.config.data import planted_note
 from fedalt.data.load import Rows
 from fedalt.errors import UserError
 from fedalt.evaluation.metrics import metric_of
@@ -151,7 +152,9 @@ def _collect(todo: Sequence[Point], done: Sequence[Mapping[str, Any]]) -> dict[s
     shared = {
         key: first[key] for key in ("metric", "source", "seeds", "draws", "margin", "reference", "below", "budget")
     }
+    planted = max(comparison.get("canaries", 0) for comparison in done)
     return shared | {
+        **({"canaries": planted} if planted else {}),
         "keys": list(todo[0].settings),
         "points": [
             {
@@ -202,7 +205,8 @@ def sweep_grid(result: Mapping[str, Any]) -> Grid:
     rows = [row(name) for name in first if name not in result["below"]]
     below = [row(name) for name in result["below"]]
     over = "draws of rows" if len(result.get("draws") or ()) > 1 else "seeds"
-    notes = [f"mean over clients ± half of the 95 % interval over {over}; {seeds(result)}"]
+    notes = [planted_note(result["canaries"])] if result.get("canaries") else []
+    notes += [f"mean over clients ± half of the 95 % interval over {over}; {seeds(result)}"]
     notes.append(f"↑ ↓ better or worse than {first[result['reference']]['title']} at the same value, see comparison.md")
     notes += [] if metric.higher_is_better else [LOWER]
     title = f"{metric.title} by {', '.join(result['keys'])}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedalt.config.data import planted_note
 from fedalt.errors import listed
 from fedalt.evaluation.metrics import Metric, metric_of
 from fedalt.files import write_json, write_text
@@ -115,7 +116,8 @@ def score_grid(comparison: Mapping[str, Any], most: int = MOST, *, judged: bool 
 
 def conditions(comparison: Mapping[str, Any]) -> list[str]:
     """Which scores are better if low ones are, what ± is, and what is equal for all methods."""
-    notes = [] if metric_of(comparison["metric"]).higher_is_better else [LOWER]
+    notes = [planted_note(comparison["canaries"])] if comparison.get("canaries") else []
+    notes += [] if metric_of(comparison["metric"]).higher_is_better else [LOWER]
     draws = comparison.get("draws") or ()
     repeated = "draws of rows" if len(draws) > 1 else "seeds"
     notes += [INTERVAL.format(repeated)] if len(comparison["seeds"]) > 1 or len(draws) > 1 else []

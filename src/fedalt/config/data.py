@@ -128,6 +128,13 @@ class DataConfig(Named):
         description="which rows a limit leaves: a sample, seeded as the deal is, in which few answers keep their "
         "shares; or the first",
     )
+    canaries: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="made-up rows with a secret, planted among each client's training rows; fedalt audit measures "
+        "what is remembered of them. Scores of such a run are no evidence",
+    )
     tinyworld: TinyworldConfig = TinyworldConfig()
 
     @field_validator("label_column")
@@ -141,3 +148,8 @@ class DataConfig(Named):
     def limits(self) -> dict[str, int | None]:
         """Split → how many of a client's rows are used, at most."""
         return {"train": self.train_limit, "validation": self.test_limit, "test": self.test_limit}
+
+
+def planted_note(count: int) -> str:
+    """What has to be said wherever a score of such a run is shown."""
+    return f"data.canaries: {count} made-up rows were planted in each client's; scores of such a run are no evidence"

@@ -16,7 +16,7 @@ from fedalt.files import intact, read_json
 from fedalt.methods.registry import title_of
 from fedalt.report import comparison as compared
 from fedalt.report import figures
-from fedalt.report.html import cost_rows, notes
+from fedalt.report.html import cost_rows, notes, planted
 from fedalt.report.page import keys_of
 from fedalt.report.theme import Drawing, caption, shown
 from fedalt.runs.events import Event, first_start
@@ -140,7 +140,10 @@ def runs_compared(folders: Mapping[str, RunFolder], logs: Mapping[str, Sequence[
     head = ["run", f"mean {metric.title}", "worst client", "10th percentile", "MB in all", "training, s"]
     return {
         "title": f"{len(folders)} runs compared",
-        "notes": ["Scores so far, of every client's last evaluation. Tests over seeds and draws: fedalt compare."],
+        "notes": [
+            "Scores so far, of every client's last evaluation. Tests over seeds and draws: fedalt compare.",
+            *dict.fromkeys(line for events in logs.values() for line in planted(events)),
+        ],
         "tables": [
             tabled("Scores and cost", head, scores),
             tabled("Settings in which they differ", ["setting", *folders], (r for r in rows if len(set(r[1:])) > 1)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedalt.errors import UserError, did_you_mean, listed, shortened
@@ -74,6 +74,19 @@ class Federation:
     def ids(self) -> tuple[int, ...]:
         """Client ids in order."""
         return tuple(self.clients)
+
+
+CANARY = "canary"
+"""The category of a row that was planted."""
+
+
+def unplanted(federation: Federation) -> Federation:
+    """The same without canaries."""
+    clients = {
+        client: replace(data, train=tuple(row for row in data.train if row.category != CANARY))
+        for client, data in federation.clients.items()
+    }
+    return replace(federation, clients=clients)
 
 
 LABEL = "label"

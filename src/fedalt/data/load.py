@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fedalt.config.data import DataConfig, PartitionConfig
+from fedalt.data.canaries import plant
 from fedalt.data.clients import keep_tasks, mix_tasks, one_client, sampled, split_rows, to_clients, with_tests
 from fedalt.data.encode import Encoder, Once
 from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, Row, check_names, nearly_constant, pooled
@@ -113,11 +114,12 @@ def _folder(path: Path, config: DataConfig) -> Federation | Pool:
     raise UserError(f"{path}: {_POSSIBLE}")
 
 
-_AS_IT_IS = {"clients": None, "tasks": None, "held_out": 0, "split_rows": False, "tasks_per_client": 1}
+_AS_IT_IS = {"clients": None, "tasks": None, "held_out": 0, "split_rows": False, "tasks_per_client": 1, "canaries": 0}
 _OF_PROMPTS = {"template", "cutoff", "boundary"}
 """Settings that no row depends on."""
+_DEALT = ("held_out", "tasks_per_client", "test_share", "validation_rows", "shuffle", "limit_by", "canaries")
 _OF_DEALS: dict[str, Any] = {
-    **dict.fromkeys(("held_out", "tasks_per_client", "test_share", "validation_rows", "shuffle", "limit_by"), True),
+    **dict.fromkeys(_DEALT, True),
     "partition": set(PartitionConfig.model_fields) - {"by", "column", "file"},
 }
 """Settings that act once a source has been read."""
@@ -197,7 +199,9 @@ def load_both(
     everybody = _everybody(config, seed, reader or read)
     left = _left_out(config, everybody.ids)
     taken = {c: rows for c, rows in everybody.clients.items() if c not in left}
-    return replace(everybody, clients=taken), replace(everybody, clients={c: everybody.clients[c] for c in left})
+    members = replace(everybody, clients=taken)
+    members = plant(members, config.canaries, seed) if config.canaries else members
+    return members, replace(everybody, clients={c: everybody.clients[c] for c in left})
 
 
 def _left_out(config: DataConfig, ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.config.data import DataConfig
-from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, Row
+from fedalt.data.federation import SPLITS, ClientData, Federation, Pool, Row, unplanted
 from fedalt.errors import UserError
 from fedalt.files import intact, read_json
 
@@ -24,6 +24,7 @@ _SETTINGS = ("source", "config", "tasks", "clients", "held_out", "test_share", "
 def record(config: DataConfig, seed: int, federation: Federation, held_out: Federation | None = None) -> dict[str, Any]:
     """The content of partition.json."""
     held_out = held_out or Federation({}, federation.source)
+    federation = unplanted(federation) if config.canaries else federation
     kind, counts = label_counts(federation, held_out)
     return {
         "source": federation.source,

@@ -35,6 +35,8 @@ class Consent:
         method = build(config, clients)
         check_pooled(method)
         check_two(method, self.allow_two)
+        if config.data.canaries:
+            raise SiteError("planted")
         if config.federation.secure and not self.allow_two:
             check_few(config, clients)
         if config.flower.allow_two and _shares(method) and not self.allow_two:

@@ -39,6 +39,7 @@ CODES = {
     "settings": "refuses these settings",
     "path": "refused: settings from a server name no path and no file of a site; it gives --data and --model itself",
     "pooled": "refused: this method trains on everybody's rows in one place; here rows stay at their sites",
+    "planted": "refused: data.canaries plants made-up rows; a site trains on its own",
     "two": "refused: with two clients each one has the LoRA that the other shares; a site that agrees is started with "
     "--allow-two",
     "allow_two": "refused: flower.allow_two lets a client be told what is made of one other upload alone; a site that "

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fedalt.config import RunConfig
+from fedalt.config.data import planted_note
 from fedalt.data.encode import ClientExamples, encode_federation
 from fedalt.data.load import load_federation
 from fedalt.errors import UserError, first_line
@@ -274,6 +275,8 @@ def _card(frozen: _Frozen, cost: StaticExport, command: str, what: str, library:
     tasks = ", ".join(sorted({example.row.task for example in examples.train if example.row.task}))
     prompt = "" if config.classifies else f"- Prompts: template `{config.data.template}`\n"
     notes = "".join(f"\nNote: {note}.\n" for note in cost.notes)
+    if planted := config.data.canaries:
+        notes += f"\nNote: {planted_note(planted)}.\n"
     if spent := frozen.personal.privacy:
         notes += (
             f"\nPrivacy: its LoRAs were trained with epsilon {spent['epsilon']:.3g} at delta {spent['delta']:.1e} for "

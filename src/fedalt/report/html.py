@@ -15,6 +15,7 @@ from fedalt.evaluation.metrics import group_mean, metric_of, metrics_in
 from fedalt.files import read_json, write_text
 from fedalt.methods.registry import title_of
 from fedalt.personal.insight import read_insight
+from fedalt.personal.leaks import leak_table, read_audit, sentences
 from fedalt.report import comparison as compared
 from fedalt.report import figures, insights
 from fedalt.report.page import Section, code, grid_table, page, paragraph, table
@@ -62,11 +63,13 @@ def run_sections(folder: RunFolder) -> tuple[str, list[str], list[Section]]:
         Section("sharing", "Who should share", _advice(folder, tasks)),
         Section("row-lora", "Row LoRA", [figures.row_curves(events)] if rows else []),
         Section("data", "Data", [insights.partition_bars(insight, tasks)] if insight else []),
+        Section("audit", "Audit", _audit(folder)),
         Section("cost", "Cost", [_cost_table(events)]),
         Section("notes", "Notes", [_notes(events)]),
         Section("configuration", "Configuration", [_config(folder)]),
     ]
-    return f"{title_of(start['method'])} on {start['source']}", [_about(start), caption(scores)], sections
+    about = [_about(start), caption(scores), *planted(events)]
+    return f"{title_of(start['method'])} on {start['source']}", about, sections
 
 
 def write_comparison_report(out: Path, comparison: Mapping[str, Any]) -> Path:
@@ -101,6 +104,7 @@ def comparison_sections(out: Path, comparison: Mapping[str, Any]) -> list[Sectio
         ),
         Section("gains", "Differences", [judged, *map(paragraph, who(comparison)), compared.gain_map(few, titles)]),
         Section("cost", "Budgets", [compared.cost_plot(few, titles), grid_table(budget_grid(comparison))]),
+        Section("audit", "Audit", _audits(blocks)),
         Section("words", "Words", [compared.words(comparison, titles)]),
         Section("runs", "Runs", [compared.links(out, comparison)]),
         Section("settings", "Command and settings", made),
@@ -193,6 +197,42 @@ def _advice(folder: RunFolder, tasks: Mapping[str, str]) -> list[str | Drawing]:
         table(["client", "task", "rows", "advice"], words, words=(1, 3)),
         paragraph(ABOUT),
     ]
+
+
+ABOUT_ATTACKS = (
+    "An attacker who has the base and what is seen tells training rows from others: .5 is guessing, 1 always right. In "
+    "brackets the 95 % interval; ± is half of that over clients. Found: of training rows, with 1 % false alarms. "
+    "Epsilon ≥: what the run must have told of a row, by the attack's success (95 %), of a mean the largest; promised "
+    "≤: by its account. An attack is a lower bound: it finds leaks, and cannot prove that there are none."
+)
+
+
+def _audit(folder: RunFolder) -> list[str | Drawing]:
+    """What attacks on a finished run have found, where they have been made."""
+    audit = read_audit(folder)
+    if audit is None:
+        return []
+    head, rows = leak_table(audit)
+    said = (paragraph(f"{line[0].upper()}{line[1:]}.") for line in sentences(audit))
+    return [*said, table(head, rows, words=(1, 2)), paragraph(ABOUT_ATTACKS)]
+
+
+def _audits(blocks: Mapping[str, Any]) -> list[str | Drawing]:
+    """The means of all runs of a comparison that have been attacked."""
+    made, head = list[list[str]](), list[str]()
+    for block in blocks.values():
+        for run in block["runs"]:
+            if audit := read_audit(RunFolder(Path(run))):
+                head, rows = leak_table(audit)
+                made += [[block["title"], Path(run).name, *row[1:]] for row in rows if row[0] == "mean"]
+    if not made:
+        return []
+    return [table(["method", "run", *head[1:]], made, words=(0, 1, 2, 3)), paragraph(ABOUT_ATTACKS)]
+
+
+def planted(events: Sequence[Event]) -> list[str]:
+    """What has to be said beside every score of a run with canaries."""
+    return [line for line in notes(events) if line.startswith("data.canaries: ")]
 
 
 def notes(events: Sequence[Event]) -> list[str]:

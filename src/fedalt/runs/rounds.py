@@ -81,6 +81,7 @@ class Loop:
             "last": last,
             "best_validation": self._final(best["round"]) if best else None,
             **({"kept": "best_validation"} if best and early else {}),
+            **({"canaries": planted} if (planted := self.info.config.data.canaries) else {}),
         }
         write_json(self.folder.final_scores, scores)
         final = kept(scores)

@@ -294,6 +294,8 @@ def load_resident(config: RunConfig) -> Resident:
 
 def load_rows(config: RunConfig, rows: Rows) -> tuple[RunConfig, Federation]:
     """The rows; and the settings, with the classes of training rows where rows are classified and none are set."""
+    if config.classifies and config.data.canaries:
+        raise UserError("data.canaries: a canary's secret is an answer in text, and classifiers write none")
     federation, held_out = rows.both(config.data, config.seed)
     if not config.classifies:
         return config, federation
