@@ -284,7 +284,7 @@ def report(
         bool, switch("at a site: first train its client without the others, with the same settings", "--alone")
     ] = False,
 ) -> None:
-    """Rebuild report.html from events.jsonl, results/insight.json and results/audit.json; at a site (STATE/RUN) its own."""
+    """Rebuild report.html from the run's log, insight.json and audit.json; at a site (STATE/RUN) its own."""
     from fedalt.flower.own_report import state_of, write_own_report
     from fedalt.report.html import write_report
     from fedalt.report.insights import look
