@@ -98,12 +98,13 @@ def settings_today(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _section(name, part) if isinstance(part, dict) else part for name, part in found.items()}
 
 
-def as_recorded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's config.yaml says, with settings that came later as they were before there were such."""
-    found = copy.deepcopy(dict(values))
+def as_recorded(values: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Settings for a run whose config.yaml says ``run``, or these; what is not in it is as before there was such."""
+    found, known = copy.deepcopy(dict(values)), values if run is None else run
     for section, settings in _LATER.items():
         if isinstance(found.get(section, {}), dict):
-            found[section] = {**settings, **found.get(section, {})}
+            later = {key: value for key, value in settings.items() if key not in (known.get(section) or {})}
+            found[section] = {**later, **found.get(section, {})}
     return found
 
 

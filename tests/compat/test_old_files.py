@@ -22,8 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from fedalt.compat import _LATER
 from fedalt.config import load_config, with_settings
 from fedalt.methods.registry import configured
+from fedalt.runs.folder import settings_of
 from micro import call, of_kind, refused
 
 HERE = Path(__file__).parent
@@ -340,3 +342,20 @@ def test_the_tables_name_what_there_is() -> None:
     today = meant(configured(load_config(None), "fedalt"))
     assert today.keys() >= set(RENAMED_SETTINGS.values())
     assert not today.keys() & RENAMED_SETTINGS.keys()
+
+
+def test_a_run_lacks_only_what_came_after_it(tmp_path: Path) -> None:
+    """Settings of a YAML file for a run of any age: what its config.yaml has is as today, the rest as it was then."""
+    file = tmp_path / "x.yaml"
+    file.write_text("{}")
+    today = load_config(None).model_dump(mode="json")
+    for section, settings in _LATER.items():
+        for key in settings:
+            known = json.loads(json.dumps(today))
+            del known[section][key]
+            (tmp_path / "run").mkdir(exist_ok=True)
+            (tmp_path / "run/config.yaml").write_text(json.dumps(known))
+            found = settings_of(file, [("out", str(tmp_path / "run"))], "resume").model_dump(mode="json")
+            expected = today | {"out": str(tmp_path / "run")}
+            expected[section] = {**today[section], key: settings[key]}
+            assert found == expected, f"{section}.{key}"

@@ -484,14 +484,14 @@ def load_config(
     path: Path | None,
     overrides: Sequence[tuple[str, Any]] = (),
     typed: Mapping[str, str] | None = None,
-    recorded: bool = False,
+    recorded: bool | Mapping[str, Any] = False,
 ) -> RunConfig:
     """Read a YAML file, apply dotted keys and values to it, and validate; errors say what was ``typed`` for a key.
 
-    ``recorded`` settings are a run's, which may have been there before some of them were.
+    ``recorded`` settings are a run's, which may have been there before some of them were, or are for such a run.
     """
     values = settings_today(read_yaml(path)) if path else {}
-    values = as_recorded(values) if recorded else values
+    values = as_recorded(values, None if recorded is True else recorded) if recorded else values
     for key, value in overrides:
         _assign(values, *today(key, value))
     return parse_config(values, str(path) if path else "settings", typed)

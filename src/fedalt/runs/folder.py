@@ -166,8 +166,8 @@ def settings_of(
     config = load_config(path, overrides, typed)
     if if_exists == "resume":
         kept = (file for depth in ("", "*/", "*/*/") for file in sorted(config.folder.glob(f"{depth}config.yaml")))
-        older = next(((values := read_yaml(file)) != as_recorded(values) for file in kept), False)
-        config = load_config(path, overrides, typed, recorded=True) if older else config
+        run = next(map(read_yaml, kept), None)
+        config = load_config(path, overrides, typed, run) if run and run != as_recorded(run) else config
     return config
 
 
