@@ -323,7 +323,7 @@ def test_a_server_that_is_killed_leaves_nothing_and_its_run_can_be_resumed(tmp_p
         server.until("at site N: ")
         with running(tmp_path / "submit.log", "submit", config, "--server", f"127.0.0.1:{port}") as run:
             run.until("flwr run: run ")
-            assert re.match(r"\$ flwr run \S+ fedalt --stream\n", run.text)
+            assert re.match(r"\$ flwr list fedalt --format json\n\$ flwr run \S+ fedalt --stream\n", run.text)
             server.until("Started task")
             below = server.children()
             server.end(signal.SIGKILL)
