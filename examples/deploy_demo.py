@@ -18,7 +18,7 @@ from pathlib import Path
 
 FEDALT = [sys.executable, "-c", "from fedalt.cli import main; main()"]
 FOLDER = Path("runs/deploy-demo")
-RECIPE = Path("recipes/demo.yaml")
+RECIPE = Path("recipes/tinyworld.yaml")
 KILLED = 1
 WIDTH = 7
 SHARED = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 3))}

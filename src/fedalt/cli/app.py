@@ -350,7 +350,7 @@ GROUPS: dict[str, dict[Callable[..., None], str]] = {
         certs: "fedalt certs --out tls --sites 3 --host server.example.org",
         server: "fedalt server --public 0.0.0.0:9443 --tls tls",
         site: "fedalt site --client 0 --data mine --state state --server HOST:9443",
-        submit: "fedalt submit demo --clients 3 --tls tls",
+        submit: "fedalt submit tinyworld --clients 3 --tls tls",
         status: "fedalt status --ca tls/ca.crt --state flower-server",
         drain: "fedalt drain /var/lib/fedalt/site",
     },

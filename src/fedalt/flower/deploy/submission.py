@@ -41,7 +41,8 @@ LATEST = "latest"
 def submit(config: RunConfig, connection: Connection, if_exists: IfExists, tell: Callable[[str], None]) -> None:
     """Hand a run to a server, show its log, and wait for its end; the run folder is one of the server's machine.
 
-    A run with the same settings, of the same account, that goes on there is followed instead. ``tell`` is called with
+    A run with the same settings, of the same account, that goes on there is followed instead, unless this one is to
+    resume or overwrite: after a crash a server takes a dead run for one that goes on, for a while. ``tell`` is called with
     Flower's commands and every line of the ServerApp.
 
     Raises:
@@ -50,7 +51,8 @@ def submit(config: RunConfig, connection: Connection, if_exists: IfExists, tell:
         LeftError: The user has stopped following a run that goes on.
     """
     with control(connection, tell) as superlink, tempfile.TemporaryDirectory(prefix="fedalt-app-") as app:
-        if known := [run["run-id"] for run in superlink.runs() if going_on(run) and run["fab-hash"] in _hashes(config)]:
+        runs = superlink.runs() if if_exists == "ask" else ()
+        if known := [run["run-id"] for run in runs if going_on(run) and run["fab-hash"] in _hashes(config)]:
             _attend(superlink, known[0], connection, tell)
             return
         write_app(Path(app), config, if_exists)
