@@ -42,8 +42,8 @@ def submit(config: RunConfig, connection: Connection, if_exists: IfExists, tell:
     """Hand a run to a server, show its log, and wait for its end; the run folder is one of the server's machine.
 
     A run with the same settings, of the same account, that goes on there is followed instead, unless this one is to
-    resume or overwrite: after a crash a server takes a dead run for one that goes on, for a while. ``tell`` is called with
-    Flower's commands and every line of the ServerApp.
+    resume or overwrite: after a crash a server takes a dead run for one that goes on, for a while. ``tell`` is called
+    with Flower's commands and every line of the ServerApp.
 
     Raises:
         RunFailedError: The run failed for another reason, or the server has gone.
