@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ def keep_freed_memory() -> None:
     mapped, zeroed page by page, and unmapped again. Call it before torch computes anything. Without glibc, only the
     number of compiled kernels is limited.
     """
-    for cache in _CACHES:
-        os.environ.setdefault(cache, str(_KERNELS))
+    for variable in _CACHES:
+        os.environ.setdefault(variable, str(_KERNELS))
     mallopt = _glibc("mallopt")
     if mallopt is not None:
         for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
@@ -84,6 +85,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
+@cache
 def commit() -> str | None:
     """Commit of the checkout that fedalt is installed from, if it is one."""
     call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

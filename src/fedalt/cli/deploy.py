@@ -459,7 +459,7 @@ def submit(
     """Hand a run to a server (flwr run), show its log, and wait until it has ended.
 
     The run folder is made where fedalt server runs, models stay at the sites. A run with the same settings that goes on
-    there is followed, and no other started.
+    there is followed, and no other started, unless this one is to resume or overwrite.
     """
     with needs("flower", NEEDS):
         from fedalt.flower.deploy.submission import attach

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -242,10 +242,14 @@ def collect(
     for name, block in methods.items():
         block.update(_gains(block, methods.get(LOCAL), name not in REFERENCE_ROWS, metric), against=tests.get(name))
     if LOCAL in methods and not metric.corpus:
-        measure, alone = measure_of(metric.name, config.evaluation), [m for m in members if m.name == LOCAL]
+        measure = measure_of(metric.name, config.evaluation)
+        alone = _by_row(members, LOCAL, measure)
         for name in set(methods) - {LOCAL, *REFERENCE_ROWS}:
-            ours = [member for member in members if member.name == name]
-            methods[name]["gain_ci95"] = {c: _apart(ours, alone, c, measure) for c in methods[name]["per_client"]}
+            ours = _by_row(members, name, measure)
+            methods[name]["gain_ci95"] = {
+                client: _apart([run[client] for run in ours], [run[client] for run in alone])
+                for client in methods[name]["per_client"]
+            }
     constant = majority([(member.label, member.config) for member in runs], metric, rows)
     if constant:
         block = {**_block(constant, metric, len(draws)), "title": "majority", "against": None}
@@ -291,18 +295,31 @@ def _gains(block: dict[str, Any], local: dict[str, Any] | None, federated: bool,
     }
 
 
-def _apart(ours: Sequence[Member], alone: Sequence[Member], client: str, measure: Measure) -> float | None:
+def _by_row(members: Sequence[Member], name: str, measure: Measure) -> list[dict[str, dict[Any, float]]]:
+    """Of each run of a method: client → scores of its test rows, by what they say and which of the same they are."""
+    found = []
+    for member in (one for one in members if one.name == name):
+        kept = kept_scores(member.folder)
+        files = {client: member.folder.answers(int(client), kept["round"]) for client in kept["clients"]}
+        found.append({client: _row_scores(read_json_lines(file), measure) for client, file in files.items()})
+    return found
+
+
+def _row_scores(lines: Sequence[Mapping[str, Any]], measure: Measure) -> dict[Any, float]:
+    counts, found = Counter[Any](), {}
+    for line, score in zip(lines, row_scores(lines, [measure]), strict=True):
+        counts[row := (line["text"], line["reference"])] += 1
+        if score:
+            found[row, counts[row]] = score[measure.metric.name]
+    return found
+
+
+def _apart(ours: Iterable[Mapping[Any, float]], alone: Iterable[Mapping[Any, float]]) -> float | None:
     """Half of the 95 % interval of a client's gain over Local, over its test rows; runs with a row are averaged."""
     gains: dict[Any, list[float]] = {}
-    for pair in zip(ours, alone, strict=True):
-        counts: Counter[Any] = Counter()
-        lines = [read_json_lines(m.folder.answers(int(client), kept_scores(m.folder)["round"])) for m in pair]
-        for line, *scores in zip(lines[0], *(row_scores(mine, [measure]) for mine in lines), strict=True):
-            counts[row := (line["text"], line["reference"])] += 1
-            if all(scores):
-                gains.setdefault((row, counts[row]), []).append(
-                    scores[0][measure.metric.name] - scores[1][measure.metric.name]
-                )
+    for mine, local in zip(ours, alone, strict=True):
+        for row in (row for row in mine if row in local):
+            gains.setdefault(row, []).append(mine[row] - local[row])
     return half_width([mean(one) for one in gains.values()])
 
 

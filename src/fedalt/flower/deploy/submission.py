@@ -51,8 +51,9 @@ def submit(config: RunConfig, connection: Connection, if_exists: IfExists, tell:
         LeftError: The user has stopped following a run that goes on.
     """
     with control(connection, tell) as superlink, tempfile.TemporaryDirectory(prefix="fedalt-app-") as app:
-        runs = superlink.runs() if if_exists == "ask" else ()
-        if known := [run["run-id"] for run in runs if going_on(run) and run["fab-hash"] in _hashes(config)]:
+        runs = [run for run in superlink.runs() if going_on(run)] if if_exists == "ask" else []
+        hashes = _hashes(config) if runs else ()
+        if known := [run["run-id"] for run in runs if run["fab-hash"] in hashes]:
             _attend(superlink, known[0], connection, tell)
             return
         write_app(Path(app), config, if_exists)
